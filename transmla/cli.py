@@ -1,0 +1,207 @@
+"""The command line: a table of verbs, each a few lines over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transmla import __version__
+from transmla.errors import TransmlaError
+from transmla.options import overrides, with_recipe_options
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Checkpoint folder, .gguf file, Hub id, package:NAME/FILE, or a recipe (.yaml).")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@with_recipe_options
+def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
+    """Show what a conversion would do: shapes, cache, contexts, runtimes, cost. Reads no weights.
+
+    Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
+    """
+    from transmla import console, estimate
+    from transmla.pipeline import open_source, pick_device
+    from transmla.plan import make_plan
+
+    recipe = _recipe(source, options | {"output": options.get("output") or "unused"})
+    opened = open_source(recipe)
+    device = pick_device(recipe.device)
+    tokens = recipe.calibration.sequences * recipe.calibration.length
+    held = opened.checkpoint.size if opened.checkpoint.gguf else 0
+    result = estimate.summary(make_plan(opened.spec, recipe, opened.dtype), tokens, device, held=held)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console.show_plan(result)
+
+
+@with_recipe_options
+def convert(
+    source: SourceArgument,
+    *,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
+    **options: Any,
+) -> None:
+    """Convert a checkpoint to Multi-head Latent Attention.
+
+    Writes a folder that plain transformers loads, with no custom code. An interrupted run leaves
+    OUTPUT.partial and continues with --resume.
+
+    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
+    """
+    from transmla import console, pipeline
+    from transmla.after import evaluate_export
+
+    recipe = _recipe(source, options | {"output": output})
+    with console.Bars() as bars:
+        folder = pipeline.convert(recipe, resume=resume, reporter=bars)
+        evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
+    if evaluation:
+        console.show_before_after(json.loads((folder / "transmla.json").read_text()), evaluation)
+    console.out.print(f"wrote {folder}; next: transmla verify {folder}", highlight=False)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
+    *,
+    source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: precision the export is run in.")] = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Check an export: hashes, stock loading, cache = no cache, absorbed = expanded, cache bytes, norms.
+
+    Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
+    """
+    import torch
+
+    from transmla import console
+    from transmla.pipeline import pick_device
+    from transmla.verify import TOLERANCE
+    from transmla.verify import verify as run
+
+    precision = getattr(torch, dtype, None)
+    if precision not in TOLERANCE:
+        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
+    failed = 0
+    for check in run(folder, source=source, dtype=precision, device=str(pick_device(device))):
+        console.show_check(check)
+        failed += not check.passed
+    if failed:
+        console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
+        raise typer.Exit(1)
+    console.out.print(f"verified; next: transmla push {folder} ORG/NAME", highlight=False)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE.")],
+    *,
+    baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    text: Annotated[str, typer.Option(help="pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset.")] = "pydoc",
+    split: Annotated[str | None, typer.Option(help="Split of a dataset; of pydoc: train or test (default: test).")] = None,
+    column: Annotated[str | None, typer.Option(help="Text column of a dataset.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Windows at most (default: the whole text).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: window).")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")] = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity by fixed windows, and the distance from a baseline."""
+    from transmla import console
+    from transmla.after import evaluate_models
+    from transmla.recipe import Evaluation, parse_section
+
+    settings = parse_section(
+        Evaluation,
+        {"text": text, "split": split, "column": column, "window": window, "max_windows": max_windows, "stride": stride},
+    )
+    with console.Bars() as bars:
+        result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console.show_evaluation(result, text)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A verified export.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="ORG/NAME on the Hub.")],
+    *,
+    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    token: Annotated[str | None, typer.Option(help="Access token (default: the one you are logged in with).")] = None,
+    dry_run: Annotated[bool, typer.Option(help="List files and sizes, send nothing.")] = False,
+) -> None:
+    """Upload a verified export to the Hugging Face Hub, in one commit."""
+    from transmla import console, hub
+
+    result = hub.push(
+        folder, repo_id, private=private, revision=revision, commit_message=message, token=token, dry_run=dry_run
+    )
+    rows = [[file.path, f"{file.size:,}"] for file in result.files]
+    console.table(f"{'would push' if dry_run else 'pushed'} to {result.repo_id}", ["file", "bytes"], rows)
+    console.out.print(result.url, highlight=False)
+
+
+VERBS = {"plan": plan, "convert": convert, "verify": verify, "eval": evaluate, "push": push}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"transmla {__version__}")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """The application, one command per verb."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    ) -> None:
+        """Convert pretrained models to Multi-head Latent Attention: a small KV cache, no custom code."""
+
+    for name, function in VERBS.items():
+        app.command(name)(function)
+    return app
+
+
+def _recipe(source: str, options: dict[str, Any]) -> Any:
+    from transmla.recipe import parse_recipe, read_recipe
+
+    given = overrides(options)
+    if source.endswith((".yaml", ".yml")):
+        return read_recipe(Path(source), given)
+    return parse_recipe({"source": source, **given}, "command line")
+
+
+def _quiet() -> None:
+    """Libraries' own progress bars and advice would drown ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on standard error and exit code 2."""
+    try:
+        if len(sys.argv) > 1 and not {"--help", "--version"} & set(sys.argv):
+            _quiet()
+        build()()
+    except TransmlaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted; `transmla convert` continues with --resume", file=sys.stderr)
+        raise SystemExit(130) from None

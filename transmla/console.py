@@ -1,0 +1,140 @@
+"""What the command line shows: progress bars, tables, one-line errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from transmla.verify import Check
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Bars:
+    """A ``Reporter`` that draws one progress bar per stage on standard error."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self.task = self.progress.add_task(name, total=total, note="")
+
+    def advance(self, done: int, note: str | int = "") -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
+
+    def message(self, text: str) -> None:
+        self.progress.console.print(f"[yellow]note:[/] {text}", highlight=False)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a small table; the first column is text, the others are right-aligned."""
+    drawn = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    out.print(drawn)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def show_plan(summary: dict[str, Any]) -> None:
+    """The tables of ``transmla plan``."""
+    shape, spec = summary["shape"], summary["spec"]
+    values, size = summary["cache_values"], summary["cache_bytes_per_token"]
+    table(
+        f"{spec['family']}, {spec['num_hidden_layers']} layers → DeepSeek-V3 ({summary['dtype']}, method {summary['method']})",
+        ["", "source", "MLA"],
+        [
+            [
+                "attention",
+                f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv heads × {spec['head_dim']}",
+                f"latent {shape['kv_lora_rank']} + rotary {shape['qk_rope_head_dim']}",
+            ],
+            ["head widths (nope, rope, v)", f"{spec['head_dim']}", f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}"],
+            ["cache values per token and layer", f"{values['before']}", f"{values['after']} ({summary['cache_ratio']:.1%})"],
+            ["cache bytes per token", f"{size['before']:,}", f"{size['after']:,}"],
+            *[
+                [f"tokens of cache on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
+                for gb, held in summary["contexts"].items()
+            ],
+        ],
+    )
+    table(
+        "who runs it",
+        ["runtime", "takes it", "how"],
+        [[r["name"], "yes" if r["accepts"] else "no", r["note"]] for r in summary["runtimes"]],
+    )
+    out.print(
+        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
+        f" {duration(summary['seconds'])} on {summary['device']} (calibration sampling and healing not counted)",
+        highlight=False,
+    )
+    for note in summary["notes"]:
+        out.print(f"[yellow]note:[/] {note}", highlight=False)
+
+
+def show_check(check: Check) -> None:
+    mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+    out.print(f"{mark}  {check.name}: {check.detail}", highlight=False)
+
+
+def show_evaluation(result: dict[str, Any], text: str) -> None:
+    """Perplexity, and the distance from the baseline if there was one."""
+    rows = [["perplexity", f"{result['perplexity']:.3f}"]]
+    if result["baseline_perplexity"] is not None:
+        rows = [
+            ["perplexity, baseline", f"{result['baseline_perplexity']:.3f}"],
+            *rows,
+            ["KL(baseline ‖ model), nats per token", f"{result['kl']:.4f}"],
+            ["same top-1 token", f"{result['top1_agreement']:.1%}"],
+        ]
+    rows.append(["seconds", f"{result['seconds']:.1f}"])
+    table(f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}", ["", "value"], rows)
+
+
+def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """The table that closes a conversion whose recipe has an ``eval`` section."""
+    plan = manifest["plan"]
+    spec, shape = plan["spec"], plan["shape"]
+    before, after = 2 * spec["num_key_value_heads"] * spec["head_dim"], shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
+    width = spec["num_hidden_layers"] * (4 if plan["dtype"] == "float32" else 2)
+    table(
+        f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
+        ["", "source", "MLA"],
+        [
+            ["cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"],
+            ["cache bytes per token", f"{before * width:,}", f"{after * width:,}"],
+            ["perplexity", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"],
+            ["KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"],
+            ["same top-1 token", "–", f"{evaluation['top1_agreement']:.1%}"],
+        ],
+    )

@@ -1,0 +1,69 @@
+"""Reference attention in plain tensor algebra: the source's, and MLA's in its two equal forms.
+
+These are the slow twins that everything fast is compared with; they run in the dtype of their input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, LayerWeights
+from transmla.core.rope import rotate
+
+
+def causal_softmax(scores: Tensor) -> Tensor:
+    """Softmax of ``scores`` [..., T, T] over the keys that are not in the future."""
+    length = scores.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+
+def source_scores(
+    x: Tensor, weights: LayerWeights, inv_freq: Tensor, *, scaling: float, gain: float = 1.0
+) -> Tensor:
+    """Scores [N, H, T, T] of the source attention for its input ``x`` [N, T, D]; ``gain`` is yarn's, squared."""
+    positions = torch.arange(x.shape[1], device=x.device)
+    group = weights.q.shape[0] // weights.k.shape[0]
+    q = rotate(torch.einsum("ntD,hdD->nhtd", x, weights.q), inv_freq, positions)
+    k = rotate(torch.einsum("ntD,gdD->ngtd", x, weights.k), inv_freq, positions)
+    return q @ k.repeat_interleave(group, 1).mT * (scaling * gain)
+
+
+def source_attention(
+    x: Tensor, weights: LayerWeights, inv_freq: Tensor, *, scaling: float, gain: float = 1.0
+) -> Tensor:
+    """Output [N, T, D] of the source attention."""
+    group = weights.q.shape[0] // weights.k.shape[0]
+    attention = causal_softmax(source_scores(x, weights, inv_freq, scaling=scaling, gain=gain))
+    v = torch.einsum("ntD,gdD->ngtd", x, weights.v).repeat_interleave(group, 1)
+    return torch.einsum("nhtd,hDd->ntD", attention @ v, weights.o)
+
+
+def _mla_queries_and_cache(x: Tensor, f: LayerFactors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positions = torch.arange(x.shape[1], device=x.device)
+    q_input = x if f.q_latent is None else x @ f.q_latent.mT
+    q_nope = torch.einsum("ntD,hdD->nhtd", q_input, f.q_nope)
+    q_pe = rotate(torch.einsum("ntD,hdD->nhtd", q_input, f.q_pe), f.inv_freq, positions)
+    return q_nope, q_pe, x @ f.latent.mT, rotate(x @ f.rope.mT, f.inv_freq, positions)
+
+
+def expanded_attention(x: Tensor, f: LayerFactors) -> Tensor:
+    """MLA with per-head keys and values rebuilt from the latent; [N, T, D] → [N, T, D]."""
+    q_nope, q_pe, kv_c, k_pe = _mla_queries_and_cache(x, f)
+    k_nope = torch.einsum("ntr,hdr->nhtd", kv_c, f.k_up)
+    value = torch.einsum("ntr,hdr->nhtd", kv_c, f.v_up)
+    scores = q_nope @ k_nope.mT + f.rope_gain * (q_pe @ k_pe[:, None].mT)
+    return torch.einsum("nhtd,hDd->ntD", causal_softmax(scores * f.scaling) @ value, f.o)
+
+
+def absorbed_attention(x: Tensor, f: LayerFactors) -> Tensor:
+    """MLA as multi-query attention over the latent itself (W_UK in the query, W_UV after the sum).
+
+    The identity of DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
+    """
+    q_nope, q_pe, kv_c, k_pe = _mla_queries_and_cache(x, f)
+    q_latent = torch.einsum("nhtd,hdr->nhtr", q_nope, f.k_up)
+    scores = q_latent @ kv_c[:, None].mT + f.rope_gain * (q_pe @ k_pe[:, None].mT)
+    mixed = causal_softmax(scores * f.scaling) @ kv_c[:, None]
+    return torch.einsum("nhtr,hdr,hDd->ntD", mixed, f.v_up, f.o)

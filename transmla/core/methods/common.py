@@ -1,0 +1,64 @@
+"""What every method is, and the pieces they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to factor one attention layer.
+
+    ``factorize(weights, stats, plan)`` works in float64 and never changes its input; ``freqfold(stride)``
+    is the method's own choice of how many neighbouring frequencies to fold when every ``stride``-th source
+    frequency keeps a rotary slot.
+    """
+
+    name: str
+    summary: str
+    factorize: Callable[[LayerWeights, LayerStats, Plan], LayerFactors]
+    freqfold: Callable[[int], int]
+
+
+def source_frequencies(plan: Plan, like: Tensor) -> Tensor:
+    """The source's ``inv_freq`` [p] as a tensor like ``like``."""
+    return torch.tensor(plan.spec.inv_freq, dtype=like.dtype, device=like.device)
+
+
+def channel_norm(weight: Tensor, moment: Tensor) -> Tensor:
+    """Root mean square [..., n] of every output channel of ``weight`` [..., n, D] under ``moment`` [D, D]."""
+    return ((weight @ moment) * weight).sum(-1).clamp_min(0).sqrt()
+
+
+def assemble(
+    weights: LayerWeights,
+    plan: Plan,
+    *,
+    q_pe: Tensor,
+    rope: Tensor,
+    latent: Tensor,
+    k_up: Tensor,
+    v_up: Tensor,
+    inv_freq: Tensor,
+) -> LayerFactors:
+    """Factors of a layer whose position-free queries and output projection are the source's own."""
+    gain = plan.spec.attention_factor**2
+    return LayerFactors(
+        # yarn scales cos and sin, so only the rotary part of a runtime's score carries its gain.
+        q_nope=weights.q * gain,
+        q_pe=q_pe,
+        latent=latent,
+        rope=rope,
+        k_up=k_up,
+        v_up=v_up,
+        o=weights.o,
+        inv_freq=inv_freq,
+        scaling=plan.spec.scaling,
+        rope_gain=gain,
+    )

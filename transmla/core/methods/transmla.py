@@ -1,0 +1,49 @@
+"""TransMLA as published: RoRoPE, FreqFold and balanced joint PCA (arXiv 2502.07864, sections 4.2–4.4).
+
+The baseline every other method is compared with. Keys are rotated by real, unweighted PCA across heads
+and folded frequencies; channels outside the rotary slice drop their rotation (phase one); keys and values
+are scaled to equal mean channel norm and compressed by one uncentred PCA.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
+from transmla.core.concentrate import concentrate
+from transmla.core.linalg import latent_basis, regress, regularise
+from transmla.core.methods.common import Method, assemble, channel_norm, source_frequencies
+from transmla.core.rope import to_complex, to_halves
+
+
+def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    moment = regularise(stats.second_moment)
+    kappa, query = to_complex(weights.k), to_complex(weights.q)
+    uniform = torch.ones(kappa.shape[:2], dtype=moment.dtype, device=moment.device)
+    kept = concentrate(kappa, moment, uniform, plan.rotary, real=True)
+    key = to_halves(kept.residual(kappa))
+
+    balance = channel_norm(weights.v, moment).mean() / channel_norm(key, moment).mean().clamp_min(1e-30)
+    target = torch.cat([(key * balance).flatten(0, 1), weights.v.flatten(0, 1)])
+    latent = latent_basis(target, moment, plan.shape.latent_rank)
+
+    group = plan.spec.group_size
+    mix = kept.mix.repeat_interleave(group, 1)
+    return assemble(
+        weights,
+        plan,
+        q_pe=to_halves(torch.einsum("shp,hpD->hsD", mix.conj(), query)),
+        rope=to_halves(kept.z),
+        latent=latent,
+        k_up=regress(key, latent, moment).repeat_interleave(group, 0),
+        v_up=regress(weights.v, latent, moment).repeat_interleave(group, 0),
+        inv_freq=source_frequencies(plan, moment)[list(plan.rotary.slots)],
+    )
+
+
+METHOD = Method(
+    name="transmla",
+    summary="TransMLA as published: real RoRoPE, FreqFold, balanced joint PCA (the baseline)",
+    factorize=factorize,
+    freqfold=lambda stride: 2 * stride,
+)

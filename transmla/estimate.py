@@ -1,0 +1,147 @@
+"""What a conversion and its export will need: bytes, time, and who can run the shape."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transmla.artifacts import Plan
+from transmla.plan import VLLM_DECODE, VLLM_PREFILL
+
+GPU_GIGABYTES = (24, 80, 141)
+# Share of a GPU's memory that weights and cache may take; the rest is activations and the allocator.
+USABLE = 0.9
+# Interpreter, torch and transformers once imported (resident, measured: 0.55–0.65 GB).
+BASE_MEMORY = 650 * 2**20
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Whether a runtime takes the export, and what it does with the shape."""
+
+    name: str
+    accepts: bool
+    note: str
+
+
+def parameters(plan: Plan) -> int:
+    """Number of weights in the export."""
+    spec, shape = plan.spec, plan.shape
+    heads, width = spec.num_attention_heads, spec.hidden_size
+    query = heads * shape.qk_head_dim
+    attention = width * query if shape.q_lora_rank is None else shape.q_lora_rank * (width + query + 1)
+    attention += width * shape.cache_values + shape.kv_lora_rank
+    attention += shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    attention += heads * shape.v_head_dim * width
+    layer = attention + 3 * width * spec.intermediate_size + 2 * width
+    return spec.num_hidden_layers * layer + 2 * spec.vocab_size * width + width
+
+
+def value_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def disk_bytes(plan: Plan, tokens: int) -> int:
+    """Largest size of the unfinished folder: the export and two hidden streams."""
+    return parameters(plan) * value_bytes(plan.dtype) + 2 * 4 * tokens * plan.spec.hidden_size
+
+
+def memory_bytes(plan: Plan, tokens: int, *, held: int = 0) -> int:
+    """Peak resident memory of the conversion; ``held`` is the size of a GGUF source that is read whole."""
+    spec = plan.spec
+    width, d = spec.hidden_size, spec.head_dim
+    attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+    layer = 4 * (attention + 3 * width * spec.intermediate_size)
+    # float64 copies of the attention, the per-head key targets, and a dozen D×D work matrices
+    work = 8 * (2 * attention + 12 * width * width)
+    embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
+    return BASE_MEMORY + held + 2 * 4 * tokens * width + max(layer + work, embedding)
+
+
+def seconds(plan: Plan, tokens: int, device: torch.device) -> float:
+    """Estimated time of the closed form, from this machine's own matrix rate."""
+    spec = plan.spec
+    width, d = spec.hidden_size, spec.head_dim
+    attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+    forward = 2 * tokens * (attention + 3 * width * spec.intermediate_size + width * width)
+    factor = 30 * width**3 + 8 * width**2 * d * (spec.num_attention_heads + spec.num_key_value_heads)
+    return spec.num_hidden_layers * (
+        forward / matrix_rate(device, torch.float32) + factor / matrix_rate(device, torch.float64)
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations per second of a square matrix product, measured."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
+    """Tokens of cache one GPU holds beside the export's weights, (before, after), by its gigabytes."""
+    weights = parameters(plan) * value_bytes(plan.dtype)
+    found = {}
+    for gigabytes in GPU_GIGABYTES:
+        free = max(0.0, USABLE * gigabytes * 1e9 - weights)
+        found[gigabytes] = (
+            int(free / bytes_per_token(plan, plan.spec.cache_values)),
+            int(free / bytes_per_token(plan, plan.shape.cache_values)),
+        )
+    return found
+
+
+def bytes_per_token(plan: Plan, values: int) -> int:
+    """Cache bytes per token over all layers, for ``values`` per token and layer."""
+    return values * plan.spec.num_hidden_layers * value_bytes(plan.dtype)
+
+
+def runtimes(plan: Plan) -> list[Runtime]:
+    """Which runtimes take the export, and with which kernels."""
+    shape = plan.shape
+    rope_type = plan.rope_parameters.get("rope_type", "default")
+    plain = rope_type == "default"
+    why = "" if plain else f"its DeepSeek loader does not read rope_type '{rope_type}'"
+    decode = (shape.kv_lora_rank, shape.qk_rope_head_dim) in VLLM_DECODE
+    prefill = (shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim) in VLLM_PREFILL
+    if not plain:
+        vllm = why
+    elif decode and prefill:
+        kernels = "FlashMLA, FA3" if shape.kv_lora_rank == 512 else "FA3"
+        vllm = f"latent cache, fast decode on Hopper ({kernels})"
+    else:
+        vllm = "no fast kernel for this shape (--pad-for vllm); VLLM_MLA_DISABLE=1 runs it with an expanded cache"
+    sglang = why if not plain else ("latent cache" if decode else "its white list of shapes has 512+64 and 256+64")
+    return [
+        Runtime("transformers", True, "latent cache; stock code expands it at every step"),
+        Runtime("vLLM", plain, vllm),
+        Runtime("SGLang", plain and decode, sglang),
+        Runtime("llama.cpp", plain, why or "convert from a config with q_lora_rank 0; keep attn_kv_a_mqa in BF16 or F32"),
+    ]
+
+
+def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0) -> dict[str, Any]:
+    """Everything ``transmla plan`` shows, as plain values."""
+    before, after = plan.spec.cache_values, plan.shape.cache_values
+    return {
+        **plan.to_dict(),
+        "cache_values": {"before": before, "after": after},
+        "cache_bytes_per_token": {
+            "before": bytes_per_token(plan, before),
+            "after": bytes_per_token(plan, after),
+        },
+        "cache_ratio": plan.cache_ratio,
+        "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},
+        "runtimes": [vars(runtime) for runtime in runtimes(plan)],
+        "parameters": parameters(plan),
+        "memory_bytes": memory_bytes(plan, tokens, held=held),
+        "disk_bytes": disk_bytes(plan, tokens),
+        "seconds": seconds(plan, tokens, device),
+        "device": str(device),
+    }

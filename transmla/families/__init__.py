@@ -1,0 +1,1 @@
+"""Model families, one file each; a file that defines ``FAMILY`` is found by its presence."""

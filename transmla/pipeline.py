@@ -1,0 +1,365 @@
+"""The conversion from end to end: one pass, one decoder layer in memory at a time.
+
+    source → AttentionSpec → Plan → [per layer: observe → factorize → write] → exported folder
+
+Every layer ends with a shard, the hidden stream and a line of progress on disk, so a run that was killed
+goes on where it stopped and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla import __version__
+from transmla.artifacts import AttentionSpec, LayerFactors, Plan
+from transmla.calibrate import NormRatio, SourceLayer, bfloat16_pays, steps
+from transmla.card import write_card
+from transmla.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_source
+from transmla.core.absorb import expanded_attention, source_attention
+from transmla.data import load_blocks, sample_self
+from transmla.errors import TransmlaError
+from transmla.estimate import disk_bytes
+from transmla.export import (
+    MANIFEST,
+    Workspace,
+    disk_errors,
+    hash_files,
+    write_index,
+    write_json,
+    write_text,
+    write_tokenizer,
+)
+from transmla.factorize import export_tensors, factorize
+from transmla.families.base import Family
+from transmla.native import native_config
+from transmla.plan import make_plan
+from transmla.progress import Reporter, Silent
+from transmla.recipe import Recipe, dump_recipe
+from transmla.spec import check_tensors, describe, family_of, read_config, skeleton
+
+# Sequences on which each layer's error is measured.
+ERROR_SEQUENCES = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was found convertible: its shapes are checked, no weight has been read."""
+
+    path: Path
+    config: Any
+    spec: AttentionSpec
+    family: Family
+    checkpoint: Checkpoint
+    dtype: str
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TransmlaError(
+            f"device '{name}' is not usable", limit=str(error).splitlines()[0], remedy="use --device cpu"
+        ) from error
+    return device
+
+
+def open_source(recipe: Recipe) -> Source:
+    """Find, describe and check a source; every refusal that needs no weights happens here."""
+    path = resolve_source(recipe.source, revision=recipe.revision)
+    config = read_config(path)
+    family = family_of(config)
+    spec = describe(config)
+    checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
+    check_tensors(checkpoint.shapes, config, family)
+    dtype = str(checkpoint.read(family.tensors["norm"]).dtype).removeprefix("torch.")
+    return Source(path, config, spec, family, checkpoint, dtype)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The source's tokenizer.
+
+    Raises:
+        TransmlaError: if it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.checkpoint.folder, **source.checkpoint.load_kwargs)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TransmlaError(
+            f"no tokenizer in '{source.checkpoint.folder}'",
+            limit="an export carries its source's tokenizer, and calibration needs one",
+            remedy="add tokenizer.json and tokenizer_config.json to the source folder",
+        ) from error
+
+
+def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
+    """Convert ``recipe.source`` into the folder ``recipe.output``; returns that folder.
+
+    Raises:
+        TransmlaError: for bad input, before anything is written; for a full disk, with what was written kept.
+    """
+    report = reporter or Silent()
+    output = Path(recipe.output)
+    source = open_source(recipe)
+    plan = make_plan(source.spec, recipe, source.dtype)
+    for note in plan.notes:
+        report.message(note)
+    workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
+    workspace.refuse_overwrite(resume=resume)
+    tokenizer = load_tokenizer(source)
+    device = pick_device(recipe.device)
+    _check_disk(output, disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length))
+
+    report.stage("checking weights", len(source.checkpoint.shapes))
+    fingerprint = source.checkpoint.fingerprint(report.advance)
+    known = workspace.tokens() if resume else None
+    if recipe.calibration.source == "self":
+        check_length(source.spec, recipe.calibration.length)
+    tokens = known if known is not None else calibration_tokens(recipe, source, tokenizer, report)
+
+    with disk_errors(output):
+        progress = workspace.open(_key(recipe, plan, fingerprint))
+        if known is None:
+            workspace.save_tokens(tokens)
+        _convert_layers(source, plan, workspace, progress, tokens, device, report)
+        _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
+        workspace.finish()
+    return output
+
+
+def check_length(spec: AttentionSpec, length: int) -> None:
+    """A calibration sequence must fit the source's context."""
+    if length > spec.max_position_embeddings:
+        raise TransmlaError(
+            f"calibration sequences of {length} tokens are longer than the source's context",
+            limit=f"at most {spec.max_position_embeddings}",
+            remedy="lower --calibration-length",
+        )
+
+
+def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> Tensor:
+    """Calibration tokens [sequences, length], from text or sampled from the source itself."""
+    want = recipe.calibration
+    check_length(source.spec, want.length)
+    if want.source != "self":
+        blocks = load_blocks(
+            want.source,
+            tokenizer,
+            sequences=want.sequences,
+            length=want.length,
+            split=want.split,
+            column=want.column,
+        )
+        if int(blocks.max()) >= source.spec.vocab_size:
+            raise TransmlaError(
+                f"the tokenizer produces token {int(blocks.max())}",
+                limit=f"the model's vocabulary has {source.spec.vocab_size}",
+                remedy="use the tokenizer that belongs to this model",
+            )
+        return blocks
+    device = pick_device(recipe.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    report.stage("sampling calibration text", want.sequences)
+    model = load_model(source.path, dtype=dtype).to(device)
+    return sample_self(
+        model, tokenizer, sequences=want.sequences, length=want.length, seed=recipe.seed, progress=report.advance
+    )
+
+
+def _key(recipe: Recipe, plan: Plan, fingerprint: str) -> str:
+    """What a resumed run must share with the one it continues."""
+    settings = recipe.model_dump(exclude={"device", "eval"})
+    versions = {"transmla": __version__, "torch": torch.__version__}
+    text = json.dumps([settings, plan.to_dict(), fingerprint, versions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise TransmlaError(
+            f"the export needs about {needed / 1e9:.1f} GB",
+            limit=f"'{parent}' has {free / 1e9:.1f} GB free",
+            remedy="free some space or choose another --output",
+        )
+
+
+def _convert_layers(
+    source: Source,
+    plan: Plan,
+    workspace: Workspace,
+    progress: dict[str, Any],
+    tokens: Tensor,
+    device: torch.device,
+    report: Reporter,
+) -> None:
+    """Write the embedding shard and one shard a layer, carrying the hidden stream from each to the next."""
+    names, read = source.family.tensors, source.checkpoint.read
+    half = source.dtype == "bfloat16" and bfloat16_pays(device)
+    layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+    dtype = getattr(torch, plan.dtype)
+    start, layers = progress["next_layer"], plan.spec.num_hidden_layers
+    if start:
+        stream = workspace.stream(start, progress["checksum"])
+    else:
+        embedding = read(names["embed"])
+        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {names["embed"]: embedding.to(dtype)})
+        stream = torch.nn.functional.embedding(tokens, embedding).float()
+        del embedding
+    report.stage("converting layers", layers)
+    report.advance(start)
+    for i in range(start, layers):
+        prefix = names["layer"].format(i=i)
+        layer.load(source.checkpoint.layer(prefix))
+        seen = layer.observe(stream)
+        factors = factorize(layer.weights(), seen.stats, plan)
+        inputs = partial(_attention_inputs, layer, stream)
+        attention, scale = export_tensors(factors, plan, inputs)
+        shard = {prefix + "self_attn." + name: tensor for name, tensor in attention.items()}
+        shard |= _untouched(source, prefix, dtype, seen.input_norm, seen.output_norm)
+        progress["hashes"][workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, shard)
+        error = _relative_error(layer, factors, stream[-ERROR_SEQUENCES:])
+        progress["layers"].append(
+            {
+                "layer": i,
+                "relative_error": error,
+                "latent_mean_square": scale.mean_square,
+                "latent_max_square": scale.max_square,
+                "norm_residual": max(seen.input_norm.residual, seen.output_norm.residual),
+            }
+        )
+        stream = seen.hidden
+        progress["checksum"] = workspace.save_stream(i + 1, stream)
+        progress["next_layer"] = i + 1
+        workspace.save_progress(progress)
+        workspace.drop_stream(i)
+        report.advance(i + 1, f"layer {i}: attention error {error:.3f}")
+    if "final_norm" not in progress:
+        final = NormRatio(plan.spec.rms_norm_eps)
+        for _, hidden in steps(stream):
+            final.add(hidden)
+        progress["final_norm"] = final.correction
+        workspace.save_progress(progress)
+
+
+def _attention_inputs(layer: SourceLayer, stream: Tensor) -> Any:
+    return (layer.attention_input(hidden) for _, hidden in steps(stream))
+
+
+def _untouched(
+    source: Source, prefix: str, dtype: torch.dtype, input_norm: NormRatio, output_norm: NormRatio
+) -> dict[str, Tensor]:
+    """The layer's tensors outside the attention, its norms corrected for the export's eps."""
+    corrections = {
+        "input_layernorm.weight": input_norm.correction,
+        "post_attention_layernorm.weight": output_norm.correction,
+    }
+    tensors = {}
+    for name in source.checkpoint.shapes:
+        if name.startswith(prefix) and not name.startswith(prefix + "self_attn."):
+            tensor = source.checkpoint.read(name)
+            correction = corrections.get(name.removeprefix(prefix))
+            tensors[name] = (tensor if correction is None else tensor.double() * correction).to(dtype)
+    return tensors
+
+
+@torch.no_grad()
+def _relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) -> float:
+    """‖MLA − source‖²/‖source‖² of the attention output on a few calibration sequences."""
+    spec, single = layer.spec, _single(factors)
+    weights = layer.weights()
+    difference = energy = 0.0
+    for hidden in stream:
+        x = layer.attention_input(hidden[None])
+        target = source_attention(
+            x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2
+        )
+        difference += float((expanded_attention(x, single) - target).square().sum())
+        energy += float(target.square().sum())
+    return difference / max(energy, 1e-30)
+
+
+def _single(factors: LayerFactors) -> LayerFactors:
+    """The factors in float32."""
+    values = {k: v.float() if isinstance(v, Tensor) else v for k, v in vars(factors).items()}
+    return LayerFactors(**values)
+
+
+def _write_rest(
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    workspace: Workspace,
+    progress: dict[str, Any],
+    tokenizer: Any,
+    fingerprint: str,
+) -> None:
+    """The last shard, config, tokenizer, recipe, manifest and card."""
+    from transformers import GenerationConfig
+
+    names, read = source.family.tensors, source.checkpoint.read
+    dtype, folder = getattr(torch, plan.dtype), workspace.folder
+    head = names["embed"] if plan.spec.tie_word_embeddings else names["head"]
+    last = {
+        names["norm"]: (read(names["norm"]).double() * progress["final_norm"]).to(dtype),
+        names["head"]: read(head).to(dtype),
+    }
+    progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
+    workspace.drop_stream(plan.spec.num_hidden_layers)
+    write_index(folder)
+    config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)
+    write_json(folder / "config.json", config)
+    write_tokenizer(
+        folder,
+        source.checkpoint.folder,
+        tokenizer,
+        copy=source.checkpoint.gguf is None,
+        generation=GenerationConfig.from_model_config(source.config),
+    )
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    manifest = {
+        "format": "native",
+        "plan": plan.to_dict(),
+        "source": {
+            "name": recipe.source,
+            "revision": recipe.revision,
+            "commit": _hub_commit(source.path),
+            "fingerprint": fingerprint,
+        },
+        "versions": {
+            "transmla": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+            "python": platform.python_version(),
+        },
+        "layers": progress["layers"],
+        "final_norm_correction": progress["final_norm"],
+        "hashes": hash_files(folder, progress["hashes"]),
+    }
+    write_json(folder / MANIFEST, manifest)
+    write_card(folder, manifest, recipe)
+
+
+def _hub_commit(path: Path) -> str | None:
+    """The commit of a Hub snapshot, which is the name of its cache folder."""
+    return path.name if path.parent.name == "snapshots" else None
+
+

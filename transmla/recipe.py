@@ -1,0 +1,120 @@
+"""Recipes: everything a conversion can be told, typed, in a YAML file or as flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from transmla.errors import TransmlaError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Text that the conversion measures the model on."""
+
+    source: str = Field(
+        "self", description="self, pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)"
+    )
+    split: str | None = Field(None, description="split of a dataset, or of pydoc (train, test)")
+    column: str | None = Field(None, description="text column of a dataset")
+    sequences: PositiveInt = Field(64, description="number of sequences")
+    length: int = Field(512, ge=2, description="tokens per sequence")
+
+
+class Evaluation(_Strict):
+    """Text on which source and export are compared after the conversion."""
+
+    text: str = Field("pydoc", description="the same kinds of text as calibration")
+    split: str | None = Field(None, description="split of a dataset, or of pydoc (train, test)")
+    column: str | None = Field(None, description="text column of a dataset")
+    window: int = Field(2048, ge=2, description="tokens per window")
+    max_windows: PositiveInt | None = Field(None, description="number of windows at most")
+    stride: PositiveInt | None = Field(None, description="tokens between windows; default: window")
+
+
+class Recipe(_Strict):
+    """One conversion from source to export."""
+
+    source: str = Field(description="checkpoint folder, .gguf file, package:NAME/FILE, or Hub id")
+    output: str = Field(description="folder to write")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
+    method: str = Field("calibrated", description="conversion method (calibrated, transmla)")
+    cache_ratio: float | None = Field(
+        None, gt=0, description="cache of the export as a share of the source's; chooses the shape"
+    )
+    kv_lora_rank: PositiveInt | None = Field(None, description="width of the latent")
+    qk_rope_head_dim: PositiveInt | None = Field(None, description="width of the rotary key")
+    qk_nope_head_dim: PositiveInt | None = Field(None, description="position-free query width (padding)")
+    v_head_dim: PositiveInt | None = Field(None, description="value head width (padding)")
+    q_lora_rank: PositiveInt | None = Field(None, description="compress queries to this rank")
+    pad_for: Literal["vllm"] | None = Field(None, description="round to a shape with fast kernels")
+    freqfold: PositiveInt | None = Field(None, description="frequencies concentrated together")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision of the export")
+    allow_no_saving: bool = Field(False, description="accept a cache no smaller than the source's")
+    allow_pickle: bool = Field(False, description="open pickled (.bin) weights")
+    custom_rope: bool = Field(
+        False, description="one rotary table for the whole model that repeats frequencies (transformers only)"
+    )
+    calibration: Calibration = Calibration()
+    eval: Evaluation | None = None
+    seed: int = Field(0, ge=0, description="seed of all sampling")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, …")
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def parse_section(schema: type[Section], values: dict[str, Any], origin: str = "command line") -> Section:
+    """Check ``values`` against ``schema`` and report every mistake at once.
+
+    Raises:
+        TransmlaError: naming each unknown key and each value out of range.
+    """
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        mistakes = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            unknown = item["type"] == "extra_forbidden"
+            mistakes.append(f"{key}: unknown key" if unknown else f"{key}: {item['msg'].lower()}")
+        known = ", ".join(schema.model_fields)
+        raise TransmlaError(f"{origin}: " + "; ".join(mistakes), remedy=f"known keys: {known}") from error
+
+
+def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
+    """A recipe from plain values; see ``parse_section``."""
+    return parse_section(Recipe, values, origin)
+
+
+def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """A recipe from a YAML file; ``overrides`` (nested like the file) win over it."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise TransmlaError(
+            f"cannot read recipe '{path}'", limit=str(error).replace("\n", " "), remedy="check the file"
+        ) from error
+    if not isinstance(values, dict):
+        raise TransmlaError(f"recipe '{path}' is not a mapping of keys to values", remedy="see recipes/")
+    return parse_recipe(merge(values, overrides), str(path))
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides`` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        section = merged.get(key)
+        merged[key] = merge(section, value) if isinstance(section, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)

@@ -1,0 +1,211 @@
+"""Is an export what it says it is? Loaded by stock transformers, compared with itself and with its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.checkpoint import open_checkpoint, resolve_source
+from transmla.core.absorb import absorbed_attention
+from transmla.errors import TransmlaError
+from transmla.export import MANIFEST, VERIFICATION, write_json
+from transmla.fingerprint import check_hashes, export_fingerprint
+from transmla.native import RMS_NORM_EPS, layer_factors
+
+# Relative difference of logits or attention outputs that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# mean((s·c)²)/eps of the largest token: a hundredth bends the norm by half a percent, bf16's own rounding.
+MAX_HEADROOM = 1e-2
+PROMPT_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question, its answer, and the number behind it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    folder: Path, *, source: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Iterator[Check]:
+    """Check an export, yielding each answer as it is found; all passed writes ``verification.json``.
+
+    Args:
+        folder: what ``transmla convert`` wrote.
+        source: the source, to compare the untouched weights bit for bit.
+        dtype: precision the model is run in; float32 gives the sharpest comparison.
+        device: where it is run.
+
+    Raises:
+        TransmlaError: if ``folder`` is not a finished export.
+    """
+    manifest = read_manifest(folder)
+    (folder / VERIFICATION).unlink(missing_ok=True)
+    checks: list[Check] = []
+    for check in _checks(folder, manifest, source, dtype, device):
+        checks.append(check)
+        yield check
+        if not check.passed and check.name in ("hashes", "loads"):
+            return
+    if all(check.passed for check in checks):
+        write_json(
+            folder / VERIFICATION,
+            {
+                "passed": True,
+                "fingerprint": export_fingerprint(manifest["hashes"]),
+                "dtype": str(dtype).removeprefix("torch."),
+                "checks": [asdict(check) for check in checks],
+            },
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``transmla.json`` of a finished export.
+
+    Raises:
+        TransmlaError: if the folder is missing, unfinished or not an export.
+    """
+    file = folder / MANIFEST
+    if folder.name.endswith(".partial") or not file.is_file():
+        raise TransmlaError(
+            f"'{folder}' is not a finished export",
+            limit=f"a finished one holds {MANIFEST}",
+            remedy="run `transmla convert`, with --resume if it was interrupted",
+        )
+    manifest: dict[str, Any] = json.loads(file.read_text())
+    return manifest
+
+
+def _checks(
+    folder: Path, manifest: dict[str, Any], source: str | None, dtype: torch.dtype, device: str
+) -> Iterator[Check]:
+    problems = check_hashes(folder, manifest["hashes"])
+    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged")
+
+    model, problem = _load(folder, dtype, device)
+    yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
+    if model is None:
+        return
+    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    yield Check("finite", not bad, f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite")
+
+    tokens = _prompt(model)
+    yield _cache_equals_full(model, tokens, dtype)
+    yield _absorbed_equals_expanded(model, tokens, dtype)
+    yield _cache_size(model, tokens, manifest)
+    yield _headroom(model, tokens)
+    if source is not None:
+        yield _untouched(folder, source, manifest)
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # whatever a loader raises is the answer to this check
+        return None, f"{type(error).__name__}: {error}"
+    wrong = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    named = [f"{key}: {', '.join(names[:2])}" for key, names in wrong.items() if names]
+    return (None, "; ".join(named)) if named else (model.to(device).eval(), "")
+
+
+def _prompt(model: Any) -> Tensor:
+    """Two rows of seeded random tokens that the cache checks read."""
+    length = min(PROMPT_TOKENS, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    return tokens.to(model.device)
+
+
+def _relative(left: Tensor, right: Tensor) -> float:
+    return float((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def _cache_equals_full(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
+    """Half the prompt at once, the rest token by token, against one full forward."""
+    full = model(tokens, use_cache=False).logits
+    half = tokens.shape[1] // 2
+    out = model(tokens[:, :half], use_cache=True)
+    cache, pieces = out.past_key_values, [out.logits]
+    for i in range(half, tokens.shape[1]):
+        pieces.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    difference = _relative(torch.cat(pieces, 1), full)
+    return Check("cached decode = full forward", difference <= TOLERANCE[dtype], f"relative difference {difference:.1e}")
+
+
+@torch.no_grad()
+def _observe(model: Any, tokens: Tensor, module: Callable[[Any], Any]) -> list[tuple[Tensor, Tensor]]:
+    """(input, output) of ``module(layer)`` in every layer, for one full forward."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        seen.append((x, output[0] if isinstance(output, tuple) else output))
+
+    hooks = [module(layer).register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    try:
+        model(tokens, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return seen
+
+
+def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
+    """Stock expanded attention against absorbed attention in float64 from the same tensors."""
+    rotary = model.model.rotary_emb
+    gain = float(rotary.attention_scaling) ** 2
+    worst = 0.0
+    for layer, (x, output) in zip(model.model.layers, _observe(model, tokens, lambda layer: layer.self_attn), strict=True):
+        tensors = {name: p.detach().cpu() for name, p in layer.self_attn.named_parameters()}
+        factors = layer_factors(tensors, model.config, rotary.inv_freq.double().cpu(), gain)
+        worst = max(worst, _relative(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
+    # Half a headroom's worth of latent norm is part of the export, not an error of it.
+    limit = TOLERANCE[dtype] + MAX_HEADROOM / 2
+    return Check("absorbed = expanded", worst <= limit, f"largest relative difference {worst:.1e}")
+
+
+@torch.no_grad()
+def _cache_size(model: Any, tokens: Tensor, manifest: dict[str, Any]) -> Check:
+    """Bytes that a real cache holds after a forward, per token, against the plan."""
+    cache = model(tokens, use_cache=True).past_key_values
+    measured = sum(
+        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
+    ) / tokens.numel()
+    shape, spec = manifest["plan"]["shape"], manifest["plan"]["spec"]
+    values = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
+    planned = values * spec["num_hidden_layers"] * model.dtype.itemsize
+    return Check(
+        "cache size", measured == planned, f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})"
+    )
+
+
+def _headroom(model: Any, tokens: Tensor) -> Check:
+    """How close the largest latent comes to bending its norm."""
+    seen = _observe(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
+    worst = max(float(x.float().square().mean(-1).max()) for x, _ in seen) / RMS_NORM_EPS
+    return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
+
+
+def _untouched(folder: Path, source: str, manifest: dict[str, Any]) -> Check:
+    """Every tensor that is neither attention nor norm equals the source's, bit for bit after the cast."""
+    original = open_checkpoint(resolve_source(source, revision=manifest["source"]["revision"]))
+    export = open_checkpoint(folder)
+    dtype = getattr(torch, manifest["plan"]["dtype"])
+    names = [n for n in original.shapes if ".self_attn." not in n and "norm" not in n and n in export.shapes]
+    changed = [n for n in names if not torch.equal(export.read(n), original.read(n).to(dtype))]
+    detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors bit for bit"
+    return Check("untouched weights", bool(names) and not changed, detail)
