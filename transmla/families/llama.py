@@ -7,7 +7,7 @@ FAMILY = Family(
     check=check_llama_like,
     tiny={
         "vocab_size": 128,
-        "hidden_size": 48,
+        "hidden_size": 72,  # a multiple of 4, 6 and 9 heads
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 6,

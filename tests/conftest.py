@@ -1,0 +1,118 @@
+"""Tiny sources on disk: a real tokenizer, a real model, every attention layout the project converts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transmla.recipe import Recipe, parse_recipe
+from transmla.registry import scan
+
+torch.set_num_threads(2)
+
+# (query heads, key/value heads)
+LAYOUTS = {"mha": (4, 4), "gqa": (6, 3), "gqa9": (9, 3), "mqa": (4, 1)}
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def build_tokenizer(folder: Path, vocab_size: int = 128) -> None:
+    """A byte-level tokenizer with a chat template, saved into ``folder``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def build_model(family: str = "llama", layout: str = "gqa", rope: str = "default", **changes: Any) -> Any:
+    """A tiny random causal LM in float32, with weights large enough that attention is not uniform."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads, kv_heads = LAYOUTS[layout]
+    settings = {
+        **scan("transmla.families", "FAMILY")[family].tiny,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_parameters": ROPES[rope],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def make_source(tmp_path: Path) -> Callable[..., Path]:
+    """``make_source(family, layout, rope, **config)`` saves a tiny model with its tokenizer."""
+
+    def make(*args: Any, dtype: torch.dtype = torch.float32, name: str = "source", **kwargs: Any) -> Path:
+        folder = tmp_path / name
+        model = build_model(*args, **kwargs)
+        model.to(dtype).save_pretrained(folder)
+        build_tokenizer(folder, model.config.vocab_size)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text of a few thousand tiny tokens."""
+    file = tmp_path / "text.txt"
+    words = ["the", "cat", "dog", "sat", "on", "a", "mat", "log", "ran", "far", "and", "saw", "big", "red", "sun"]
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.randint(0, len(words), (4000,), generator=generator)
+    file.write_text(" ".join(words[i] for i in picks))
+    return file
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
+    """``make_recipe(source, **settings)`` with small calibration on ``text_file``."""
+
+    def make(source: Path, output: str = "out", **settings: Any) -> Recipe:
+        calibration = {"source": str(text_file), "sequences": 8, "length": 48, **settings.pop("calibration", {})}
+        values = {"source": str(source), "output": str(tmp_path / output), "calibration": calibration, "device": "cpu"}
+        return parse_recipe(values | settings, "test")
+
+    return make
