@@ -60,7 +60,12 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
     """Compare a fresh export with its source on the recipe's ``eval`` text, and write it into the card."""
     assert recipe.eval is not None
     result = evaluate_models(
-        str(folder), recipe.source, recipe.eval, device=recipe.device, revision=recipe.revision, reporter=reporter
+        str(folder),
+        recipe.source,
+        recipe.eval,
+        device=recipe.device,
+        revision=recipe.revision,
+        reporter=reporter,
     )
     write_card(folder, json.loads((folder / "transmla.json").read_text()), recipe, result)
     return result
@@ -81,10 +86,14 @@ def _tokenizer(path: Path) -> Any:
 def _load(path: Path, dtype: str, device: torch.device) -> Any:
     precision = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}.get(dtype)
     if precision is None:
-        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
+        raise TransmlaError(
+            f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one"
+        )
     try:
         return load_model(path, dtype=precision).to(device)
     except (OSError, ValueError, KeyError) as error:
         raise TransmlaError(
-            f"cannot load '{path}' as a causal LM", limit=str(error).splitlines()[0], remedy="check the folder"
+            f"cannot load '{path}' as a causal LM",
+            limit=str(error).splitlines()[0],
+            remedy="check the folder",
         ) from error

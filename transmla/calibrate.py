@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from transmla.artifacts import AttentionSpec, LayerStats, LayerWeights
 from transmla.core.absorb import causal_softmax, source_scores
 from transmla.native import RMS_NORM_EPS
 
-# Sequences whose attention is measured for the calibrated phase, and the share of each window whose
-# queries count: the first quarter sees too few distances.
-PHASE_SEQUENCES = 8
-PHASE_SKIP = 4
+# Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
+# distances to count for the phase.
+QUERY_STRIDE = 4
+DISTANCE_SKIP = 4
 TOKENS_PER_STEP = 4096
+# Scores held at once while attention is measured.
+SCORES_PER_STEP = 2**24
 
 
 @dataclass
@@ -107,59 +111,89 @@ class SourceLayer:
 
     def observe(self, stream: Tensor) -> Observations:
         """Run the layer over ``stream`` [N, T, D] step by step; returns what was seen and the next stream."""
-        width = self.spec.hidden_size
-        moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        norms = [NormRatio(self.spec.rms_norm_eps) for _ in range(2)]
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, norm=norm: norm.add(args[0]))
-            for module, norm in zip(
-                (self.module.input_layernorm, self.module.post_attention_layernorm), norms, strict=True
-            )
-        ]
-        mass = torch.zeros(self.spec.num_attention_heads, stream.shape[1], dtype=torch.float64, device=self.device)
+        width, length = self.spec.hidden_size, stream.shape[1]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        moment, attended = zeros(width, width), zeros(width, width)
+        mass, received = zeros(self.spec.num_attention_heads, length), 0.0
         following = torch.empty_like(stream)
-        try:
+        with self._observed_norms() as norms:
             for start, hidden in steps(stream):
                 x = self.attention_input(hidden)
+                step_mass, squared = self._attention(x)
+                mass += step_mass
+                received += float(squared.sum())
                 flat = x.flatten(0, 1)
                 moment += (flat.mT @ flat).double()
-                if start < PHASE_SEQUENCES:
-                    mass += self._distance_mass(x[: PHASE_SEQUENCES - start])
-                following[start : start + len(hidden)] = self.forward(hidden.to(self.device)).to(stream.device)
+                attended += ((x * squared[..., None]).flatten(0, 1).mT @ flat).double()
+                following[start : start + len(hidden)] = self.forward(hidden.to(self.device)).to(
+                    stream.device
+                )
+        tokens = stream.shape[0] * length
+        total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)
+        return Observations(stats, *norms, following)
+
+    @contextmanager
+    def _observed_norms(self) -> Iterator[tuple[NormRatio, NormRatio]]:
+        """Measure what enters the layer's two norms while it runs."""
+        norms = NormRatio(self.spec.rms_norm_eps), NormRatio(self.spec.rms_norm_eps)
+        modules = self.module.input_layernorm, self.module.post_attention_layernorm
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, norm=norm: norm.add(args[0]))
+            for module, norm in zip(modules, norms, strict=True)
+        ]
+        try:
+            yield norms
         finally:
             for hook in hooks:
                 hook.remove()
-        tokens = stream.shape[0] * stream.shape[1]
-        total = mass.sum(-1, keepdim=True)
-        stats = LayerStats(moment / tokens, mass / total.clamp_min(torch.finfo(mass.dtype).tiny), tokens)
-        return Observations(stats, norms[0], norms[1], following)
 
-    def _distance_mass(self, x: Tensor) -> Tensor:
-        """Attention mass [H, T] by distance, the sink token and early queries left out."""
-        length = x.shape[1]
-        first = length // PHASE_SKIP
-        weights = self.weights()
-        total = x.new_zeros(self.spec.num_attention_heads, length - first, length)
-        for sequence in x:
-            scores = source_scores(
-                sequence[None],
-                weights,
-                self.inv_freq,
-                scaling=self.spec.scaling,
-                gain=self.spec.attention_factor**2,
-            )
-            total += causal_softmax(scores)[0, :, first:]
-        total[..., 0] = 0
-        return sum_by_distance(total, first)
+    @torch.no_grad()
+    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of ``x`` [N, T, D]: mass by distance [H, T], and Σ a² received by every token [N, T].
+
+        The mass leaves out the sink token and early queries.
+        """
+        spec, length = self.spec, x.shape[1]
+        weights, group = self.weights(), self.spec.group_size
+        stride = min(QUERY_STRIDE, length)
+        queries = torch.arange(stride - 1, length, stride, device=x.device)
+        late = len(queries) // DISTANCE_SKIP
+        mass = torch.zeros(spec.num_attention_heads, length, dtype=torch.float64, device=x.device)
+        squared = torch.zeros(x.shape[:2], device=x.device)
+        per_step = max(1, SCORES_PER_STEP // (group * length * len(queries)))
+        for g in range(spec.num_key_value_heads):
+            heads = slice(g * group, (g + 1) * group)
+            part = replace(weights, q=weights.q[heads], k=weights.k[g : g + 1])
+            for start in range(0, len(x), per_step):
+                scores = source_scores(
+                    x[start : start + per_step],
+                    part,
+                    self.inv_freq,
+                    scaling=spec.scaling,
+                    gain=spec.attention_factor**2,
+                    positions=queries,
+                )
+                attention = causal_softmax(scores, queries)
+                squared[start : start + per_step] += attention.square().sum((1, 2))
+                total = attention[:, :, late:].sum(0)
+                total[..., 0] = 0
+                mass[heads] += sum_by_distance(total, int(queries[late]), stride)
+        return mass, squared
 
 
-def sum_by_distance(attention: Tensor, first: int) -> Tensor:
-    """Σ over i − j = Δ of ``attention`` [H, R, T], whose rows are the queries i = first … T − 1; [H, T] float64."""
+def sum_by_distance(attention: Tensor, first: int, stride: int = 1) -> Tensor:
+    """Σ over i − j = Δ of ``attention`` [H, R, T], whose rows are the queries i = first, first + stride, …
+
+    Returns [H, T] in float64.
+    """
     heads, rows, length = attention.shape
-    # Reversed columns, each row shifted one further: equal distances then stand in one column.
-    padded = torch.nn.functional.pad(attention.flip(-1), (0, rows)).flatten(1)[:, :-rows]
-    by_column = padded.view(heads, rows, length + rows - 1).sum(1, dtype=torch.float64)
-    return by_column[:, length - 1 - first :]
+    # Reversed columns, each row shifted ``stride`` further: equal distances then stand in one column.
+    shift = rows * stride
+    skewed = torch.nn.functional.pad(attention.flip(-1), (0, shift)).flatten(1)[:, :-shift]
+    by_column = skewed.view(heads, rows, length + shift - stride).sum(1, dtype=torch.float64)
+    by_distance = by_column[:, length - 1 - first :][:, :length]
+    return torch.nn.functional.pad(by_distance, (0, length - by_distance.shape[1]))
 
 
 def bfloat16_pays(device: torch.device) -> bool:

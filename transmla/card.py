@@ -68,13 +68,19 @@ def write_card(
     if evaluation:
         text = f"{evaluation['text']}, {evaluation['windows']} × {evaluation['window']} tokens"
         rows += [
-            (f"perplexity ({text})", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"),
+            (
+                f"perplexity ({text})",
+                f"{evaluation['baseline_perplexity']:.2f}",
+                f"{evaluation['perplexity']:.2f}",
+            ),
             ("KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"),
             ("same most likely token as the source", "–", f"{evaluation['top1_agreement']:.1%}"),
         ]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla"]}
-    is_hub_id = recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
+    is_hub_id = (
+        recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
+    )
     if is_hub_id:
         metadata["base_model"] = recipe.source
     notes = "".join(f"\n- {note}" for note in plan["notes"])

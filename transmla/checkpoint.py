@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import pickle
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,7 +175,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TransmlaError(
             f"'{index}' is not a valid shard index", limit=str(error), remedy="download it again"
         ) from error
@@ -182,7 +184,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
-    handles, where = {}, {}
+    where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         file = folder / shard
@@ -193,16 +195,22 @@ def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
                 remedy="download it again",
             )
         try:
-            handles[shard] = safe_open(file, framework="pt")
+            handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise TransmlaError(
                 f"shard '{shard}' is corrupt or cut off", limit=str(error), remedy="download it again"
             ) from error
-        for name in handles[shard].keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-            where[name] = shard
-            shapes[name] = tuple(handles[shard].get_slice(name).get_shape())
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+            where[name] = file
+            shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: the pages read of a mapped file stay resident until its last tensor goes.
+        with safe_open(where[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
     size = sum((folder / shard).stat().st_size for shard in shards)
-    return Checkpoint(folder, shapes, lambda name: handles[where[name]].get_tensor(name), size=size)
+    return Checkpoint(folder, shapes, read, size=size)
 
 
 def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
@@ -223,7 +231,17 @@ def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
     files = sorted(set(_weight_map(index).values())) if index.is_file() else [_PICKLES[0]]
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(folder / file)
+            tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=mapped)
+        except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, EOFError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TransmlaError(
+                f"'{file}' cannot be opened as pickled weights",
+                limit=f"{type(error).__name__}: {reason}",
+                remedy="download it again",
+            ) from error
     return _in_memory(folder, tensors)
 
 

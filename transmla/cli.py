@@ -13,8 +13,15 @@ from transmla import __version__
 from transmla.errors import TransmlaError
 from transmla.options import overrides, with_recipe_options
 
+# What a shell reports for Ctrl-C, and what typer turns it into.
+INTERRUPTED = 130
+
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Checkpoint folder, .gguf file, Hub id, package:NAME/FILE, or a recipe (.yaml).")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Checkpoint folder, .gguf file, Hub id, package:NAME/FILE, or a recipe (.yaml).",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -46,7 +53,9 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
 def convert(
     source: SourceArgument,
     *,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
     **options: Any,
 ) -> None:
@@ -72,8 +81,12 @@ def convert(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
     *,
-    source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: precision the export is run in.")] = "float32",
+    source: Annotated[
+        str | None, typer.Option(help="Compare the untouched weights with this source.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16: precision the export is run in.")
+    ] = "float32",
     device: DeviceOption = "auto",
 ) -> None:
     """Check an export: hashes, stock loading, cache = no cache, absorbed = expanded, cache bytes, norms.
@@ -89,7 +102,9 @@ def verify(
 
     precision = getattr(torch, dtype, None)
     if precision not in TOLERANCE:
-        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
+        raise TransmlaError(
+            f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one"
+        )
     failed = 0
     for check in run(folder, source=source, dtype=precision, device=str(pick_device(device))):
         console.show_check(check)
@@ -101,14 +116,27 @@ def verify(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE."
+        ),
+    ],
     *,
-    baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
-    text: Annotated[str, typer.Option(help="pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset.")] = "pydoc",
-    split: Annotated[str | None, typer.Option(help="Split of a dataset; of pydoc: train or test (default: test).")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset.")
+    ] = "pydoc",
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset; of pydoc: train or test (default: test).")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Text column of a dataset.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Windows at most (default: the whole text).")] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Windows at most (default: the whole text).")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: window).")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")] = "auto",
     device: DeviceOption = "auto",
@@ -121,7 +149,14 @@ def evaluate(
 
     settings = parse_section(
         Evaluation,
-        {"text": text, "split": split, "column": column, "window": window, "max_windows": max_windows, "stride": stride},
+        {
+            "text": text,
+            "split": split,
+            "column": column,
+            "window": window,
+            "max_windows": max_windows,
+            "stride": stride,
+        },
     )
     with console.Bars() as bars:
         result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
@@ -138,14 +173,22 @@ def push(
     private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    token: Annotated[str | None, typer.Option(help="Access token (default: the one you are logged in with).")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Access token (default: the one you are logged in with).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="List files and sizes, send nothing.")] = False,
 ) -> None:
     """Upload a verified export to the Hugging Face Hub, in one commit."""
     from transmla import console, hub
 
     result = hub.push(
-        folder, repo_id, private=private, revision=revision, commit_message=message, token=token, dry_run=dry_run
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        token=token,
+        dry_run=dry_run,
     )
     rows = [[file.path, f"{file.size:,}"] for file in result.files]
     console.table(f"{'would push' if dry_run else 'pushed'} to {result.repo_id}", ["file", "bytes"], rows)
@@ -163,11 +206,13 @@ def _version(asked: bool) -> None:
 
 def build() -> typer.Typer:
     """The application, one command per verb."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
     @app.callback()
     def root(
-        version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        ] = False,
     ) -> None:
         """Convert pretrained models to Multi-head Latent Attention: a small KV cache, no custom code."""
 
@@ -195,13 +240,22 @@ def _quiet() -> None:
 
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        if len(sys.argv) > 1 and not {"--help", "--version"} & set(sys.argv):
+        if not {"--help", "--version"} & set(arguments):
             _quiet()
-        build()()
+        code = build()(arguments, standalone_mode=False)
     except TransmlaError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # A misused option; typer carries click inside or beside it, by version, and exports no base class.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {TransmlaError(error.format_message(), remedy='see --help')}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if code == INTERRUPTED:
         print("interrupted; `transmla convert` continues with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+    raise SystemExit(code or 0)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from transmla.verify import Check
@@ -34,8 +42,10 @@ class Bars:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # Off a terminal the bars are printed once, here; after a failure its one line is to stand alone.
+        self.progress.live.transient = kind is not None and not err.is_terminal
+        self.progress.live.stop()
 
     def stage(self, name: str, total: int) -> None:
         self.task = self.progress.add_task(name, total=total, note="")
@@ -45,7 +55,7 @@ class Bars:
             self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
 
     def message(self, text: str) -> None:
-        self.progress.console.print(f"[yellow]note:[/] {text}", highlight=False)
+        self.progress.console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -63,7 +73,13 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def show_plan(summary: dict[str, Any]) -> None:
@@ -79,8 +95,16 @@ def show_plan(summary: dict[str, Any]) -> None:
                 f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv heads × {spec['head_dim']}",
                 f"latent {shape['kv_lora_rank']} + rotary {shape['qk_rope_head_dim']}",
             ],
-            ["head widths (nope, rope, v)", f"{spec['head_dim']}", f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}"],
-            ["cache values per token and layer", f"{values['before']}", f"{values['after']} ({summary['cache_ratio']:.1%})"],
+            [
+                "head widths (nope, rope, v)",
+                f"{spec['head_dim']}",
+                f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}",
+            ],
+            [
+                "cache values per token and layer",
+                f"{values['before']}",
+                f"{values['after']} ({summary['cache_ratio']:.1%})",
+            ],
             ["cache bytes per token", f"{size['before']:,}", f"{size['after']:,}"],
             *[
                 [f"tokens of cache on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
@@ -118,14 +142,21 @@ def show_evaluation(result: dict[str, Any], text: str) -> None:
             ["same top-1 token", f"{result['top1_agreement']:.1%}"],
         ]
     rows.append(["seconds", f"{result['seconds']:.1f}"])
-    table(f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}", ["", "value"], rows)
+    table(
+        f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}",
+        ["", "value"],
+        rows,
+    )
 
 
 def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """The table that closes a conversion whose recipe has an ``eval`` section."""
     plan = manifest["plan"]
     spec, shape = plan["spec"], plan["shape"]
-    before, after = 2 * spec["num_key_value_heads"] * spec["head_dim"], shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
+    before, after = (
+        2 * spec["num_key_value_heads"] * spec["head_dim"],
+        shape["kv_lora_rank"] + shape["qk_rope_head_dim"],
+    )
     width = spec["num_hidden_layers"] * (4 if plan["dtype"] == "float32" else 2)
     table(
         f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",

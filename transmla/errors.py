@@ -11,4 +11,6 @@ class TransmlaError(Exception):
 
     def __init__(self, what: str, *, limit: str = "", remedy: str = "") -> None:
         self.what, self.limit, self.remedy = what, limit, remedy
-        super().__init__("; ".join(part for part in (what, limit, remedy) if part))
+        # A limit may quote a library, whose messages have lines and full stops of their own.
+        parts = (" ".join(part.split()).removesuffix(".") for part in (what, limit, remedy))
+        super().__init__("; ".join(part for part in parts if part))

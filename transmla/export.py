@@ -121,6 +121,8 @@ class Workspace:
             TransmlaError: an unfinished run with another key.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        for cut_off in self.folder.glob("*.tmp"):
+            cut_off.unlink()
         file = self.folder / PROGRESS
         if not file.is_file():
             progress: dict[str, Any] = {"key": key, "next_layer": 0, "layers": [], "hashes": {}}
@@ -134,6 +136,10 @@ class Workspace:
                 remedy="repeat the command it was begun with, or delete it",
             )
         return progress
+
+    def size(self) -> int:
+        """Bytes that an unfinished run has written."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         write_json(self.folder / PROGRESS, progress)
@@ -187,7 +193,8 @@ class Workspace:
 
     def finish(self) -> None:
         """Remove what only a resume needs, and give the folder its name."""
-        for file in (self.folder / PROGRESS, self.folder / _CALIBRATION):
+        # Progress goes last: without it a resumed run would take whatever tokens it finds.
+        for file in (*self.folder.glob("stream-*"), self.folder / _CALIBRATION, self.folder / PROGRESS):
             file.unlink(missing_ok=True)
         if self.output.exists():
             self.output.rmdir()

@@ -49,7 +49,8 @@ def compress_queries(factors: LayerFactors, stats: LayerStats, rank: int) -> Lay
     """Queries of rank ``rank`` that serve all heads best under the calibration data."""
     moment = regularise(stats.second_moment)
     rows = torch.cat([factors.q_nope, factors.q_pe], 1)
-    basis = latent_basis(rows.flatten(0, 1), moment, rank)
+    # Orthonormal rows keep the query latent's norm an identity on any input.
+    basis = torch.linalg.qr(latent_basis(rows.flatten(0, 1), moment, rank).mT).Q.mT
     read = regress(rows, basis, moment)
     d_n = factors.q_nope.shape[1]
     return replace(factors, q_nope=read[:, :d_n], q_pe=read[:, d_n:], q_latent=basis)

@@ -117,7 +117,9 @@ def layer_tensors(
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def layer_factors(tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rope_gain: float) -> LayerFactors:
+def layer_factors(
+    tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rope_gain: float
+) -> LayerFactors:
     """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
     heads, rank, d_r = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim

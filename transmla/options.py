@@ -14,8 +14,17 @@ from pydantic import BaseModel
 from transmla.recipe import Calibration, Recipe
 
 _PANELS = {
-    "Shape": ("cache_ratio", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank",
-              "pad_for", "custom_rope", "allow_no_saving"),
+    "Shape": (
+        "cache_ratio",
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "q_lora_rank",
+        "pad_for",
+        "custom_rope",
+        "allow_no_saving",
+    ),
     "Method": ("method", "freqfold", "dtype", "seed", "device"),
     "Source": ("revision", "allow_pickle"),
 }
@@ -43,7 +52,10 @@ def _option(flag: str, name: str, model: type[BaseModel], field: str, panel: str
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
-            kind | None, typer.Option(flag, help=f"{info.description}{listed}{default}", rich_help_panel=panel, show_default=False)
+            kind | None,
+            typer.Option(
+                flag, help=f"{info.description}{listed}{default}", rich_help_panel=panel, show_default=False
+            ),
         ],
     )
 
@@ -65,13 +77,19 @@ def recipe_parameters() -> list[inspect.Parameter]:
             parameters.append(_option(flag, field, Recipe, field, panel))
     for field in Calibration.model_fields:
         name = "calibration" if field == "source" else f"calibration_{field}"
-        parameters.append(_option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text"))
+        parameters.append(
+            _option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text")
+        )
     return parameters
 
 
 def with_recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give ``function``, which takes ``**options``, every recipe option in its signature."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [
+        p
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
     parameters = [*own, *recipe_parameters()]
 
     def command(**kwargs: Any) -> None:

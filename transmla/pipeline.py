@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -118,20 +119,23 @@ def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None =
     output = Path(recipe.output)
     source = open_source(recipe)
     plan = make_plan(source.spec, recipe, source.dtype)
-    for note in plan.notes:
-        report.message(note)
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
     workspace.refuse_overwrite(resume=resume)
     tokenizer = load_tokenizer(source)
     device = pick_device(recipe.device)
-    _check_disk(output, disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length))
+    needed = disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length)
+    _check_disk(output, needed - workspace.size())
 
+    check_length(source.spec, recipe.calibration.length)
+    known = tokens = workspace.tokens() if resume else None
+    if tokens is None and recipe.calibration.source != "self":
+        tokens = calibration_tokens(recipe, source, tokenizer, report)
     report.stage("checking weights", len(source.checkpoint.shapes))
-    fingerprint = source.checkpoint.fingerprint(report.advance)
-    known = workspace.tokens() if resume else None
-    if recipe.calibration.source == "self":
-        check_length(source.spec, recipe.calibration.length)
-    tokens = known if known is not None else calibration_tokens(recipe, source, tokenizer, report)
+    fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
+    for note in plan.notes:
+        report.message(note)
+    if tokens is None:
+        tokens = calibration_tokens(recipe, source, tokenizer, report)
 
     with disk_errors(output):
         progress = workspace.open(_key(recipe, plan, fingerprint))
@@ -156,7 +160,6 @@ def check_length(spec: AttentionSpec, length: int) -> None:
 def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> Tensor:
     """Calibration tokens [sequences, length], from text or sampled from the source itself."""
     want = recipe.calibration
-    check_length(source.spec, want.length)
     if want.source != "self":
         blocks = load_blocks(
             want.source,
@@ -178,7 +181,12 @@ def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: R
     report.stage("sampling calibration text", want.sequences)
     model = load_model(source.path, dtype=dtype).to(device)
     return sample_self(
-        model, tokenizer, sequences=want.sequences, length=want.length, seed=recipe.seed, progress=report.advance
+        model,
+        tokenizer,
+        sequences=want.sequences,
+        length=want.length,
+        seed=recipe.seed,
+        progress=lambda done, _: report.advance(done),
     )
 
 
@@ -194,6 +202,12 @@ def _check_disk(output: Path, needed: int) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise TransmlaError(
+            f"cannot write to '{parent}'",
+            limit="it is not a folder, or this user may not write there",
+            remedy="choose another --output",
+        )
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TransmlaError(
@@ -218,11 +232,15 @@ def _convert_layers(
     layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
     dtype = getattr(torch, plan.dtype)
     start, layers = progress["next_layer"], plan.spec.num_hidden_layers
+    if "final_norm" in progress:  # the stream may be gone, and nothing needs it any more
+        return
     if start:
         stream = workspace.stream(start, progress["checksum"])
     else:
         embedding = read(names["embed"])
-        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {names["embed"]: embedding.to(dtype)})
+        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(
+            0, {names["embed"]: embedding.to(dtype)}
+        )
         stream = torch.nn.functional.embedding(tokens, embedding).float()
         del embedding
     report.stage("converting layers", layers)
@@ -253,12 +271,11 @@ def _convert_layers(
         workspace.save_progress(progress)
         workspace.drop_stream(i)
         report.advance(i + 1, f"layer {i}: attention error {error:.3f}")
-    if "final_norm" not in progress:
-        final = NormRatio(plan.spec.rms_norm_eps)
-        for _, hidden in steps(stream):
-            final.add(hidden)
-        progress["final_norm"] = final.correction
-        workspace.save_progress(progress)
+    final = NormRatio(plan.spec.rms_norm_eps)
+    for _, hidden in steps(stream):
+        final.add(hidden)
+    progress["final_norm"] = final.correction
+    workspace.save_progress(progress)
 
 
 def _attention_inputs(layer: SourceLayer, stream: Tensor) -> Any:
@@ -323,7 +340,9 @@ def _write_rest(
         names["norm"]: (read(names["norm"]).double() * progress["final_norm"]).to(dtype),
         names["head"]: read(head).to(dtype),
     }
-    progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
+    progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(
+        workspace.shards - 1, last
+    )
     workspace.drop_stream(plan.spec.num_hidden_layers)
     write_index(folder)
     config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)
@@ -361,5 +380,3 @@ def _write_rest(
 def _hub_commit(path: Path) -> str | None:
     """The commit of a Hub snapshot, which is the name of its cache folder."""
     return path.name if path.parent.name == "snapshots" else None
-
-

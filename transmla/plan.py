@@ -70,7 +70,7 @@ def check_fold(fold: int, stride: int, pairs: int) -> None:
     """Every fold must hold a slot, and folds must tile the frequencies."""
     if fold % stride or pairs % fold:
         raise TransmlaError(
-            f"freqfold {fold} does not fit {pairs} frequencies of which every {stride}. keeps a slot",
+            f"freqfold {fold} does not fit the source's {pairs} rotary frequencies",
             limit=f"it must be a multiple of {stride} that divides {pairs}",
             remedy="choose another --freqfold, or leave it out",
         )
@@ -189,9 +189,13 @@ def _notes(spec: AttentionSpec, shape: MLAShape, rope_parameters: dict[str, Any]
             "share one rotary key: even with nothing cut the conversion is not exact"
         )
     if shape.latent_rank < shape.kv_lora_rank:
-        notes.append(f"{shape.kv_lora_rank - shape.latent_rank} of {shape.kv_lora_rank} latent channels are zero padding")
+        notes.append(
+            f"{shape.kv_lora_rank - shape.latent_rank} of {shape.kv_lora_rank} latent channels are zero padding"
+        )
     if rope_parameters.get("rope_type", "default") != "default":
-        notes.append(f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only")
+        notes.append(
+            f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only"
+        )
     if spec.rms_norm_eps != 1e-6:
         notes.append(
             f"rms_norm_eps changes from {spec.rms_norm_eps:g} to 1e-06; norm weights are corrected by calibration"

@@ -19,7 +19,8 @@ class Calibration(_Strict):
     """Text that the conversion measures the model on."""
 
     source: str = Field(
-        "self", description="self, pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)"
+        "self",
+        description="self, pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)",
     )
     split: str | None = Field(None, description="split of a dataset, or of pydoc (train, test)")
     column: str | None = Field(None, description="text column of a dataset")
@@ -46,7 +47,10 @@ class Recipe(_Strict):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     method: str = Field("calibrated", description="conversion method (calibrated, transmla)")
     cache_ratio: float | None = Field(
-        None, gt=0, description="cache of the export as a share of the source's; chooses the shape"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="cache of the export as a share of the source's; chooses the shape",
     )
     kv_lora_rank: PositiveInt | None = Field(None, description="width of the latent")
     qk_rope_head_dim: PositiveInt | None = Field(None, description="width of the rotary key")
@@ -84,8 +88,20 @@ def parse_section(schema: type[Section], values: dict[str, Any], origin: str = "
             key = ".".join(str(part) for part in item["loc"])
             unknown = item["type"] == "extra_forbidden"
             mistakes.append(f"{key}: unknown key" if unknown else f"{key}: {item['msg'].lower()}")
-        known = ", ".join(schema.model_fields)
-        raise TransmlaError(f"{origin}: " + "; ".join(mistakes), remedy=f"known keys: {known}") from error
+        known = ", ".join(_keys(schema))
+        unknown = any(mistake.endswith("unknown key") for mistake in mistakes)
+        remedy = f"known keys: {known}" if unknown else "correct it; --help lists what can be given"
+        raise TransmlaError(f"{origin}: " + "; ".join(mistakes), remedy=remedy) from error
+
+
+def _keys(schema: type[BaseModel]) -> list[str]:
+    """Every key of ``schema``, those of its sections as section.key."""
+    sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "eval": Evaluation}
+    keys = []
+    for name in schema.model_fields:
+        section = sections.get(name)
+        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
+    return keys
 
 
 def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
@@ -97,7 +113,7 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     """A recipe from a YAML file; ``overrides`` (nested like the file) win over it."""
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TransmlaError(
             f"cannot read recipe '{path}'", limit=str(error).replace("\n", " "), remedy="check the file"
         ) from error
@@ -111,7 +127,11 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
         section = merged.get(key)
-        merged[key] = merge(section, value) if isinstance(section, dict) and isinstance(value, dict) else value
+        if isinstance(value, dict) and section is not None:
+            # A section that is no section is a mistake of the file: kept, so that it is reported.
+            merged[key] = merge(section, value) if isinstance(section, dict) else section
+        else:
+            merged[key] = value
     return merged
 
 

@@ -27,8 +27,7 @@ def read_config(path: Path) -> Any:
     folder, extra = split_gguf(path)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # its readers and validators share no narrower class
         if "trust_remote_code" in str(error):
             raise TransmlaError(
                 f"'{path}' needs code of its own (trust_remote_code)",
@@ -36,7 +35,9 @@ def read_config(path: Path) -> Any:
                 remedy="convert a model whose class ships with transformers",
             ) from error
         raise TransmlaError(
-            f"cannot read the config of '{path}'", limit=reason, remedy="check SOURCE"
+            f"cannot read the config of '{path}'",
+            limit=str(error) or type(error).__name__,
+            remedy="check SOURCE",
         ) from error
 
 
@@ -56,7 +57,9 @@ def skeleton(config: Any) -> Any:
     if getattr(single, "quantization_config", None) is not None:
         del single.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(single, dtype=torch.float32, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(
+            single, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
 
 
 def describe(config: Any) -> AttentionSpec:
@@ -66,7 +69,14 @@ def describe(config: Any) -> AttentionSpec:
         TransmlaError: for a family or an attribute that cannot be converted, by name.
     """
     family = family_of(config)
-    rotary = type(skeleton(config).model.rotary_emb)(config)
+    try:
+        rotary = type(skeleton(config).model.rotary_emb)(config)
+    except (KeyError, ValueError, TypeError) as error:  # an unknown activation, for one
+        raise TransmlaError(
+            f"transformers cannot build a {family.name} model from the source's config",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="correct its config.json",
+        ) from error
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return AttentionSpec(
         family=family.name,

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         TransmlaError: if the folder is missing, unfinished or not an export.
     """
     file = folder / MANIFEST
-    if folder.name.endswith(".partial") or not file.is_file():
+    if folder.resolve().name.endswith(".partial") or not file.is_file():
         raise TransmlaError(
             f"'{folder}' is not a finished export",
             limit=f"a finished one holds {MANIFEST}",
@@ -89,14 +89,20 @@ def _checks(
     folder: Path, manifest: dict[str, Any], source: str | None, dtype: torch.dtype, device: str
 ) -> Iterator[Check]:
     problems = check_hashes(folder, manifest["hashes"])
-    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged")
+    yield Check(
+        "hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged"
+    )
 
     model, problem = _load(folder, dtype, device)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
     if model is None:
         return
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
-    yield Check("finite", not bad, f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite")
+    yield Check(
+        "finite",
+        not bad,
+        f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite",
+    )
 
     tokens = _prompt(model)
     yield _cache_equals_full(model, tokens, dtype)
@@ -116,7 +122,10 @@ def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, str]:
         )
     except Exception as error:  # whatever a loader raises is the answer to this check
         return None, f"{type(error).__name__}: {error}"
-    wrong = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = {
+        key: sorted(map(str, info.get(key) or ()))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     named = [f"{key}: {', '.join(names[:2])}" for key, names in wrong.items() if names]
     return (None, "; ".join(named)) if named else (model.to(device).eval(), "")
 
@@ -143,7 +152,11 @@ def _cache_equals_full(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
     for i in range(half, tokens.shape[1]):
         pieces.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
     difference = _relative(torch.cat(pieces, 1), full)
-    return Check("cached decode = full forward", difference <= TOLERANCE[dtype], f"relative difference {difference:.1e}")
+    return Check(
+        "cached decode = full forward",
+        difference <= TOLERANCE[dtype],
+        f"relative difference {difference:.1e}",
+    )
 
 
 @torch.no_grad()
@@ -169,7 +182,9 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
     rotary = model.model.rotary_emb
     gain = float(rotary.attention_scaling) ** 2
     worst = 0.0
-    for layer, (x, output) in zip(model.model.layers, _observe(model, tokens, lambda layer: layer.self_attn), strict=True):
+    for layer, (x, output) in zip(
+        model.model.layers, _observe(model, tokens, lambda layer: layer.self_attn), strict=True
+    ):
         tensors = {name: p.detach().cpu() for name, p in layer.self_attn.named_parameters()}
         factors = layer_factors(tensors, model.config, rotary.inv_freq.double().cpu(), gain)
         worst = max(worst, _relative(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
@@ -182,14 +197,21 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
 def _cache_size(model: Any, tokens: Tensor, manifest: dict[str, Any]) -> Check:
     """Bytes that a real cache holds after a forward, per token, against the plan."""
     cache = model(tokens, use_cache=True).past_key_values
-    measured = sum(
-        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
-    ) / tokens.numel()
+    measured = (
+        sum(
+            tensor.numel() * tensor.element_size()
+            for layer in cache.layers
+            for tensor in (layer.keys, layer.values)
+        )
+        / tokens.numel()
+    )
     shape, spec = manifest["plan"]["shape"], manifest["plan"]["spec"]
     values = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
     planned = values * spec["num_hidden_layers"] * model.dtype.itemsize
     return Check(
-        "cache size", measured == planned, f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})"
+        "cache size",
+        measured == planned,
+        f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})",
     )
 
 
@@ -197,7 +219,9 @@ def _headroom(model: Any, tokens: Tensor) -> Check:
     """How close the largest latent comes to bending its norm."""
     seen = _observe(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
     worst = max(float(x.float().square().mean(-1).max()) for x, _ in seen) / RMS_NORM_EPS
-    return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
+    return Check(
+        "latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps"
+    )
 
 
 def _untouched(folder: Path, source: str, manifest: dict[str, Any]) -> Check:

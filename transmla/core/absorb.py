@@ -12,21 +12,31 @@ from transmla.artifacts import LayerFactors, LayerWeights
 from transmla.core.rope import rotate
 
 
-def causal_softmax(scores: Tensor) -> Tensor:
-    """Softmax of ``scores`` [..., T, T] over the keys that are not in the future."""
-    length = scores.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1)
+def causal_softmax(scores: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Softmax of ``scores`` [..., Q, T] over keys not in the future of the queries at ``positions`` [Q] (all T)."""
+    keys = torch.arange(scores.shape[-1], device=scores.device)
+    queries = keys if positions is None else positions
+    return scores.masked_fill(keys > queries[:, None], float("-inf")).softmax(-1)
 
 
 def source_scores(
-    x: Tensor, weights: LayerWeights, inv_freq: Tensor, *, scaling: float, gain: float = 1.0
+    x: Tensor,
+    weights: LayerWeights,
+    inv_freq: Tensor,
+    *,
+    scaling: float,
+    gain: float = 1.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """Scores [N, H, T, T] of the source attention for its input ``x`` [N, T, D]; ``gain`` is yarn's, squared."""
-    positions = torch.arange(x.shape[1], device=x.device)
+    """Scores [N, H, Q, T] of the source attention for its input ``x`` [N, T, D].
+
+    ``gain`` is the square of yarn's attention factor; queries stand at ``positions`` [Q], by default at all T.
+    """
+    keys = torch.arange(x.shape[1], device=x.device)
+    queries = keys if positions is None else positions
     group = weights.q.shape[0] // weights.k.shape[0]
-    q = rotate(torch.einsum("ntD,hdD->nhtd", x, weights.q), inv_freq, positions)
-    k = rotate(torch.einsum("ntD,gdD->ngtd", x, weights.k), inv_freq, positions)
+    q = rotate(torch.einsum("ntD,hdD->nhtd", x[:, queries], weights.q), inv_freq, queries)
+    k = rotate(torch.einsum("ntD,gdD->ngtd", x, weights.k), inv_freq, keys)
     return q @ k.repeat_interleave(group, 1).mT * (scaling * gain)
 
 

@@ -31,9 +31,7 @@ class Concentration:
 
 def slots_by_fold(rotary: RotaryPlan, pairs: int) -> list[tuple[range, list[int]]]:
     """For each run of ``freqfold`` neighbouring frequencies: the run, and the slots that turn within it."""
-    folds = [
-        range(start, min(start + rotary.freqfold, pairs)) for start in range(0, pairs, rotary.freqfold)
-    ]
+    folds = [range(start, min(start + rotary.freqfold, pairs)) for start in range(0, pairs, rotary.freqfold)]
     return [(fold, [s for s, f in enumerate(rotary.slots) if f in fold]) for fold in folds]
 
 
@@ -55,12 +53,14 @@ def concentrate(
     heads, pairs, _ = kappa.shape
     z = kappa.new_zeros(len(rotary.slots), kappa.shape[-1])
     mix = kappa.new_zeros(len(rotary.slots), heads, pairs)
-    floor = weight.max().clamp_min(torch.finfo(weight.dtype).tiny) * 1e-12
+    largest = weight.max()
+    # Only ratios matter; where no rotation is ever seen, all channels count the same.
+    weight = torch.where(largest > 0, weight / largest, torch.ones_like(weight)).clamp_min(1e-12)
     for fold, slots in slots_by_fold(rotary, pairs):
         if not slots:
             continue
         keys = kappa[:, fold.start : fold.stop].reshape(-1, kappa.shape[-1])
-        root = weight[:, fold.start : fold.stop].reshape(-1).clamp_min(floor).sqrt().to(keys.dtype)
+        root = weight[:, fold.start : fold.stop].reshape(-1).sqrt().to(keys.dtype)
         covariance = keys @ moment.to(keys.dtype) @ keys.mH
         if real:
             covariance = covariance.real.to(keys.dtype)

@@ -53,9 +53,7 @@ def check_llama_like(config: Any) -> None:
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise refuse(
-            name, f"rope_type '{rope_type}' is not supported", f"supported: {', '.join(ROPE_TYPES)}"
-        )
+        raise refuse(name, f"rope_type '{rope_type}' is not supported", f"supported: {', '.join(ROPE_TYPES)}")
     if rope_type == "yarn" and rope.get("mscale_all_dim"):
         raise refuse(
             name,

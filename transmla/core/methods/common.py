@@ -36,6 +36,15 @@ def channel_norm(weight: Tensor, moment: Tensor) -> Tensor:
     return ((weight @ moment) * weight).sum(-1).clamp_min(0).sqrt()
 
 
+def key_level(rest: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
+    """Mean channel norm of what the rotary channels left of ``keys``, but no less than their thousandth.
+
+    Rounding errors are all that is left where the rotary key holds everything; they may claim no latent.
+    """
+    floor = channel_norm(keys, moment).mean() * 1e-3
+    return torch.maximum(channel_norm(rest, moment).mean(), floor).clamp_min(1e-30)
+
+
 def assemble(
     weights: LayerWeights,
     plan: Plan,
@@ -47,8 +56,14 @@ def assemble(
     v_up: Tensor,
     inv_freq: Tensor,
 ) -> LayerFactors:
-    """Factors of a layer whose position-free queries and output projection are the source's own."""
+    """Factors of a layer whose position-free queries and output projection are the source's own.
+
+    The latent's rows are made orthonormal: no input, however unlike the calibration text, then has a latent
+    larger than itself, and the latent norm stays an identity.
+    """
     gain = plan.spec.attention_factor**2
+    rows, triangle = torch.linalg.qr(latent.mT)
+    latent, k_up, v_up = rows.mT, k_up @ triangle.mT, v_up @ triangle.mT
     return LayerFactors(
         # yarn scales cos and sin, so only the rotary part of a runtime's score carries its gain.
         q_nope=weights.q * gain,

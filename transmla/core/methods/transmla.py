@@ -12,7 +12,7 @@ import torch
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.concentrate import concentrate
 from transmla.core.linalg import latent_basis, regress, regularise
-from transmla.core.methods.common import Method, assemble, channel_norm, source_frequencies
+from transmla.core.methods.common import Method, assemble, channel_norm, key_level, source_frequencies
 from transmla.core.rope import to_complex, to_halves
 
 
@@ -23,7 +23,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     kept = concentrate(kappa, moment, uniform, plan.rotary, real=True)
     key = to_halves(kept.residual(kappa))
 
-    balance = channel_norm(weights.v, moment).mean() / channel_norm(key, moment).mean().clamp_min(1e-30)
+    balance = channel_norm(weights.v, moment).mean() / key_level(key, weights.k, moment)
     target = torch.cat([(key * balance).flatten(0, 1), weights.v.flatten(0, 1)])
     latent = latent_basis(target, moment, plan.shape.latent_rank)
 
