@@ -255,9 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _dispatch(self) -> None:
         path = urlsplit(self.path).path
-        matches = (
-            (name, pattern.fullmatch(path)) for name, method, pattern in ROUTES if method == self.command
-        )
+        matches = ((name, pattern.fullmatch(path)) for name, method, pattern in ROUTES if method == self.command)
         name, match = next(((name, match) for name, match in matches if match), ("unknown", None))
         groups = {key: unquote(value) for key, value in match.groupdict().items()} if match else {}
         with self.server.lock:

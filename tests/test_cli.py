@@ -160,13 +160,9 @@ def test_damaged_shards_are_named(place: Path, run: Run) -> None:
     shard = sorted(Path("many").glob("model-*.safetensors"))[2]
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
-    refuses(
-        run, "convert", "many", "-o", "out", *CALIBRATION, says=f"shard '{shard.name}' is corrupt or cut off"
-    )
+    refuses(run, "convert", "many", "-o", "out", *CALIBRATION, says=f"shard '{shard.name}' is corrupt or cut off")
     shard.unlink()
-    refuses(
-        run, "convert", "many", "-o", "out", *CALIBRATION, says=f"shard '{shard.name}' is missing from 'many'"
-    )
+    refuses(run, "convert", "many", "-o", "out", *CALIBRATION, says=f"shard '{shard.name}' is missing from 'many'")
     for index in ("{}", "[1]", "{"):
         Path("many/model.safetensors.index.json").write_text(index)
         refuses(run, "convert", "many", "-o", "out", *CALIBRATION, says="is not a valid shard index")
@@ -266,9 +262,7 @@ def test_an_output_that_is_taken_is_refused(place: Path, run: Run) -> None:
 
 def test_a_plan_that_saves_nothing_must_be_wanted(place: Path, run: Run) -> None:
     wide = ["convert", "mqa", "-o", "out", "--kv-lora-rank", "32", "--qk-rope-head-dim", "16", *CALIBRATION]
-    refuses(
-        run, *wide, says="caches 48 values per token and layer; the source caches 32, so nothing is saved"
-    )
+    refuses(run, *wide, says="caches 48 values per token and layer; the source caches 32, so nothing is saved")
     assert run(*wide, "--allow-no-saving")[0] == 0
     assert Path("out/transmla.json").is_file()
 
@@ -349,9 +343,7 @@ def test_flags_win_over_the_recipe(place: Path, run: Run) -> None:
 
 
 def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
-    code, out, _ = run(
-        "convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48"
-    )
+    code, out, _ = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
     assert code == 0
     assert "wrote out; next: transmla verify out" in out
     assert run("verify", "out", "--source", "source")[0] == 0
@@ -388,9 +380,7 @@ def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
         ("push", ["--private", "--revision", "--dry-run"]),
     ],
 )
-def test_help_names_every_option(
-    run: Run, verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_names_every_option(run: Run, verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     code, out, _ = run(verb, "--help")
     assert code == 0
@@ -427,9 +417,7 @@ def test_the_plan_of_an_8b_llama() -> None:
     )
     for ratio in (0.29, 0.3):
         values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": ratio}
-        found = summary(
-            make_plan(spec, parse_recipe(values, "test"), "bfloat16"), 64 * 512, torch.device("cpu")
-        )
+        found = summary(make_plan(spec, parse_recipe(values, "test"), "bfloat16"), 64 * 512, torch.device("cpu"))
         assert found["cache_values"] == {"before": 2048, "after": 576}
         shape = found["shape"]
         assert (shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]) == (128, 64, 128)

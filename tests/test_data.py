@@ -33,18 +33,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator([data._pydoc("test")[:30_000]], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=16
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=16)
 
 
 @pytest.fixture(scope="module")
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer, putting BOS before and EOS after each text."""
     bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
@@ -143,9 +139,7 @@ def test_no_warning_about_the_length(tokenizer: PreTrainedTokenizerFast, text_fi
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @pytest.mark.parametrize("column", ["text", "body"])
-def test_tables_join_their_rows(
-    suffix: str, column: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_tables_join_their_rows(suffix: str, column: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / f"rows{suffix}"
     rows = [{"id": i, column: row} for i, row in enumerate(ROWS)]
     if suffix == ".jsonl":
@@ -252,9 +246,7 @@ def test_samples_depend_on_seed_and_batch_alone(model, tokenizer: PreTrainedToke
     settings = copy.deepcopy(model.generation_config.to_dict())
     state = torch.random.get_rng_state()
     model.train()
-    first = sample_self(
-        model, tokenizer, sequences=5, length=24, batch_size=2, progress=lambda *p: done.append(p)
-    )
+    first = sample_self(model, tokenizer, sequences=5, length=24, batch_size=2, progress=lambda *p: done.append(p))
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.generation_config.to_dict() == settings

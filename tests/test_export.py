@@ -138,10 +138,7 @@ def test_an_exact_export_generates_the_sources_tokens(stock: dict[str, Any], pla
     for prompt, tokens in zip(PROMPTS, stock["exact"]["cached"], strict=True):
         inputs = torch.tensor([tokenizer(prompt)["input_ids"]])
         fixed = {"do_sample": False, "temperature": None, "min_new_tokens": NEW_TOKENS}
-        assert (
-            source.generate(inputs, max_new_tokens=NEW_TOKENS, **fixed)[0, inputs.shape[1] :].tolist()
-            == tokens
-        )
+        assert source.generate(inputs, max_new_tokens=NEW_TOKENS, **fixed)[0, inputs.shape[1] :].tolist() == tokens
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -107,9 +107,7 @@ def test_hidden_and_temporary_files_stay_behind(hub: HubServer, export: Path) ->
     assert hub.repos[REPO_ID].tree().keys() == expected | {".gitattributes"}
 
 
-def test_the_endpoint_may_come_from_the_client(
-    hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_endpoint_may_come_from_the_client(hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     assert push_to(hub, export, endpoint=None).url == f"{hub.url}/{REPO_ID}"
     assert REPO_ID in hub.repos

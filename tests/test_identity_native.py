@@ -47,9 +47,7 @@ def difference(source: Path, export: Path) -> float:
     return float((logits(export) - logits(source)).abs().max())
 
 
-def test_the_logits_are_worth_comparing(
-    make_source: Callable[..., Path], make_recipe: Callable[..., Any]
-) -> None:
+def test_the_logits_are_worth_comparing(make_source: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
     """A cut moves them by orders of magnitude more than the tolerance, and attention is far from uniform."""
     source = make_source("llama", "mqa", **EPS)
     export = convert(make_recipe(source, **{**WHOLE, "kv_lora_rank": 12}))
@@ -99,9 +97,7 @@ def test_heads_that_are_multiples_of_one(
         weight.data = to_halves(z * keys[:1]).flatten(0, 1).float()
     model.save_pretrained(tmp_path / "source")
     build_tokenizer(tmp_path / "source")
-    recipe = make_recipe(
-        tmp_path / "source", kv_lora_rank=rank, qk_rope_head_dim=16, freqfold=1, method=method
-    )
+    recipe = make_recipe(tmp_path / "source", kv_lora_rank=rank, qk_rope_head_dim=16, freqfold=1, method=method)
     assert difference(tmp_path / "source", convert(recipe)) <= EXACT
 
 

@@ -78,9 +78,7 @@ def dead_values(layer: Layer) -> Layer:
 
 
 def sink_only(layer: Layer) -> Layer:
-    return replace(
-        layer, stats=replace(layer.stats, distance_mass=torch.zeros_like(layer.stats.distance_mass))
-    )
+    return replace(layer, stats=replace(layer.stats, distance_mass=torch.zeros_like(layer.stats.distance_mass)))
 
 
 def one_sink_head(layer: Layer) -> Layer:
@@ -104,9 +102,7 @@ DEGENERATE = [
 
 @pytest.mark.parametrize("change", DEGENERATE)
 @pytest.mark.parametrize("layout", ["gqa", "mqa"])
-def test_degenerate_layers_give_finite_factors(
-    method: Method, change: Callable[[Layer], Layer], layout: str
-) -> None:
+def test_degenerate_layers_give_finite_factors(method: Method, change: Callable[[Layer], Layer], layout: str) -> None:
     """Finite in float32, as they are written, and of a size that bfloat16 sums up."""
     layer = change(make_layer(layout))
     for plan in (half(layer, method), uncut(layer.spec, method.name)):
@@ -114,15 +110,11 @@ def test_degenerate_layers_give_finite_factors(
         for name, tensor in tensors(factors).items():
             assert bool(tensor.float().isfinite().all()), name
             assert float(tensor.abs().max()) < 1e12, name
-        single = LayerFactors(
-            **{k: v.float() if isinstance(v, Tensor) else v for k, v in vars(factors).items()}
-        )
+        single = LayerFactors(**{k: v.float() if isinstance(v, Tensor) else v for k, v in vars(factors).items()})
         assert bool(expanded_attention(layer.x.float(), single).isfinite().all())
 
 
-@pytest.mark.parametrize(
-    "change", [constant_channel, few_directions, dead_head, dead_keys, sink_only, one_sink_head]
-)
+@pytest.mark.parametrize("change", [constant_channel, few_directions, dead_head, dead_keys, sink_only, one_sink_head])
 @pytest.mark.parametrize("layout", ["gqa", "mqa"])
 def test_degenerate_layers_stay_exact_when_nothing_is_cut(
     method: Method, change: Callable[[Layer], Layer], layout: str
@@ -170,9 +162,7 @@ def test_error_falls_as_rank_grows(method: Method, layout: str) -> None:
         whole = uncut(layer.spec, method.name)
         full = whole.shape.latent_rank
         for i, rank in enumerate(ranks):
-            plan = replace(
-                whole, shape=replace(whole.shape, kv_lora_rank=min(rank, full), latent_rank=min(rank, full))
-            )
+            plan = replace(whole, shape=replace(whole.shape, kv_lora_rank=min(rank, full), latent_rank=min(rank, full)))
             totals[i] += layer.error(method.factorize(layer.weights, layer.stats, plan))
     assert all(after <= before + 1e-9 for before, after in pairwise(totals)), totals
     assert totals[-1] <= 1e-8 < totals[0]

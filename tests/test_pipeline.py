@@ -54,9 +54,7 @@ def recipe(**settings: Any) -> Recipe:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_source(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> None:
@@ -111,9 +109,7 @@ def refused_as_unfinished() -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_run_killed_after_any_layer_resumes_to_the_same_bytes(
-    place: Path, original: Path, layer: int
-) -> None:
+def test_a_run_killed_after_any_layer_resumes_to_the_same_bytes(place: Path, original: Path, layer: int) -> None:
     with pytest.raises(Killed):
         convert(recipe(), reporter=KilledAtLayer(layer))
     refused_as_unfinished()
@@ -242,9 +238,7 @@ def test_the_seed_decides_every_byte_of_a_self_calibrated_run(place: Path) -> No
     assert found[0][shard] != found[2][shard]
 
 
-def test_a_self_calibrated_run_resumes_without_sampling_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_self_calibrated_run_resumes_without_sampling_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"calibration": {"source": "self"}}
     convert(recipe(**settings))
     wanted = files(place / "out")
@@ -286,11 +280,7 @@ def test_a_full_disk_says_how_to_go_on(
 ) -> None:
     from safetensors import SafetensorError
 
-    full = (
-        OSError(errno.ENOSPC, "No space left on device")
-        if error == "os"
-        else SafetensorError("No space left")
-    )
+    full = OSError(errno.ENOSPC, "No space left on device") if error == "os" else SafetensorError("No space left")
     write = export.write_tensors
 
     def fill(path: Path, tensors: dict[str, torch.Tensor], **kwargs: Any) -> None:
@@ -307,9 +297,7 @@ def test_a_full_disk_says_how_to_go_on(
     assert files(place / "out") == files(original / "out")
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_written(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_is_refused_before_anything_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(place)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(TransmlaError, match=r"has 0\.0 GB free"):
@@ -321,9 +309,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     ("stored", "exported"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],
 )
-def test_the_export_keeps_the_precision_of_its_source(
-    place: Path, stored: torch.dtype, exported: torch.dtype
-) -> None:
+def test_the_export_keeps_the_precision_of_its_source(place: Path, stored: torch.dtype, exported: torch.dtype) -> None:
     Path("source").unlink()
     write_source(place / "source", dtype=stored)
     opened = open_checkpoint(convert(recipe(calibration={"source": "self"})))
@@ -361,9 +347,7 @@ def test_peak_memory_grows_with_a_layer_and_not_with_the_model(tmp_path: Path) -
     peaks = {}
     for layers in (4, 16):
         folder = tmp_path / f"source-{layers}"
-        write_source(
-            folder, shard="20MB", layout="mqa", intermediate_size=2400, num_hidden_layers=layers, **wide
-        )
+        write_source(folder, shard="20MB", layout="mqa", intermediate_size=2400, num_hidden_layers=layers, **wide)
         argument = recipe(source=str(folder), output=f"out-{layers}").model_dump_json()
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, argument],

@@ -71,8 +71,6 @@ def test_stock_attention_is_the_reference_of_its_own_tensors(
     rotary = model.model.rotary_emb
     for layer, (x, output) in zip(model.model.layers, seen, strict=True):
         tensors = dict(layer.self_attn.named_parameters())
-        factors = layer_factors(
-            tensors, model.config, rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2
-        )
+        factors = layer_factors(tensors, model.config, rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2)
         for reference in (absorbed_attention, expanded_attention):
             assert relative(output.double(), reference(x.double(), factors)) <= 1e-4

@@ -235,9 +235,7 @@ def test_a_verification_left_half_way_records_nothing(folder: Path) -> None:
     assert not (folder / "verification.json").exists()
 
 
-def test_what_is_no_finished_export_is_refused(
-    folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_finished_export_is_refused(folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = folder.rename(folder.with_name("out.partial"))
     for path in (pristine / "source", pristine / "nowhere", partial):
         assert run(path, monkeypatch=monkeypatch) == 2

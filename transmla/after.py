@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from transmla.card import write_card
-from transmla.checkpoint import load_model, resolve_source, split_gguf
+from transmla.checkpoint import load_model, resolve_source
 from transmla.data import load_tokens
 from transmla.errors import TransmlaError
 from transmla.evaluate import evaluate
-from transmla.pipeline import pick_device
 from transmla.progress import Reporter
 from transmla.recipe import Evaluation, Recipe
+from transmla.source import load_tokenizer, pick_device
 
 
 def evaluate_models(
@@ -35,7 +35,7 @@ def evaluate_models(
     place = pick_device(device)
     path = resolve_source(model)
     split = settings.split or ("test" if settings.text == "pydoc" else None)
-    tokenizer = _tokenizer(path)
+    tokenizer = load_tokenizer(path)
     stride = settings.stride or settings.window
     limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
     tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
@@ -71,26 +71,11 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
     return result
 
 
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    folder, extra = split_gguf(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TransmlaError(
-            f"no tokenizer in '{folder}'", limit="text is measured in tokens", remedy="add tokenizer.json"
-        ) from error
-
-
 def _load(path: Path, dtype: str, device: torch.device) -> Any:
-    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}.get(dtype)
-    if precision is None:
-        raise TransmlaError(
-            f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one"
-        )
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
     try:
-        return load_model(path, dtype=precision).to(device)
+        return load_model(path, dtype=dtype).to(device)
     except (OSError, ValueError, KeyError) as error:
         raise TransmlaError(
             f"cannot load '{path}' as a causal LM",

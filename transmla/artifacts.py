@@ -110,10 +110,10 @@ class LayerStats:
     """What calibration saw at one layer.
 
     ``second_moment`` is E[x xᵀ] [D, D] of the attention's input over all calibration tokens;
-    ``attended_moment`` [D, D] the same with each token weighted by Σ a² over the heads and queries that attend
-    to it (weights of mean one); ``distance_mass`` [H, T] is the mean attention mass a head pays at each distance Δ = i − j, the
-    window's first (sink) token left out, each row summing to one (or to zero for a head that looks
-    nowhere else).
+    ``attended_moment`` [D, D] the same with each token weighted by Σ a² over the heads and queries that
+    attend to it (weights of mean one); ``distance_mass`` [H, T] is the mean attention mass a head pays at
+    each distance Δ = i − j, the window's first (sink) token left out, each row summing to one (or to zero
+    for a head that looks nowhere else).
     """
 
     second_moment: Tensor

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerStats, LayerWeights
 from transmla.core.absorb import causal_softmax, source_scores
@@ -71,7 +71,7 @@ class SourceLayer:
         self, skeleton: Any, config: Any, spec: AttentionSpec, device: torch.device, *, half: bool = False
     ) -> None:
         self.spec, self.device, self.half = spec, device, half
-        self.module: nn.Module = skeleton.model.layers[0]
+        self.module: Any = skeleton.model.layers[0]
         self.rotary = type(skeleton.model.rotary_emb)(config).to(device)
         self.inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
 
@@ -104,9 +104,7 @@ class SourceLayer:
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         embeddings = self.rotary(hidden, positions)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            output = self.module(
-                hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings
-            )
+            output = self.module(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
         return output[0] if isinstance(output, tuple) else output
 
     def observe(self, stream: Tensor) -> Observations:
@@ -125,9 +123,7 @@ class SourceLayer:
                 flat = x.flatten(0, 1)
                 moment += (flat.mT @ flat).double()
                 attended += ((x * squared[..., None]).flatten(0, 1).mT @ flat).double()
-                following[start : start + len(hidden)] = self.forward(hidden.to(self.device)).to(
-                    stream.device
-                )
+                following[start : start + len(hidden)] = self.forward(hidden.to(self.device)).to(stream.device)
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)

@@ -78,9 +78,7 @@ def write_card(
         ]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla"]}
-    is_hub_id = (
-        recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
-    )
+    is_hub_id = recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
     if is_hub_id:
         metadata["base_model"] = recipe.source
     notes = "".join(f"\n- {note}" for note in plan["notes"])

@@ -69,7 +69,7 @@ class Checkpoint:
                     limit="weights must be finite",
                     remedy="download the checkpoint again, or repair it",
                 )
-            crc = zlib.crc32(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+            crc = zlib.crc32(tensor.view(torch.uint8).numpy().data) if tensor.numel() else 0
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc}\n".encode())
             if progress:
                 progress(done, len(self.shapes))
@@ -278,7 +278,7 @@ def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:
     return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
 
 
-def load_model(path: Path, *, dtype: torch.dtype, **kwargs: Any) -> Any:
+def load_model(path: Path, *, dtype: torch.dtype | str, **kwargs: Any) -> Any:
     """Any causal LM, whole, through transformers; a GGUF file is de-quantised."""
     import transformers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,8 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
     from transmla import console, estimate
-    from transmla.pipeline import open_source, pick_device
     from transmla.plan import make_plan
+    from transmla.source import open_source, pick_device
 
     recipe = _recipe(source, options | {"output": options.get("output") or "unused"})
     opened = open_source(recipe)
@@ -53,9 +54,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
 def convert(
     source: SourceArgument,
     *,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")
-    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
     **options: Any,
 ) -> None:
@@ -81,12 +80,8 @@ def convert(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
     *,
-    source: Annotated[
-        str | None, typer.Option(help="Compare the untouched weights with this source.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16: precision the export is run in.")
-    ] = "float32",
+    source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: precision the export is run in.")] = "float32",
     device: DeviceOption = "auto",
 ) -> None:
     """Check an export: hashes, stock loading, cache = no cache, absorbed = expanded, cache bytes, norms.
@@ -96,15 +91,13 @@ def verify(
     import torch
 
     from transmla import console
-    from transmla.pipeline import pick_device
+    from transmla.source import pick_device
     from transmla.verify import TOLERANCE
     from transmla.verify import verify as run
 
     precision = getattr(torch, dtype, None)
     if precision not in TOLERANCE:
-        raise TransmlaError(
-            f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one"
-        )
+        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
     failed = 0
     for check in run(folder, source=source, dtype=precision, device=str(pick_device(device))):
         console.show_check(check)
@@ -118,25 +111,17 @@ def verify(
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE."
-        ),
+        typer.Argument(metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE."),
     ],
     *,
-    baseline: Annotated[
-        str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")
-    ] = None,
-    text: Annotated[
-        str, typer.Option(help="pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset.")
-    ] = "pydoc",
+    baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    text: Annotated[str, typer.Option(help="pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset.")] = "pydoc",
     split: Annotated[
         str | None, typer.Option(help="Split of a dataset; of pydoc: train or test (default: test).")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Text column of a dataset.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    max_windows: Annotated[
-        int | None, typer.Option(help="Windows at most (default: the whole text).")
-    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Windows at most (default: the whole text).")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: window).")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")] = "auto",
     device: DeviceOption = "auto",
@@ -173,9 +158,7 @@ def push(
     private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Access token (default: the one you are logged in with).")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Access token (default: the one you are logged in with).")] = None,
     dry_run: Annotated[bool, typer.Option(help="List files and sizes, send nothing.")] = False,
 ) -> None:
     """Upload a verified export to the Hugging Face Hub, in one commit."""
@@ -195,7 +178,13 @@ def push(
     console.out.print(result.url, highlight=False)
 
 
-VERBS = {"plan": plan, "convert": convert, "verify": verify, "eval": evaluate, "push": push}
+VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "convert": convert,
+    "verify": verify,
+    "eval": evaluate,
+    "push": push,
+}
 
 
 def _version(asked: bool) -> None:

@@ -87,7 +87,7 @@ def show_plan(summary: dict[str, Any]) -> None:
     shape, spec = summary["shape"], summary["spec"]
     values, size = summary["cache_values"], summary["cache_bytes_per_token"]
     table(
-        f"{spec['family']}, {spec['num_hidden_layers']} layers → DeepSeek-V3 ({summary['dtype']}, method {summary['method']})",
+        f"{spec['family']}, {spec['num_hidden_layers']} layers → DeepSeek-V3 ({summary['dtype']}, {summary['method']})",
         ["", "source", "MLA"],
         [
             [

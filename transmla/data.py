@@ -126,9 +126,7 @@ def sample_self(
     return torch.cat(blocks)
 
 
-def _sample_batch(
-    model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator
-) -> Tensor:
+def _sample_batch(model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
     # Not model.generate: it merges the checkpoint's own settings (top_k, penalties) into any it is given.
     tokens = torch.full((rows, length), start, dtype=torch.int64, device=model.device)
     cache = None

@@ -117,9 +117,7 @@ def runtimes(plan: Plan) -> list[Runtime]:
         vllm = f"latent cache, fast decode on Hopper ({kernels})"
     else:
         vllm = "no fast kernel for this shape (--pad-for vllm); VLLM_MLA_DISABLE=1 runs it with an expanded cache"
-    sglang = (
-        why if not plain else ("latent cache" if decode else "its white list of shapes has 512+64 and 256+64")
-    )
+    sglang = why if not plain else ("latent cache" if decode else "its white list of shapes has 512+64 and 256+64")
     return [
         Runtime("transformers", True, "latent cache; stock code expands it at every step"),
         Runtime("vLLM", plain, vllm),

@@ -202,7 +202,7 @@ class Workspace:
 
 
 def _checksum(stream: Tensor) -> int:
-    return zlib.crc32(stream.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(stream.contiguous().view(torch.uint8).numpy().data)
 
 
 def write_index(folder: Path) -> None:

@@ -98,9 +98,7 @@ def layer_tensors(
     The score scale of the runtime is (d_n + d_r)^{-1/2}: the ratio to the source's goes into the queries.
     """
     order = halves_to_interleaved(shape.qk_rope_head_dim).to(factors.rope.device)
-    query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (
-        factors.scaling * shape.qk_head_dim**0.5
-    )
+    query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (factors.scaling * shape.qk_head_dim**0.5)
     expand = torch.cat([factors.k_up, factors.v_up], 1) * kv_norm.readout
     tensors = {
         "kv_a_proj_with_mqa.weight": torch.cat([factors.latent * kv_norm.scale, factors.rope[order]]),
@@ -117,9 +115,7 @@ def layer_tensors(
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def layer_factors(
-    tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rope_gain: float
-) -> LayerFactors:
+def layer_factors(tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rope_gain: float) -> LayerFactors:
     """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
     heads, rank, d_r = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim

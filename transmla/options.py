@@ -53,9 +53,7 @@ def _option(flag: str, name: str, model: type[BaseModel], field: str, panel: str
         default=None,
         annotation=Annotated[
             kind | None,
-            typer.Option(
-                flag, help=f"{info.description}{listed}{default}", rich_help_panel=panel, show_default=False
-            ),
+            typer.Option(flag, help=f"{info.description}{listed}{default}", rich_help_panel=panel, show_default=False),
         ],
     )
 
@@ -77,19 +75,13 @@ def recipe_parameters() -> list[inspect.Parameter]:
             parameters.append(_option(flag, field, Recipe, field, panel))
     for field in Calibration.model_fields:
         name = "calibration" if field == "source" else f"calibration_{field}"
-        parameters.append(
-            _option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text")
-        )
+        parameters.append(_option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text"))
     return parameters
 
 
 def with_recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give ``function``, which takes ``**options``, every recipe option in its signature."""
-    own = [
-        p
-        for p in inspect.signature(function, eval_str=True).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters = [*own, *recipe_parameters()]
 
     def command(**kwargs: Any) -> None:

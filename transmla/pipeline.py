@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from transmla import __version__
-from transmla.artifacts import AttentionSpec, LayerFactors, Plan
+from transmla.artifacts import LayerFactors, Plan
 from transmla.calibrate import NormRatio, SourceLayer, bfloat16_pays, steps
 from transmla.card import write_card
-from transmla.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_source
 from transmla.core.absorb import expanded_attention, source_attention
-from transmla.data import load_blocks, sample_self
 from transmla.errors import TransmlaError
 from transmla.estimate import disk_bytes
 from transmla.export import (
@@ -42,71 +40,22 @@ from transmla.export import (
     write_tokenizer,
 )
 from transmla.factorize import export_tensors, factorize
-from transmla.families.base import Family
 from transmla.native import native_config
 from transmla.plan import make_plan
 from transmla.progress import Reporter, Silent
 from transmla.recipe import Recipe, dump_recipe
-from transmla.spec import check_tensors, describe, family_of, read_config, skeleton
+from transmla.source import (
+    Source,
+    calibration_tokens,
+    check_length,
+    load_tokenizer,
+    open_source,
+    pick_device,
+)
+from transmla.spec import skeleton
 
 # Sequences on which each layer's error is measured.
 ERROR_SEQUENCES = 2
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source that was found convertible: its shapes are checked, no weight has been read."""
-
-    path: Path
-    config: Any
-    spec: AttentionSpec
-    family: Family
-    checkpoint: Checkpoint
-    dtype: str
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TransmlaError(
-            f"device '{name}' is not usable", limit=str(error).splitlines()[0], remedy="use --device cpu"
-        ) from error
-    return device
-
-
-def open_source(recipe: Recipe) -> Source:
-    """Find, describe and check a source; every refusal that needs no weights happens here."""
-    path = resolve_source(recipe.source, revision=recipe.revision)
-    config = read_config(path)
-    family = family_of(config)
-    spec = describe(config)
-    checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
-    check_tensors(checkpoint.shapes, config, family)
-    dtype = str(checkpoint.read(family.tensors["norm"]).dtype).removeprefix("torch.")
-    return Source(path, config, spec, family, checkpoint, dtype)
-
-
-def load_tokenizer(source: Source) -> Any:
-    """The source's tokenizer.
-
-    Raises:
-        TransmlaError: if it has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.checkpoint.folder, **source.checkpoint.load_kwargs)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TransmlaError(
-            f"no tokenizer in '{source.checkpoint.folder}'",
-            limit="an export carries its source's tokenizer, and calibration needs one",
-            remedy="add tokenizer.json and tokenizer_config.json to the source folder",
-        ) from error
 
 
 def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -121,7 +70,7 @@ def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None =
     plan = make_plan(source.spec, recipe, source.dtype)
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
     workspace.refuse_overwrite(resume=resume)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.path)
     device = pick_device(recipe.device)
     needed = disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length)
     _check_disk(output, needed - workspace.size())
@@ -145,49 +94,6 @@ def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None =
         _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
         workspace.finish()
     return output
-
-
-def check_length(spec: AttentionSpec, length: int) -> None:
-    """A calibration sequence must fit the source's context."""
-    if length > spec.max_position_embeddings:
-        raise TransmlaError(
-            f"calibration sequences of {length} tokens are longer than the source's context",
-            limit=f"at most {spec.max_position_embeddings}",
-            remedy="lower --calibration-length",
-        )
-
-
-def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> Tensor:
-    """Calibration tokens [sequences, length], from text or sampled from the source itself."""
-    want = recipe.calibration
-    if want.source != "self":
-        blocks = load_blocks(
-            want.source,
-            tokenizer,
-            sequences=want.sequences,
-            length=want.length,
-            split=want.split,
-            column=want.column,
-        )
-        if int(blocks.max()) >= source.spec.vocab_size:
-            raise TransmlaError(
-                f"the tokenizer produces token {int(blocks.max())}",
-                limit=f"the model's vocabulary has {source.spec.vocab_size}",
-                remedy="use the tokenizer that belongs to this model",
-            )
-        return blocks
-    device = pick_device(recipe.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    report.stage("sampling calibration text", want.sequences)
-    model = load_model(source.path, dtype=dtype).to(device)
-    return sample_self(
-        model,
-        tokenizer,
-        sequences=want.sequences,
-        length=want.length,
-        seed=recipe.seed,
-        progress=lambda done, _: report.advance(done),
-    )
 
 
 def _key(recipe: Recipe, plan: Plan, fingerprint: str) -> str:
@@ -238,9 +144,7 @@ def _convert_layers(
         stream = workspace.stream(start, progress["checksum"])
     else:
         embedding = read(names["embed"])
-        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(
-            0, {names["embed"]: embedding.to(dtype)}
-        )
+        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {names["embed"]: embedding.to(dtype)})
         stream = torch.nn.functional.embedding(tokens, embedding).float()
         del embedding
     report.stage("converting layers", layers)
@@ -307,9 +211,7 @@ def _relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) -
     difference = energy = 0.0
     for hidden in stream:
         x = layer.attention_input(hidden[None])
-        target = source_attention(
-            x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2
-        )
+        target = source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
         difference += float((expanded_attention(x, single) - target).square().sum())
         energy += float(target.square().sum())
     return difference / max(energy, 1e-30)
@@ -317,8 +219,8 @@ def _relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) -
 
 def _single(factors: LayerFactors) -> LayerFactors:
     """The factors in float32."""
-    values = {k: v.float() if isinstance(v, Tensor) else v for k, v in vars(factors).items()}
-    return LayerFactors(**values)
+    tensors = {name: value.float() for name, value in vars(factors).items() if isinstance(value, Tensor)}
+    return replace(factors, **tensors)  # type: ignore[arg-type]
 
 
 def _write_rest(
@@ -340,9 +242,7 @@ def _write_rest(
         names["norm"]: (read(names["norm"]).double() * progress["final_norm"]).to(dtype),
         names["head"]: read(head).to(dtype),
     }
-    progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(
-        workspace.shards - 1, last
-    )
+    progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
     workspace.drop_stream(plan.spec.num_hidden_layers)
     write_index(folder)
     config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)

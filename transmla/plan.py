@@ -193,9 +193,7 @@ def _notes(spec: AttentionSpec, shape: MLAShape, rope_parameters: dict[str, Any]
             f"{shape.kv_lora_rank - shape.latent_rank} of {shape.kv_lora_rank} latent channels are zero padding"
         )
     if rope_parameters.get("rope_type", "default") != "default":
-        notes.append(
-            f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only"
-        )
+        notes.append(f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only")
     if spec.rms_norm_eps != 1e-6:
         notes.append(
             f"rms_norm_eps changes from {spec.rms_norm_eps:g} to 1e-06; norm weights are corrected by calibration"

@@ -57,9 +57,7 @@ def skeleton(config: Any) -> Any:
     if getattr(single, "quantization_config", None) is not None:
         del single.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            single, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        return AutoModelForCausalLM.from_config(single, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def describe(config: Any) -> AttentionSpec:

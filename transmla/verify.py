@@ -89,9 +89,7 @@ def _checks(
     folder: Path, manifest: dict[str, Any], source: str | None, dtype: torch.dtype, device: str
 ) -> Iterator[Check]:
     problems = check_hashes(folder, manifest["hashes"])
-    yield Check(
-        "hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged"
-    )
+    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged")
 
     model, problem = _load(folder, dtype, device)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
@@ -117,14 +115,14 @@ def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # whatever a loader raises is the answer to this check
         return None, f"{type(error).__name__}: {error}"
+    model, info = loaded
     wrong = {
-        key: sorted(map(str, info.get(key) or ()))
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     named = [f"{key}: {', '.join(names[:2])}" for key, names in wrong.items() if names]
     return (None, "; ".join(named)) if named else (model.to(device).eval(), "")
@@ -198,11 +196,7 @@ def _cache_size(model: Any, tokens: Tensor, manifest: dict[str, Any]) -> Check:
     """Bytes that a real cache holds after a forward, per token, against the plan."""
     cache = model(tokens, use_cache=True).past_key_values
     measured = (
-        sum(
-            tensor.numel() * tensor.element_size()
-            for layer in cache.layers
-            for tensor in (layer.keys, layer.values)
-        )
+        sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
         / tokens.numel()
     )
     shape, spec = manifest["plan"]["shape"], manifest["plan"]["spec"]
@@ -219,9 +213,7 @@ def _headroom(model: Any, tokens: Tensor) -> Check:
     """How close the largest latent comes to bending its norm."""
     seen = _observe(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
     worst = max(float(x.float().square().mean(-1).max()) for x, _ in seen) / RMS_NORM_EPS
-    return Check(
-        "latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps"
-    )
+    return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
 
 
 def _untouched(folder: Path, source: str, manifest: dict[str, Any]) -> Check:

@@ -34,11 +34,13 @@ def latent_basis(target: Tensor, moment: Tensor, rank: int) -> Tensor:
     # The D×D Gram matrix is no larger than C, however many rows the target has.
     gram = root @ (target.mT @ target) @ root
     _, vectors = torch.linalg.eigh(gram)
-    return vectors.flip(-1)[:, :rank].mT @ inverse
+    basis: Tensor = vectors.flip(-1)[:, :rank].mT @ inverse
+    return basis
 
 
 def regress(target: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
     """Least-squares read-out B [..., n, r] with B·``basis`` ≈ ``target`` [..., n, D] under ``moment``."""
     cross = target @ moment @ basis.mT
     gram = basis @ moment @ basis.mT
-    return torch.linalg.solve(gram, cross, left=False)
+    read: Tensor = torch.linalg.solve(gram, cross, left=False)
+    return read

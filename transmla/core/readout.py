@@ -83,9 +83,7 @@ def joint_readout(
             ]
         )
         turned = gram * pairs
-        phase = torch.cat(
-            [distances.channel[head][:, None].expand(-1, rank), distances.channel_slot[head]], 1
-        )
+        phase = torch.cat([distances.channel[head][:, None].expand(-1, rank), distances.channel_slot[head]], 1)
         base = torch.where(distances.own, mix[:, head // group].mT, 0)
         remaining = cross[head // group] * phase - base @ turned[rank:]
         level = turned.diagonal().real * RIDGE

@@ -47,9 +47,7 @@ def check_llama_like(config: Any) -> None:
     name = config.model_type
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
-            raise refuse(
-                name, f"{bias}=true is not supported", "the native format has no slot for these biases"
-            )
+            raise refuse(name, f"{bias}=true is not supported", "the native format has no slot for these biases")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
@@ -61,9 +59,7 @@ def check_llama_like(config: Any) -> None:
             "DeepSeek-V3 would scale all scores by it once more",
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(
-            name, "partial_rotary_factor is not supported", "every key channel must be rotary in the source"
-        )
+        raise refuse(name, "partial_rotary_factor is not supported", "every key channel must be rotary in the source")
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse(
             name,
