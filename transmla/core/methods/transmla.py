@@ -2,29 +2,41 @@
 
 The baseline every other method is compared with. Keys are rotated by real, unweighted PCA across heads
 and folded frequencies; channels outside the rotary slice drop their rotation (phase one); keys and values
-are scaled to equal mean channel norm and compressed by one uncentred PCA.
+are scaled to equal mean channel norm, the keys' taken in the rotated basis, and compressed by one uncentred PCA.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
-from transmla.core.concentrate import concentrate
+from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan, RotaryPlan
+from transmla.core.concentrate import Concentration, concentrate, slots_by_fold
 from transmla.core.linalg import latent_basis, regress, regularise
 from transmla.core.methods.common import Method, assemble, channel_norm, key_level, source_frequencies
 from transmla.core.rope import to_complex, to_halves
 
 
+def rotate_keys(kappa: Tensor, moment: Tensor, rotary: RotaryPlan) -> tuple[Concentration, Tensor]:
+    """RoRoPE: the channels that keep RoPE, and the others [n, D] in the basis of the same rotation."""
+    heads, pairs, _ = kappa.shape
+    uniform = torch.ones(heads, pairs, dtype=moment.dtype, device=moment.device)
+    every = RotaryPlan(tuple(f for f in range(pairs) for _ in range(heads)), rotary.freqfold)
+    rotated = concentrate(kappa, moment, uniform, every, real=True)
+    kept = torch.zeros(len(every.slots), dtype=torch.bool, device=moment.device)
+    for (_, all_slots), (_, slots) in zip(slots_by_fold(every, pairs), slots_by_fold(rotary, pairs), strict=True):
+        kept[all_slots[: len(slots)]] = True
+    return Concentration(rotated.z[kept], rotated.mix[kept]), to_halves(rotated.z[~kept])
+
+
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
     moment = regularise(stats.second_moment)
     kappa, query = to_complex(weights.k), to_complex(weights.q)
-    uniform = torch.ones(kappa.shape[:2], dtype=moment.dtype, device=moment.device)
-    kept = concentrate(kappa, moment, uniform, plan.rotary, real=True)
+    kept, rest = rotate_keys(kappa, moment, plan.rotary)
     key = to_halves(kept.residual(kappa))
 
-    balance = channel_norm(weights.v, moment).mean() / key_level(key, weights.k, moment)
-    target = torch.cat([(key * balance).flatten(0, 1), weights.v.flatten(0, 1)])
+    balance = channel_norm(weights.v, moment).mean() / key_level(rest, weights.k, moment)
+    target = torch.cat([rest * balance, weights.v.flatten(0, 1)])
     latent = latent_basis(target, moment, plan.shape.latent_rank)
 
     group = plan.spec.group_size
