@@ -245,7 +245,7 @@ def test_a_self_calibrated_run_resumes_without_sampling_again(place: Path, monke
     shutil.rmtree("out")
     with pytest.raises(Killed):
         convert(recipe(**settings), reporter=KilledAtLayer(1))
-    monkeypatch.setattr("transmla.pipeline.sample_self", None)
+    monkeypatch.setattr("transmla.source.sample_self", None)
     convert(recipe(**settings), resume=True)
     assert files(place / "out") == wanted
 

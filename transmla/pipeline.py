@@ -24,7 +24,7 @@ from torch import Tensor
 
 from transmla import __version__
 from transmla.artifacts import LayerFactors, Plan
-from transmla.calibrate import NormRatio, SourceLayer, bfloat16_pays, steps
+from transmla.calibrate import NormRatio, SourceLayer, steps
 from transmla.card import write_card
 from transmla.core.absorb import expanded_attention, source_attention
 from transmla.errors import TransmlaError
@@ -48,6 +48,7 @@ from transmla.source import (
     Source,
     calibration_tokens,
     check_length,
+    computes_in_bfloat16,
     load_tokenizer,
     open_source,
     pick_device,
@@ -58,8 +59,12 @@ from transmla.spec import skeleton
 ERROR_SEQUENCES = 2
 
 
-def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
+def convert(
+    recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None, calibration: Tensor | None = None
+) -> Path:
     """Convert ``recipe.source`` into the folder ``recipe.output``; returns that folder.
+
+    ``calibration`` [sequences, length] are token ids to use instead of the text that the recipe names.
 
     Raises:
         TransmlaError: for bad input, before anything is written; for a full disk, with what was written kept.
@@ -76,7 +81,9 @@ def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None =
     _check_disk(output, needed - workspace.size())
 
     check_length(source.spec, recipe.calibration.length)
-    known = tokens = workspace.tokens() if resume else None
+    tokens = calibration
+    if tokens is None and resume:
+        tokens = workspace.tokens()
     if tokens is None and recipe.calibration.source != "self":
         tokens = calibration_tokens(recipe, source, tokenizer, report)
     report.stage("checking weights", len(source.checkpoint.shapes))
@@ -87,21 +94,21 @@ def convert(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None =
         tokens = calibration_tokens(recipe, source, tokenizer, report)
 
     with disk_errors(output):
-        progress = workspace.open(_key(recipe, plan, fingerprint))
-        if known is None:
-            workspace.save_tokens(tokens)
+        progress = workspace.open(_key(recipe, plan, fingerprint, tokens))
+        workspace.save_tokens(tokens)
         _convert_layers(source, plan, workspace, progress, tokens, device, report)
         _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
         workspace.finish()
     return output
 
 
-def _key(recipe: Recipe, plan: Plan, fingerprint: str) -> str:
+def _key(recipe: Recipe, plan: Plan, fingerprint: str, tokens: Tensor) -> str:
     """What a resumed run must share with the one it continues."""
+    text = hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
     settings = recipe.model_dump(exclude={"device", "eval"})
     versions = {"transmla": __version__, "torch": torch.__version__}
-    text = json.dumps([settings, plan.to_dict(), fingerprint, versions], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    everything = json.dumps([settings, plan.to_dict(), fingerprint, text, versions], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()
 
 
 def _check_disk(output: Path, needed: int) -> None:
@@ -134,7 +141,7 @@ def _convert_layers(
 ) -> None:
     """Write the embedding shard and one shard a layer, carrying the hidden stream from each to the next."""
     names, read = source.family.tensors, source.checkpoint.read
-    half = source.dtype == "bfloat16" and bfloat16_pays(device)
+    half = computes_in_bfloat16(source, device)
     layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
     dtype = getattr(torch, plan.dtype)
     start, layers = progress["next_layer"], plan.spec.num_hidden_layers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec
+from transmla.calibrate import bfloat16_pays
 from transmla.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_source, split_gguf
 from transmla.data import load_blocks, sample_self
 from transmla.errors import TransmlaError
@@ -55,6 +56,11 @@ def open_source(recipe: Recipe) -> Source:
     check_tensors(checkpoint.shapes, config, family)
     dtype = str(checkpoint.read(family.tensors["norm"]).dtype).removeprefix("torch.")
     return Source(path, config, spec, family, checkpoint, dtype)
+
+
+def computes_in_bfloat16(source: Source, device: torch.device) -> bool:
+    """Whether the source is run in bfloat16: it is stored in it, and the device is faster with it."""
+    return source.dtype == "bfloat16" and bfloat16_pays(device)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -106,7 +112,7 @@ def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: R
             )
         return blocks
     device = pick_device(recipe.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if computes_in_bfloat16(source, device) else torch.float32
     report.stage("sampling calibration text", want.sequences)
     model = load_model(source.path, dtype=dtype).to(device)
     return sample_self(
