@@ -50,7 +50,7 @@ def export(tmp_path: Path) -> Path:
     folder = tmp_path / "export"
     for path, data in CONTENTS.items():
         write(folder / path, data)
-    hashes = {path: file_sha256(folder / path) for path in CONTENTS}
+    hashes = {path: file_sha256(folder / path) for path in CONTENTS if path != "README.md"}
     write_json(folder / "transmla.json", {"hashes": hashes})
     write_json(folder / "verification.json", {"passed": True, "fingerprint": export_fingerprint(hashes)})
     return folder
@@ -129,7 +129,7 @@ def test_private_does_not_publish_to_an_existing_public_repository(hub: HubServe
 
 def test_a_revision_is_a_branch_made_when_missing(hub: HubServer, export: Path) -> None:
     for message in ("first", "second"):
-        write_json(export / "notes.json", message)
+        write(export / "README.md", message.encode())
         result = push_to(hub, export, revision="rank/128", commit_message=message)
         assert result.commit == hub.repos[REPO_ID].branches["rank/128"]
         assert result.url == f"{hub.url}/{REPO_ID}/tree/rank/128"
@@ -294,9 +294,23 @@ def test_a_changed_or_missing_file_is_refused(hub: HubServer, export: Path) -> N
     assert "00002-of-00002" not in what
 
 
+@pytest.mark.parametrize("path", ["model.safetensors", "adapter_config.json", "nested/README.md"])
+def test_a_file_that_the_conversion_did_not_write_is_refused(hub: HubServer, export: Path, path: str) -> None:
+    write(export / path, b"{}")
+    assert f"{path} was not written by the conversion; remove it" in refused(hub, export).what
+
+
+@pytest.mark.parametrize("path", ["config.json", *SHARDS])
+def test_hashes_that_cover_no_model_are_a_problem(export: Path, path: str) -> None:
+    hashes = {name: file_sha256(export / name) for name in (path, "nested/tokenizer.json")}
+    problem = "no safetensors file has a hash" if path == "config.json" else "config.json has no hash"
+    assert check_hashes(export, hashes)[0] == problem
+
+
 def test_a_verified_file_that_would_stay_behind_is_refused(hub: HubServer, export: Path) -> None:
     write(export / ".hidden", b"x")
-    hashes = {".hidden": file_sha256(export / ".hidden")}
+    hashes = json.loads((export / "transmla.json").read_bytes())["hashes"]
+    hashes[".hidden"] = file_sha256(export / ".hidden")
     write_json(export / "transmla.json", {"hashes": hashes})
     write_json(export / "verification.json", {"passed": True, "fingerprint": export_fingerprint(hashes)})
     assert ".hidden would not be uploaded" in refused(hub, export).what
@@ -314,5 +328,4 @@ def test_hashes_are_not_read_outside_the_folder(tmp_path: Path) -> None:
     folder.mkdir()
     outside = [str(tmp_path / "secret"), "../secret"]
     problems = check_hashes(folder, dict.fromkeys(outside, file_sha256(tmp_path / "secret")))
-    assert len(problems) == 2
-    assert all("not a path inside the folder" in problem for problem in problems)
+    assert [f"{path} is not a path inside the folder" for path in sorted(outside)] == problems[-2:]

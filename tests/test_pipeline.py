@@ -169,7 +169,7 @@ from transmla.recipe import Recipe
 from transmla.progress import Silent
 class Reporter(Silent):
     def advance(self, done, note=""):
-        if note.startswith("layer 0"): os.kill(os.getpid(), signal.SIGKILL)
+        if note.startswith("error"): os.kill(os.getpid(), signal.SIGKILL)
 convert(Recipe.model_validate_json(sys.argv[1]), reporter=Reporter())
 """
 

@@ -167,9 +167,15 @@ def wrong_plan(folder: Path) -> None:
     edit_json(folder / "transmla.json", plan=plan)
 
 
+def add_file(name: str) -> Callable[[Path], object]:
+    return lambda folder: shutil.copyfile(folder / SHARD, folder / name)
+
+
 @pytest.mark.parametrize(
     ("damage", "caught_by"),
     [
+        (add_file("model.safetensors"), "hashes"),
+        (add_file("adapter_config.json"), "hashes"),
         (flip_byte, "hashes"),
         (cut_off, "hashes"),
         (lose_tokenizer, "hashes"),
@@ -183,13 +189,13 @@ def wrong_plan(folder: Path) -> None:
         (wrong_plan, "cache size"),
     ],
     ids=[
-        *("flipped-byte", "cut-off", "lost-file", "nan", "inf", "bent-norm"),
+        *("extra-weights", "extra-adapter", "flipped-byte", "cut-off", "lost-file", "nan", "inf", "bent-norm"),
         *("lost-tensor", "extra-tensor", "wrong-rank", "wrong-class", "wrong-plan"),
     ],
 )
 def test_damage_is_caught(
     folder: Path,
-    damage: Callable[[Path], None],
+    damage: Callable[[Path], object],
     caught_by: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -241,3 +247,62 @@ def test_what_is_no_finished_export_is_refused(folder: Path, pristine: Path, mon
         assert run(path, monkeypatch=monkeypatch) == 2
     monkeypatch.chdir(partial)
     assert run(Path("."), monkeypatch=monkeypatch) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"hashes": {"config.json": 1}}', '{"hashes": {"a": "b"}, "plan": {}}']
+)
+def test_a_broken_manifest_is_told_in_one_line(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "transmla.json").write_text(text)
+    with pytest.raises(TransmlaError) as error:
+        next(verify(folder))
+    assert all((error.value.what, error.value.limit, error.value.remedy))
+    assert run(folder, monkeypatch=monkeypatch) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [".", "../out", "../out/"])
+def test_a_relative_path_is_verified_and_pushed(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert run(Path(path), monkeypatch=monkeypatch) == 0
+    assert hub.push(Path(path), "org/name", dry_run=True).files
+
+
+def test_a_pickled_and_tied_source_is_compared(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = build_model(tie_word_embeddings=True)
+    model.save_pretrained(source)
+    build_tokenizer(source)
+    (source / "model.safetensors").unlink()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    torch.save(weights, source / "pytorch_model.bin")
+    values = {"source": str(source), "output": str(out), "device": "cpu", "allow_pickle": True}
+    calibration = {"source": "self", "sequences": 8, "length": 48}
+    convert(parse_recipe(values | {"calibration": calibration}, "test"))
+    assert failures(out, source=str(source)) == []
+
+    shard = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(out / shard)
+    tensors["lm_head.weight"][1, 2] *= 1 + 2**-20
+    save_file(tensors, out / shard, metadata={"format": "pt"})
+    rehash(out)
+    assert failures(out, source=str(source)) == ["untouched weights"]
+
+
+def test_the_source_is_read_at_the_commit_it_was_converted_from(
+    folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def resolve(source: str, *, revision: str | None, **_: object) -> Path:
+        seen.append(revision)
+        return Path(source)
+
+    monkeypatch.setattr("transmla.verify.resolve_source", resolve)
+    for commit in ("0" * 40, None):
+        origin = {"name": "org/name", "revision": "main", "commit": commit}
+        edit_json(folder / "transmla.json", source=origin)
+        assert failures(folder, source=str(pristine / "source")) == []
+    assert seen == ["0" * 40, "main"]

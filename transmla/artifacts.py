@@ -113,13 +113,15 @@ class LayerStats:
     ``attended_moment`` [D, D] the same with each token weighted by Σ a² over the heads and queries that
     attend to it (weights of mean one); ``distance_mass`` [H, T] is the mean attention mass a head pays at
     each distance Δ = i − j, the window's first (sink) token left out, each row summing to one (or to zero
-    for a head that looks nowhere else).
+    for a head that looks nowhere else). ``converted_moment`` [D, D] is E[x xᵀ] again, where layers before this
+    one have lost their RoPE (methods that ask for it).
     """
 
     second_moment: Tensor
     attended_moment: Tensor
     distance_mass: Tensor
     tokens: int
+    converted_moment: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerStats:
         return LayerStats(
@@ -127,6 +129,7 @@ class LayerStats:
             self.attended_moment.to(device=device, dtype=dtype),
             self.distance_mass.to(device=device, dtype=dtype),
             self.tokens,
+            None if self.converted_moment is None else self.converted_moment.to(device=device, dtype=dtype),
         )
 
 

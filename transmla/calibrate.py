@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.artifacts import AttentionSpec, LayerStats, LayerWeights
-from transmla.core.absorb import causal_softmax, source_scores
+from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights
+from transmla.core.absorb import causal_softmax, expanded_attention, source_scores
 from transmla.native import RMS_NORM_EPS
 
 # Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
@@ -128,6 +128,26 @@ class SourceLayer:
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)
         return Observations(stats, *norms, following)
+
+    @torch.no_grad()
+    def follow(self, stream: Tensor, factors: LayerFactors) -> tuple[Tensor, Tensor]:
+        """Run the layer over ``stream`` [N, T, D] with ``factors`` for its attention.
+
+        Returns E[x xᵀ] [D, D] of the attention's input, and the next stream.
+        """
+        width = self.spec.hidden_size
+        moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
+        following = torch.empty_like(stream)
+        for start, hidden in steps(stream):
+            x = self.attention_input(hidden)
+            moment += (x.flatten(0, 1).mT @ x.flatten(0, 1)).double()
+            # One sequence at a time: the plain attention holds all its scores.
+            attention = torch.cat([expanded_attention(sequence[None], factors) for sequence in x])
+            middle = hidden.to(self.device) + attention
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                output = middle + self.module.mlp(self.module.post_attention_layernorm(middle))
+            following[start : start + len(hidden)] = output.to(stream.device)
+        return moment / (stream.shape[0] * stream.shape[1]), following
 
     @contextmanager
     def _observed_norms(self) -> Iterator[tuple[NormRatio, NormRatio]]:

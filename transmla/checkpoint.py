@@ -19,7 +19,9 @@ from transmla.errors import TransmlaError
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_DTYPES = ("F32", "F16", "BF16")
+# What a Hub download leaves out: other frameworks' copies of the same weights.
+_OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
 
 
 class Checkpoint:
@@ -42,12 +44,9 @@ class Checkpoint:
         size: int,
         gguf: str | None = None,
     ) -> None:
-        self.folder, self.shapes, self.read, self.size, self.gguf = folder, shapes, read, size, gguf
-
-    @property
-    def load_kwargs(self) -> dict[str, Any]:
-        """Extra arguments with which ``from_pretrained(folder, …)`` finds this source."""
-        return {"gguf_file": self.gguf} if self.gguf else {}
+        self.folder, self.read, self.size, self.gguf = folder, read, size, gguf
+        # Old Llama checkpoints also store their rotary tables, which the config already says.
+        self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
     def layer(self, prefix: str) -> dict[str, Tensor]:
         """All tensors under ``prefix``, keyed without it."""
@@ -76,11 +75,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def resolve_source(source: str, *, revision: str | None = None) -> Path:
+def resolve_source(
+    source: str, *, revision: str | None = None, weights: bool = True, allow_pickle: bool = False
+) -> Path:
     """A local path for ``source``: itself, a file inside an installed package, or a Hub download.
 
     ``package:NAME/FILE`` names a file that an installed Python package carries as data; the package is
-    not imported.
+    not imported. Without ``weights`` a Hub download fetches configs and tokenizer only.
     """
     if source.startswith("package:"):
         return _package_file(source.removeprefix("package:"))
@@ -93,7 +94,7 @@ def resolve_source(source: str, *, revision: str | None = None) -> Path:
             limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
             remedy="check the path",
         )
-    return _download(source, revision)
+    return _download(source, revision, weights=weights, allow_pickle=allow_pickle)
 
 
 def _package_file(reference: str) -> Path:
@@ -118,35 +119,31 @@ def _package_file(reference: str) -> Path:
     return path
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, *, weights: bool, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    ignored = _OTHER_WEIGHTS + ([] if allow_pickle else ["*.bin"]) + ([] if weights else ["*.safetensors", "*.bin"])
     try:
-        folder = snapshot_download(
-            repo_id, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "original/*"]
-        )
-    except (LocalEntryNotFoundError, ConnectionError, OSError) as error:
-        # A refused repository is an HTTP answer and an OSError too: tell it from a dead network.
-        if isinstance(error, HfHubHTTPError):
-            reason = str(error).strip().splitlines()[0]
-            raise TransmlaError(
-                f"the Hub refused '{repo_id}'",
-                limit=reason,
-                remedy="check the id and --revision; `hf auth login` if it is gated",
-            ) from error
-        raise TransmlaError(
-            f"cannot reach the Hub for '{repo_id}'",
-            limit="no network, and it is not in the local cache",
-            remedy="name a local folder instead, or connect",
-        ) from error
+        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=ignored))
     except HFValidationError as error:
         raise TransmlaError(
             f"'{repo_id}' is neither a local path nor a valid Hub id",
             limit="ids look like org/name",
             remedy="check SOURCE",
         ) from error
-    return Path(folder)
+    except HfHubHTTPError as error:
+        raise TransmlaError(
+            f"the Hub refused '{repo_id}'",
+            limit=str(error).strip().partition("\n")[0],
+            remedy="check the id and --revision; `hf auth login` if it is gated",
+        ) from error
+    except OSError as error:  # a dead network, and nothing in the cache
+        raise TransmlaError(
+            f"cannot reach the Hub for '{repo_id}'",
+            limit="no network, and it is not in the local cache",
+            remedy="name a local folder instead, or connect",
+        ) from error
 
 
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -201,8 +198,15 @@ def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
                 f"shard '{shard}' is corrupt or cut off", limit=str(error), remedy="download it again"
             ) from error
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in _DTYPES:
+                raise TransmlaError(
+                    f"tensor '{name}' is stored as {view.get_dtype()}",
+                    limit="weights must be float32, float16 or bfloat16",
+                    remedy="convert the unquantised checkpoint",
+                )
             where[name] = file
-            shapes[name] = tuple(handle.get_slice(name).get_shape())
+            shapes[name] = tuple(view.get_shape())
 
     def read(name: str) -> Tensor:
         # Opened for each tensor: the pages read of a mapped file stay resident until its last tensor goes.
@@ -259,6 +263,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             remedy='pip install "transmla[demo]"',
         )
     try:
+        _refuse_lost_scaling(path)
         model = load_model(path, dtype=torch.bfloat16)
     except TransmlaError:
         raise
@@ -271,6 +276,21 @@ def _open_gguf(path: Path) -> Checkpoint:
     tied = model.config.tie_word_embeddings
     tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
     return _in_memory(path.parent, tensors, path.name)
+
+
+def _refuse_lost_scaling(path: Path) -> None:
+    """transformers reads the rope scaling of a GGUF file as none at all: a silently different model."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
+    kind = "none" if scaling is None else str(scaling.contents())
+    if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise TransmlaError(
+            f"'{path.name}' scales its rotary frequencies",
+            limit="transformers does not read that from a GGUF file",
+            remedy="convert the original checkpoint folder",
+        )
 
 
 def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from transmla.errors import TransmlaError
-from transmla.fingerprint import check_hashes, export_fingerprint
+from transmla.export import CARD, MANIFEST, VERIFICATION
+from transmla.fingerprint import (
+    check_hashes,
+    export_files,
+    export_fingerprint,
+    read_json,
+    read_manifest,
+    stays_behind,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MANIFEST = "transmla.json"
-VERIFICATION = "verification.json"
-UNFINISHED_SUFFIX = ".partial"
-TEMPORARY_SUFFIXES = (".tmp", ".incomplete", UNFINISHED_SUFFIX, "~")
 CORRECT = "correct that, then push again"
 RETRY = "run the same `transmla push` again: large files already on the Hub are not sent twice"
 
@@ -51,11 +54,7 @@ def list_files(folder: Path) -> list[PushFile]:
     """
     if not folder.is_dir():
         raise TransmlaError(f"{folder} is not a folder", remedy="pass one that `transmla convert` wrote")
-    return [
-        PushFile(file.relative_to(folder).as_posix(), file.stat().st_size)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not _stays_behind(file.relative_to(folder))
-    ]
+    return [PushFile(path, (folder / path).stat().st_size) for path in export_files(folder)]
 
 
 def push(
@@ -97,11 +96,6 @@ def push(
     return PushResult(repo_id, url, commit, tuple(files), dry_run)
 
 
-def _stays_behind(path: Path) -> bool:
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-    return hidden or path.name.endswith(TEMPORARY_SUFFIXES)
-
-
 def _check_repo_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -121,42 +115,23 @@ def _check_repo_id(repo_id: str) -> None:
 def _checked_files(folder: Path) -> list[PushFile]:
     """The files to upload, once they are known to be those of a finished and verified conversion."""
     files = list_files(folder)
-    convert_again = "run `transmla convert` again"
-    manifest = _read_json(folder / MANIFEST)
-    if folder.resolve().name.endswith(UNFINISHED_SUFFIX) or manifest is None:
-        raise TransmlaError(
-            f"{folder} holds no finished conversion",
-            limit=f"a finished one has a readable {MANIFEST} and no {UNFINISHED_SUFFIX} in its name",
-            remedy=convert_again,
-        )
-    hashes = manifest.get("hashes")
-    if not (hashes and isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())):
-        raise TransmlaError(f"{folder / MANIFEST} lists no file hashes", remedy=convert_again)
-
-    verified = _read_json(folder / VERIFICATION) or {}
+    hashes = read_manifest(folder / MANIFEST)["hashes"]
+    verified = read_json(folder / VERIFICATION) or {}
     if verified.get("passed") is not True or verified.get("fingerprint") != export_fingerprint(hashes):
         raise TransmlaError(
             f"{folder} is not verified",
             limit=f"only an export whose {VERIFICATION} is for these very files is pushed",
             remedy=f"run `transmla verify {folder}`",
         )
-    problems = check_hashes(folder, hashes)
-    problems += [f"{path} would not be uploaded" for path in sorted(hashes) if _stays_behind(Path(path))]
+    problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
+    problems += [f"{path} would not be uploaded" for path in sorted(hashes) if stays_behind(PurePosixPath(path))]
     if problems:
         raise TransmlaError(
             f"{folder} is not what was verified: {', '.join(problems)}",
             limit=f"every file must match its hash in {MANIFEST}",
-            remedy=f"restore the files, or {convert_again}",
+            remedy="restore the files, or run `transmla convert` again",
         )
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _ensure_repo(api: HfApi, repo_id: str, *, private: bool) -> None:

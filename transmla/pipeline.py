@@ -41,7 +41,7 @@ from transmla.export import (
 )
 from transmla.factorize import export_tensors, factorize
 from transmla.native import native_config
-from transmla.plan import make_plan
+from transmla.plan import make_plan, method_named
 from transmla.progress import Reporter, Silent
 from transmla.recipe import Recipe, dump_recipe
 from transmla.source import (
@@ -70,7 +70,9 @@ def convert(
         TransmlaError: for bad input, before anything is written; for a full disk, with what was written kept.
     """
     report = reporter or Silent()
-    output = Path(recipe.output)
+    output = Path(recipe.output).expanduser()
+    if not output.name:  # "." and its like have no name to put ".partial" behind
+        output = output.resolve()
     source = open_source(recipe)
     plan = make_plan(source.spec, recipe, source.dtype)
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
@@ -94,7 +96,7 @@ def convert(
         tokens = calibration_tokens(recipe, source, tokenizer, report)
 
     with disk_errors(output):
-        progress = workspace.open(_key(recipe, plan, fingerprint, tokens))
+        progress = workspace.open(_key(recipe, plan, fingerprint, tokens, device))
         workspace.save_tokens(tokens)
         _convert_layers(source, plan, workspace, progress, tokens, device, report)
         _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
@@ -102,12 +104,11 @@ def convert(
     return output
 
 
-def _key(recipe: Recipe, plan: Plan, fingerprint: str, tokens: Tensor) -> str:
+def _key(recipe: Recipe, plan: Plan, fingerprint: str, tokens: Tensor, device: torch.device) -> str:
     """What a resumed run must share with the one it continues."""
     text = hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
     settings = recipe.model_dump(exclude={"device", "eval"})
-    versions = {"transmla": __version__, "torch": torch.__version__}
-    everything = json.dumps([settings, plan.to_dict(), fingerprint, text, versions], sort_keys=True)
+    everything = json.dumps([settings, plan.to_dict(), fingerprint, text, str(device), _versions()], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()
 
 
@@ -144,23 +145,33 @@ def _convert_layers(
     half = computes_in_bfloat16(source, device)
     layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
     dtype = getattr(torch, plan.dtype)
+    first_phase = method_named(plan.method).first_phase
     start, layers = progress["next_layer"], plan.spec.num_hidden_layers
     if "final_norm" in progress:  # the stream may be gone, and nothing needs it any more
         return
     if start:
-        stream = workspace.stream(start, progress["checksum"])
+        streams = workspace.stream(start, progress["checksum"])
     else:
         embedding = read(names["embed"])
         progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {names["embed"]: embedding.to(dtype)})
-        stream = torch.nn.functional.embedding(tokens, embedding).float()
+        streams = torch.nn.functional.embedding(tokens, embedding).float()[None]
+        if first_phase is not None:
+            streams = streams.repeat(2, 1, 1, 1)
         del embedding
     report.stage("converting layers", layers)
     report.advance(start)
     for i in range(start, layers):
         prefix = names["layer"].format(i=i)
         layer.load(source.checkpoint.layer(prefix))
+        stream = streams[0]
         seen = layer.observe(stream)
-        factors = factorize(layer.weights(), seen.stats, plan)
+        stats, following = seen.stats, [seen.hidden]
+        if first_phase is not None:
+            halfway = first_phase(layer.weights().to(torch.float64), stats.to(torch.float64), plan)
+            moment, hidden = layer.follow(streams[1], _single(halfway))
+            stats = replace(stats, converted_moment=moment)
+            following.append(hidden)
+        factors = factorize(layer.weights(), stats, plan)
         inputs = partial(_attention_inputs, layer, stream)
         attention, scale = export_tensors(factors, plan, inputs)
         shard = {prefix + "self_attn." + name: tensor for name, tensor in attention.items()}
@@ -176,14 +187,14 @@ def _convert_layers(
                 "norm_residual": max(seen.input_norm.residual, seen.output_norm.residual),
             }
         )
-        stream = seen.hidden
-        progress["checksum"] = workspace.save_stream(i + 1, stream)
+        streams = torch.stack(following) if len(following) > 1 else seen.hidden[None]
+        progress["checksum"] = workspace.save_stream(i + 1, streams)
         progress["next_layer"] = i + 1
         workspace.save_progress(progress)
         workspace.drop_stream(i)
-        report.advance(i + 1, f"layer {i}: attention error {error:.3f}")
+        report.advance(i + 1, f"error {error:.3f}")
     final = NormRatio(plan.spec.rms_norm_eps)
-    for _, hidden in steps(stream):
+    for _, hidden in steps(streams[0]):
         final.add(hidden)
     progress["final_norm"] = final.correction
     workspace.save_progress(progress)
@@ -271,17 +282,18 @@ def _write_rest(
             "commit": _hub_commit(source.path),
             "fingerprint": fingerprint,
         },
-        "versions": {
-            "transmla": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-            "python": platform.python_version(),
-        },
+        "versions": _versions(),
         "layers": progress["layers"],
         "final_norm_correction": progress["final_norm"],
         "hashes": hash_files(folder, progress["hashes"]),
     }
     write_json(folder / MANIFEST, manifest)
     write_card(folder, manifest, recipe)
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"transmla": __version__, **libraries, "python": platform.python_version()}
 
 
 def _hub_commit(path: Path) -> str | None:

@@ -38,7 +38,10 @@ def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str) -> Plan:
     shape = choose_shape(spec, recipe)
     slots, rope_parameters = choose_slots(spec, shape.qk_rope_head_dim, custom=recipe.custom_rope)
     stride = max(1, len(spec.inv_freq) // len(set(slots)))
-    preferred = 1 if recipe.custom_rope else min(method.freqfold(stride), len(spec.inv_freq))
+    repeated = len(set(slots)) < len(slots)
+    preferred = 1 if repeated else method.freqfold(stride)
+    if len(spec.inv_freq) % preferred:
+        preferred = stride
     fold = recipe.freqfold or preferred
     check_fold(fold, stride, len(spec.inv_freq))
     plan = Plan(
@@ -140,14 +143,14 @@ def _vllm_shape(rank: int, d_r: int, d_n: int, d_v: int, *, by_budget: bool) -> 
     larger = [r for r in ranks if r >= rank]
     smaller = [r for r in ranks if r <= rank]
     heads = [(n, v) for n, rope, v in VLLM_PREFILL if rope == d_r and n >= d_n and v >= d_v]
-    if not heads or not (larger or smaller):
+    if not heads or not (larger or (smaller and by_budget)):
         raise TransmlaError(
             f"no fast vLLM kernel takes rank {rank}, rope {d_r}, nope {d_n}, value {d_v}",
             limit="decode takes 256+64 and 512+64, prefill heads of at most 192+64 and values of 256",
             remedy="set --qk-rope-head-dim 64, or drop --pad-for",
         )
     # A budget is kept when a kernel fits inside it; an explicit rank is never cut.
-    chosen = max(smaller) if smaller and (by_budget or not larger) else min(larger)
+    chosen = max(smaller) if smaller and by_budget else min(larger)
     return chosen, d_r, *min(heads)
 
 

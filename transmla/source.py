@@ -48,13 +48,14 @@ def pick_device(name: str) -> torch.device:
 
 def open_source(recipe: Recipe) -> Source:
     """Find, describe and check a source; every refusal that needs no weights happens here."""
-    path = resolve_source(recipe.source, revision=recipe.revision)
-    config = read_config(path)
+    known = resolve_source(recipe.source, revision=recipe.revision, weights=False)
+    config = read_config(known)
     family = family_of(config)
     spec = describe(config)
+    path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
     checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
     check_tensors(checkpoint.shapes, config, family)
-    dtype = str(checkpoint.read(family.tensors["norm"]).dtype).removeprefix("torch.")
+    dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
     return Source(path, config, spec, family, checkpoint, dtype)
 
 

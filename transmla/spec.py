@@ -119,6 +119,13 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Fa
             limit=f"the config asks for {config.num_hidden_layers} layers of family {family.name}",
             remedy="download the checkpoint again, or correct its config.json",
         )
+    extra = [name for name in shapes if name not in wanted and name != family.tensors["head"]]
+    if extra:
+        raise TransmlaError(
+            f"the model has no place for tensor '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else ""),
+            limit=f"family {family.name} with this config.json has no such weight, and nothing is dropped silently",
+            remedy="use the config.json that belongs to these weights",
+        )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise TransmlaError(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from transmla.checkpoint import open_checkpoint, resolve_source
 from transmla.core.absorb import absorbed_attention
 from transmla.errors import TransmlaError
-from transmla.export import MANIFEST, VERIFICATION, write_json
-from transmla.fingerprint import check_hashes, export_fingerprint
+from transmla.export import CARD, MANIFEST, VERIFICATION, write_json
+from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
 from transmla.native import RMS_NORM_EPS, layer_factors
 
 # Relative difference of logits or attention outputs that rounding explains.
@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # mean((s·c)²)/eps of the largest token: a hundredth bends the norm by half a percent, bf16's own rounding.
 MAX_HEADROOM = 1e-2
 PROMPT_TOKENS = 96
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ def verify(
     Raises:
         TransmlaError: if ``folder`` is not a finished export.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder / MANIFEST)
+    hashes, promise = manifest["hashes"], _Promise.of(manifest)
     (folder / VERIFICATION).unlink(missing_ok=True)
     checks: list[Check] = []
-    for check in _checks(folder, manifest, source, dtype, device):
+    for check in _checks(folder, hashes, promise, source, dtype, device):
         checks.append(check)
         yield check
         if not check.passed and check.name in ("hashes", "loads"):
@@ -61,35 +63,51 @@ def verify(
             folder / VERIFICATION,
             {
                 "passed": True,
-                "fingerprint": export_fingerprint(manifest["hashes"]),
+                "fingerprint": export_fingerprint(hashes),
                 "dtype": str(dtype).removeprefix("torch."),
                 "checks": [asdict(check) for check in checks],
             },
         )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``transmla.json`` of a finished export.
+@dataclass(frozen=True)
+class _Promise:
+    """What the manifest says of the export: values cached per token, weights, and where they come from."""
 
-    Raises:
-        TransmlaError: if the folder is missing, unfinished or not an export.
-    """
-    file = folder / MANIFEST
-    if folder.resolve().name.endswith(".partial") or not file.is_file():
-        raise TransmlaError(
-            f"'{folder}' is not a finished export",
-            limit=f"a finished one holds {MANIFEST}",
-            remedy="run `transmla convert`, with --resume if it was interrupted",
-        )
-    manifest: dict[str, Any] = json.loads(file.read_text())
-    return manifest
+    cached: int
+    dtype: torch.dtype
+    tied: bool
+    revision: str | None
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> _Promise:
+        try:
+            plan, origin = manifest["plan"], manifest["source"]
+            spec, shape = plan["spec"], plan["shape"]
+            return cls(
+                cached=int(shape["kv_lora_rank"] + shape["qk_rope_head_dim"]) * int(spec["num_hidden_layers"]),
+                dtype=getattr(torch, plan["dtype"]),
+                tied=bool(spec["tie_word_embeddings"]),
+                revision=origin.get("commit") or origin.get("revision"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TransmlaError(
+                f"{MANIFEST} does not describe a conversion",
+                limit=f"{type(error).__name__}: {error}",
+                remedy="run `transmla convert` again",
+            ) from error
 
 
 def _checks(
-    folder: Path, manifest: dict[str, Any], source: str | None, dtype: torch.dtype, device: str
+    folder: Path,
+    hashes: dict[str, str],
+    promise: _Promise,
+    source: str | None,
+    dtype: torch.dtype,
+    device: str,
 ) -> Iterator[Check]:
-    problems = check_hashes(folder, manifest["hashes"])
-    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest['hashes'])} files unchanged")
+    problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
+    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(hashes)} files unchanged")
 
     model, problem = _load(folder, dtype, device)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
@@ -105,10 +123,10 @@ def _checks(
     tokens = _prompt(model)
     yield _cache_equals_full(model, tokens, dtype)
     yield _absorbed_equals_expanded(model, tokens, dtype)
-    yield _cache_size(model, tokens, manifest)
+    yield _cache_size(model, tokens, promise)
     yield _headroom(model, tokens)
     if source is not None:
-        yield _untouched(folder, source, manifest)
+        yield _untouched(folder, source, promise)
 
 
 def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, str]:
@@ -192,16 +210,14 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def _cache_size(model: Any, tokens: Tensor, manifest: dict[str, Any]) -> Check:
+def _cache_size(model: Any, tokens: Tensor, promise: _Promise) -> Check:
     """Bytes that a real cache holds after a forward, per token, against the plan."""
     cache = model(tokens, use_cache=True).past_key_values
     measured = (
         sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
         / tokens.numel()
     )
-    shape, spec = manifest["plan"]["shape"], manifest["plan"]["spec"]
-    values = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
-    planned = values * spec["num_hidden_layers"] * model.dtype.itemsize
+    planned = promise.cached * model.dtype.itemsize
     return Check(
         "cache size",
         measured == planned,
@@ -216,12 +232,25 @@ def _headroom(model: Any, tokens: Tensor) -> Check:
     return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
 
 
-def _untouched(folder: Path, source: str, manifest: dict[str, Any]) -> Check:
+def _untouched(folder: Path, source: str, promise: _Promise) -> Check:
     """Every tensor that is neither attention nor norm equals the source's, bit for bit after the cast."""
-    original = open_checkpoint(resolve_source(source, revision=manifest["source"]["revision"]))
-    export = open_checkpoint(folder)
-    dtype = getattr(torch, manifest["plan"]["dtype"])
-    names = [n for n in original.shapes if ".self_attn." not in n and "norm" not in n and n in export.shapes]
-    changed = [n for n in names if not torch.equal(export.read(n), original.read(n).to(dtype))]
+    trusted = _allows_pickle(folder)
+    path = resolve_source(source, revision=promise.revision, allow_pickle=trusted)
+    original, export = open_checkpoint(path, allow_pickle=trusted), open_checkpoint(folder)
+    names = {n: n for n in original.shapes if ".self_attn." not in n and "norm" not in n and n in export.shapes}
+    if promise.tied:  # the export's head is a copy of the source's embedding
+        names[HEAD] = EMBEDDING
+    changed = [
+        n for n, theirs in names.items() if not torch.equal(export.read(n), original.read(theirs).to(promise.dtype))
+    ]
     detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors bit for bit"
     return Check("untouched weights", bool(names) and not changed, detail)
+
+
+def _allows_pickle(folder: Path) -> bool:
+    """Whether the export was made from a source whose pickled weights its user trusts."""
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(recipe, dict) and recipe.get("allow_pickle") is True

@@ -48,6 +48,15 @@ def check_llama_like(config: Any) -> None:
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
             raise refuse(name, f"{bias}=true is not supported", "the native format has no slot for these biases")
+    quantisation = getattr(config, "quantization_config", None)
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method not in (None, "gguf"):
+        raise refuse(
+            name,
+            f"{method} weights are not supported",
+            "factors are computed from float32, float16 or bfloat16",
+            "convert the unquantised checkpoint",
+        )
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:

@@ -17,13 +17,15 @@ class Method:
 
     ``factorize(weights, stats, plan)`` works in float64 and never changes its input; ``freqfold(stride)``
     is the method's own choice of how many neighbouring frequencies to fold when every ``stride``-th source
-    frequency keeps a rotary slot.
+    frequency keeps a rotary slot. A method of two phases gives the layer after its ``first_phase``: a second
+    hidden stream runs through those layers, and ``factorize`` finds its moments in ``stats.converted_moment``.
     """
 
     name: str
     summary: str
     factorize: Callable[[LayerWeights, LayerStats, Plan], LayerFactors]
     freqfold: Callable[[int], int]
+    first_phase: Callable[[LayerWeights, LayerStats, Plan], LayerFactors] | None = None
 
 
 def source_frequencies(plan: Plan, like: Tensor) -> Tensor:

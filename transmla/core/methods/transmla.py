@@ -29,16 +29,9 @@ def rotate_keys(kappa: Tensor, moment: Tensor, rotary: RotaryPlan) -> tuple[Conc
     return Concentration(rotated.z[kept], rotated.mix[kept]), to_halves(rotated.z[~kept])
 
 
-def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
-    moment = regularise(stats.second_moment)
+def read_out(weights: LayerWeights, plan: Plan, kept: Concentration, latent: Tensor, moment: Tensor) -> LayerFactors:
+    """The layer whose rotary channels are ``kept`` and whose other keys and values are read from ``latent`` [r, D]."""
     kappa, query = to_complex(weights.k), to_complex(weights.q)
-    kept, rest = rotate_keys(kappa, moment, plan.rotary)
-    key = to_halves(kept.residual(kappa))
-
-    balance = channel_norm(weights.v, moment).mean() / key_level(rest, weights.k, moment)
-    target = torch.cat([rest * balance, weights.v.flatten(0, 1)])
-    latent = latent_basis(target, moment, plan.shape.latent_rank)
-
     group = plan.spec.group_size
     mix = kept.mix.repeat_interleave(group, 1)
     return assemble(
@@ -47,10 +40,27 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
         q_pe=to_halves(torch.einsum("shp,hpD->hsD", mix.conj(), query)),
         rope=to_halves(kept.z),
         latent=latent,
-        k_up=regress(key, latent, moment).repeat_interleave(group, 0),
+        k_up=regress(to_halves(kept.residual(kappa)), latent, moment).repeat_interleave(group, 0),
         v_up=regress(weights.v, latent, moment).repeat_interleave(group, 0),
         inv_freq=source_frequencies(plan, moment)[list(plan.rotary.slots)],
     )
+
+
+def remove_rope(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    """Phase one: channels outside the rotary slice lose their rotation, nothing is cut."""
+    moment = regularise(stats.second_moment)
+    kept, _ = rotate_keys(to_complex(weights.k), moment, plan.rotary)
+    everything = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    return read_out(weights, plan, kept, everything, moment)
+
+
+def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    """Both phases; the second measures what the layers before it make of the text without their RoPE."""
+    kept, rest = rotate_keys(to_complex(weights.k), regularise(stats.second_moment), plan.rotary)
+    moment = regularise(stats.second_moment if stats.converted_moment is None else stats.converted_moment)
+    balance = channel_norm(weights.v, moment).mean() / key_level(rest, weights.k, moment)
+    target = torch.cat([rest * balance, weights.v.flatten(0, 1)])
+    return read_out(weights, plan, kept, latent_basis(target, moment, plan.shape.latent_rank), moment)
 
 
 METHOD = Method(
@@ -58,4 +68,5 @@ METHOD = Method(
     summary="TransMLA as published: real RoRoPE, FreqFold, balanced joint PCA (the baseline)",
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
+    first_phase=remove_rope,
 )
