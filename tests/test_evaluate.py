@@ -157,6 +157,30 @@ def test_a_broken_model_has_infinite_perplexity(tokens) -> None:
     assert evaluate(broken, tokens, window=32).perplexity == math.inf
 
 
+def test_a_window_over_the_context_is_refused_unless_the_text_is_shorter(model, tokens) -> None:
+    short = tiny(1)
+    short.config.max_position_embeddings = 64
+    says = r"window of 65 tokens is longer than the {}'s context; max_position_embeddings is 64; use a window of at"
+    with pytest.raises(TransmlaError, match=says.format("model")):
+        evaluate(short, tokens, window=65)
+    with pytest.raises(TransmlaError, match=says.format("baseline")):
+        evaluate(model, tokens, window=65, baseline=short)
+    assert evaluate(short, tokens, window=64).window == 64
+    assert evaluate(short, tokens[:40], window=65).window == 40
+
+
+def test_tokens_out_of_the_vocabulary_are_refused(model, tokens) -> None:
+    foreign = tokens.index_fill(0, torch.tensor([3]), VOCABULARY)
+    with pytest.raises(TransmlaError, match="the text holds token 50; the model's vocabulary has 50 entries"):
+        evaluate(model, foreign, window=32)
+
+
+def test_a_stride_over_the_window_is_refused(model, tokens) -> None:
+    with pytest.raises(TransmlaError, match="stride 33 is larger than the window; windows of 32 tokens"):
+        evaluate(model, tokens, window=32, stride=33)
+    assert evaluate(model, tokens[:9], window=32, stride=32).stride == 9
+
+
 def test_refusals(model, tokens) -> None:
     with pytest.raises(TransmlaError, match=r"baseline's vocabulary has 60 entries, the model's 50"):
         evaluate(model, tokens, window=32, baseline=tiny(0, 60))

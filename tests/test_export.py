@@ -15,11 +15,12 @@ import yaml
 from conftest import build_model, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transmla.card import public_recipe
 from transmla.checkpoint import Checkpoint, open_checkpoint
 from transmla.fingerprint import file_sha256
 from transmla.pipeline import convert
 from transmla.plan import make_plan
-from transmla.recipe import Recipe, parse_recipe, read_recipe
+from transmla.recipe import Recipe, dump_recipe, parse_recipe, read_recipe
 from transmla.spec import describe, read_config
 
 PROMPTS = ["the cat", "the dog sat on the mat and", "log"]
@@ -267,7 +268,7 @@ def test_the_card_holds_table_recipe_and_command(place: Path, name: str) -> None
     )
     assert f"| cache values per token and layer | {before} | {after} ({after / before:.1%}) |" in body
     assert "transmla convert recipe.yaml" in body
-    assert (place / name / "recipe.yaml").read_text() in body
+    assert dump_recipe(public_recipe(recipe(place, name))) in body
     assert all(note in body for note in manifest["plan"]["notes"])
 
 

@@ -102,7 +102,7 @@ def place(tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def refused_as_unfinished() -> None:
     partial = Path("out.partial")
     assert not Path("out").exists()
-    with pytest.raises(TransmlaError, match="not a finished export"):
+    with pytest.raises(TransmlaError, match="no finished conversion"):
         list(verify(partial))
     with pytest.raises(TransmlaError, match="no finished conversion"):
         hub.push(partial, "org/name", dry_run=True)

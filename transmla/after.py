@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transmla.card import write_card
 from transmla.checkpoint import load_model, resolve_source
 from transmla.data import load_tokens
 from transmla.errors import TransmlaError
-from transmla.evaluate import evaluate
+from transmla.evaluate import check_stride, evaluate
 from transmla.progress import Reporter
 from transmla.recipe import Evaluation, Recipe
 from transmla.source import load_tokenizer, pick_device
@@ -32,17 +34,18 @@ def evaluate_models(
 
     ``pydoc`` is read from its test split unless told otherwise. ``revision`` belongs to the baseline.
     """
+    check_stride(settings.window, settings.stride)
     place = pick_device(device)
     path = resolve_source(model)
     split = settings.split or ("test" if settings.text == "pydoc" else None)
-    tokenizer = load_tokenizer(path)
+    with _refusing(path):
+        tokenizer = load_tokenizer(path)
     stride = settings.stride or settings.window
     limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
     tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
     other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, place)
     loaded = _load(path, dtype, place)
-    count = len(tokens[: settings.window].unfold(0, min(settings.window, len(tokens)), stride))
-    windows = max(count, (len(tokens) - settings.window) // stride + 1)
+    windows = max(1, (len(tokens) - settings.window) // stride + 1)
     reporter.stage("evaluating", min(windows, settings.max_windows or windows))
     result = evaluate(
         loaded,
@@ -74,11 +77,21 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
 def _load(path: Path, dtype: str, device: torch.device) -> Any:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
-    try:
+    with _refusing(path):
         return load_model(path, dtype=dtype).to(device)
-    except (OSError, ValueError, KeyError) as error:
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """One line for whatever the loaders underneath raise, which is whatever the files make them raise."""
+    try:
+        yield
+    except TransmlaError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise TransmlaError(
             f"cannot load '{path}' as a causal LM",
-            limit=str(error).splitlines()[0],
-            remedy="check the folder",
+            limit=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
+            remedy="check the files, and that the device holds the model",
         ) from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from transmla.estimate import value_bytes
 from transmla.export import CARD, write_text
 from transmla.recipe import Recipe, dump_recipe
 
@@ -15,7 +17,7 @@ _TEMPLATE = """---
 
 # {name}, converted to Multi-head Latent Attention
 
-`{source}` with its grouped-query attention factored into MLA by [transmla](https://pypi.org/project/transmla)
+`{source}` with its {attention} attention factored into MLA by [transmla](https://pypi.org/project/transmla)
 {version}. It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.
 
 ```python
@@ -46,19 +48,55 @@ text). Hashes, versions and every layer's numbers are in `transmla.json`.
 {notes}"""
 
 
+def cache_rows(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, source and MLA of what a token caches, from a plan's plain values."""
+    spec, shape = plan["spec"], plan["shape"]
+    before = 2 * spec["num_key_value_heads"] * spec["head_dim"]
+    after = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
+    width = spec["num_hidden_layers"] * value_bytes(plan["dtype"])
+    return [
+        ("cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"),
+        ("cache bytes per token", f"{before * width:,}", f"{after * width:,}"),
+    ]
+
+
+def attention_kind(spec: dict[str, Any]) -> str:
+    """What the literature calls the source's attention."""
+    if spec["num_key_value_heads"] == spec["num_attention_heads"]:
+        return "multi-head"
+    return "multi-query" if spec["num_key_value_heads"] == 1 else "grouped-query"
+
+
+def public_name(name: str) -> str:
+    """A Hub id or a text's alias as it is; of a file or folder only the last part, for a card is published."""
+    if name.startswith("package:"):
+        return Path(name).name
+    path = os.path.expanduser(name)
+    local = name.startswith((".", "/", "~")) or os.path.exists(path)
+    return os.path.basename(os.path.abspath(path)) if local else name
+
+
+def public_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as the card shows it, without anybody's folders."""
+    calibration, evaluation = recipe.calibration, recipe.eval
+    return recipe.model_copy(
+        update={
+            "source": public_name(recipe.source),
+            "output": Path(recipe.output).name,
+            "calibration": calibration.model_copy(update={"source": public_name(calibration.source)}),
+            "eval": evaluation and evaluation.model_copy(update={"text": public_name(evaluation.text)}),
+        }
+    )
+
+
 def write_card(
     folder: Path, manifest: dict[str, Any], recipe: Recipe, evaluation: dict[str, Any] | None = None
 ) -> None:
     """Write ``README.md``; ``evaluation`` adds perplexity and divergence from the source."""
     plan = manifest["plan"]
     spec, shape = plan["spec"], plan["shape"]
-    before = 2 * spec["num_key_value_heads"] * spec["head_dim"]
-    after = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
-    width = 4 if plan["dtype"] == "float32" else 2
-    layers = spec["num_hidden_layers"]
     rows = [
-        ("cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"),
-        ("cache bytes per token", f"{before * layers * width:,}", f"{after * layers * width:,}"),
+        *cache_rows(plan),
         (
             "attention",
             f"{spec['num_attention_heads']} query, {spec['num_key_value_heads']} key/value heads of {spec['head_dim']}",
@@ -66,7 +104,7 @@ def write_card(
         ),
     ]
     if evaluation:
-        text = f"{evaluation['text']}, {evaluation['windows']} × {evaluation['window']} tokens"
+        text = f"{public_name(evaluation['text'])}, {evaluation['windows']} × {evaluation['window']} tokens"
         rows += [
             (
                 f"perplexity ({text})",
@@ -78,17 +116,18 @@ def write_card(
         ]
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla"]}
-    is_hub_id = recipe.source.count("/") == 1 and not Path(recipe.source).exists() and ":" not in recipe.source
-    if is_hub_id:
+    shown = public_recipe(recipe)
+    if recipe.source.count("/") == 1 and shown.source == recipe.source:  # a Hub id
         metadata["base_model"] = recipe.source
     notes = "".join(f"\n- {note}" for note in plan["notes"])
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=Path(recipe.output).name,
-        source=recipe.source,
+        source=shown.source,
+        attention=attention_kind(spec),
         version=manifest["versions"]["transmla"],
         rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in rows),
-        recipe=dump_recipe(recipe),
+        recipe=dump_recipe(shown),
         method=plan["method"],
         fold=plan["rotary"]["freqfold"],
         mean_error=sum(errors) / len(errors),

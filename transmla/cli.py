@@ -12,7 +12,7 @@ import typer
 
 from transmla import __version__
 from transmla.errors import TransmlaError
-from transmla.options import overrides, with_recipe_options
+from transmla.options import Command, overrides, with_recipe_options
 
 # What a shell reports for Ctrl-C, and what typer turns it into.
 INTERRUPTED = 130
@@ -67,14 +67,17 @@ def convert(
     """
     from transmla import console, pipeline
     from transmla.after import evaluate_export
+    from transmla.evaluate import check_stride
 
     recipe = _recipe(source, options | {"output": output})
+    if recipe.eval:
+        check_stride(recipe.eval.window, recipe.eval.stride)
     with console.Bars() as bars:
         folder = pipeline.convert(recipe, resume=resume, reporter=bars)
         evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
     if evaluation:
         console.show_before_after(json.loads((folder / "transmla.json").read_text()), evaluation)
-    console.out.print(f"wrote {folder}; next: transmla verify {folder}", highlight=False)
+    console.say(f"wrote {folder}; next: transmla verify {folder}")
 
 
 def verify(
@@ -105,7 +108,7 @@ def verify(
     if failed:
         console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
         raise typer.Exit(1)
-    console.out.print(f"verified; next: transmla push {folder} ORG/NAME", highlight=False)
+    console.say(f"verified; next: transmla push {folder} ORG/NAME")
 
 
 def evaluate(
@@ -175,7 +178,7 @@ def push(
     )
     rows = [[file.path, f"{file.size:,}"] for file in result.files]
     console.table(f"{'would push' if dry_run else 'pushed'} to {result.repo_id}", ["file", "bytes"], rows)
-    console.out.print(result.url, highlight=False)
+    console.say(result.url)
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -206,7 +209,7 @@ def build() -> typer.Typer:
         """Convert pretrained models to Multi-head Latent Attention: a small KV cache, no custom code."""
 
     for name, function in VERBS.items():
-        app.command(name)(function)
+        app.command(name, cls=Command)(function)
     return app
 
 
@@ -246,5 +249,6 @@ def main() -> None:
         print(f"error: {TransmlaError(error.format_message(), remedy='see --help')}", file=sys.stderr)
         raise SystemExit(2) from error
     if code == INTERRUPTED:
-        print("interrupted; `transmla convert` continues with --resume", file=sys.stderr)
+        hint = "; `transmla convert` continues with --resume" if arguments[0] == "convert" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
     raise SystemExit(code or 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,12 +15,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
+from transmla.card import cache_rows
 from transmla.verify import Check
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+# Columns on a progress bar that an attention error or the like may take.
+NOTE_WIDTH = 20
 
 
 class Bars:
@@ -28,12 +32,13 @@ class Bars:
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
+            # Of all columns only the bar shrinks on a narrow screen.
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, max_width=NOTE_WIDTH)),
             console=err,
         )
         self.task: TaskID | None = None
@@ -55,16 +60,21 @@ class Bars:
             self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
 
     def message(self, text: str) -> None:
-        self.progress.console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+        self.progress.console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line of plain text on standard output, brackets and all."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a small table; the first column is text, the others are right-aligned."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     out.print(drawn)
 
 
@@ -85,14 +95,14 @@ def duration(seconds: float) -> str:
 def show_plan(summary: dict[str, Any]) -> None:
     """The tables of ``transmla plan``."""
     shape, spec = summary["shape"], summary["spec"]
-    values, size = summary["cache_values"], summary["cache_bytes_per_token"]
+    (_, *values), (_, *size) = cache_rows(summary)
     table(
         f"{spec['family']}, {spec['num_hidden_layers']} layers → DeepSeek-V3 ({summary['dtype']}, {summary['method']})",
         ["", "source", "MLA"],
         [
             [
                 "attention",
-                f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv heads × {spec['head_dim']}",
+                f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv × {spec['head_dim']}",
                 f"latent {shape['kv_lora_rank']} + rotary {shape['qk_rope_head_dim']}",
             ],
             [
@@ -100,14 +110,10 @@ def show_plan(summary: dict[str, Any]) -> None:
                 f"{spec['head_dim']}",
                 f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}",
             ],
-            [
-                "cache values per token and layer",
-                f"{values['before']}",
-                f"{values['after']} ({summary['cache_ratio']:.1%})",
-            ],
-            ["cache bytes per token", f"{size['before']:,}", f"{size['after']:,}"],
+            ["cache values per token, layer", *values],
+            ["cache bytes per token", *size],
             *[
-                [f"tokens of cache on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
+                [f"tokens on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
                 for gb, held in summary["contexts"].items()
             ],
         ],
@@ -117,18 +123,17 @@ def show_plan(summary: dict[str, Any]) -> None:
         ["runtime", "takes it", "how"],
         [[r["name"], "yes" if r["accepts"] else "no", r["note"]] for r in summary["runtimes"]],
     )
-    out.print(
+    say(
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
-        f" {duration(summary['seconds'])} on {summary['device']} (calibration sampling and healing not counted)",
-        highlight=False,
+        f" {duration(summary['seconds'])} on {summary['device']} (calibration sampling not counted)"
     )
     for note in summary["notes"]:
-        out.print(f"[yellow]note:[/] {note}", highlight=False)
+        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 
 
 def show_check(check: Check) -> None:
     mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
-    out.print(f"{mark}  {check.name}: {check.detail}", highlight=False)
+    out.print(f"{mark}  {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
 
 
 def show_evaluation(result: dict[str, Any], text: str) -> None:
@@ -151,19 +156,11 @@ def show_evaluation(result: dict[str, Any], text: str) -> None:
 
 def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """The table that closes a conversion whose recipe has an ``eval`` section."""
-    plan = manifest["plan"]
-    spec, shape = plan["spec"], plan["shape"]
-    before, after = (
-        2 * spec["num_key_value_heads"] * spec["head_dim"],
-        shape["kv_lora_rank"] + shape["qk_rope_head_dim"],
-    )
-    width = spec["num_hidden_layers"] * (4 if plan["dtype"] == "float32" else 2)
     table(
         f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
         ["", "source", "MLA"],
         [
-            ["cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"],
-            ["cache bytes per token", f"{before * width:,}", f"{after * width:,}"],
+            *map(list, cache_rows(manifest["plan"])),
             ["perplexity", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"],
             ["KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"],
             ["same top-1 token", "–", f"{evaluation['top1_agreement']:.1%}"],

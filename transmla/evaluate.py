@@ -66,10 +66,12 @@ def evaluate(
     window is one window. Both models may sit on different devices, in different dtypes; they are run in
     evaluation mode and put back. `progress` gets (windows done, windows) after each batch.
 
-    Raises TransmlaError for a text under 2 tokens, numbers out of range, and different vocabularies.
+    Raises TransmlaError for a text under 2 tokens, numbers out of range, a stride over the window, a window
+    over a model's context, tokens a model does not have, and different vocabularies.
     """
     if tokens.dim() != 1 or len(tokens) < 2:
         raise TransmlaError(f"tokens of shape {list(tokens.shape)}", limit="one row of at least 2 is needed")
+    check_stride(window, stride)
     window = min(window, len(tokens))
     stride = window if stride is None else min(stride, window)
     if window < 2 or stride < 1 or batch_size < 1 or (max_windows is not None and max_windows < 1):
@@ -77,6 +79,9 @@ def evaluate(
             f"window {window}, stride {stride}, batch size {batch_size}, at most {max_windows} windows",
             limit="a window has at least 2 tokens, the others are at least 1",
         )
+    check_model(model, tokens, window)
+    if baseline is not None:
+        check_model(baseline, tokens, window, "baseline")
     windows = tokens.unfold(0, window, stride)[:max_windows]
     started = time.perf_counter()
     sums = _Sums()
@@ -99,6 +104,36 @@ def evaluate(
         top1_agreement=sums.agreed / sums.tokens if compared else None,
         seconds=time.perf_counter() - started,
     )
+
+
+def check_stride(window: int, stride: int | None) -> None:
+    """Refuse windows with gaps between them."""
+    if stride is not None and stride > window:
+        raise TransmlaError(
+            f"stride {stride} is larger than the window",
+            limit=f"windows of {window} tokens would leave out the text between them",
+            remedy="lower the stride, or leave it out",
+        )
+
+
+def check_model(model: nn.Module, tokens: Tensor, window: int, name: str = "model") -> None:
+    """Refuse a window that `model` was not made for, and tokens that it does not know."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise TransmlaError(
+            f"a window of {window} tokens is longer than the {name}'s context",
+            limit=f"max_position_embeddings is {longest}",
+            remedy=f"use a window of at most {longest}",
+        )
+    words, highest = getattr(config, "vocab_size", None), int(tokens.max())
+    if words is not None and highest >= words:
+        raise TransmlaError(
+            f"the text holds token {highest}",
+            limit=f"the {name}'s vocabulary has {words} entries",
+            remedy="use the tokenizer that belongs to the model",
+        )
 
 
 def _batches(windows: int, batch_size: int, *, overlapping: bool) -> Iterator[tuple[int, int]]:

@@ -240,6 +240,6 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
 def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
     """SHA-256 of every file a reader relies on: all but the card and the manifest itself."""
     skipped = {MANIFEST, CARD, PROGRESS, _CALIBRATION, VERIFICATION}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in skipped)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in skipped)
     names = [p.relative_to(folder).as_posix() for p in files if not p.name.startswith("stream-")]
     return {name: known.get(name) or file_sha256(folder / name) for name in names}

@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from transmla.recipe import Calibration, Recipe
+from transmla.registry import scan
 
 _PANELS = {
     "Shape": (
@@ -32,7 +35,9 @@ _PANELS = {
 
 def _flag_type(annotation: Any) -> Any:
     """The plain type of a field: its choices become text that the recipe checks."""
-    arms = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    # `int | None` is a UnionType, `Annotated[int, …] | None` a Union.
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    arms = typing.get_args(annotation) if union else (annotation,)
     for arm in arms:
         while typing.get_origin(arm) is Annotated:
             arm = typing.get_args(arm)[0]
@@ -44,16 +49,22 @@ def _flag_type(annotation: Any) -> Any:
 def _option(flag: str, name: str, model: type[BaseModel], field: str, panel: str) -> inspect.Parameter:
     info = model.model_fields[field]
     kind = _flag_type(info.annotation)
-    default = "" if info.default in (None, False) else f" (default: {info.default})"
+    # By identity: a seed of 0 is a default worth showing.
+    default = "" if info.default is None or info.default is False else f" (default: {info.default})"
     choices = [c for c in _choices(info.annotation) if isinstance(c, str)]
-    listed = f" [{'|'.join(choices)}]" if choices else ""
+    listed = f" ({', '.join(choices)})" if choices else ""
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
             kind | None,
-            typer.Option(flag, help=f"{info.description}{listed}{default}", rich_help_panel=panel, show_default=False),
+            typer.Option(
+                flag,
+                help=escape(f"{info.description}{listed}{default}"),
+                rich_help_panel=panel,
+                show_default=False,
+            ),
         ],
     )
 
@@ -77,6 +88,25 @@ def recipe_parameters() -> list[inspect.Parameter]:
         name = "calibration" if field == "source" else f"calibration_{field}"
         parameters.append(_option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text"))
     return parameters
+
+
+class Command(TyperCommand):
+    """A command whose help lists the methods there are; finding them takes torch, so only the help does it."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if parameter.name == "method":
+                parameter.help = _method_help()  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+def _method_help() -> str:
+    methods = scan("transmla.core.methods", "METHOD").values()
+    lines = [
+        f"conversion method (default: {Recipe.model_fields['method'].default})",
+        *(f"{method.name}: {method.summary}" for method in methods),
+    ]
+    return escape("\n\n".join(lines))
 
 
 def with_recipe_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -45,7 +45,7 @@ class Recipe(_Strict):
     source: str = Field(description="checkpoint folder, .gguf file, package:NAME/FILE, or Hub id")
     output: str = Field(description="folder to write")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
-    method: str = Field("calibrated", description="conversion method (calibrated, transmla)")
+    method: str = Field("calibrated", description="conversion method")
     cache_ratio: float | None = Field(
         None,
         gt=0,
