@@ -30,7 +30,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 @with_recipe_options
 def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
-    """Show what a conversion would do: shapes, cache, contexts, runtimes, cost. Reads no weights.
+    """Show what a conversion would do: shapes, cache, contexts, runtimes, cost. Computes nothing.
+
+    A Hub id is downloaded first, once its config is found convertible.
 
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
