@@ -38,14 +38,18 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     """
     from transmla import console, estimate
     from transmla.plan import make_plan
-    from transmla.source import open_source, pick_device
+    from transmla.source import computes_in_bfloat16, open_source, pick_device
 
     recipe = _recipe(source, options | {"output": options.get("output") or "unused"})
     opened = open_source(recipe)
     device = pick_device(recipe.device)
     tokens = recipe.calibration.sequences * recipe.calibration.length
     held = opened.checkpoint.size if opened.checkpoint.gguf else 0
-    result = estimate.summary(make_plan(opened.spec, recipe, opened.dtype), tokens, device, held=held)
+    # On the CPU a half-precision source is widened to sample from, unless the CPU multiplies bfloat16.
+    widened = 2 if opened.dtype != "float32" and not computes_in_bfloat16(opened, device) else 1
+    sampled = opened.checkpoint.size * widened if recipe.calibration.source == "self" else 0
+    chosen = make_plan(opened.spec, recipe, opened.dtype)
+    result = estimate.summary(chosen, tokens, device, held=held, sampled=sampled)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

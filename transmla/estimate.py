@@ -130,8 +130,12 @@ def runtimes(plan: Plan) -> list[Runtime]:
     ]
 
 
-def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0) -> dict[str, Any]:
-    """Everything ``transmla plan`` shows, as plain values."""
+def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0, sampled: int = 0) -> dict[str, Any]:
+    """Everything ``transmla plan`` shows, as plain values.
+
+    ``held`` bytes of a GGUF source stay in memory throughout; ``sampled`` bytes of the whole model do while it
+    writes its own calibration text.
+    """
     before, after = plan.spec.cache_values, plan.shape.cache_values
     return {
         **plan.to_dict(),
@@ -144,7 +148,7 @@ def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0) -> 
         "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},
         "runtimes": [vars(runtime) for runtime in runtimes(plan)],
         "parameters": parameters(plan),
-        "memory_bytes": memory_bytes(plan, tokens, held=held),
+        "memory_bytes": max(memory_bytes(plan, tokens, held=held), BASE_MEMORY + held + sampled),
         "disk_bytes": disk_bytes(plan, tokens),
         "seconds": seconds(plan, tokens, device),
         "device": str(device),
