@@ -24,7 +24,8 @@ from transmla.core.methods.common import Method, assemble, channel_norm, key_lev
 from transmla.core.readout import Distances, joint_readout
 from transmla.core.rope import to_complex, to_halves
 
-# Keys against values of equal mean channel norm. 0.2 to 2 tried on WikiText-2 validation text: flat around it.
+# Keys against values of equal mean channel norm. Of 0.2 to 2 on WikiText-2 validation text, 0.35 to 0.7 differ
+# by under 5 %, and 0.2 and 2 are clearly worse.
 KEY_WEIGHT = 0.5
 
 
