@@ -1,15 +1,19 @@
-"""Perplexity of native exports by method and cache budget: the quality table of the README.
+"""Quality of native exports by method and cache budget: the tables of the README.
 
     python scripts/quality.py MODEL --calibration valid.txt --text test.txt
 
-Calibration and every choice of a method rest on validation text; the test text is only measured.
+Perplexity on the test text and KL to the source there and on a second text of another domain, seconds of the
+conversion, peak memory. Calibration and every choice of a method rest on validation text; the test text is
+only measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +27,36 @@ from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
 from transmla.source import load_tokenizer
 
-# (method, qk_rope_head_dim, kv_lora_rank, freqfold, export dtype); None leaves the method its own choice.
-# The baseline's freqfold is the published search's, made on test text: its best shot.
-ROWS = [
-    ("transmla", 64, 128, 2, "bfloat16"),
-    ("transmla", 32, 160, 4, "bfloat16"),
-    ("transmla", 32, 96, 4, "bfloat16"),
-    ("transmla", 32, 64, 4, "bfloat16"),
-    ("calibrated", 64, 128, None, "bfloat16"),
-    ("calibrated", 64, 128, None, "float32"),
-    ("calibrated", 32, 160, None, "bfloat16"),
-    ("calibrated", 32, 160, None, "float32"),
-    ("calibrated", 32, 96, None, "bfloat16"),
-    ("calibrated", 32, 64, None, "bfloat16"),
-    ("calibrated", 32, 64, None, "float32"),
-    ("calibrated", 16, 32, None, "bfloat16"),
-]
 
+@dataclass(frozen=True)
+class Row:
+    """One conversion; ``freqfold`` None leaves the method its own choice, ``text`` None is --calibration."""
+
+    method: str
+    reconstruct: str
+    qk_rope_head_dim: int
+    kv_lora_rank: int
+    freqfold: int | None = None
+    dtype: str = "bfloat16"
+    text: str | None = None
+
+
+# 50, 33, 25 and 12.5 % of the source's 384 values.
+SHAPES = [(64, 128), (32, 96), (32, 64), (16, 32)]
+ROWS = [
+    *(Row("calibrated", "full", *shape) for shape in SHAPES),
+    *(Row("calibrated", "off", *shape) for shape in SHAPES),
+    Row("calibrated", "full", 64, 128, text="self"),
+    Row("calibrated", "full", 32, 64, text="self"),
+    Row("calibrated", "full", 64, 128, dtype="float32"),
+    Row("calibrated", "full", 32, 160),
+    *(Row("calibrated", "fast", *shape) for shape in SHAPES),
+    # The published search chose these folds on test text: the baseline's best shot.
+    Row("transmla", "off", 64, 128, freqfold=2),
+    Row("transmla", "off", 32, 160, freqfold=4),
+    Row("transmla", "off", 32, 96, freqfold=4),
+    Row("transmla", "off", 32, 64, freqfold=4),
+]
 
 # TransMLA's own calibration: sequences and length, drawn at random paragraphs.
 DRAWN = (128, 256)
@@ -63,50 +80,49 @@ def draw(text: Path, tokenizer: Any, seed: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def measure(
-    arguments: argparse.Namespace, row: tuple[str, int, int, int | None, str], seed: int | None
-) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, row: Row, seed: int | None) -> dict[str, Any]:
     """Convert by one row of the table and evaluate the export; a ``seed`` draws the calibration at random."""
-    method, rope, rank, fold, dtype = row
     tokens = None if seed is None else draw(Path(arguments.calibration), load_tokenizer(Path(arguments.model)), seed)
+    settings = {name: value for name, value in asdict(row).items() if name != "text"}
+    text = row.text or arguments.calibration
     recipe = parse_recipe(
         {
+            **settings,
             "source": arguments.model,
-            "output": str(arguments.work / f"{method}-{rope}-{rank}-{dtype}"),
-            "method": method,
-            "qk_rope_head_dim": rope,
-            "kv_lora_rank": rank,
-            "freqfold": fold,
-            "dtype": dtype,
+            "output": str(arguments.work / "export"),
             "device": arguments.device,
-            "calibration": {"source": arguments.calibration, "sequences": 64, "length": 512},
+            "calibration": {"source": text, "sequences": arguments.sequences, "length": arguments.length},
         },
         "quality.py",
     )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     folder = convert(recipe, calibration=tokens)
     seconds = time.perf_counter() - began
-    settings = Evaluation(
-        text=arguments.text,
-        split=None,
-        column=None,
-        window=arguments.window,
-        max_windows=arguments.windows,
-        stride=None,
-    )
-    result = evaluate_models(str(folder), arguments.model, settings, device=arguments.device, reporter=Silent())
-    shutil.rmtree(folder)
-    kept = ("perplexity", "baseline_perplexity", "kl", "top1_agreement")
-    return {
-        "method": method,
-        "qk_rope_head_dim": rope,
-        "kv_lora_rank": rank,
-        "freqfold": fold,
-        "dtype": dtype,
-        "calibration": "first 64 x 512 tokens" if seed is None else f"random 128 x 256 tokens, seed {seed}",
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        **asdict(row),
+        "text": "self" if row.text else Path(text).name,
+        "calibration": f"{arguments.sequences} x {arguments.length}" if seed is None else f"128 x 256, seed {seed}",
         "seconds": round(seconds, 1),
-        **{key: result[key] for key in kept},
+        "peak_mib": round(peak / 2**20),
     }
+    for name, file in (("test", arguments.text), ("other", arguments.other)):
+        measured = evaluate_models(
+            str(folder),
+            arguments.model,
+            Evaluation(
+                text=file, split=None, column=None, window=arguments.window, max_windows=arguments.windows, stride=None
+            ),
+            device=arguments.device,
+            reporter=Silent(),
+        )
+        kept = ("perplexity", "baseline_perplexity", "kl", "top1_agreement")
+        result |= {f"{name}_{key}": round(measured[key], 4) for key in kept}
+    shutil.rmtree(folder)
+    return result
 
 
 def main() -> None:
@@ -114,6 +130,9 @@ def main() -> None:
     parser.add_argument("model", help="SmolLM2-135M-Instruct: folder, GGUF file or package:NAME/FILE")
     parser.add_argument("--calibration", required=True, help="validation text")
     parser.add_argument("--text", required=True, help="test text")
+    parser.add_argument("--other", default="pydoc", help="a text of another domain")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="draws of the baseline's calibration")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)
@@ -127,7 +146,7 @@ def main() -> None:
     for index, row in enumerate(ROWS):
         if arguments.only and index not in arguments.only:
             continue
-        for seed in arguments.seeds if row[0] == "transmla" else [None]:
+        for seed in arguments.seeds if row.method == "transmla" else [None]:
             rows.append(measure(arguments, row, seed))
             print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
             write_result(arguments.result, rows, arguments.commit)

@@ -125,7 +125,7 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
-    """``make_recipe(source, **settings)`` with small calibration on ``text_file``."""
+    """``make_recipe(source, **settings)`` with small calibration on ``text_file``, the closed form alone by default."""
 
     def make(source: Path, output: str = "out", **settings: Any) -> Recipe:
         calibration = {
@@ -137,6 +137,7 @@ def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
         values = {
             "source": str(source),
             "output": str(tmp_path / output),
+            "reconstruct": "off",
             "calibration": calibration,
             "device": "cpu",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transmla import data
-from transmla.data import load_blocks, load_tokens, sample_self
+from transmla.data import SPREAD, load_blocks, load_tokens, sample_self
 from transmla.errors import TransmlaError
 
 ROWS = ["first row", "second row", None, "third row"]
@@ -95,9 +96,27 @@ def test_prefix_of_a_file_equals_the_whole_file(
 ) -> None:
     expected = whole(tokenizer, text_file.read_text(encoding="utf-8"))
     assert load_tokens(str(text_file), tokenizer, limit=limit).tolist() == expected[:limit]
-    blocks = load_blocks(str(text_file), tokenizer, sequences=limit, length=1)
-    assert blocks.flatten().tolist() == expected[:limit]
     assert load_tokens(str(text_file), tokenizer).tolist() == expected
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 50), (7, 30), (40, 100)])
+def test_blocks_are_spread_evenly(
+    sequences: int, length: int, tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> None:
+    known = whole(tokenizer, text_file.read_text(encoding="utf-8"))[: SPREAD * sequences * length]
+    blocks = load_blocks(str(text_file), tokenizer, sequences=sequences, length=length)
+    starts = [index * (len(known) - length) // max(1, sequences - 1) for index in range(sequences)]
+    assert blocks.tolist() == [known[start : start + length] for start in starts]
+    assert all(later - earlier >= length for earlier, later in itertools.pairwise(starts))
+
+
+def test_a_text_just_long_enough_is_used_whole(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    expected = whole(tokenizer, text_file.read_text(encoding="utf-8"))
+    length = len(expected) // 5
+    blocks = load_blocks(str(text_file), tokenizer, sequences=5, length=length)
+    assert blocks.numel() == 5 * length
+    assert blocks[0].tolist() == expected[:length]
+    assert blocks[-1].tolist() == expected[-length:]
 
 
 def test_prefix_grows_when_tokens_are_long(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

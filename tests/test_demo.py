@@ -26,6 +26,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         changes = {
             "output": str(tmp_path_factory.mktemp("demo") / method),
             "method": method,
+            "reconstruct": "off",
             "device": "cpu",
             "calibration": {"sequences": 16, "length": 256},
             "eval": {"window": 512, "max_windows": 2},

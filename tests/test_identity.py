@@ -6,7 +6,6 @@ Also what follows the method in ``factorize``: padding, full-rank query compress
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from layers import LAYOUTS, Layer, make_layer, make_plan, relative, uncut
 from transmla.artifacts import LayerFactors, MLAShape, Plan
 from transmla.core.absorb import absorbed_attention, expanded_attention
 from transmla.core.norm_identity import NormIdentity
-from transmla.factorize import export_tensors, factorize
+from transmla.factorize import export_tensors, factorize, pad_factors
 from transmla.native import layer_factors, layer_tensors
 from transmla.registry import scan
 
@@ -58,7 +57,7 @@ def test_padding_and_full_query_rank_are_exact(method: str, layout: str) -> None
         layer.spec.hidden_size,
         old.latent_rank,
     )
-    factors = factorize(layer.weights, layer.stats, replace(plan, shape=shape))
+    factors = pad_factors(factorize(layer.weights, layer.stats, replace(plan, shape=shape)), shape)
     assert factors.latent.shape[0] == shape.kv_lora_rank
     assert factors.k_up.shape[1:] == (shape.qk_nope_head_dim, shape.kv_lora_rank)
     assert factors.v_up.shape[1:] == (shape.v_head_dim, shape.kv_lora_rank)
@@ -93,8 +92,7 @@ def read_back(factors: LayerFactors, plan: Plan, layer: Layer) -> LayerFactors:
     """Through the native layout in the plan's precision, and back to float64."""
     tensors, scale = export_tensors(factors, plan, lambda: iter(layer.x.float()[:, None]))
     assert 0 < scale.mean_square <= scale.max_square
-    config = SimpleNamespace(num_attention_heads=layer.spec.num_attention_heads, **vars(plan.shape))
-    return layer_factors(tensors, config, factors.inv_freq, factors.rope_gain)
+    return layer_factors(tensors, layer.spec.num_attention_heads, plan.shape, factors.inv_freq, factors.rope_gain)
 
 
 SHAPES = {
@@ -114,7 +112,7 @@ def test_native_layout_round_trip(method: str, layout: str, shape: str) -> None:
     layer = make_layer(layout, attention_factor=1.1)
     slots = tuple(range(0, 4, 8 // SHAPES[shape].qk_rope_head_dim))
     plan = replace(make_plan(layer.spec, method, slots, 1, 4 // len(slots)), shape=SHAPES[shape])
-    wanted = factorize(layer.weights, layer.stats, plan)
+    wanted = pad_factors(factorize(layer.weights, layer.stats, plan), plan.shape)
     got = read_back(wanted, plan, layer)
 
     def products(f: LayerFactors) -> list[torch.Tensor]:
@@ -151,7 +149,7 @@ def test_the_readout_of_both_norms_is_folded_in() -> None:
     factors = factorize(layer.weights, layer.stats, plan)
     kv_norm, q_norm = NormIdentity(2.0**-9, 0.5, 1.25), NormIdentity(2.0**-8, 0.25, 1.5)
     tensors = layer_tensors(factors, shape, kv_norm, q_norm, torch.float64)
-    got = layer_factors(tensors, SimpleNamespace(num_attention_heads=6, **vars(shape)), factors.inv_freq, 1.0)
+    got = layer_factors(tensors, 6, shape, factors.inv_freq, 1.0)
     # The reader takes each norm for a division by sqrt(1e-6) and a product with its weight.
     for norm, mine, theirs in (
         (kv_norm, got.v_up @ got.latent, factors.v_up @ factors.latent),

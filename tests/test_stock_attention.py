@@ -12,7 +12,7 @@ from layers import random_characters, relative
 from transformers import DeepseekV3ForCausalLM
 
 from transmla.core.absorb import absorbed_attention, expanded_attention
-from transmla.native import layer_factors
+from transmla.native import export_shape, layer_factors
 from transmla.pipeline import convert
 
 TOKENS = torch.randint(0, 128, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -69,8 +69,9 @@ def test_stock_attention_is_the_reference_of_its_own_tensors(
     model(TOKENS)
     assert len(seen) == model.config.num_hidden_layers
     rotary = model.model.rotary_emb
+    heads, shape = model.config.num_attention_heads, export_shape(model.config)
     for layer, (x, output) in zip(model.model.layers, seen, strict=True):
         tensors = dict(layer.self_attn.named_parameters())
-        factors = layer_factors(tensors, model.config, rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2)
+        factors = layer_factors(tensors, heads, shape, rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2)
         for reference in (absorbed_attention, expanded_attention):
             assert relative(output.double(), reference(x.double(), factors)) <= 1e-4

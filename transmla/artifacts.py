@@ -7,7 +7,7 @@ d_v ``v_head_dim``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -155,6 +155,10 @@ class LayerFactors:
     scaling: float
     rope_gain: float = 1.0
     q_latent: Tensor | None = None
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerFactors:
+        tensors = {name: value.to(device, dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

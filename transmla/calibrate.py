@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights
-from transmla.core.absorb import causal_softmax, expanded_attention, source_scores
+from transmla.core.absorb import causal_softmax, source_scores
+from transmla.core.fused import fused_attention
 from transmla.native import RMS_NORM_EPS
 
 # Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
@@ -80,6 +81,7 @@ class SourceLayer:
         dtype = torch.bfloat16 if self.half else torch.float32
         placed = {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
         self.module.load_state_dict(placed, strict=True, assign=True)
+        self.module.requires_grad_(False)
 
     def weights(self) -> LayerWeights:
         """The attention weights by head, float32."""
@@ -98,15 +100,26 @@ class SourceLayer:
         """The normalised input of the attention, [N, T, D] → [N, T, D]."""
         return self.module.input_layernorm(hidden.to(self.device))
 
-    @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The layer's output for ``hidden`` [N, T, D]."""
-        positions = torch.arange(hidden.shape[1], device=self.device)[None]
-        embeddings = self.rotary(hidden, positions)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            output = self.module(hidden, attention_mask=None, position_ids=positions, position_embeddings=embeddings)
-        return output[0] if isinstance(output, tuple) else output
+    def middle(self, hidden: Tensor, factors: LayerFactors | None = None) -> Tensor:
+        """The stream after the attention, of the source or of ``factors``; [N, T, D] → [N, T, D]."""
+        with self._precision():
+            x = self.module.input_layernorm(hidden)
+            if factors is not None:
+                return hidden + fused_attention(x, factors)
+            positions = torch.arange(hidden.shape[1], device=self.device)[None]
+            embeddings = self.rotary(hidden, positions)
+            output = self.module.self_attn(x, attention_mask=None, position_embeddings=embeddings)
+        return hidden + output[0]
 
+    def finish(self, middle: Tensor) -> Tensor:
+        """The layer's output for the stream after its attention; [N, T, D] → [N, T, D]."""
+        with self._precision():
+            return middle + self.module.mlp(self.module.post_attention_layernorm(middle))
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    @torch.no_grad()
     def observe(self, stream: Tensor) -> Observations:
         """Run the layer over ``stream`` [N, T, D] step by step; returns what was seen and the next stream."""
         width, length = self.spec.hidden_size, stream.shape[1]
@@ -123,7 +136,9 @@ class SourceLayer:
                 flat = x.flatten(0, 1)
                 moment += (flat.mT @ flat).double()
                 attended += ((x * squared[..., None]).flatten(0, 1).mT @ flat).double()
-                following[start : start + len(hidden)] = self.forward(hidden.to(self.device)).to(stream.device)
+                following[start : start + len(hidden)] = self.finish(self.middle(hidden.to(self.device))).to(
+                    stream.device
+                )
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)
@@ -139,13 +154,9 @@ class SourceLayer:
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
         following = torch.empty_like(stream)
         for start, hidden in steps(stream):
-            x = self.attention_input(hidden)
-            moment += (x.flatten(0, 1).mT @ x.flatten(0, 1)).double()
-            # One sequence at a time: the plain attention holds all its scores.
-            attention = torch.cat([expanded_attention(sequence[None], factors) for sequence in x])
-            middle = hidden.to(self.device) + attention
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                output = middle + self.module.mlp(self.module.post_attention_layernorm(middle))
+            x = self.attention_input(hidden).flatten(0, 1)
+            moment += (x.mT @ x).double()
+            output = self.finish(self.middle(hidden.to(self.device), factors))
             following[start : start + len(hidden)] = output.to(stream.device)
         return moment / (stream.shape[0] * stream.shape[1]), following
 

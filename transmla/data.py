@@ -24,6 +24,8 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 NO_NETWORK = "a local .txt, .jsonl or .parquet file, or `pydoc`, needs no network"
 SHORTEN = "lower --calibration-sequences or --calibration-length, or give a longer text"
 
+# Neighbouring blocks tell the same story; of a text this many times longer than needed, some of each part is taken.
+SPREAD = 8
 # Enough characters for nearly every text; when they are not, the prefix doubles.
 CHARS_PER_TOKEN = 12
 # Cutting a text can change the tokens next to the cut, never those this far before it.
@@ -41,22 +43,25 @@ def load_blocks(
     name: str | None = None,
     remedy: str = SHORTEN,
 ) -> Tensor:
-    """The first `sequences * length` tokens of `source` as consecutive blocks, unshuffled.
+    """Blocks of `length` tokens, in order and evenly spread over the text.
 
-    Takes what `load_tokens` takes; `remedy` is the advice given when the text is too short.
-    Returns int64 [sequences, length]. Raises TransmlaError as `load_tokens` does, and for a short text.
+    Of a text longer than SPREAD times what is needed, its beginning is spread over; of one that is just long
+    enough, the blocks follow each other. Takes what `load_tokens` takes; `remedy` is the advice given when the
+    text is too short. Returns int64 [sequences, length]. Raises TransmlaError as `load_tokens` does, and for a
+    short text.
     """
     if sequences < 1 or length < 1:
         raise TransmlaError(f"{sequences} sequences of {length} tokens", limit="both must be at least 1")
     needed = sequences * length
-    tokens = load_tokens(source, tokenizer, limit=needed, split=split, column=column, name=name)
+    tokens = load_tokens(source, tokenizer, limit=SPREAD * needed, split=split, column=column, name=name)
     if len(tokens) < needed:
         raise TransmlaError(
             f"{source} has {len(tokens)} tokens",
             limit=f"{sequences} sequences of {length} tokens need {needed}",
             remedy=remedy,
         )
-    return tokens.view(sequences, length)
+    starts = torch.arange(sequences) * (len(tokens) - length) // max(1, sequences - 1)
+    return tokens[starts[:, None] + torch.arange(length)]
 
 
 def load_tokens(
@@ -92,7 +97,7 @@ def sample_self(
     sequences: int,
     length: int,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Texts drawn from the model's own distribution: temperature 1, nothing cut off, EOS a token like others.

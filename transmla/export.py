@@ -154,13 +154,13 @@ class Workspace:
     def save_tokens(self, tokens: Tensor) -> None:
         write_tensors(self.folder / _CALIBRATION, {"tokens": tokens})
 
-    def save_stream(self, layer: int, stream: Tensor) -> int:
+    def save_streams(self, layer: int, streams: dict[str, Tensor]) -> int:
         """Keep the hidden states [N, T, D] that enter ``layer``; returns their checksum."""
-        # A stream is large and short-lived; its checksum tells whether it survived.
-        write_tensors(self._stream(layer), {"stream": stream}, sync=False)
-        return _checksum(stream)
+        # Streams are large and short-lived; their checksum tells whether they survived.
+        write_tensors(self._streams(layer), streams, sync=False)
+        return _checksum(streams)
 
-    def stream(self, layer: int, checksum: int) -> Tensor:
+    def streams(self, layer: int, checksum: int) -> dict[str, Tensor]:
         """The hidden states that enter ``layer``.
 
         Raises:
@@ -168,18 +168,18 @@ class Workspace:
         """
         from safetensors.torch import load_file
 
-        file = self._stream(layer)
-        stream = load_file(file)["stream"] if file.is_file() else torch.empty(0)
-        if _checksum(stream) != checksum:
+        file = self._streams(layer)
+        streams = load_file(file) if file.is_file() else {}
+        if _checksum(streams) != checksum:
             raise TransmlaError(
                 f"'{file}' is damaged", limit="a conversion resumes from it", remedy=f"delete '{self.folder}'"
             )
-        return stream
+        return streams
 
-    def drop_stream(self, layer: int) -> None:
-        self._stream(layer).unlink(missing_ok=True)
+    def drop_streams(self, layer: int) -> None:
+        self._streams(layer).unlink(missing_ok=True)
 
-    def _stream(self, layer: int) -> Path:
+    def _streams(self, layer: int) -> Path:
         return self.folder / f"stream-{layer:05d}.safetensors"
 
     def shard_name(self, index: int) -> str:
@@ -201,8 +201,11 @@ class Workspace:
         self.folder.replace(self.output)
 
 
-def _checksum(stream: Tensor) -> int:
-    return zlib.crc32(stream.contiguous().view(torch.uint8).numpy().data)
+def _checksum(streams: dict[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(streams):
+        total = zlib.crc32(streams[name].contiguous().view(torch.uint8).numpy().data, total)
+    return total
 
 
 def write_index(folder: Path) -> None:

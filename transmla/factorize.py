@@ -26,7 +26,7 @@ class LatentScale:
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
-    """Factor one layer in float64 by the plan's method, then compress queries and pad as the plan says.
+    """Factor one layer in float64 by the plan's method, then compress queries as the plan says.
 
     Raises:
         TransmlaError: if the result is not finite.
@@ -35,7 +35,6 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     factors = method_named(plan.method).factorize(weights.to(torch.float64), exact, plan)
     if plan.shape.q_lora_rank is not None:
         factors = compress_queries(factors, exact, plan.shape.q_lora_rank)
-    factors = pad_factors(factors, plan.shape)
     if not all(bool(t.isfinite().all()) for t in vars(factors).values() if isinstance(t, Tensor)):
         raise TransmlaError(
             f"method '{plan.method}' gave values that are not finite",
@@ -85,11 +84,12 @@ def latent_scale(rows: Tensor, inputs: Iterable[Tensor], width: int) -> LatentSc
 def export_tensors(
     factors: LayerFactors, plan: Plan, inputs: Callable[[], Iterable[Tensor]]
 ) -> tuple[dict[str, Tensor], LatentScale]:
-    """The layer's ``self_attn`` tensors in the native layout, and the latent's scale they rest on.
+    """The layer's ``self_attn`` tensors in the native layout, padded to the plan's shape, and its latent's scale.
 
     ``inputs()`` yields the attention's calibration inputs; it is called once for each latent.
     """
     dtype = getattr(torch, plan.dtype)
+    factors = pad_factors(factors, plan.shape)
 
     def identity(rows: Tensor) -> tuple[NormIdentity, LatentScale]:
         scale = latent_scale(rows, inputs(), rows.shape[0])

@@ -115,10 +115,23 @@ def layer_tensors(
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def layer_factors(tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rope_gain: float) -> LayerFactors:
+def export_shape(config: Any) -> MLAShape:
+    """The widths that a DeepSeek-V3 ``config`` of transformers names."""
+    return MLAShape(
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+        config.q_lora_rank,
+    )
+
+
+def layer_factors(
+    tensors: dict[str, Tensor], heads: int, shape: MLAShape, inv_freq: Tensor, rope_gain: float
+) -> LayerFactors:
     """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
-    heads, rank, d_r = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    rank, d_r, d_n = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
     interleaved = halves_to_interleaved(d_r)
     halves = torch.empty_like(interleaved)
     halves[interleaved] = torch.arange(d_r)
@@ -131,7 +144,6 @@ def layer_factors(tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rop
     query = query.view(heads, -1, query.shape[-1])
     expand = t["kv_b_proj.weight"].view(heads, -1, rank)
     latent, rope = t["kv_a_proj_with_mqa.weight"].split([rank, d_r])
-    d_n = config.qk_nope_head_dim
     return LayerFactors(
         q_nope=query[:, :d_n],
         q_pe=query[:, d_n:][:, halves],
@@ -139,9 +151,9 @@ def layer_factors(tensors: dict[str, Tensor], config: Any, inv_freq: Tensor, rop
         rope=rope[halves],
         k_up=expand[:, :d_n],
         v_up=expand[:, d_n:],
-        o=t["o_proj.weight"].view(-1, heads, config.v_head_dim).transpose(0, 1),
+        o=t["o_proj.weight"].view(-1, heads, shape.v_head_dim).transpose(0, 1),
         inv_freq=inv_freq,
-        scaling=(d_n + d_r) ** -0.5,
+        scaling=shape.qk_head_dim**-0.5,
         rope_gain=rope_gain,
         q_latent=q_latent,
     )

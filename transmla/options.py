@@ -28,7 +28,7 @@ _PANELS = {
         "custom_rope",
         "allow_no_saving",
     ),
-    "Method": ("method", "freqfold", "dtype", "seed", "device"),
+    "Method": ("method", "reconstruct", "freqfold", "dtype", "seed", "device"),
     "Source": ("revision", "allow_pickle"),
 }
 

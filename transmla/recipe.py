@@ -59,6 +59,9 @@ class Recipe(_Strict):
     q_lora_rank: PositiveInt | None = Field(None, description="compress queries to this rank")
     pad_for: Literal["vllm"] | None = Field(None, description="round to a shape with fast kernels")
     freqfold: PositiveInt | None = Field(None, description="frequencies concentrated together")
+    reconstruct: Literal["auto", "off", "fast", "full"] = Field(
+        "auto", description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision of the export")
     allow_no_saving: bool = Field(False, description="accept a cache no smaller than the source's")
     allow_pickle: bool = Field(False, description="open pickled (.bin) weights")

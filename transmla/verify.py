@@ -16,7 +16,7 @@ from transmla.core.absorb import absorbed_attention
 from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION, write_json
 from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
-from transmla.native import RMS_NORM_EPS, layer_factors
+from transmla.native import RMS_NORM_EPS, export_shape, layer_factors
 
 # Relative difference of logits or attention outputs that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -202,7 +202,9 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
         model.model.layers, _observe(model, tokens, lambda layer: layer.self_attn), strict=True
     ):
         tensors = {name: p.detach().cpu() for name, p in layer.self_attn.named_parameters()}
-        factors = layer_factors(tensors, model.config, rotary.inv_freq.double().cpu(), gain)
+        factors = layer_factors(
+            tensors, model.config.num_attention_heads, export_shape(model.config), rotary.inv_freq.double().cpu(), gain
+        )
         worst = max(worst, _relative(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
     # Half a headroom's worth of latent norm is part of the export, not an error of it.
     limit = TOLERANCE[dtype] + MAX_HEADROOM / 2

@@ -44,3 +44,9 @@ def regress(target: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
     gram = basis @ moment @ basis.mT
     read: Tensor = torch.linalg.solve(gram, cross, left=False)
     return read
+
+
+def orthonormal_rows(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``basis`` [r, D] as T·R with orthonormal rows R: returns R [r, D] and T [r, r]."""
+    columns, triangle = torch.linalg.qr(basis.mT)
+    return columns.mT, triangle.mT

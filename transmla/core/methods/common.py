@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
+from transmla.core.coordinates import orthonormal_latents
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,9 @@ def assemble(
     v_up: Tensor,
     inv_freq: Tensor,
 ) -> LayerFactors:
-    """Factors of a layer whose position-free queries and output projection are the source's own.
-
-    The latent's rows are made orthonormal: no input, however unlike the calibration text, then has a latent
-    larger than itself, and the latent norm stays an identity.
-    """
+    """Factors of a layer whose position-free queries and output projection are the source's own."""
     gain = plan.spec.attention_factor**2
-    rows, triangle = torch.linalg.qr(latent.mT)
-    latent, k_up, v_up = rows.mT, k_up @ triangle.mT, v_up @ triangle.mT
-    return LayerFactors(
+    factors = LayerFactors(
         # yarn scales cos and sin, so only the rotary part of a runtime's score carries its gain.
         q_nope=weights.q * gain,
         q_pe=q_pe,
@@ -79,3 +74,4 @@ def assemble(
         scaling=plan.spec.scaling,
         rope_gain=gain,
     )
+    return orthonormal_latents(factors)

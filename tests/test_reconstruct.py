@@ -1,0 +1,173 @@
+"""A fit never makes a layer worse on text it has not seen, repeats itself, and takes degenerate layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, Plan
+from transmla.calibrate import SourceLayer
+from transmla.errors import TransmlaError
+from transmla.factorize import factorize
+from transmla.pipeline import convert
+from transmla.plan import make_plan
+from transmla.recipe import Recipe, parse_recipe
+from transmla.reconstruct import EFFORTS, Effort, choose_effort, reconstruct
+from transmla.spec import describe, skeleton
+
+SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
+LENGTH = 32
+
+
+class Case:
+    """One layer of a tiny model, its closed form at a third of the cache, and streams that enter it."""
+
+    def __init__(self, layout: str = "gqa", spoil: Callable[[dict[str, Tensor]], None] | None = None, **recipe: Any):
+        model = build_model(layout=layout)
+        config = model.config
+        spec = describe(config)
+        self.layer = SourceLayer(skeleton(config), config, spec, torch.device("cpu"))
+        tensors = {name: t.detach().clone() for name, t in model.model.layers[0].state_dict().items()}
+        if spoil:
+            spoil(tensors)
+        self.layer.load(tensors)
+        generator = torch.Generator().manual_seed(3)
+        mix = torch.randn(spec.hidden_size, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
+        self.source = torch.randn(64, LENGTH, spec.hidden_size, generator=generator) @ mix
+        self.converted = self.source + 0.1 * torch.randn(self.source.shape, generator=generator)
+        values = {
+            "source": "x",
+            "output": "y",
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "allow_no_saving": True,
+            **recipe,
+        }
+        self.plan: Plan = make_plan(spec, parse_recipe(values, "test"), "float32")
+
+    def closed_form(self) -> LayerFactors:
+        seen = self.layer.observe(self.source)
+        return factorize(self.layer.weights(), seen.stats, self.plan)
+
+    def fit(self, factors: LayerFactors, effort: Effort = SHORT, seed: int = 0) -> Any:
+        return reconstruct(self.layer, factors, self.source, self.converted, effort, seed=seed)
+
+
+def tensors(f: LayerFactors) -> list[Tensor]:
+    return [value for value in vars(f).values() if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("through_mlp", [False, True])
+@pytest.mark.parametrize("layout", ["mha", "gqa9", "mqa"])
+def test_a_fit_lowers_the_error_on_held_out_text(layout: str, through_mlp: bool) -> None:
+    case = Case(layout)
+    factors = case.closed_form()
+    before = [t.clone() for t in tensors(factors)]
+    fit = case.fit(factors, replace(SHORT, through_mlp=through_mlp))
+    assert fit.after < 0.95 * fit.before
+    assert all(torch.equal(a, b) for a, b in zip(tensors(factors), before, strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e3, float("inf")])
+def test_the_better_iterate_is_kept(rate: float) -> None:
+    """A step size that does nothing, ruins the layer, or leaves no number in it."""
+    case = Case()
+    factors = case.closed_form()
+    fit = case.fit(factors, replace(SHORT, rate=rate))
+    assert fit.after <= fit.before
+    if rate:
+        assert fit.factors is factors
+        assert fit.after == fit.before
+
+
+def test_equal_seeds_give_equal_bits() -> None:
+    case = Case()
+    factors = case.closed_form()
+    first, again, other = (tensors(case.fit(factors, seed=seed).factors) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_compressed_queries_are_fitted_too() -> None:
+    case = Case(q_lora_rank=12)
+    factors = case.closed_form()
+    fit = case.fit(factors)
+    assert fit.after < fit.before
+    assert fit.factors.q_latent is not None
+    assert factors.q_latent is not None
+    assert not torch.equal(fit.factors.q_latent, factors.q_latent)
+
+
+def dead_head(t: dict[str, Tensor]) -> None:
+    for name in ("q", "k", "v"):
+        t[f"self_attn.{name}_proj.weight"][:8] = 0
+
+
+def constant_channel(t: dict[str, Tensor]) -> None:
+    t["self_attn.k_proj.weight"][3] = 0
+    t["input_layernorm.weight"][2:] = 0
+
+
+@pytest.mark.parametrize("spoil", [dead_head, constant_channel])
+def test_degenerate_layers_stay_finite(spoil: Callable[[dict[str, Tensor]], None]) -> None:
+    case = Case(spoil=spoil)
+    fit = case.fit(case.closed_form())
+    assert all(bool(t.isfinite().all()) for t in tensors(fit.factors))
+    assert fit.after <= fit.before
+
+
+def test_an_input_of_rank_one_stays_finite() -> None:
+    case = Case()
+    case.source = case.source[..., :1] * torch.ones(case.source.shape[-1])
+    case.converted = case.source.clone()
+    fit = case.fit(case.closed_form())
+    assert all(bool(t.isfinite().all()) for t in tensors(fit.factors))
+
+
+def test_effort_by_device_and_text() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_effort("auto", device, 2) for device in (cpu, gpu)] == ["fast", "full"]
+    assert choose_effort("auto", gpu, 1) == "off"
+    assert choose_effort("off", gpu, 64) == "off"
+    with pytest.raises(TransmlaError, match="at least 2"):
+        choose_effort("full", cpu, 1)
+
+
+@pytest.mark.parametrize("method", ["calibrated", "transmla"])
+def test_convert_records_what_the_fit_did(
+    method: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    import json
+
+    source = make_source(num_hidden_layers=3)
+    plain = convert(make_recipe(source, "plain", method=method, reconstruct="off"))
+    fitted = convert(make_recipe(source, "fitted", method=method, reconstruct="auto"))
+    manifests = [json.loads((folder / "transmla.json").read_text()) for folder in (plain, fitted)]
+    assert [m["reconstruct"] for m in manifests] == ["off", "fast"]
+    assert all("held_out_after" not in layer for layer in manifests[0]["layers"])
+    pairs = [(layer["held_out_before"], layer["held_out_after"]) for layer in manifests[1]["layers"]]
+    assert all(after <= before for before, after in pairs)
+    assert any(after < before for before, after in pairs)
+
+
+def test_one_sequence_is_refused_by_name_only(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    import json
+
+    source = make_source()
+    with pytest.raises(TransmlaError, match="one calibration sequence"):
+        convert(make_recipe(source, reconstruct="fast", calibration={"sequences": 1}))
+    folder = convert(make_recipe(source, reconstruct="auto", calibration={"sequences": 1}))
+    assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
+
+
+def test_efforts_are_what_the_help_says() -> None:
+    assert set(EFFORTS) == {"fast", "full"}

@@ -1,0 +1,52 @@
+"""MLA over whole sequences through PyTorch's fused attention: what is trained with and run on long text.
+
+The fast twin of ``core.absorb.expanded_attention``; no score matrix is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
+
+from transmla.artifacts import LayerFactors
+from transmla.core.rope import rotate
+
+
+def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
+    """What the heads read, before the output projection: [N, T, D] → [N, T, H·d_v].
+
+    Runs in the dtype of ``x``, or in autocast's; rotations in float32 at least.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    positions = torch.arange(x.shape[1], device=x.device)
+    heads, d_n, rank = f.k_up.shape
+    query_input = x if f.q_latent is None else linear(x, f.q_latent)
+    query = _heads(linear(query_input, torch.cat([f.q_nope, f.q_pe], 1).flatten(0, 1)), heads)
+    cached = linear(x, torch.cat([f.latent, f.rope]))
+    expanded = _heads(linear(cached[..., :rank], torch.cat([f.k_up, f.v_up], 1).flatten(0, 1)), heads)
+    q_pe = rotate(query[..., d_n:].to(exact) * f.rope_gain, f.inv_freq, positions).to(query.dtype)
+    k_pe = rotate(cached[..., rank:].to(exact), f.inv_freq, positions).to(query.dtype)
+    q = torch.cat([query[..., :d_n], q_pe], -1)
+    k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
+    value = expanded[..., d_n:]
+    # The fused kernels want one width; the wider of the two is padded for.
+    width = max(q.shape[-1], value.shape[-1])
+    q, k, v = (pad(t, (0, width - t.shape[-1])) for t in (q, k, value))
+    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=f.scaling)
+    return mixed[..., : value.shape[-1]].transpose(1, 2).flatten(2)
+
+
+def project(values: Tensor, f: LayerFactors) -> Tensor:
+    """The output projection: [N, T, H·d_v] → [N, T, D]."""
+    return linear(values, f.o.transpose(0, 1).flatten(1))
+
+
+def fused_attention(x: Tensor, f: LayerFactors) -> Tensor:
+    """``expanded_attention`` without its score matrix; [N, T, D] → [N, T, D]."""
+    return project(attended_values(x, f), f)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[N, T, H·n] → [N, H, T, n]."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
