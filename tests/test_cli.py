@@ -210,7 +210,7 @@ BAD_OPTIONS: dict[str, tuple[str, str]] = {
     "nope": ("--qk-nope-head-dim 8", "can be padded, not cut; use at least 16"),
     "query-rank": ("--q-lora-rank 100", "larger than the full rank of the queries; at most 72"),
     "fold": ("--freqfold 3", "freqfold 3 does not fit"),
-    "method": ("--method magic", "unknown method 'magic'; supported: calibrated, transmla"),
+    "method": ("--method magic", "unknown method 'magic'; supported: calibrated, care"),
     "half": ("--dtype float16", "dtype: input should be 'auto', 'bfloat16' or 'float32'"),
     "device": ("--device abacus", "device 'abacus' is not usable"),
     "seed": ("--seed -1", "seed: input should be greater than or equal to 0"),
@@ -418,6 +418,7 @@ def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
     [
         ("plan", ["--cache-ratio", "--pad-for", "--json"]),
         ("convert", ["--output", "--resume", "--kv-lora-rank", "--calibration-length", "--allow-pickle"]),
+        ("inspect", ["--report", "--calibration", "--method", "--json"]),
         ("verify", ["--source", "--dtype", "--device"]),
         ("eval", ["--baseline", "--window", "--stride", "--json"]),
         ("push", ["--private", "--revision", "--dry-run"]),

@@ -184,6 +184,25 @@ def test_the_order_of_heads_does_not_matter(method: Method, layout: str) -> None
     assert relative(permuted, plain) <= 1e-7
 
 
+@pytest.mark.parametrize("layout", ["mha", "gqa"])
+def test_the_basis_of_the_input_does_not_matter(method: Method, layout: str) -> None:
+    """Inputs turned by an orthogonal matrix, weights turned back: the same attention, in the new basis."""
+    layer = make_layer(layout)
+    turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+    q = turn.Q
+    w = layer.weights
+    weights = LayerWeights(w.q @ q.mT, w.k @ q.mT, w.v @ q.mT, w.o)
+    stats = replace(
+        layer.stats,
+        second_moment=q @ layer.stats.second_moment @ q.mT,
+        attended_moment=q @ layer.stats.attended_moment @ q.mT,
+    )
+    plan = half(layer, method, rank=10)
+    plain = expanded_attention(layer.x, method.factorize(layer.weights, layer.stats, plan))
+    turned = expanded_attention(layer.x @ q.mT, method.factorize(weights, stats, plan))
+    assert relative(turned, plain) <= 1e-6
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_the_preferred_fold_is_legal(method: Method, stride: int) -> None:
     check_fold(min(method.freqfold(stride), 32), stride, 32)

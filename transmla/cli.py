@@ -57,6 +57,38 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
 
 
 @with_recipe_options
+def inspect(
+    source: SourceArgument,
+    *,
+    report: Annotated[Path | None, typer.Option(help="Also draw a picture: a .png or .html file.")] = None,
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Look at a source before converting it: spectra, rotary energy, phases, loss by cache budget.
+
+    Runs the source over the calibration text, layer by layer, and writes no weights. Widths that are given
+    are ignored: every budget chooses its own.
+
+    Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
+    """
+    from transmla import console, picture
+    from transmla.survey import survey
+
+    recipe = _recipe(source, options | {"output": "unused"})
+    if report:
+        picture.check_picture(report)
+    with console.Bars() as bars:
+        found = survey(recipe, bars)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.show_survey(found)
+    if report:
+        picture.write_picture(found, report)
+        console.err.print(f"wrote {report}", highlight=False, markup=False)
+
+
+@with_recipe_options
 def convert(
     source: SourceArgument,
     *,
@@ -189,6 +221,7 @@ def push(
 
 VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
+    "inspect": inspect,
     "convert": convert,
     "verify": verify,
     "eval": evaluate,

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from transmla.card import cache_rows
+from transmla.survey import Survey
 from transmla.verify import Check
 
 out = Console(emoji=False)
@@ -129,6 +130,48 @@ def show_plan(summary: dict[str, Any]) -> None:
     )
     for note in summary["notes"]:
         out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+
+
+def show_survey(survey: Survey) -> None:
+    """The tables of ``transmla inspect``."""
+    budgets = list(survey.plans)
+    rows = []
+    for i, layer in enumerate(survey.layers):
+        spectrum = layer.spectrum
+        rows.append(
+            [
+                str(i),
+                str(spectrum.rank_for(0.9)),
+                str(spectrum.rank_for(0.99)),
+                f"{float((spectrum.rotary * spectrum.one_head).sum()):.0%}",
+                f"{float((spectrum.rotary * spectrum.shared).sum()):.0%}",
+                f"{float((spectrum.rotary * spectrum.phase.square()).sum()):.0%}",
+                *(f"{layer.errors[budget]:.3f}" for budget in budgets),
+            ]
+        )
+    shares = [f"{survey.plans[budget].cache_ratio:.1%}" for budget in budgets]
+    table(
+        f"{survey.source}: what a layer holds, and the closed form's error by share of the cache",
+        ["layer", "rank 90 %", "rank 99 %", "best head", "shared", "constant", *shares],
+        rows,
+    )
+    say(
+        "rank: latent that holds so much of keys and values without position; best head, shared: rotary energy one"
+        " channel a frequency holds, from one head or mixed from all; constant: rotary energy a constant replaces"
+    )
+    table(
+        "mean error by budget (relative squared error of the attention output)",
+        ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
+        [
+            [
+                f"{plan.cache_ratio:.1%}",
+                str(plan.shape.kv_lora_rank),
+                str(plan.shape.qk_rope_head_dim),
+                f"{survey.mean_error(budget):.4f}",
+            ]
+            for budget, plan in survey.plans.items()
+        ],
+    )
 
 
 def show_check(check: Check) -> None:

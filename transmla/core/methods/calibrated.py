@@ -20,7 +20,7 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.concentrate import concentrate
 from transmla.core.linalg import latent_basis, regress, regularise
-from transmla.core.methods.common import Method, assemble, channel_norm, key_level, source_frequencies
+from transmla.core.methods.common import Method, assemble, balance, source_frequencies
 from transmla.core.readout import Distances, joint_readout
 from transmla.core.rope import to_complex, to_halves
 
@@ -51,8 +51,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     key = to_halves(still - (alone * distances.slot[:, None]) @ kept.z)
 
     # Heads that share a key ask for nearly the same rows; together they weigh as one.
-    balance = channel_norm(weights.v, attended).mean() / key_level(key, weights.k, attended)
-    share = KEY_WEIGHT * balance / group**0.5
+    share = KEY_WEIGHT * balance(key, weights, attended) / group**0.5
     target = torch.cat([(key * share).flatten(0, 1), weights.v.flatten(0, 1)])
     latent = latent_basis(target, attended, plan.shape.latent_rank)
 

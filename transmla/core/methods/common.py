@@ -39,13 +39,15 @@ def channel_norm(weight: Tensor, moment: Tensor) -> Tensor:
     return ((weight @ moment) * weight).sum(-1).clamp_min(0).sqrt()
 
 
-def key_level(rest: Tensor, keys: Tensor, moment: Tensor) -> Tensor:
-    """Mean channel norm of what the rotary channels left of ``keys``, but no less than their thousandth.
+def balance(rest: Tensor, weights: LayerWeights, moment: Tensor) -> Tensor:
+    """The factor that gives ``rest``, what the rotary channels left of the keys, the values' mean channel norm.
 
-    Rounding errors are all that is left where the rotary key holds everything; they may claim no latent.
+    Neither counts as less than a thousandth of the keys or values it comes from: rounding errors are all that is
+    left where the rotary key holds everything, and they may claim no latent.
     """
-    floor = channel_norm(keys, moment).mean() * 1e-3
-    return torch.maximum(channel_norm(rest, moment).mean(), floor).clamp_min(1e-30)
+    keys, values = channel_norm(weights.k, moment).mean(), channel_norm(weights.v, moment).mean()
+    left = torch.maximum(channel_norm(rest, moment).mean(), keys * 1e-3).clamp_min(1e-30)
+    return torch.maximum(values, left * 1e-3) / left
 
 
 def assemble(

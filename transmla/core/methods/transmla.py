@@ -12,8 +12,8 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan, RotaryPlan
 from transmla.core.concentrate import Concentration, concentrate, slots_by_fold
-from transmla.core.linalg import latent_basis, regress, regularise
-from transmla.core.methods.common import Method, assemble, channel_norm, key_level, source_frequencies
+from transmla.core.linalg import latent_basis, orthonormal_rows, regress, regularise
+from transmla.core.methods.common import Method, assemble, balance, source_frequencies
 from transmla.core.rope import to_complex, to_halves
 
 
@@ -34,6 +34,7 @@ def read_out(weights: LayerWeights, plan: Plan, kept: Concentration, latent: Ten
     kappa, query = to_complex(weights.k), to_complex(weights.q)
     group = plan.spec.group_size
     mix = kept.mix.repeat_interleave(group, 1)
+    latent, _ = orthonormal_rows(latent)  # dead keys or values would leave rows of zeros
     return assemble(
         weights,
         plan,
@@ -58,8 +59,8 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     """Both phases; the second measures what the layers before it make of the text without their RoPE."""
     kept, rest = rotate_keys(to_complex(weights.k), regularise(stats.second_moment), plan.rotary)
     moment = regularise(stats.second_moment if stats.converted_moment is None else stats.converted_moment)
-    balance = channel_norm(weights.v, moment).mean() / key_level(rest, weights.k, moment)
-    target = torch.cat([rest * balance, weights.v.flatten(0, 1)])
+    scale = balance(rest, weights, moment)
+    target = torch.cat([rest * scale, weights.v.flatten(0, 1)])
     return read_out(weights, plan, kept, latent_basis(target, moment, plan.shape.latent_rank), moment)
 
 

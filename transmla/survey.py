@@ -1,0 +1,124 @@
+"""Looking at a source before converting it: per-layer spectra, rotary energy, phases, loss per budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.artifacts import Plan
+from transmla.calibrate import SourceLayer
+from transmla.core.spectrum import Spectrum, spectrum
+from transmla.errors import TransmlaError
+from transmla.factorize import factorize
+from transmla.layerwise import ERROR_SEQUENCES, relative_error
+from transmla.plan import make_plan
+from transmla.progress import Reporter
+from transmla.recipe import Recipe
+from transmla.source import (
+    calibration_tokens,
+    check_length,
+    computes_in_bfloat16,
+    load_tokenizer,
+    open_source,
+    pick_device,
+)
+from transmla.spec import skeleton
+
+# Shares of the source's cache for which the loss is predicted.
+BUDGETS = (0.5, 1 / 3, 0.25, 0.125)
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One layer's spectrum, and the closed form's relative attention error by budget."""
+
+    spectrum: Spectrum
+    errors: dict[float, float]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All layers of one source; ``plans`` holds the shape each budget stands for."""
+
+    source: str
+    plans: dict[float, Plan]
+    layers: list[LayerSurvey]
+
+    def mean_error(self, budget: float) -> float:
+        """Relative attention error at ``budget``, averaged over layers."""
+        return sum(layer.errors[budget] for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "source": self.source,
+            "budgets": [
+                {
+                    "cache_ratio": plan.cache_ratio,
+                    "kv_lora_rank": plan.shape.kv_lora_rank,
+                    "qk_rope_head_dim": plan.shape.qk_rope_head_dim,
+                    "mean_error": self.mean_error(budget),
+                }
+                for budget, plan in self.plans.items()
+            ],
+            "layers": [
+                {
+                    **{name: value.tolist() for name, value in vars(layer.spectrum).items()},
+                    "errors": list(layer.errors.values()),
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def survey(recipe: Recipe, reporter: Reporter) -> Survey:
+    """Run the source over the recipe's calibration text and measure every layer.
+
+    The recipe's method is the one whose loss is predicted, before any reconstruction.
+
+    Raises:
+        TransmlaError: for bad input, and where no budget has a shape that fits.
+    """
+    source = open_source(recipe)
+    plans = _plans(source.spec, recipe, source.dtype)
+    check_length(source.spec, recipe.calibration.length)
+    tokens = calibration_tokens(recipe, source, load_tokenizer(source.path), reporter)
+    device = pick_device(recipe.device)
+    half = computes_in_bfloat16(source, device)
+    layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+    stream = torch.nn.functional.embedding(tokens, source.checkpoint.read(source.family.tensors["embed"])).float()
+    layers = []
+    reporter.stage("surveying layers", source.spec.num_hidden_layers)
+    for i in range(source.spec.num_hidden_layers):
+        layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)))
+        seen = layer.observe(stream)
+        errors = {
+            budget: relative_error(
+                layer, factorize(layer.weights(), seen.stats, plan).to(torch.float32), stream[-ERROR_SEQUENCES:]
+            )
+            for budget, plan in plans.items()
+        }
+        exact = seen.stats.to(torch.float64)
+        layers.append(LayerSurvey(spectrum(layer.weights().to(torch.float64), exact, source.spec), errors))
+        stream = seen.hidden
+        reporter.advance(i + 1)
+    name = Path(recipe.source).name if Path(recipe.source).exists() else recipe.source
+    return Survey(name, plans, layers)
+
+
+def _plans(spec: Any, recipe: Recipe, dtype: str) -> dict[float, Plan]:
+    """The plan of every budget that has a shape."""
+    plans: dict[float, Plan] = {}
+    refusal = None
+    for budget in BUDGETS:
+        shape = {"cache_ratio": budget, "kv_lora_rank": None, "qk_rope_head_dim": None}
+        try:
+            plans[budget] = make_plan(spec, recipe.model_copy(update=shape), dtype)
+        except TransmlaError as error:
+            refusal = refusal or error
+    if refusal and not plans:
+        raise refusal
+    return plans
