@@ -41,16 +41,21 @@ class Row:
     text: str | None = None
 
 
-# 50, 33, 25 and 12.5 % of the source's 384 values.
-SHAPES = [(64, 128), (32, 96), (32, 64), (16, 32)]
+# 50, 33, 25 and 12.5 % of the source's 384 values, as (qk_rope_head_dim, kv_lora_rank): the shapes that
+# --cache-ratio chooses with reconstruction and without.
+FITTED = [(32, 160), (16, 112), (16, 80), (16, 32)]
+CLOSED = [(64, 128), (32, 96), (32, 64), (16, 32)]
 ROWS = [
-    *(Row("calibrated", "full", *shape) for shape in SHAPES),
-    *(Row("calibrated", "off", *shape) for shape in SHAPES),
-    Row("calibrated", "full", 64, 128, text="self"),
-    Row("calibrated", "full", 32, 64, text="self"),
-    Row("calibrated", "full", 64, 128, dtype="float32"),
-    Row("calibrated", "full", 32, 160),
-    *(Row("calibrated", "fast", *shape) for shape in SHAPES),
+    *(Row("calibrated", "full", *shape) for shape in FITTED),
+    Row("calibrated", "full", 32, 160, text="self"),
+    Row("calibrated", "full", 16, 80, text="self"),
+    *(Row("calibrated", "off", *shape) for shape in CLOSED),
+    Row("calibrated", "full", 32, 160, dtype="float32"),
+    Row("calibrated", "full", 64, 128),
+    Row("calibrated", "full", 32, 96),
+    *(Row("calibrated", "fast", *shape) for shape in FITTED),
+    *(Row("care", "off", *shape, freqfold=2 if shape[0] == 64 else 4) for shape in CLOSED[:3]),
+    Row("mha2mla", "off", 64, 128, freqfold=2),
     # The published search chose these folds on test text: the baseline's best shot.
     Row("transmla", "off", 64, 128, freqfold=2),
     Row("transmla", "off", 32, 160, freqfold=4),

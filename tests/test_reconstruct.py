@@ -14,12 +14,13 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, Plan
 from transmla.calibrate import SourceLayer
+from transmla.effort import EFFORTS, Effort, choose_effort
 from transmla.errors import TransmlaError
 from transmla.factorize import factorize
 from transmla.pipeline import convert
 from transmla.plan import make_plan
 from transmla.recipe import Recipe, parse_recipe
-from transmla.reconstruct import EFFORTS, Effort, choose_effort, reconstruct
+from transmla.reconstruct import reconstruct
 from transmla.spec import describe, skeleton
 
 SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)

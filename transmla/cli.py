@@ -37,6 +37,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
     from transmla import console, estimate
+    from transmla.effort import EFFORTS, choose_effort
     from transmla.plan import make_plan
     from transmla.source import computes_in_bfloat16, open_source, pick_device
 
@@ -49,7 +50,8 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     widened = 2 if opened.dtype != "float32" and not computes_in_bfloat16(opened, device) else 1
     sampled = opened.checkpoint.size * widened if recipe.calibration.source == "self" else 0
     chosen = make_plan(opened.spec, recipe, opened.dtype)
-    result = estimate.summary(chosen, tokens, device, held=held, sampled=sampled)
+    effort = EFFORTS.get(choose_effort(recipe.reconstruct, device, recipe.calibration.sequences))
+    result = estimate.summary(chosen, tokens, device, effort, held=held, sampled=sampled)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transmla.artifacts import Plan
+from transmla.effort import Effort
 from transmla.plan import VLLM_DECODE, VLLM_PREFILL
 
 GPU_GIGABYTES = (24, 80, 141)
@@ -44,12 +45,12 @@ def value_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def disk_bytes(plan: Plan, tokens: int) -> int:
-    """Largest size of the unfinished folder: the export and two hidden streams."""
-    return parameters(plan) * value_bytes(plan.dtype) + 2 * 4 * tokens * plan.spec.hidden_size
+def disk_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
+    """Largest size of the unfinished folder: the export, and the streams before and after a layer."""
+    return parameters(plan) * value_bytes(plan.dtype) + _stream_bytes(plan, tokens, effort)
 
 
-def memory_bytes(plan: Plan, tokens: int, *, held: int = 0) -> int:
+def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 0) -> int:
     """Peak resident memory of the conversion; ``held`` is the size of a GGUF source that is read whole."""
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
@@ -57,17 +58,32 @@ def memory_bytes(plan: Plan, tokens: int, *, held: int = 0) -> int:
     layer = 4 * (attention + 3 * width * spec.intermediate_size)
     # float64 copies of the attention, the per-head key targets, and a dozen D×D work matrices
     work = 8 * (2 * attention + 12 * width * width)
+    if effort is not None:
+        # the drift between the streams; the activations of a step; weights, gradients and Adam's two moments
+        heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
+        activations = 4 * effort.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
+        work = max(work, 4 * tokens * width + activations + 4 * 4 * 2 * attention)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
-    return BASE_MEMORY + held + 2 * 4 * tokens * width + max(layer + work, embedding)
+    return BASE_MEMORY + held + _stream_bytes(plan, tokens, effort) + max(layer + work, embedding)
 
 
-def seconds(plan: Plan, tokens: int, device: torch.device) -> float:
-    """Estimated time of the closed form, from this machine's own matrix rate."""
+def _stream_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
+    """Hidden streams that enter and leave a layer: the source's, and the export's where layers are fitted to it."""
+    return (2 if effort is None else 4) * 4 * tokens * plan.spec.hidden_size
+
+
+def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None) -> float:
+    """Estimated time of the conversion, from this machine's own matrix rate."""
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
-    forward = 2 * tokens * (attention + 3 * width * spec.intermediate_size + width * width)
+    mlp = 3 * width * spec.intermediate_size
+    forward = 2 * tokens * (attention + mlp + width * width)
     factor = 30 * width**3 + 8 * width**2 * d * (spec.num_attention_heads + spec.num_key_value_heads)
+    if effort is not None:
+        # the source once, the export forwards and twice backwards; its MLP has no weights to learn
+        weights = 5 * attention + (3 * mlp if effort.through_mlp else 0)
+        forward += 2 * effort.steps * effort.tokens * weights + 2 * tokens * (attention + mlp)
     return spec.num_hidden_layers * (
         forward / matrix_rate(device, torch.float32) + factor / matrix_rate(device, torch.float64)
     )
@@ -130,7 +146,9 @@ def runtimes(plan: Plan) -> list[Runtime]:
     ]
 
 
-def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0, sampled: int = 0) -> dict[str, Any]:
+def summary(
+    plan: Plan, tokens: int, device: torch.device, effort: Effort | None = None, *, held: int = 0, sampled: int = 0
+) -> dict[str, Any]:
     """Everything ``transmla plan`` shows, as plain values.
 
     ``held`` bytes of a GGUF source stay in memory throughout; ``sampled`` bytes of the whole model do while it
@@ -148,8 +166,8 @@ def summary(plan: Plan, tokens: int, device: torch.device, *, held: int = 0, sam
         "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},
         "runtimes": [vars(runtime) for runtime in runtimes(plan)],
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, held=held), BASE_MEMORY + held + sampled),
-        "disk_bytes": disk_bytes(plan, tokens),
-        "seconds": seconds(plan, tokens, device),
+        "memory_bytes": max(memory_bytes(plan, tokens, effort, held=held), BASE_MEMORY + held + sampled),
+        "disk_bytes": disk_bytes(plan, tokens, effort),
+        "seconds": seconds(plan, tokens, device, effort),
         "device": str(device),
     }

@@ -13,10 +13,11 @@ from transmla.artifacts import LayerFactors, LayerWeights, Plan
 from transmla.calibrate import NormRatio, Observations, SourceLayer, steps
 from transmla.core.absorb import source_attention
 from transmla.core.fused import fused_attention
+from transmla.effort import EFFORTS
 from transmla.factorize import LatentScale, export_tensors, factorize
 from transmla.native import layer_factors
 from transmla.plan import method_named
-from transmla.reconstruct import EFFORTS, Reconstruction, reconstruct
+from transmla.reconstruct import Reconstruction, reconstruct
 from transmla.source import Source, computes_in_bfloat16
 from transmla.spec import skeleton
 

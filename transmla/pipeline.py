@@ -23,6 +23,7 @@ from torch import Tensor
 from transmla import __version__
 from transmla.artifacts import Plan
 from transmla.card import write_card
+from transmla.effort import EFFORTS, choose_effort
 from transmla.errors import TransmlaError
 from transmla.estimate import disk_bytes
 from transmla.export import (
@@ -40,7 +41,6 @@ from transmla.native import native_config
 from transmla.plan import make_plan
 from transmla.progress import Reporter, Silent
 from transmla.recipe import Recipe, dump_recipe
-from transmla.reconstruct import choose_effort
 from transmla.source import (
     Source,
     calibration_tokens,
@@ -72,7 +72,7 @@ def convert(
     tokenizer = load_tokenizer(source.path)
     device = pick_device(recipe.device)
     effort = choose_effort(recipe.reconstruct, device, recipe.calibration.sequences)
-    needed = disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length)
+    needed = disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length, EFFORTS.get(effort))
     _check_disk(output, needed - workspace.size())
 
     check_length(source.spec, recipe.calibration.length)

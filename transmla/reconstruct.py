@@ -10,9 +10,11 @@ million weights be fitted on some ten thousand tokens.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors
 from transmla.calibrate import SourceLayer, steps
 from transmla.core.coordinates import Coordinates, orthonormal_latents
-from transmla.errors import TransmlaError
+from transmla.effort import Effort
 
 # Share of the calibration sequences that only judge the fit.
 HELD_OUT = 1 / 32
@@ -32,51 +34,12 @@ BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long a layer is fitted.
-
-    ``steps`` of ``tokens`` tokens, each tensor at ``rate`` times its root mean square, falling to zero. The
-    error is measured after the layer's MLP (``through_mlp``) or, at half the cost, after its attention.
-    """
-
-    steps: int
-    tokens: int
-    rate: float
-    through_mlp: bool
-
-
-EFFORTS = {
-    "fast": Effort(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": Effort(steps=700, tokens=8192, rate=2e-3, through_mlp=True),
-}
-
-
-@dataclass(frozen=True)
 class Reconstruction:
     """Factors after the fit, and the relative error on held-out sequences ``before`` and ``after`` it."""
 
     factors: LayerFactors
     before: float
     after: float
-
-
-def choose_effort(wanted: str, device: torch.device, sequences: int) -> str:
-    """The effort that ``auto`` stands for: ``fast`` on a CPU, ``full`` on a GPU, ``off`` for a single sequence.
-
-    Raises:
-        TransmlaError: if an effort was asked for by name and there is nothing to judge it on.
-    """
-    if sequences < 2 and wanted in EFFORTS:
-        raise TransmlaError(
-            f"reconstruction '{wanted}' was asked for with one calibration sequence",
-            limit="it is fitted on some sequences and judged on others: at least 2",
-            remedy="raise --calibration-sequences, or pass --reconstruct off",
-        )
-    if wanted != "auto":
-        return wanted
-    if sequences < 2:
-        return "off"
-    return "fast" if device.type == "cpu" else "full"
 
 
 def reconstruct(
@@ -243,9 +206,30 @@ def _input_moment(layer: SourceLayer, stream: Tensor) -> Tensor:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Backward passes that give the same bits every time."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    enabled, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    # cuBLAS is deterministic on one stream, but PyTorch refuses to believe it without this setting.
+    with _setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warned)
+            memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _setting(name: str, value: str) -> Iterator[None]:
+    """An environment variable of a library, unless the user has set it."""
+    before = os.environ.get(name)
+    os.environ[name] = before or value
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
+        if before is None:
+            del os.environ[name]
