@@ -42,11 +42,11 @@ def synthetic(folder: Path, layers: int) -> Path:
 
 
 def convert(source: Path, calibration: str, work: Path, *flags: str) -> dict[str, Any]:
-    """Run ``transmla convert`` and measure it from outside."""
+    """Run ``transmla convert``, the closed form alone, and measure it from outside."""
     output = work / "export"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "transmla", "convert", str(source), "--output", str(output), "--device", "cpu"]
-    command += ["--calibration", calibration, *flags]
+    command += ["--calibration", calibration, "--reconstruct", "off", *flags]
     # A fresh Python starts each conversion, because the peak of children is the largest of them all.
     probe = (
         "import resource, subprocess, sys, time; began = time.perf_counter();"

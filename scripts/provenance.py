@@ -35,3 +35,19 @@ def write_result(path: Path, rows: list[dict[str, Any]], commit: str | None) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance(commit), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of ``peak_bytes`` (on a CPU of this process, by Linux's own counter)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory since ``reset_peak``: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -10,7 +10,6 @@ only measured.
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import RESULTS, write_result
+from provenance import RESULTS, peak_bytes, reset_peak, write_result
 from torch import Tensor
 
 from transmla.after import evaluate_models
 from transmla.pipeline import convert
 from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
-from transmla.source import load_tokenizer
+from transmla.source import load_tokenizer, pick_device
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,12 @@ def measure(arguments: argparse.Namespace, row: Row, seed: int | None) -> dict[s
         },
         "quality.py",
     )
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    device = pick_device(arguments.device)
+    reset_peak(device)
     began = time.perf_counter()
     folder = convert(recipe, calibration=tokens)
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes(device)
     result = {
         **asdict(row),
         "text": "self" if row.text else Path(text).name,

@@ -56,7 +56,7 @@ def recipe(folder: Path, name: str) -> Recipe:
         "output": str(folder / name),
         "calibration": CALIBRATION,
     }
-    return parse_recipe(values | EXPORTS[name][1] | {"device": "cpu"}, "test")
+    return parse_recipe(values | EXPORTS[name][1] | {"device": "cpu", "reconstruct": "fast"}, "test")
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], Checkpoint, dict[str, Any]]:

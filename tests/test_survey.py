@@ -93,7 +93,7 @@ def inspect(
 def test_the_report_can_be_looked_at(inspect: Run) -> None:
     code, out, err = inspect("--report", "report.png")
     assert code == 0, err
-    assert "rank 99 %" in out
+    assert "r 99 %" in out
     assert Path("report.png").read_bytes().startswith(b"\x89PNG")
     assert inspect("--report", "report.html")[0] == 0
     page = Path("report.html").read_text()

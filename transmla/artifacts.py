@@ -157,7 +157,9 @@ class LayerFactors:
     q_latent: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerFactors:
+        """The factors in ``dtype``; frequencies stay float32 at least, or far positions turn by wrong angles."""
         tensors = {name: value.to(device, dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors["inv_freq"] = self.inv_freq.to(device, torch.promote_types(dtype, torch.float32))
         return replace(self, **tensors)  # type: ignore[arg-type]
 
 

@@ -42,9 +42,9 @@ transmla convert recipe.yaml
 ```yaml
 {recipe}```
 
-Method `{method}`, rotary frequencies folded by {fold}. The attention output of a layer differs from the
-source's by {mean_error:.3f} on average and {max_error:.3f} at most (relative squared error on calibration
-text). Hashes, versions and every layer's numbers are in `transmla.json`.
+Method `{method}`, rotary frequencies folded by {fold}, reconstruction `{reconstruct}`. The attention output of a
+layer, given the source's own input, differs from the source's by {mean_error:.3f} on average and {max_error:.3f}
+at most (relative squared error on calibration text). Hashes, versions and every layer's numbers are in `transmla.json`.
 {notes}"""
 
 
@@ -130,6 +130,7 @@ def write_card(
         recipe=dump_recipe(shown),
         method=plan["method"],
         fold=plan["rotary"]["freqfold"],
+        reconstruct=manifest["reconstruct"],
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         notes=f"\nNotes:\n{notes}\n" if notes else "",

@@ -37,21 +37,23 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
     from transmla import console, estimate
-    from transmla.effort import EFFORTS, choose_effort
-    from transmla.plan import make_plan
+    from transmla.effort import choose_effort
+    from transmla.plan import make_plan, method_named
     from transmla.source import computes_in_bfloat16, open_source, pick_device
 
     recipe = _recipe(source, options | {"output": options.get("output") or "unused"})
     opened = open_source(recipe)
     device = pick_device(recipe.device)
+    published = method_named(recipe.method).published
+    chosen_effort = choose_effort(recipe.reconstruct, device, recipe.calibration.sequences, published=published)
+    recipe = recipe.model_copy(update={"reconstruct": chosen_effort})
     tokens = recipe.calibration.sequences * recipe.calibration.length
     held = opened.checkpoint.size if opened.checkpoint.gguf else 0
     # On the CPU a half-precision source is widened to sample from, unless the CPU multiplies bfloat16.
     widened = 2 if opened.dtype != "float32" and not computes_in_bfloat16(opened, device) else 1
     sampled = opened.checkpoint.size * widened if recipe.calibration.source == "self" else 0
     chosen = make_plan(opened.spec, recipe, opened.dtype)
-    effort = EFFORTS.get(choose_effort(recipe.reconstruct, device, recipe.calibration.sequences))
-    result = estimate.summary(chosen, tokens, device, effort, held=held, sampled=sampled)
+    result = estimate.summary(chosen, tokens, device, recipe.reconstruct, held=held, sampled=sampled)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -68,8 +70,8 @@ def inspect(
 ) -> None:
     """Look at a source before converting it: spectra, rotary energy, phases, loss by cache budget.
 
-    Runs the source over the calibration text, layer by layer, and writes no weights. Widths that are given
-    are ignored: every budget chooses its own.
+    Runs the source over the calibration text and writes no weights. Every budget chooses its own widths, so
+    options of the shape play no part; errors are those before any reconstruction.
 
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """

@@ -126,7 +126,8 @@ def show_plan(summary: dict[str, Any]) -> None:
     )
     say(
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
-        f" {duration(summary['seconds'])} on {summary['device']} (calibration sampling not counted)"
+        f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
+        " calibration sampling not counted)"
     )
     for note in summary["notes"]:
         out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
@@ -145,22 +146,22 @@ def show_survey(survey: Survey) -> None:
                 str(spectrum.rank_for(0.99)),
                 f"{float((spectrum.rotary * spectrum.one_head).sum()):.0%}",
                 f"{float((spectrum.rotary * spectrum.shared).sum()):.0%}",
-                f"{float((spectrum.rotary * spectrum.phase.square()).sum()):.0%}",
+                f"{float((spectrum.rotary * spectrum.constant).sum()):.0%}",
                 *(f"{layer.errors[budget]:.3f}" for budget in budgets),
             ]
         )
     shares = [f"{survey.plans[budget].cache_ratio:.1%}" for budget in budgets]
     table(
         f"{survey.source}: what a layer holds, and the closed form's error by share of the cache",
-        ["layer", "rank 90 %", "rank 99 %", "best head", "shared", "constant", *shares],
+        ["layer", "r 90 %", "r 99 %", "one head", "shared", "const", *shares],
         rows,
     )
     say(
-        "rank: latent that holds so much of keys and values without position; best head, shared: rotary energy one"
-        " channel a frequency holds, from one head or mixed from all; constant: rotary energy a constant replaces"
+        "r: latent that holds so much of keys and values without position; one head, shared: rotary energy that one"
+        " channel a frequency holds, of the best head or mixed from all; const: rotary energy a constant holds"
     )
     table(
-        "mean error by budget (relative squared error of the attention output)",
+        "mean error by budget (relative squared error of the attention output, before reconstruction)",
         ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
         [
             [

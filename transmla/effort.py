@@ -13,8 +13,9 @@ from transmla.errors import TransmlaError
 class Effort:
     """How long a layer is fitted.
 
-    ``steps`` of ``tokens`` tokens, each tensor at ``rate`` times its root mean square, falling to zero. The
-    error is measured after the layer's MLP (``through_mlp``) or, at half the cost, after its attention.
+    ``steps`` of about ``tokens`` tokens (whole sequences, no more than there are), each tensor at ``rate`` times
+    its root mean square, falling to zero. The error is measured after the layer's MLP (``through_mlp``) or, at
+    half the cost, after its attention.
     """
 
     steps: int
@@ -29,8 +30,10 @@ EFFORTS = {
 }
 
 
-def choose_effort(wanted: str, device: torch.device, sequences: int) -> str:
-    """The effort that ``auto`` stands for: ``fast`` on a CPU, ``full`` on a GPU, ``off`` for a single sequence.
+def choose_effort(wanted: str, device: torch.device, sequences: int, *, published: bool = False) -> str:
+    """The effort that ``auto`` stands for: ``fast`` on a CPU, ``full`` on a GPU.
+
+    ``off`` for a single sequence, and for a ``published`` method, which is there to be compared with as it is.
 
     Raises:
         TransmlaError: if an effort was asked for by name and there is nothing to judge it on.
@@ -43,6 +46,6 @@ def choose_effort(wanted: str, device: torch.device, sequences: int) -> str:
         )
     if wanted != "auto":
         return wanted
-    if sequences < 2:
+    if sequences < 2 or published:
         return "off"
     return "fast" if device.type == "cpu" else "full"

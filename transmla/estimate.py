@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transmla.artifacts import Plan
-from transmla.effort import Effort
+from transmla.effort import EFFORTS, Effort
 from transmla.plan import VLLM_DECODE, VLLM_PREFILL
 
 GPU_GIGABYTES = (24, 80, 141)
@@ -147,13 +147,14 @@ def runtimes(plan: Plan) -> list[Runtime]:
 
 
 def summary(
-    plan: Plan, tokens: int, device: torch.device, effort: Effort | None = None, *, held: int = 0, sampled: int = 0
+    plan: Plan, tokens: int, device: torch.device, reconstruct: str = "off", *, held: int = 0, sampled: int = 0
 ) -> dict[str, Any]:
     """Everything ``transmla plan`` shows, as plain values.
 
     ``held`` bytes of a GGUF source stay in memory throughout; ``sampled`` bytes of the whole model do while it
     writes its own calibration text.
     """
+    effort = EFFORTS.get(reconstruct)
     before, after = plan.spec.cache_values, plan.shape.cache_values
     return {
         **plan.to_dict(),
@@ -170,4 +171,5 @@ def summary(
         "disk_bytes": disk_bytes(plan, tokens, effort),
         "seconds": seconds(plan, tokens, device, effort),
         "device": str(device),
+        "reconstruct": reconstruct,
     }

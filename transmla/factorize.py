@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, MLAShape, Plan
-from transmla.core.linalg import latent_basis, regress, regularise
+from transmla.core.linalg import latent_basis, orthonormal_rows, regress, regularise
 from transmla.core.norm_identity import NormIdentity, norm_identity
 from transmla.errors import TransmlaError
 from transmla.native import RMS_NORM_EPS, layer_tensors
@@ -49,7 +49,7 @@ def compress_queries(factors: LayerFactors, stats: LayerStats, rank: int) -> Lay
     moment = regularise(stats.second_moment)
     rows = torch.cat([factors.q_nope, factors.q_pe], 1)
     # Orthonormal rows keep the query latent's norm an identity on any input.
-    basis = torch.linalg.qr(latent_basis(rows.flatten(0, 1), moment, rank).mT).Q.mT
+    basis, _ = orthonormal_rows(latent_basis(rows.flatten(0, 1), moment, rank))
     read = regress(rows, basis, moment)
     d_n = factors.q_nope.shape[1]
     return replace(factors, q_nope=read[:, :d_n], q_pe=read[:, d_n:], q_latent=basis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ img {{ width: 100% }} td, th {{ padding: .15em .9em; text-align: right }} tr:nth
 <img alt="spectra, rotary energy, phases and errors by layer" src="data:image/png;base64,{image}">
 """
 _TEXT = (
-    "Error is ‖MLA − source‖² / ‖source‖² of a layer's attention output under the closed form, on calibration text;"
-    " reconstruction lowers it further."
+    "Error is ‖MLA − source‖² / ‖source‖² of a layer's attention output, on calibration text and before any"
+    " reconstruction."
 )
 
 
@@ -62,6 +63,8 @@ def check_picture(path: Path) -> None:
     """Refuse a path that cannot become a picture, before anything is measured."""
     if path.suffix not in (".png", ".html"):
         raise TransmlaError(f"cannot draw '{path}'", limit="a picture is a .png or .html file", remedy="rename it")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise TransmlaError(f"cannot write '{path}'", limit="it is a folder, or write-protected", remedy="rename it")
     if not path.absolute().parent.is_dir():
         raise TransmlaError(f"no folder '{path.absolute().parent}'", remedy="create it, or choose another --report")
     try:

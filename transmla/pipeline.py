@@ -1,6 +1,6 @@
 """The conversion from end to end: one pass, one decoder layer in memory at a time.
 
-    source → AttentionSpec → Plan → [per layer: observe → factorize → write] → exported folder
+    source → AttentionSpec → Plan → [per layer: observe → factorize → reconstruct → write] → exported folder
 
 Every layer ends with a shard, the hidden stream and a line of progress on disk, so a run that was killed
 goes on where it stopped and ends in the same bytes.
@@ -38,7 +38,7 @@ from transmla.export import (
 )
 from transmla.layerwise import Layerwise
 from transmla.native import native_config
-from transmla.plan import make_plan
+from transmla.plan import make_plan, method_named
 from transmla.progress import Reporter, Silent
 from transmla.recipe import Recipe, dump_recipe
 from transmla.source import (
@@ -66,16 +66,19 @@ def convert(
     if not output.name:  # "." and its like have no name to put ".partial" behind
         output = output.resolve()
     source = open_source(recipe)
+    device = pick_device(recipe.device)
+    shape = (recipe.calibration.sequences, recipe.calibration.length) if calibration is None else calibration.shape
+    published = method_named(recipe.method).published
+    effort = choose_effort(recipe.reconstruct, device, shape[0], published=published)
+    recipe = recipe.model_copy(update={"reconstruct": effort})
     plan = make_plan(source.spec, recipe, source.dtype)
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
     workspace.refuse_overwrite(resume=resume)
     tokenizer = load_tokenizer(source.path)
-    device = pick_device(recipe.device)
-    effort = choose_effort(recipe.reconstruct, device, recipe.calibration.sequences)
-    needed = disk_bytes(plan, recipe.calibration.sequences * recipe.calibration.length, EFFORTS.get(effort))
+    needed = disk_bytes(plan, shape[0] * shape[1], EFFORTS.get(effort))
     _check_disk(output, needed - workspace.size())
 
-    check_length(source.spec, recipe.calibration.length)
+    check_length(source.spec, shape[1])
     tokens = calibration
     if tokens is None and resume:
         tokens = workspace.tokens()
@@ -93,7 +96,7 @@ def convert(
         workspace.save_tokens(tokens)
         layerwise = Layerwise(source, plan, effort, device, seed=recipe.seed)
         _convert_layers(source, layerwise, workspace, progress, tokens, report)
-        _write_rest(source, plan, recipe, effort, workspace, progress, tokenizer, fingerprint)
+        _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
         workspace.finish()
     return output
 
@@ -156,7 +159,7 @@ def _convert_layers(
         progress["next_layer"] = i + 1
         workspace.save_progress(progress)
         workspace.drop_streams(i)
-        report.advance(i + 1, f"error {converted.record['relative_error']:.3f}")
+        report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
     progress["final_norm"] = layerwise.final_norm(streams)
     workspace.save_progress(progress)
 
@@ -165,7 +168,6 @@ def _write_rest(
     source: Source,
     plan: Plan,
     recipe: Recipe,
-    effort: str,
     workspace: Workspace,
     progress: dict[str, Any],
     tokenizer: Any,
@@ -203,7 +205,7 @@ def _write_rest(
             "commit": _hub_commit(source.path),
             "fingerprint": fingerprint,
         },
-        "reconstruct": effort,
+        "reconstruct": recipe.reconstruct,
         "versions": _versions(),
         "layers": progress["layers"],
         "final_norm_correction": progress["final_norm"],

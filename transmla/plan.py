@@ -138,7 +138,7 @@ def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, *, fitted: boo
     A fitted layer makes do with fewer rotary channels and has more use for a wide latent (SmolLM2-135M, error of
     single layers on validation text: 32 + 160 beats 64 + 128 by a third, 16 + 112 beats 32 + 96 by a tenth).
     """
-    wide, middle = (2.0, 0.4) if fitted else (0.5, 0.2)
+    wide, middle = (1.0, 0.4) if fitted else (0.5, 0.2)
     width = spec.head_dim // (1 if ratio >= wide else 2 if ratio >= middle else 4)
     while budget - width < RANK_MULTIPLE and width % 4 == 0:
         width //= 2

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from transmla.errors import TransmlaError
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# YAML reads a bare `off` as false.
+Effort = Annotated[
+    Literal["auto", "off", "fast", "full"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 class Calibration(_Strict):
@@ -59,8 +65,10 @@ class Recipe(_Strict):
     q_lora_rank: PositiveInt | None = Field(None, description="compress queries to this rank")
     pad_for: Literal["vllm"] | None = Field(None, description="round to a shape with fast kernels")
     freqfold: PositiveInt | None = Field(None, description="frequencies concentrated together")
-    reconstruct: Literal["auto", "off", "fast", "full"] = Field(
-        "auto", description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU"
+    reconstruct: Effort = Field(
+        "auto",
+        description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU, "
+        "off for methods that are there to compare with. --cache-ratio chooses a narrower rotary key for a fit",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision of the export")
     allow_no_saving: bool = Field(False, description="accept a cache no smaller than the source's")
@@ -70,7 +78,7 @@ class Recipe(_Strict):
     )
     calibration: Calibration = Calibration()
     eval: Evaluation | None = None
-    seed: int = Field(0, ge=0, description="seed of all sampling")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of all sampling")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, …")
 
 

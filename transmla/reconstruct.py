@@ -10,10 +10,10 @@ million weights be fitted on some ten thousand tokens.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transmla.artifacts import LayerFactors
 from transmla.calibrate import SourceLayer, steps
 from transmla.core.coordinates import Coordinates, orthonormal_latents
 from transmla.effort import Effort
+from transmla.errors import TransmlaError
 
 # Share of the calibration sequences that only judge the fit.
 HELD_OUT = 1 / 32
@@ -30,6 +31,8 @@ HELD_OUT = 1 / 32
 PIECE = 256
 JITTER = 0.2
 WARM_UP = 20
+# Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
+EAGER = 3
 BETAS = (0.9, 0.98)
 
 
@@ -63,7 +66,7 @@ def reconstruct(
     parameters = {name: value.float().requires_grad_() for name, value in coordinates.enter(factors).items()}
     judged = source[-held_out:], converted[-held_out:]
     before = problem.error(factors, *judged)
-    with _deterministic():
+    with _deterministic(), _enough_memory():
         _descend(problem, coordinates, parameters, effort, seed)
     found = coordinates.leave({name: value.detach() for name, value in parameters.items()})
     found = orthonormal_latents(found.to(torch.float64))
@@ -78,7 +81,7 @@ class _Problem:
     def __init__(self, layer: SourceLayer, source: Tensor, converted: Tensor, effort: Effort) -> None:
         self.layer, self.through_mlp = layer, effort.through_mlp
         self.source = source.to(layer.device)
-        self.drift = converted.to(layer.device) - self.source
+        self.drift = (converted - source).to(layer.device)
         self.positions = torch.arange(source.shape[1], device=layer.device)
         self.rows = max(1, min(effort.tokens // source.shape[1], len(source)))
 
@@ -170,27 +173,33 @@ def _draw(problem: _Problem, effort: Effort, seed: int) -> tuple[Tensor, Tensor,
 
 def _schedule(step: int, total: int) -> float:
     """Linear warm-up, cosine to zero."""
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return min(1.0, (step + 1) / min(WARM_UP, max(1, total // 3))) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def _repeat(advance: Callable[[], None], times: int, device: torch.device) -> None:
     """Call ``advance`` ``times`` times; on a GPU all but the first few as one CUDA graph, replayed."""
-    eager = min(times, 3) if device.type == "cuda" else times
-    if device.type != "cuda":
+    if device.type != "cuda" or times <= EAGER:
         for _ in range(times):
             advance()
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(eager):
+    with torch.cuda.device(device):
+        stream = _capture_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(EAGER):
+                advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             advance()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        advance()
-    for _ in range(times - eager):
-        graph.replay()
+        for _ in range(times - EAGER):
+            graph.replay()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for every stream they ever saw."""
+    return torch.cuda.Stream(device)
 
 
 def _input_moment(layer: SourceLayer, stream: Tensor) -> Tensor:
@@ -212,24 +221,22 @@ def _deterministic() -> Iterator[None]:
     )
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    # cuBLAS is deterministic on one stream, but PyTorch refuses to believe it without this setting.
-    with _setting("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):
-        torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(enabled, warn_only=warned)
-            memory.fill_uninitialized_memory = filled
-
-
-@contextmanager
-def _setting(name: str, value: str) -> Iterator[None]:
-    """An environment variable of a library, unless the user has set it."""
-    before = os.environ.get(name)
-    os.environ[name] = before or value
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        torch.use_deterministic_algorithms(enabled, warn_only=warned)
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TransmlaError(
+            "not enough GPU memory to fit a layer",
+            limit=str(error).splitlines()[0],
+            remedy="use less calibration text, --reconstruct fast, or --device cpu",
+        ) from error

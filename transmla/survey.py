@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from transmla.artifacts import Plan
+from transmla.artifacts import AttentionSpec, Plan
 from transmla.calibrate import SourceLayer
+from transmla.card import public_name
 from transmla.core.spectrum import Spectrum, spectrum
 from transmla.errors import TransmlaError
 from transmla.factorize import factorize
@@ -77,15 +77,17 @@ class Survey:
 def survey(recipe: Recipe, reporter: Reporter) -> Survey:
     """Run the source over the recipe's calibration text and measure every layer.
 
-    The recipe's method is the one whose loss is predicted, before any reconstruction.
+    The recipe's method is the one whose loss is predicted, its first phase alone and before any reconstruction;
+    its widths are each budget's own.
 
     Raises:
         TransmlaError: for bad input, and where no budget has a shape that fits.
     """
     source = open_source(recipe)
-    plans = _plans(source.spec, recipe, source.dtype)
+    plans = _plans(source.spec, recipe, source.dtype, reporter)
     check_length(source.spec, recipe.calibration.length)
     tokens = calibration_tokens(recipe, source, load_tokenizer(source.path), reporter)
+    source.checkpoint.fingerprint()  # refuses weights that are not finite
     device = pick_device(recipe.device)
     half = computes_in_bfloat16(source, device)
     layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
@@ -105,20 +107,21 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
         layers.append(LayerSurvey(spectrum(layer.weights().to(torch.float64), exact, source.spec), errors))
         stream = seen.hidden
         reporter.advance(i + 1)
-    name = Path(recipe.source).name if Path(recipe.source).exists() else recipe.source
-    return Survey(name, plans, layers)
+    return Survey(public_name(recipe.source), plans, layers)
 
 
-def _plans(spec: Any, recipe: Recipe, dtype: str) -> dict[float, Plan]:
-    """The plan of every budget that has a shape."""
+def _plans(spec: AttentionSpec, recipe: Recipe, dtype: str, reporter: Reporter) -> dict[float, Plan]:
+    """The plan of every budget that has a shape; the others are reported."""
     plans: dict[float, Plan] = {}
     refusal = None
     for budget in BUDGETS:
-        shape = {"cache_ratio": budget, "kv_lora_rank": None, "qk_rope_head_dim": None}
+        widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "pad_for")
+        shape = {**dict.fromkeys(widths), "cache_ratio": budget, "reconstruct": "off"}
         try:
             plans[budget] = make_plan(spec, recipe.model_copy(update=shape), dtype)
         except TransmlaError as error:
             refusal = refusal or error
+            reporter.message(f"no shape at {budget:.1%} of the cache: {error}")
     if refusal and not plans:
         raise refusal
     return plans

@@ -20,14 +20,15 @@ class Spectrum:
 
     ``joint`` [n] of the singular directions of position-free keys and values together, falling; ``rotary`` [p]
     of each frequency in the scores; ``one_head`` and ``shared`` [p] of what a single rotary channel holds of a
-    frequency, taken from the best key head or mixed from all of them; ``phase`` [p] the mean |φ_f| over heads,
-    one where a constant replaces the rotation without loss.
+    frequency, taken from the best key head or mixed from all of them; ``constant`` [p] of what a constant in
+    place of the rotation holds of it, the mean |φ_f|² of the heads by their energy. ``phase`` [p] is the mean |φ_f|.
     """
 
     joint: Tensor
     rotary: Tensor
     one_head: Tensor
     shared: Tensor
+    constant: Tensor
     phase: Tensor
 
     def rank_for(self, share: float) -> int:
@@ -50,14 +51,17 @@ def spectrum(weights: LayerWeights, stats: LayerStats, spec: AttentionSpec) -> S
     joint = joint[: 2 * spec.num_key_value_heads * spec.head_dim]
 
     moment = regularise(stats.second_moment).to(query.dtype)
-    energy = ((query @ moment) * query.conj()).sum(-1).real.view(len(kappa), spec.group_size, -1).sum(1)
+    by_head = ((query @ moment) * query.conj()).sum(-1).real
+    energy = by_head.view(len(kappa), spec.group_size, -1).sum(1)
     by_frequency = (energy.sqrt()[..., None] * kappa).transpose(0, 1)
     heads = by_frequency @ attended.to(query.dtype) @ by_frequency.mH
+    level = ((kappa @ attended.to(kappa.dtype)) * kappa.conj()).sum(-1).real.repeat_interleave(spec.group_size, 0)
     total = heads.diagonal(dim1=-2, dim2=-1).real.sum(-1).clamp_min(torch.finfo(attended.dtype).tiny)
     return Spectrum(
         joint / joint.sum().clamp_min(torch.finfo(joint.dtype).tiny),
         total / total.sum(),
         heads.diagonal(dim1=-2, dim2=-1).real.amax(-1) / total,
         torch.linalg.eigvalsh(heads)[..., -1] / total,
+        (by_head * level * phi.abs().square()).sum(0) / total,
         phi.abs().mean(0),
     )

@@ -36,4 +36,5 @@ METHOD = Method(
     summary="CARE as published: TransMLA's RoRoPE, covariance-weighted joint SVD (for comparison)",
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
+    published=True,
 )

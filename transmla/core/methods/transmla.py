@@ -70,4 +70,5 @@ METHOD = Method(
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
     first_phase=remove_rope,
+    published=True,
 )
