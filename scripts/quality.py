@@ -54,7 +54,8 @@ from transmla.source import load_tokenizer, pick_device
 #     queries not fitted                               -         -       41.0
 #     rope_theta 10,000 / 1,000 instead of 100,000     -         -     58.3 / 163.6
 #
-# Single layers (12; 22 agrees on shapes of 50 and 33 %), source's own input, relative error on unseen text at 2,048 tokens, CPU:
+# Layer 12 alone (22 agrees on the shapes of 50 and 33 %), the source's own input, relative error on unseen text at
+# 2,048 tokens, CPU:
 #   200 steps of 2,048: 512-token inputs 0.0925; cut together from two 0.0912; also moved by 0.2: 0.0908;
 #   1,024-token inputs, cut and moved 0.0879; 2,048 0.0878, of seven pieces 0.0867.                   kept
 #   150 steps, 64 + 128 / 32 + 160 / 16 + 176: 0.056 / 0.035 / 0.040; 64 + 64 / 32 + 96 / 16 + 112: 0.147 / 0.089 /
