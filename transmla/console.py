@@ -161,7 +161,7 @@ def show_survey(survey: Survey) -> None:
         " channel a frequency holds, of the best head or mixed from all; const: rotary energy a constant holds"
     )
     table(
-        "mean error by budget (relative squared error of the attention output, before reconstruction)",
+        "mean error by budget",
         ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
         [
             [
