@@ -66,7 +66,11 @@ def check_picture(path: Path) -> None:
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise TransmlaError(f"cannot write '{path}'", limit="it is a folder, or write-protected", remedy="rename it")
     if not path.absolute().parent.is_dir():
-        raise TransmlaError(f"no folder '{path.absolute().parent}'", remedy="create it, or choose another --report")
+        raise TransmlaError(
+            f"no folder '{path.absolute().parent}'",
+            limit="a report goes into a folder that is there",
+            remedy="create it, or choose another --report",
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -55,18 +55,18 @@ def reconstruct(
         factors: where to start; never changed.
         source, converted: streams [N, T, D] that enter the layer in the source and in the export, N ≥ 2.
         effort: how long to fit.
-        seed: of everything drawn; equal seeds give equal factors on one device.
+        seed: of everything drawn; on a CPU equal seeds give equal factors.
 
     Returns the factors with the smaller error on the held-out sequences, the last ones of the stream.
     """
     held_out = max(1, round(len(source) * HELD_OUT))
     fitted = slice(0, len(source) - held_out)
-    problem = _Problem(layer, source[fitted], converted[fitted], effort)
+    judged = source[-held_out:], converted[-held_out:]
     coordinates = Coordinates.of(factors, _input_moment(layer, converted[fitted]))
     parameters = {name: value.float().requires_grad_() for name, value in coordinates.enter(factors).items()}
-    judged = source[-held_out:], converted[-held_out:]
-    before = problem.error(factors, *judged)
     with _deterministic(), _enough_memory():
+        problem = _Problem(layer, source[fitted], converted[fitted], effort)
+        before = problem.error(factors, *judged)
         _descend(problem, coordinates, parameters, effort, seed)
     found = coordinates.leave({name: value.detach() for name, value in parameters.items()})
     found = orthonormal_latents(found.to(torch.float64))
@@ -214,14 +214,17 @@ def _input_moment(layer: SourceLayer, stream: Tensor) -> Tensor:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Backward passes that give the same bits every time."""
+    """Backward passes that give the same bits every time, where PyTorch has one that does.
+
+    On a GPU the attention's backward pass may not be one of them, which is no reason to stop.
+    """
     enabled, warned = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = False
     try:
         yield
