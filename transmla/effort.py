@@ -15,18 +15,20 @@ class Effort:
 
     ``steps`` of about ``tokens`` tokens (whole sequences, no more than there are), each tensor at ``rate`` times
     its root mean square, falling to zero. The error is measured after the layer's MLP (``through_mlp``) or, at
-    half the cost, after its attention.
+    half the cost, after its attention. ``window`` consecutive layers are fitted at once, of which the first is then
+    final and the others start the next window.
     """
 
     steps: int
     tokens: int
     rate: float
     through_mlp: bool
+    window: int = 1
 
 
 EFFORTS = {
     "fast": Effort(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": Effort(steps=700, tokens=8192, rate=2e-3, through_mlp=True),
+    "full": Effort(steps=350, tokens=4096, rate=2e-3, through_mlp=True, window=2),
 }
 
 

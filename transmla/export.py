@@ -155,13 +155,14 @@ class Workspace:
         write_tensors(self.folder / _CALIBRATION, {"tokens": tokens})
 
     def save_streams(self, layer: int, streams: dict[str, Tensor]) -> int:
-        """Keep the hidden states [N, T, D] that enter ``layer``; returns their checksum."""
+        """Keep what enters ``layer``; returns its checksum."""
         # Streams are large and short-lived; their checksum tells whether they survived.
+        streams = {name: tensor.cpu() for name, tensor in streams.items()}
         write_tensors(self._streams(layer), streams, sync=False)
         return _checksum(streams)
 
     def streams(self, layer: int, checksum: int) -> dict[str, Tensor]:
-        """The hidden states that enter ``layer``.
+        """What was saved for ``layer``.
 
         Raises:
             TransmlaError: if they are not what was saved (a crash of the machine, not of the program).
@@ -176,8 +177,11 @@ class Workspace:
             )
         return streams
 
-    def drop_streams(self, layer: int) -> None:
-        self._streams(layer).unlink(missing_ok=True)
+    def drop_streams(self, *, keep: int | None = None) -> None:
+        """Remove all saved streams but those that enter layer ``keep``."""
+        for file in self.folder.glob("stream-*"):
+            if keep is None or file != self._streams(keep):
+                file.unlink()
 
     def _streams(self, layer: int) -> Path:
         return self.folder / f"stream-{layer:05d}.safetensors"

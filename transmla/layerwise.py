@@ -24,9 +24,14 @@ from transmla.spec import skeleton
 # Sequences on which each layer's error is measured.
 ERROR_SEQUENCES = 2
 
-# The hidden states [N, T, D] that enter a layer: of the source; of a method's first phase; of the export.
-SOURCE, FIRST_PHASE, CONVERTED = "source", "first_phase", "converted"
+# What enters a layer. Hidden states [N, T, D]: of the source; of a method's first phase; of the export. And, as
+# "fitted.7.latent", the factors that a window of layers left for those that it did not finish.
+SOURCE, FIRST_PHASE, CONVERTED, FITTED = "source", "first_phase", "converted", "fitted"
 Streams = dict[str, Tensor]
+
+# A GPU has room for the streams if it has for so many of them: those that enter and leave each layer of a window, the
+# copies that a fit reads, and as much again for the fit.
+STREAM_COPIES = 16
 
 
 @dataclass(frozen=True)
@@ -38,65 +43,111 @@ class ConvertedLayer:
     streams: Streams
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A layer of the source with its weights, its closed form, and the streams that leave it there."""
+
+    layer: SourceLayer
+    seen: Observations
+    factors: LayerFactors
+    leaving: Streams
+
+
 class Layerwise:
     """The conversion of layers one after the other; ``effort`` names how long each is fitted, or is ``off``."""
 
     def __init__(self, source: Source, plan: Plan, effort: str, device: torch.device, *, seed: int) -> None:
         self.source, self.plan, self.seed = source, plan, seed
-        self.effort = EFFORTS.get(effort)
+        self.device, self.effort = device, EFFORTS.get(effort)
         self.first_phase = method_named(plan.method).first_phase
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         half = computes_in_bfloat16(source, device)
-        self.layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+        self.layers = [
+            SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+            for _ in range(1 if self.effort is None else self.effort.window)
+        ]
+        self._ahead: dict[int, _Opened] = {}
 
     def start(self, tokens: Tensor, embedding: Tensor) -> Streams:
         """The streams that enter the first layer."""
         hidden = torch.nn.functional.embedding(tokens, embedding).float()
         wanted = {SOURCE: True, FIRST_PHASE: self.first_phase is not None, CONVERTED: self.effort is not None}
-        return {name: hidden for name, there in wanted.items() if there}
+        return self.place({name: hidden for name, there in wanted.items() if there})
+
+    def place(self, streams: Streams) -> Streams:
+        """The ``streams`` where they are read fastest: on the GPU, if they leave most of it free."""
+        size = sum(stream.nbytes for stream in streams.values())
+        if self.device.type == "cuda" and size * STREAM_COPIES < torch.cuda.mem_get_info(self.device)[0]:
+            return {name: stream.to(self.device) for name, stream in streams.items()}
+        return streams
 
     def convert(self, index: int, streams: Streams) -> ConvertedLayer:
         """Convert layer ``index``, which the ``streams`` enter."""
-        prefix = self.source.family.tensors["layer"].format(i=index)
-        layer = self.layer
-        layer.load(self.source.checkpoint.layer(prefix))
-        stream = streams[SOURCE]
-        seen = layer.observe(stream)
-        stats, leaving = seen.stats, {SOURCE: seen.hidden}
-        if self.first_phase is not None:
-            halfway = self.first_phase(layer.weights().to(torch.float64), stats.to(torch.float64), self.plan)
-            moment, hidden = layer.follow(streams[FIRST_PHASE], halfway.to(torch.float32))
-            stats, leaving = replace(stats, converted_moment=moment), leaving | {FIRST_PHASE: hidden}
-        factors, fit = factorize(layer.weights(), stats, self.plan), None
+        window = self._window(index, streams)
+        here, leaving = window[0], dict(window[0].leaving)
+        factors, fit = here.factors, None
         if self.effort is not None:
-            seed = self.seed * 1_000_003 + index
-            fit = reconstruct(layer, factors, stream, streams[CONVERTED], self.effort, seed=seed)
-            factors = fit.factors
-        attention, scale = export_tensors(factors, self.plan, partial(self._attention_inputs, streams))
+            fit = reconstruct(
+                [opened.layer for opened in window],
+                [_fitted(streams, index + k, opened.factors) for k, opened in enumerate(window)],
+                streams[SOURCE],
+                streams[CONVERTED],
+                self.effort,
+                seed=self.seed * 1_000_003 + index,
+            )
+            factors = fit.factors[0]
+            for k, ahead in enumerate(fit.factors[1:], start=1):
+                leaving |= {f"{FITTED}.{index + k}.{name}": t.contiguous() for name, t in _tensors(ahead).items()}
+        attention, scale = export_tensors(factors, self.plan, partial(self._attention_inputs, here.layer, streams))
         shipped = layer_factors(
-            {name: tensor.to(layer.device) for name, tensor in attention.items()},
+            {name: tensor.to(here.layer.device) for name, tensor in attention.items()},
             self.plan.spec.num_attention_heads,
             self.plan.shape,
             factors.inv_freq,
             factors.rope_gain,
         ).to(torch.float32)
         if CONVERTED in streams:
-            leaving[CONVERTED] = layer.follow(streams[CONVERTED], shipped)[1]
-        error = relative_error(layer, shipped, stream[-ERROR_SEQUENCES:])
+            leaving[CONVERTED] = here.layer.follow(streams[CONVERTED], shipped)[1]
+        error = relative_error(here.layer, shipped, streams[SOURCE][-ERROR_SEQUENCES:])
+        prefix = self._prefix(index)
         tensors = {f"{prefix}self_attn.{name}": tensor for name, tensor in attention.items()}
-        tensors |= self._untouched(prefix, seen)
-        return ConvertedLayer(tensors, _record(index, error, scale, seen, fit), leaving)
+        tensors |= self._untouched(prefix, here.seen)
+        return ConvertedLayer(tensors, _record(index, error, scale, here.seen, fit), leaving)
+
+    def _window(self, index: int, streams: Streams) -> list[_Opened]:
+        """Layer ``index`` and those that are fitted together with it."""
+        window: list[_Opened] = []
+        for i in range(index, min(index + len(self.layers), self.source.spec.num_hidden_layers)):
+            window.append(self._ahead.pop(i) if i in self._ahead else self._open(i, streams))
+            streams = window[-1].leaving
+        self._ahead = {index + k: opened for k, opened in enumerate(window) if k}
+        return window
+
+    def _open(self, index: int, streams: Streams) -> _Opened:
+        """Load layer ``index``, run the source's ``streams`` through it, and factor it in closed form."""
+        layer = self.layers[index % len(self.layers)]
+        layer.load(self.source.checkpoint.layer(self._prefix(index)))
+        seen = layer.observe(streams[SOURCE])
+        stats, leaving = seen.stats, {SOURCE: seen.hidden}
+        if self.first_phase is not None:
+            halfway = self.first_phase(layer.weights().to(torch.float64), stats.to(torch.float64), self.plan)
+            moment, hidden = layer.follow(streams[FIRST_PHASE], halfway.to(torch.float32))
+            stats, leaving = replace(stats, converted_moment=moment), leaving | {FIRST_PHASE: hidden}
+        return _Opened(layer, seen, factorize(layer.weights(), stats, self.plan), leaving)
+
+    def _prefix(self, index: int) -> str:
+        return self.source.family.tensors["layer"].format(i=index)
 
     def final_norm(self, streams: Streams) -> float:
         """Correction of the last norm's weight for the export's eps."""
         ratio = NormRatio(self.plan.spec.rms_norm_eps)
         for _, hidden in steps(streams[SOURCE]):
-            ratio.add(hidden)
+            ratio.add(hidden.to(self.device))
         return ratio.correction
 
-    def _attention_inputs(self, streams: Streams) -> Any:
+    def _attention_inputs(self, layer: SourceLayer, streams: Streams) -> Any:
         """What the export's attention will read: its own stream where there is one."""
-        return (self.layer.attention_input(hidden) for _, hidden in steps(streams.get(CONVERTED, streams[SOURCE])))
+        return (layer.attention_input(hidden) for _, hidden in steps(streams.get(CONVERTED, streams[SOURCE])))
 
     def _untouched(self, prefix: str, seen: Observations) -> dict[str, Tensor]:
         """The layer's tensors outside the attention, its norms corrected for the export's eps."""
@@ -125,6 +176,16 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
         difference += float((fused_attention(x, factors) - target).square().sum())
         energy += float(target.square().sum())
     return difference / max(energy, 1e-30)
+
+
+def _tensors(factors: LayerFactors) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(factors).items() if isinstance(value, Tensor)}
+
+
+def _fitted(streams: Streams, index: int, closed: LayerFactors) -> LayerFactors:
+    """What an earlier window made of layer ``index``, or its ``closed`` form."""
+    left = {name: streams.get(f"{FITTED}.{index}.{name}") for name in _tensors(closed)}
+    return replace(closed, **{name: t.to(closed.latent.device) for name, t in left.items() if t is not None})  # type: ignore[arg-type]
 
 
 def _record(

@@ -2,8 +2,8 @@
 
     source → AttentionSpec → Plan → [per layer: observe → factorize → reconstruct → write] → exported folder
 
-Every layer ends with a shard, the hidden stream and a line of progress on disk, so a run that was killed
-goes on where it stopped and ends in the same bytes.
+Every layer ends with a shard on disk, and every so often the hidden streams and the progress follow it, so a run
+that was killed goes on from there and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ from transmla.source import (
     open_source,
     pick_device,
 )
+
+# Streams are hundreds of megabytes: a run that is killed may lose so many seconds of work.
+SAVE_SECONDS = 20.0
 
 
 def convert(
@@ -141,7 +145,7 @@ def _convert_layers(
         return
     start, layers = progress["next_layer"], source.spec.num_hidden_layers
     if start:
-        streams = workspace.streams(start, progress["checksum"])
+        streams = layerwise.place(workspace.streams(start, progress["checksum"]))
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)
@@ -150,15 +154,18 @@ def _convert_layers(
         del embedding
     report.stage("converting layers", layers)
     report.advance(start)
+    saved = time.monotonic()
     for i in range(start, layers):
         converted = layerwise.convert(i, streams)
         progress["hashes"][workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, converted.tensors)
         progress["layers"].append(converted.record)
         streams = converted.streams
-        progress["checksum"] = workspace.save_streams(i + 1, streams)
-        progress["next_layer"] = i + 1
-        workspace.save_progress(progress)
-        workspace.drop_streams(i)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            progress["checksum"] = workspace.save_streams(i + 1, streams)
+            progress["next_layer"] = i + 1
+            workspace.save_progress(progress)
+            workspace.drop_streams(keep=i + 1)
+            saved = time.monotonic()
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
     progress["final_norm"] = layerwise.final_norm(streams)
     workspace.save_progress(progress)
@@ -184,7 +191,7 @@ def _write_rest(
         names["head"]: read(head).to(dtype),
     }
     progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
-    workspace.drop_streams(plan.spec.num_hidden_layers)
+    workspace.drop_streams()
     write_index(folder)
     config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)
     write_json(folder / "config.json", config)

@@ -1,16 +1,17 @@
-"""Fitting a layer's factors to the source layer, after the closed form.
+"""Fitting the factors of a few layers to the source's layers, after the closed form.
 
-The layer reads the stream of the layers converted before it and is asked for the source's stream, so it also
-repairs what they broke (error feedback). The source layer can be asked about any input, not only about the
-calibration text: every step makes new inputs from it, cut together from several sequences, each token moved a
-little along the difference of two others, with a random share of the accumulated error. That is what lets a
-million weights be fitted on some ten thousand tokens.
+The first layer reads the stream of the layers converted before it, every other the one before; each is asked for
+the source's stream, so they also repair what was broken before them (error feedback) and share out what they can
+carry. The source can be asked about any input, not only about the calibration text: every step makes new inputs
+from it, cut together from several sequences, each token moved a little along the difference of two others, with a
+random share of the accumulated error. That is what lets a million weights be fitted on some ten thousand tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transmla.artifacts import LayerFactors
 from transmla.calibrate import SourceLayer, steps
@@ -34,84 +36,123 @@ WARM_UP = 20
 # Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
 EAGER = 3
 BETAS = (0.9, 0.98)
+# The widest heads that flash attention takes.
+FLASH_WIDTH = 256
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Factors after the fit, and the relative error on held-out sequences ``before`` and ``after`` it."""
+    """Factors of each layer after the fit, and the relative error on held-out sequences ``before`` and ``after`` it.
 
-    factors: LayerFactors
+    The error is the mean over the layers.
+    """
+
+    factors: tuple[LayerFactors, ...]
     before: float
     after: float
 
 
 def reconstruct(
-    layer: SourceLayer, factors: LayerFactors, source: Tensor, converted: Tensor, effort: Effort, *, seed: int
+    layers: Sequence[SourceLayer],
+    factors: Sequence[LayerFactors],
+    source: Tensor,
+    converted: Tensor,
+    effort: Effort,
+    *,
+    seed: int,
 ) -> Reconstruction:
-    """Fit ``factors`` so that the layer turns the ``converted`` stream into the source's.
+    """Fit ``factors`` so that consecutive layers turn the ``converted`` stream into the source's.
 
     Args:
-        layer: the source layer, its weights loaded.
-        factors: where to start; never changed.
-        source, converted: streams [N, T, D] that enter the layer in the source and in the export, N ≥ 2.
+        layers: consecutive source layers, their weights loaded.
+        factors: where to start, for each layer; never changed.
+        source, converted: streams [N, T, D] that enter the first layer in the source and in the export, N ≥ 2.
         effort: how long to fit.
-        seed: of everything drawn; on a CPU equal seeds give equal factors.
+        seed: of everything drawn; equal seeds give equal factors.
 
     Returns the factors with the smaller error on the held-out sequences, the last ones of the stream.
     """
     held_out = max(1, round(len(source) * HELD_OUT))
     fitted = slice(0, len(source) - held_out)
     judged = source[-held_out:], converted[-held_out:]
-    coordinates = Coordinates.of(factors, _input_moment(layer, converted[fitted]))
-    parameters = {name: value.float().requires_grad_() for name, value in coordinates.enter(factors).items()}
-    with _deterministic(), _enough_memory():
-        problem = _Problem(layer, source[fitted], converted[fitted], effort)
+    moments = _input_moments(layers, factors, converted[fitted])
+    parameters = _Parameters([Coordinates.of(f, m) for f, m in zip(factors, moments, strict=True)], factors)
+    width = max(f.q_nope.shape[1] + f.q_pe.shape[1] for f in factors)
+    with _deterministic(layers[0], width), _enough_memory():
+        problem = _Problem(layers, source[fitted], converted[fitted], effort)
         before = problem.error(factors, *judged)
-        _descend(problem, coordinates, parameters, effort, seed)
-    found = coordinates.leave({name: value.detach() for name, value in parameters.items()})
-    found = orthonormal_latents(found.to(torch.float64))
-    after = problem.error(found, *judged)
+        _descend(problem, parameters, effort, seed)
+        with torch.no_grad():
+            found = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
+        after = problem.error(found, *judged)
     # A comparison with NaN is false: a fit that diverged is thrown away.
-    return Reconstruction(found, before, after) if after < before else Reconstruction(factors, before, before)
+    return Reconstruction(found, before, after) if after < before else Reconstruction(tuple(factors), before, before)
+
+
+class _Parameters:
+    """What is fitted: all tensors of all layers as one vector, each in units of its own root mean square."""
+
+    def __init__(self, coordinates: Sequence[Coordinates], factors: Sequence[LayerFactors]) -> None:
+        self.coordinates = coordinates
+        tensors = [c.enter(f) for c, f in zip(coordinates, factors, strict=True)]
+        self.shapes = [{name: value.shape for name, value in layer.items()} for layer in tensors]
+        flat = [value.flatten().float() for layer in tensors for value in layer.values()]
+        sizes = [value.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny) for value in flat]
+        self.scale = torch.cat([size.expand(len(value)) for size, value in zip(sizes, flat, strict=True)])
+        self.vector = (torch.cat(flat) / self.scale).requires_grad_()
+
+    def factors(self) -> list[LayerFactors]:
+        """The layers that the vector stands for; differentiable."""
+        pieces = iter((self.vector * self.scale).split([shape.numel() for s in self.shapes for shape in s.values()]))
+        return [
+            c.leave({name: next(pieces).view(shape) for name, shape in shapes.items()})
+            for c, shapes in zip(self.coordinates, self.shapes, strict=True)
+        ]
 
 
 class _Problem:
-    """The inputs a layer is fitted on, and the error it makes on them."""
+    """The inputs that layers are fitted on, and the error they make on them."""
 
-    def __init__(self, layer: SourceLayer, source: Tensor, converted: Tensor, effort: Effort) -> None:
-        self.layer, self.through_mlp = layer, effort.through_mlp
-        self.source = source.to(layer.device)
-        self.drift = (converted - source).to(layer.device)
-        self.positions = torch.arange(source.shape[1], device=layer.device)
+    def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, effort: Effort) -> None:
+        self.layers, self.through_mlp = layers, effort.through_mlp
+        self.device = layers[0].device
+        self.source = source.to(self.device)
+        self.drift = (converted - source).to(self.device)
+        self.positions = torch.arange(source.shape[1], device=self.device)
         self.rows = max(1, min(effort.tokens // source.shape[1], len(source)))
 
-    def loss(self, factors: LayerFactors, source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error and energy over the tokens of two inputs [N, T, D], each token by its own energy.
+    def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error and energy [layers] over the tokens of two inputs [N, T, D], each token by its own energy.
 
-        The energy is that of what the layer adds to the stream, in the same measure.
+        The energy is that of what a layer adds to the stream, in the same measure.
         """
-        with torch.no_grad():
-            wanted = self.layer.middle(source)
-            if self.through_mlp:
-                wanted = self.layer.finish(wanted)
-            # The next norm divides every token by its length: so does the error.
-            share = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            energy = ((wanted - source) * share).square().mean()
-        got = self.layer.middle(converted, factors)
-        if self.through_mlp:
-            got = self.layer.finish(got)
-        return ((got - wanted) * share).square().mean(), energy
+        errors, energies = [], []
+        for layer, f in zip(self.layers, factors, strict=True):
+            finish = self.through_mlp or layer is not self.layers[-1]
+            with torch.no_grad():
+                wanted = layer.middle(source)
+                if finish:
+                    wanted = layer.finish(wanted)
+                # The next norm divides every token by its length: so does the error.
+                share = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+                energies.append(((wanted - source) * share).square().mean())
+            got = layer.middle(converted, f)
+            if finish:
+                got = layer.finish(got)
+            errors.append(((got - wanted) * share).square().mean())
+            source, converted = wanted, got
+        return torch.stack(errors), torch.stack(energies)
 
     @torch.no_grad()
-    def error(self, factors: LayerFactors, source: Tensor, converted: Tensor) -> float:
-        """Relative squared error over whole streams [N, T, D]."""
-        factors = factors.to(torch.float32)
-        error = energy = 0.0
+    def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> float:
+        """Relative squared error over whole streams [N, T, D], mean over the layers."""
+        factors = [f.to(torch.float32) for f in factors]
+        total = torch.zeros(2, len(factors), device=self.device)
         for start, part in steps(source):
             other = converted[start : start + len(part)]
-            losses = self.loss(factors, part.to(self.layer.device), other.to(self.layer.device))
-            error, energy = error + float(losses[0]) * len(part), energy + float(losses[1]) * len(part)
-        return error / max(energy, 1e-30)
+            losses = self.losses(factors, part.to(self.device), other.to(self.device))
+            total += torch.stack(losses) * len(part)
+        return float((total[0] / total[1].clamp_min(1e-30)).mean())
 
     def inputs(self, rows: Tensor, cuts: Tensor, shares: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
         """New inputs [n, T, D] for the source and the converted layer.
@@ -133,26 +174,28 @@ class _Problem:
         return moved, moved + drift * shares[:, None, None]
 
 
-def _descend(
-    problem: _Problem, coordinates: Coordinates, parameters: dict[str, Tensor], effort: Effort, seed: int
-) -> None:
+def _descend(problem: _Problem, parameters: _Parameters, effort: Effort, seed: int) -> None:
     """Adam over ``parameters``, which are changed in place."""
-    device = problem.layer.device
+    device = problem.device
     tables = [table.to(device) for table in _draw(problem, effort, seed)]
     rates = torch.tensor([_schedule(step, effort.steps) * effort.rate for step in range(effort.steps)], device=device)
-    groups = [{"params": [value], "lr": torch.zeros((), device=device)} for value in parameters.values()]
-    sizes = [float(value.detach().square().mean().sqrt()) for value in parameters.values()]
-    # Gradients are of the order of the relative error over a tensor's size; eps only keeps dead tensors still.
-    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, fused=True, capturable=device.type == "cuda")
+    # Gradients are of the order of the relative error; eps only keeps dead weights still.
+    optimizer = torch.optim.Adam(
+        [parameters.vector],
+        lr=torch.zeros((), device=device),
+        betas=BETAS,
+        eps=1e-12,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
     step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def advance() -> None:
-        for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"].copy_(rates.index_select(0, step)[0] * size)
+        optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
         inputs = problem.inputs(*(table.index_select(0, step)[0] for table in tables))
-        error, energy = problem.loss(coordinates.leave(parameters), *inputs)
+        errors, energies = problem.losses(parameters.factors(), *inputs)
         optimizer.zero_grad(set_to_none=True)
-        (error / energy).backward()
+        (errors / energies).mean().backward()
         optimizer.step()
         step.add_(1)
 
@@ -202,21 +245,24 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _input_moment(layer: SourceLayer, stream: Tensor) -> Tensor:
-    """E[x xᵀ] [D, D] of the attention's input."""
+def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:
+    """E[x xᵀ] [D, D] of every attention's input, for the ``stream`` [N, T, D] that enters the first layer."""
+    for layer, f in zip(layers[:-1], factors, strict=False):
+        moment, stream = layer.follow(stream, f.to(torch.float32))
+        yield moment
     width = stream.shape[-1]
-    moment = torch.zeros(width, width, dtype=torch.float64, device=layer.device)
+    moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
     for _, hidden in steps(stream):
-        x = layer.attention_input(hidden).flatten(0, 1)
+        x = layers[-1].attention_input(hidden).flatten(0, 1)
         moment += (x.mT @ x).double()
-    return moment / (stream.shape[0] * stream.shape[1])
+    yield moment / (stream.shape[0] * stream.shape[1])
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
-    """Backward passes that give the same bits every time, where PyTorch has one that does.
+def _deterministic(layer: SourceLayer, width: int) -> Iterator[None]:
+    """Kernels that give the same bits every time, where PyTorch has them for heads of ``width``.
 
-    On a GPU the attention's backward pass may not be one of them, which is no reason to stop.
+    On a GPU only flash attention has such a backward pass; where it cannot be used, that is no reason to stop.
     """
     enabled, warned = (
         torch.are_deterministic_algorithms_enabled(),
@@ -224,10 +270,16 @@ def _deterministic() -> Iterator[None]:
     )
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    strict = layer.device.type == "cpu" or (layer.half and width <= FLASH_WIDTH)
+    if strict:
+        # PyTorch refuses cuBLAS without it, and looks only once.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fused = SDPBackend.FLASH_ATTENTION if strict else SDPBackend.EFFICIENT_ATTENTION
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     memory.fill_uninitialized_memory = False
     try:
-        yield
+        with sdpa_kernel([fused, SDPBackend.MATH]):
+            yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warned)
         memory.fill_uninitialized_memory = filled
