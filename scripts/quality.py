@@ -24,7 +24,7 @@ from transmla.after import evaluate_models
 from transmla.pipeline import convert
 from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
-from transmla.source import load_tokenizer, pick_device
+from transmla.source import load_tokenizer, open_source, pick_device
 
 # How the fit came to be what it is: perplexity on held-out validation text, 300 steps of 16 x 512 tokens on 128 x 512,
 # one H200, before the project had the code (the fit's first form is commit ece2d63).
@@ -136,6 +136,8 @@ def measure(arguments: argparse.Namespace, row: Row, seed: int | None) -> dict[s
         "quality.py",
     )
     device = pick_device(arguments.device)
+    # Importing the model's code and mapping its weights are not the conversion's.
+    open_source(recipe)
     reset_peak(device)
     began = time.perf_counter()
     folder = convert(recipe, calibration=tokens)
@@ -170,8 +172,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="validation text")
     parser.add_argument("--text", required=True, help="test text")
     parser.add_argument("--other", default="pydoc", help="a text of another domain")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="draws of the baseline's calibration")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)

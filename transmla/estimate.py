@@ -59,10 +59,12 @@ def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 
     # float64 copies of the attention, the per-head key targets, and a dozen D×D work matrices
     work = 8 * (2 * attention + 12 * width * width)
     if effort is not None:
-        # the drift between the streams; the activations of a step; weights, gradients and Adam's two moments
+        # the drift between the streams; of each layer of a window the source's stream behind it, the activations of a
+        # step, and weights, gradients and Adam's two moments
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         activations = 4 * effort.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
-        work = max(work, 4 * tokens * width + activations + 4 * 4 * 2 * attention)
+        fit = effort.window * (activations + 4 * 4 * 2 * attention)
+        work = max(work, 4 * tokens * width + fit) + (effort.window - 1) * (4 * tokens * width + layer)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
     return BASE_MEMORY + held + _stream_bytes(plan, tokens, effort) + max(layer + work, embedding)
 
@@ -83,7 +85,8 @@ def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None
     if effort is not None:
         # the source once, the export forwards and twice backwards; its MLP has no weights to learn
         weights = 5 * attention + (3 * mlp if effort.through_mlp else 0)
-        forward += 2 * effort.steps * effort.tokens * weights + 2 * tokens * (attention + mlp)
+        steps = effort.window * effort.steps * effort.tokens
+        forward += 2 * steps * weights + 2 * effort.window * tokens * (attention + mlp)
     return spec.num_hidden_layers * (
         forward / matrix_rate(device, torch.float32) + factor / matrix_rate(device, torch.float64)
     )

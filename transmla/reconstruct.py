@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class _Problem:
     def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, effort: Effort) -> None:
         self.layers, self.through_mlp = layers, effort.through_mlp
         self.device = layers[0].device
+        self.side = _stream(self.device, "side") if self.device.type == "cuda" else None
         self.source = source.to(self.device)
         self.drift = (converted - source).to(self.device)
         self.positions = torch.arange(source.shape[1], device=self.device)
@@ -126,22 +128,34 @@ class _Problem:
 
         The energy is that of what a layer adds to the stream, in the same measure.
         """
-        errors, energies = [], []
-        for layer, f in zip(self.layers, factors, strict=True):
-            finish = self.through_mlp or layer is not self.layers[-1]
-            with torch.no_grad():
-                wanted = layer.middle(source)
-                if finish:
-                    wanted = layer.finish(wanted)
-                # The next norm divides every token by its length: so does the error.
-                share = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-                energies.append(((wanted - source) * share).square().mean())
-            got = layer.middle(converted, f)
-            if finish:
-                got = layer.finish(got)
-            errors.append(((got - wanted) * share).square().mean())
-            source, converted = wanted, got
+        with self._beside(), torch.no_grad():
+            wanted = self._run(source, [None] * len(self.layers))
+            # The next norm divides every token by its length: so does the error.
+            shares = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in wanted]
+            added = [after - before for before, after in pairwise([source, *wanted])]
+            energies = [(add * share).square().mean() for add, share in zip(added, shares, strict=True)]
+        got = self._run(converted, factors)
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+        errors = [((g - w) * share).square().mean() for g, w, share in zip(got, wanted, shares, strict=True)]
         return torch.stack(errors), torch.stack(energies)
+
+    def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None]) -> list[Tensor]:
+        """What leaves each layer, the last one perhaps before its MLP, with ``factors`` or the source's attention."""
+        found = []
+        for layer, f in zip(self.layers, factors, strict=True):
+            stream = layer.middle(stream, f)
+            if self.through_mlp or layer is not self.layers[-1]:
+                stream = layer.finish(stream)
+            found.append(stream)
+        return found
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """Work for ``side``, at the same time as what follows: these layers are too small to fill a GPU."""
+        if self.side is None:
+            return nullcontext()
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.side)
 
     @torch.no_grad()
     def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> float:
@@ -226,7 +240,7 @@ def _repeat(advance: Callable[[], None], times: int, device: torch.device) -> No
             advance()
         return
     with torch.cuda.device(device):
-        stream = _capture_stream(device)
+        stream = _stream(device, "capture")
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(EAGER):
@@ -240,8 +254,8 @@ def _repeat(advance: Callable[[], None], times: int, device: torch.device) -> No
 
 
 @cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: libraries keep a workspace for every stream they ever saw."""
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """The same stream for all fits: libraries keep a workspace for every stream they ever saw."""
     return torch.cuda.Stream(device)
 
 
