@@ -96,6 +96,8 @@ ROWS = [
     Row("transmla", "off", 32, 160, freqfold=4),
     Row("transmla", "off", 32, 96, freqfold=4),
     Row("transmla", "off", 32, 64, freqfold=4),
+    Row("calibrated", "fast", 32, 160, text="self"),
+    Row("calibrated", "fast", 16, 80, text="self"),
 ]
 
 # TransMLA's own calibration: sequences and length, drawn at random paragraphs.
