@@ -22,7 +22,7 @@ from transmla.pipeline import convert
 from transmla.plan import make_plan
 from transmla.recipe import Effort as RecipeEffort
 from transmla.recipe import Recipe, parse_recipe, read_recipe
-from transmla.reconstruct import JITTER, _Problem, _repeat, reconstruct
+from transmla.reconstruct import JITTER, _Problem, reconstruct
 from transmla.spec import describe, skeleton
 
 SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
@@ -226,16 +226,6 @@ def test_inputs_are_made_of_the_calibration_text() -> None:
     assert bool((moved[:, 1:] > 0).any())
     assert torch.equal(converted[0], source[0])
     assert torch.allclose(converted[1] - source[1], case.converted[5] - case.source[5], atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-def test_a_replayed_graph_does_what_its_steps_do() -> None:
-    device = torch.device("cuda")
-    eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
-    for _ in range(10):
-        eager.mul_(0.9).add_(1)
-    _repeat(lambda: (graph.mul_(0.9).add_(1), None)[1], 10, device)
-    assert torch.equal(eager, graph)
 
 
 def test_efforts_are_those_that_can_be_asked_for() -> None:

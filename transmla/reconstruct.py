@@ -10,23 +10,20 @@ random share of the accumulated error. That is what lets a million weights be fi
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transmla.artifacts import LayerFactors
 from transmla.calibrate import SourceLayer, steps
 from transmla.core.coordinates import Coordinates, orthonormal_latents
 from transmla.effort import Effort
 from transmla.errors import TransmlaError
+from transmla.replay import beside, deterministic, repeat, wait_beside
 
 # Share of the calibration sequences that only judge the fit.
 HELD_OUT = 1 / 32
@@ -34,11 +31,7 @@ HELD_OUT = 1 / 32
 PIECE = 256
 JITTER = 0.2
 WARM_UP = 20
-# Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
-EAGER = 3
 BETAS = (0.9, 0.98)
-# The widest heads that flash attention takes.
-FLASH_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def reconstruct(
     moments = _input_moments(layers, factors, converted[fitted])
     parameters = _Parameters([Coordinates.of(f, m) for f, m in zip(factors, moments, strict=True)], factors)
     width = max(f.q_nope.shape[1] + f.q_pe.shape[1] for f in factors)
-    with _deterministic(layers[0], width), _enough_memory():
+    with deterministic(layers[0].device, half=layers[0].half, width=width), _enough_memory():
         problem = _Problem(layers, source[fitted], converted[fitted], effort)
         before = problem.error(factors, *judged)
         _descend(problem, parameters, effort, seed)
@@ -117,7 +110,6 @@ class _Problem:
     def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, effort: Effort) -> None:
         self.layers, self.through_mlp = layers, effort.through_mlp
         self.device = layers[0].device
-        self.side = _stream(self.device, "side") if self.device.type == "cuda" else None
         self.source = source.to(self.device)
         self.drift = (converted - source).to(self.device)
         self.positions = torch.arange(source.shape[1], device=self.device)
@@ -128,15 +120,15 @@ class _Problem:
 
         The energy is that of what a layer adds to the stream, in the same measure.
         """
-        with self._beside(), torch.no_grad():
+        # These layers are too small to fill a GPU: source and export run at the same time.
+        with beside(self.device), torch.no_grad():
             wanted = self._run(source, [None] * len(self.layers))
             # The next norm divides every token by its length: so does the error.
             shares = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in wanted]
             added = [after - before for before, after in pairwise([source, *wanted])]
             energies = [(add * share).square().mean() for add, share in zip(added, shares, strict=True)]
         got = self._run(converted, factors)
-        if self.side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.side)
+        wait_beside(self.device)
         errors = [((g - w) * share).square().mean() for g, w, share in zip(got, wanted, shares, strict=True)]
         return torch.stack(errors), torch.stack(energies)
 
@@ -149,13 +141,6 @@ class _Problem:
                 stream = layer.finish(stream)
             found.append(stream)
         return found
-
-    def _beside(self) -> AbstractContextManager[Any]:
-        """Work for ``side``, at the same time as what follows: these layers are too small to fill a GPU."""
-        if self.side is None:
-            return nullcontext()
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self.side)
 
     @torch.no_grad()
     def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> float:
@@ -213,7 +198,7 @@ def _descend(problem: _Problem, parameters: _Parameters, effort: Effort, seed: i
         optimizer.step()
         step.add_(1)
 
-    _repeat(advance, effort.steps, device)
+    repeat(advance, effort.steps, device)
 
 
 def _draw(problem: _Problem, effort: Effort, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,32 +218,6 @@ def _schedule(step: int, total: int) -> float:
     return min(1.0, (step + 1) / min(WARM_UP, max(1, total // 3))) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def _repeat(advance: Callable[[], None], times: int, device: torch.device) -> None:
-    """Call ``advance`` ``times`` times; on a GPU all but the first few as one CUDA graph, replayed."""
-    if device.type != "cuda" or times <= EAGER:
-        for _ in range(times):
-            advance()
-        return
-    with torch.cuda.device(device):
-        stream = _stream(device, "capture")
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(EAGER):
-                advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            advance()
-        for _ in range(times - EAGER):
-            graph.replay()
-
-
-@cache
-def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """The same stream for all fits: libraries keep a workspace for every stream they ever saw."""
-    return torch.cuda.Stream(device)
-
-
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:
     """E[x xᵀ] [D, D] of every attention's input, for the ``stream`` [N, T, D] that enters the first layer."""
     for layer, f in zip(layers[:-1], factors, strict=False):
@@ -270,33 +229,6 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
         x = layers[-1].attention_input(hidden).flatten(0, 1)
         moment += (x.mT @ x).double()
     yield moment / (stream.shape[0] * stream.shape[1])
-
-
-@contextmanager
-def _deterministic(layer: SourceLayer, width: int) -> Iterator[None]:
-    """Kernels that give the same bits every time, where PyTorch has them for heads of ``width``.
-
-    On a GPU only flash attention has such a backward pass; where it cannot be used, that is no reason to stop.
-    """
-    enabled, warned = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
-    strict = layer.device.type == "cpu" or (layer.half and width <= FLASH_WIDTH)
-    if strict:
-        # PyTorch refuses cuBLAS without it, and looks only once.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fused = SDPBackend.FLASH_ATTENTION if strict else SDPBackend.EFFICIENT_ATTENTION
-    torch.use_deterministic_algorithms(True, warn_only=not strict)
-    memory.fill_uninitialized_memory = False
-    try:
-        with sdpa_kernel([fused, SDPBackend.MATH]):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warned)
-        memory.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -1,0 +1,85 @@
+"""Running one step many times: as a CUDA graph where there is a GPU, with the same bits every time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
+EAGER = 3
+# The widest heads that flash attention takes.
+FLASH_WIDTH = 256
+
+
+def repeat(advance: Callable[[], None], times: int, device: torch.device) -> None:
+    """Call ``advance`` ``times`` times; on a GPU all but the first few as one CUDA graph, replayed."""
+    if device.type != "cuda" or times <= EAGER:
+        for _ in range(times):
+            advance()
+        return
+    with torch.cuda.device(device):
+        stream = _stream(device, "capture")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(EAGER):
+                advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            advance()
+        for _ in range(times - EAGER):
+            graph.replay()
+
+
+def beside(device: torch.device) -> AbstractContextManager[Any]:
+    """Work that a GPU does at the same time as what follows, until ``wait_beside``; elsewhere, just work."""
+    if device.type != "cuda":
+        return nullcontext()
+    side = _stream(device, "side")
+    side.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(side)
+
+
+def wait_beside(device: torch.device) -> None:
+    """Let what follows see all that was done ``beside``."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_stream(device, "side"))
+
+
+@cache
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """The same stream every time: libraries keep a workspace for every stream they ever saw."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def deterministic(device: torch.device, *, half: bool, width: int) -> Iterator[None]:
+    """Kernels that give the same bits every time, for attention with heads of ``width``, in bfloat16 if ``half``.
+
+    On a GPU only flash attention has such a backward pass; where it cannot be used, that is no reason to stop.
+    """
+    enabled, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    strict = device.type == "cpu" or (half and width <= FLASH_WIDTH)
+    if strict:
+        # PyTorch refuses cuBLAS without it, and looks only once.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fused = SDPBackend.FLASH_ATTENTION if strict else SDPBackend.EFFICIENT_ATTENTION
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    memory.fill_uninitialized_memory = False
+    try:
+        with sdpa_kernel([fused, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warned)
+        memory.fill_uninitialized_memory = filled
