@@ -192,7 +192,9 @@ def main() -> None:
     parser.add_argument("--other", default="pydoc", help="a text of another domain")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="draws of the published methods' calibration")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, default=[0, 1, 2], help="draws of the published methods' calibration"
+    )
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", nargs="*", type=int, help="rows of the table to measure, by number")
