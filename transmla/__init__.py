@@ -1,3 +1,20 @@
 """Convert pretrained Hugging Face models from MHA/GQA to Multi-head Latent Attention (MLA)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transmla.fast import accelerate, load
+
+__all__ = ["accelerate", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``load`` and ``accelerate``, imported when they are first used: transformers takes seconds to import."""
+    if name in __all__:
+        from transmla import fast
+
+        return getattr(fast, name)
+    raise AttributeError(f"module 'transmla' has no attribute '{name}'")

@@ -1,0 +1,36 @@
+"""Decoding in plain PyTorch: the twin that every kernel is compared with, on any device and in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transmla.kernels import Backend, DecodeShape
+
+
+def decode(
+    q_latent: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, *, scaling: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Multi-query attention to the latent rows; shapes as ``Backend`` says.
+
+    A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
+    """
+    batch, new, heads, rank = q_latent.shape
+    total = kv_c.shape[1]
+    exact = torch.promote_types(kv_c.dtype, torch.float32)
+    scores = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
+    scores = (scores.to(exact) * scaling).view(batch, new, heads, total)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp_min(torch.finfo(exact).min)[..., None]).exp()
+    mixed = weights.to(kv_c.dtype).flatten(1, 2) @ kv_c
+    return mixed.view(batch, new, heads, rank), lse
+
+
+def refuses(shape: DecodeShape) -> str | None:
+    """Nothing."""
+    return None
+
+
+BACKEND = Backend("torch", "plain PyTorch, any device", preference=0, refuses=refuses, decode=decode)

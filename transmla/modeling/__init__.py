@@ -1,0 +1,1 @@
+"""What runs inside a transformers model: MLA attention over its latent cache. Imports torch and transformers only."""

@@ -1,0 +1,130 @@
+"""MLA as transformers runs it, with decoding over the latent itself.
+
+transformers' MLA layers cache the latent but rebuild every head's keys and values from it at every step
+(``expand_kv``). Here the step is left out: the attention gets the latent, and either expands it (prefill, training)
+or folds W_UK into the queries and W_UV into the output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). Projections,
+norms and rotary embedding stay the family's own, so every family that has ``expand_kv`` is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from transmla.modeling.cache import make_room
+
+# The name that transformers knows this attention by.
+LATENT_ATTENTION = "latent_attention"
+# More new tokens than this are expanded, whatever they cost: decode kernels are made for few.
+MAX_NEW_TOKENS = 128
+
+# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], scaling=, mask=) returns the
+# attention's mean of kv_c [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
+Decode = Callable[..., tuple[Tensor, Tensor]]
+
+
+class LatentAttention(nn.Module):
+    """What an MLA attention of transformers becomes; mixed in before its own class."""
+
+    decode: Decode
+    layer_idx: int
+
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """The family's own forward, over a cache that has room to grow."""
+        make_room(past_key_values, self.layer_idx)
+        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent and the rotary key as they are, for ``latent_attention`` to decide."""
+        return kv_nope, k_rot
+
+    def expanded(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v] of all heads."""
+        return super().expand_kv(kv_c, k_pe)  # type: ignore[misc,no-any-return]
+
+
+@cache
+def latent_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The latent twin of an attention class."""
+    return type(f"Latent{plain.__name__}", (LatentAttention, plain), {})
+
+
+def crossover(module: Any) -> float:
+    """Number of new tokens from which rebuilding keys and values costs less than attending to the latent.
+
+    On a long cache, per cached token and head: r(d_n + d_v) to rebuild, n(d_n + d_r + d_v) to attend to what was
+    rebuilt, n(2r + d_r) to attend to the latent.
+    """
+    heads = module.qk_nope_head_dim + module.v_head_dim
+    saved = 2 * module.kv_lora_rank - heads
+    return module.kv_lora_rank * heads / saved if saved > 0 else float("inf")
+
+
+def latent_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of ``query`` [B, H, n, d_n + d_r] to a latent ``key`` [B, 1, T, r] and rotary ``value`` [B, 1, T, d_r].
+
+    ``attention_mask`` is boolean [B, 1, n, T] or None, as for SDPA. Returns [B, n, H, d_v]. Layers of a model that
+    are not MLA come here too, and get SDPA.
+    """
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not isinstance(module, LatentAttention):
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if _absorbs(module, query, key, attention_mask, kwargs):
+        return _absorbed(module, query, key, value, attention_mask, scaling), None
+    keys, values = module.expanded(key, value)
+    width = max(keys.shape[-1], values.shape[-1])
+    # Fused kernels want one width.
+    query, keys, wide = (pad(t, (0, width - t.shape[-1])) for t in (query, keys, values))
+    output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return output[..., : values.shape[-1]], weights
+
+
+def _absorbs(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
+    new, total = query.shape[2], key.shape[2]
+    if new > 1 and (new == total or mask is None or new > min(crossover(module), MAX_NEW_TOKENS)):
+        return False
+    if any(extras.get(name) is not None for name in _CHANGES_SCORES):
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return False
+    # Adapters, quantised and offloaded weights are read by their own forward only.
+    reader = module.kv_b_proj
+    return type(reader) is nn.Linear and reader.bias is None and reader.weight.device == query.device
+
+
+# What only SDPA's caller knows how to add to the scores.
+_CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
+
+
+def _absorbed(
+    module: Any, query: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    d_n, d_v, rank = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
+    w_uk, w_uv = module.kv_b_proj.weight.view(-1, d_n + d_v, rank).split([d_n, d_v], 1)
+    q_nope, q_pe = query.split([d_n, query.shape[-1] - d_n], -1)
+    q_latent = torch.einsum("bhnd,hdr->bnhr", q_nope, w_uk)
+    mixed, _ = module.decode(
+        q_latent, q_pe.transpose(1, 2), kv_c[:, 0], k_pe[:, 0], scaling=scaling or module.scaling, mask=mask
+    )
+    return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv)
+
+
+AttentionInterface.register(LATENT_ATTENTION, latent_attention)
+AttentionMaskInterface.register(LATENT_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
