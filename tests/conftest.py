@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton decides at its import whether kernels are compiled or interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from transmla.recipe import Recipe, parse_recipe
 from transmla.registry import scan

@@ -30,10 +30,15 @@ class DecodeShape:
 class Backend:
     """One way to decode.
 
-    ``refuses(shape)`` says why it cannot serve a shape, in one line with what to do, or None. ``decode(q_latent
-    [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], *, scaling, mask)`` returns the mean of kv_c
-    under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H] in float32; ``mask`` is boolean
-    [B, 1, n, T] (broadcastable) or None for all. Among those that can, the largest ``preference`` is chosen.
+    ``refuses(shape)`` says why it cannot serve a shape, in one line with what to do, or None. Among those that can,
+    the largest ``preference`` is chosen.
+
+    ``decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], *, scaling, mask, lengths,
+    block_table)`` returns the mean of kv_c under the attention [B, n, H, r] and the log-sum-exp of the scores
+    [B, n, H]. ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere.
+    ``lengths`` [B]: rows of each sequence, its n new tokens the last of them, each seeing those up to itself.
+    ``block_table`` [B, pages]: the cache is [all pages, page, r] and [all pages, page, d_r], and page j of sequence b
+    is block_table[b, j]; needs ``lengths``.
     """
 
     name: str

@@ -9,14 +9,31 @@ from transmla.kernels import Backend, DecodeShape
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, *, scaling: float, mask: Tensor | None = None
+    q_latent: Tensor,
+    q_pe: Tensor,
+    kv_c: Tensor,
+    k_pe: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Multi-query attention to the latent rows; shapes as ``Backend`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
     """
     batch, new, heads, rank = q_latent.shape
+    if block_table is not None:
+        kv_c, k_pe = (rows[block_table.long()].flatten(1, 2) for rows in (kv_c, k_pe))
     total = kv_c.shape[1]
+    if lengths is not None:
+        ends = lengths[:, None] - new + 1 + torch.arange(new, device=lengths.device)
+        there = (torch.arange(total, device=lengths.device) < ends[..., None])[:, None]
+        mask = there if mask is None else mask & there
+        # What lies behind the end may be anything, and zero times anything must be zero.
+        held = torch.arange(total, device=lengths.device) < lengths[:, None]
+        kv_c = kv_c.masked_fill(~held[..., None], 0)
     exact = torch.promote_types(kv_c.dtype, torch.float32)
     scores = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
     scores = (scores.to(exact) * scaling).view(batch, new, heads, total)

@@ -1,0 +1,208 @@
+"""Every decode kernel against its plain twin in float64: odd shapes, poisoned memory, strided and paged caches.
+
+Without a GPU the kernels run in Triton's interpreter, on few and small shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from mla_models import prompt, tiny
+from torch import Tensor
+
+from transmla.core.absorb import causal_softmax
+from transmla.fast import accelerate
+from transmla.kernels import plain
+from transmla.modeling.attention import LatentAttention
+
+triton_decode = pytest.importorskip("transmla.kernels.triton_decode")
+if triton_decode.triton is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter's bfloat16 products are wrong, so bfloat16 is a GPU's to test.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SCALING = 0.11
+
+
+@dataclass
+class Case:
+    """Queries and a cache, whose rows lie in one buffer as the latent cache keeps them."""
+
+    q_latent: Tensor
+    q_pe: Tensor
+    kv_c: Tensor
+    k_pe: Tensor
+
+    def arguments(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        tensors = [self.q_latent, self.q_pe, self.kv_c, self.k_pe]
+        return tensors if dtype is None else [t.to(dtype) for t in tensors]
+
+
+def case(
+    batch: int = 2, new: int = 1, heads: int = 3, total: int = 150, rank: int = 32, width: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> Case:  # fmt: skip
+    generator = torch.Generator().manual_seed(batch + 7 * total + rank)
+    queries = torch.randn(batch, new, heads, rank + width, generator=generator) * 2
+    rows = torch.randn(batch, total + 5, rank + width, generator=generator)
+    queries, rows = queries.to(DEVICE, dtype), rows.to(DEVICE, dtype)
+    rows[:, total:] = float("nan")
+    rows = rows[:, :total]
+    return Case(queries[..., :rank], queries[..., rank:], rows[..., :rank], rows[..., rank:])
+
+
+def compare(c: Case, **extra: Any) -> None:
+    """The kernel's outputs, written into poisoned memory, against the twin's in float64."""
+    dtype = c.kv_c.dtype
+    found = triton_decode.decode(*c.arguments(), scaling=SCALING, **extra)
+    wanted = plain.decode(*c.arguments(torch.float64), scaling=SCALING, **extra)
+    for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
+        blind = theirs == float("-inf")
+        assert torch.equal(blind, ours == float("-inf")), name
+        difference = (ours.double() - theirs).masked_fill(blind, 0).abs().max()
+        assert difference < TOLERANCE[dtype] * max(1.0, float(theirs.masked_fill(blind, 0).abs().max())), name
+
+
+@pytest.fixture(params=[1, 3], ids=["one split", "three splits"], autouse=True)
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the cache whole, and cut into splits of which some may be empty."""
+    monkeypatch.setattr(triton_decode, "_splits", lambda *_: request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written stays NaN."""
+    empty = torch.empty
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("total", [1, 2, 31, 64, 150, *([1024, 4097] if GPU else [])])
+def test_lengths(total: int, dtype: torch.dtype) -> None:
+    compare(case(total=total, dtype=dtype))
+
+
+@pytest.mark.parametrize(("rank", "width"), [(16, 8), (48, 16), (96, 32), (160, 32), (448, 64), (512, 64)])
+def test_ranks(rank: int, width: int) -> None:
+    for dtype in DTYPES:
+        compare(case(rank=rank, width=width, total=70, batch=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [1, 9, 17, *([32, 128] if GPU else [])])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_heads_and_batches(heads: int, batch: int) -> None:
+    compare(case(heads=heads, batch=batch, total=40))
+
+
+@pytest.mark.parametrize("new", range(1, 9))
+def test_new_tokens_see_what_is_before_them(new: int) -> None:
+    c = case(new=new, total=45, batch=3, heads=5)
+    compare(c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
+
+
+def test_empty_and_short_sequences() -> None:
+    """A private suffix of no token yet; one of one token."""
+    c = case(total=140, batch=3)
+    c.kv_c[0], c.kv_c[1, 1:] = float("nan"), float("nan")
+    compare(c, lengths=torch.tensor([0, 1, 140], dtype=torch.int32, device=DEVICE))
+
+
+def padded_mask(c: Case) -> Tensor:
+    """[B, 1, n, T]: causal at the end of the cache, with padding on the left and an unused tail."""
+    batch, new, total = c.q_latent.shape[0], c.q_latent.shape[1], c.kv_c.shape[1]
+    keys = torch.arange(total, device=DEVICE)
+    used = total - 18
+    seen = keys <= used - new + torch.arange(new, device=DEVICE)[:, None]
+    starts = torch.arange(batch, device=DEVICE)[:, None, None, None] * (used // 4)
+    return seen[None, None] & (keys >= starts)
+
+
+@pytest.mark.parametrize("total", [21, 200])
+@pytest.mark.parametrize("new", [1, 3])
+def test_masks_hide_padding_and_an_unused_tail(new: int, total: int) -> None:
+    c = case(new=new, total=total, batch=3)
+    c.kv_c[:, total - 15 :], c.k_pe[:, total - 15 :] = 0, 0
+    compare(c, mask=padded_mask(c))
+
+
+def test_one_mask_for_all_sequences() -> None:
+    c = case(total=90, batch=3)
+    compare(c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])
+
+
+def test_a_mask_that_hides_everything_from_one_sequence() -> None:
+    c = case(total=90, batch=2)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    compare(c, mask=mask)
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_paged_caches(new: int) -> None:
+    c = case(total=96, batch=3, new=new)
+    page, lengths = 16, torch.tensor([96, 50, 2], dtype=torch.int32, device=DEVICE)
+    order = torch.randperm(3 * 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = order.view(3, 6).to(torch.int32)
+    pages = torch.full((20, page, 48), float("nan"), device=DEVICE)
+    rows = torch.cat([c.kv_c, c.k_pe], -1).masked_fill(
+        torch.arange(96, device=DEVICE)[None, :, None] >= lengths[:, None, None], 0
+    )
+    pages[order] = rows.view(18, page, 48)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
+    compare(paged, lengths=lengths, block_table=table)
+    ours = triton_decode.decode(*paged.arguments(), scaling=SCALING, lengths=lengths, block_table=table)[0]
+    flat = triton_decode.decode(*c.arguments(), scaling=SCALING, lengths=lengths)[0]
+    assert torch.allclose(ours, flat, atol=1e-6)
+
+
+@pytest.mark.skipif(not GPU, reason="a buffer of 6 GB")
+def test_rows_may_lie_far_apart() -> None:
+    """Offsets beyond 2³¹ elements."""
+    rows = torch.zeros(3, 2**30 // 48 + 1, 48, dtype=torch.float16, device=DEVICE)
+    c = case(total=100, batch=3, dtype=torch.float16)
+    part = rows[:, -100:]
+    part[..., :32], part[..., 32:] = c.kv_c, c.k_pe
+    compare(Case(c.q_latent, c.q_pe, part[..., :32], part[..., 32:]))
+
+
+def test_splits_fill_the_device_and_leave_each_some_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else 4
+    counts = [triton_decode._splits(programs, 8192, 64, DEVICE) for programs in (1, 2, units, 10 * units)]
+    assert counts == [units if GPU else 4, units // 2, 1, 1]
+    assert triton_decode._splits(1, 0, 64, DEVICE) == 1
+
+
+def test_the_twin_is_attention() -> None:
+    """Its own result from softmax and sums, written out."""
+    c = case(total=12, new=12, batch=2, dtype=torch.float64)
+    scores = torch.einsum("bnhr,btr->bhnt", c.q_latent, c.kv_c) + torch.einsum("bnhr,btr->bhnt", c.q_pe, c.k_pe)
+    wanted = torch.einsum("bhnt,btr->bnhr", causal_softmax(scores * SCALING), c.kv_c)
+    lengths = torch.tensor([12, 12], device=DEVICE)
+    mask = torch.ones(12, 12, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    for extra in ({"lengths": lengths}, {"mask": mask}):
+        found, lse = plain.decode(*c.arguments(), scaling=SCALING, **extra)
+        assert torch.allclose(found, wanted, atol=1e-12)
+        visible = (scores * SCALING).masked_fill(~mask, float("-inf"))
+        assert torch.allclose(lse, visible.logsumexp(-1).transpose(1, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_generate_gives_the_same_tokens(settings: dict[str, Any]) -> None:
+    model = tiny(first_k_dense_replace=2).to(DEVICE)
+    inputs = {name: t.to(DEVICE) for name, t in prompt().items()}
+    settings = {"max_new_tokens": 8, "do_sample": False, **settings}
+    wanted = model.generate(**inputs, **settings)
+    accelerate(model)
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.decode = triton_decode.decode
+    assert torch.equal(model.generate(**inputs, **settings), wanted)

@@ -1,0 +1,284 @@
+"""Split-KV flash decoding over one shared latent row, in Triton.
+
+Every cached row [kv_c | k_pe] is read once, for all heads and for keys and values alike. The cache of a sequence is
+cut into splits that are attended to side by side (Flash-Decoding, Dao et al. 2023); a second kernel merges their
+results by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from transmla.kernels import Backend, DecodeShape
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch comes without
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A row wider than this does not fit the registers of one program beside its queries.
+MAX_RANK = 512
+# Tokens of a split at least: fewer are not worth a program and its merge.
+MIN_SPLIT = 128
+
+if triton is not None:
+
+    @triton.jit
+    def _attend(
+        q_latent,
+        q_pe,
+        kv_c,
+        k_pe,
+        mask,
+        lengths,
+        table,
+        out,
+        lse,
+        scale,
+        heads,
+        rows,
+        total,
+        splits,
+        kv_batch,
+        kv_page,
+        kv_token,
+        pe_batch,
+        pe_page,
+        pe_token,
+        mask_batch,
+        mask_query,
+        mask_token,
+        table_batch,
+        new: tl.constexpr,
+        RANK: tl.constexpr,
+        WIDTH: tl.constexpr,
+        RANK_BLOCK: tl.constexpr,
+        WIDTH_BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+        TOKENS: tl.constexpr,
+        PAGE: tl.constexpr,
+        MASKED: tl.constexpr,
+        RAGGED: tl.constexpr,
+        PRECISION: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """One block of query rows (token, head) of one sequence against one split of its cache."""
+        block, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        row = block * ROWS + tl.arange(0, ROWS)
+        rank = tl.arange(0, RANK_BLOCK)
+        width = tl.arange(0, WIDTH_BLOCK)
+        held = row < rows
+        token = row // heads
+        length = total
+        if RAGGED:
+            length = tl.load(lengths + batch)
+        # Whole blocks of tokens for every split, so that all but the last tile of a sequence are full.
+        share = tl.cdiv(tl.cdiv(length, TOKENS), splits) * TOKENS
+        start = split * share
+        stop = tl.maximum(start, tl.minimum(start + share, length))
+        if MASKED:
+            # Only what some query of the block may see is read.
+            first, last = stop, start
+            for at in range(start, stop, TOKENS):
+                keys = at + tl.arange(0, TOKENS)
+                for query in tl.static_range(new):
+                    place = mask + batch * mask_batch + query * mask_query + keys.to(tl.int64) * mask_token
+                    seen = tl.load(place, mask=keys < stop, other=0) != 0
+                    first = tl.minimum(first, tl.min(tl.where(seen, keys, stop)))
+                    last = tl.maximum(last, tl.max(tl.where(seen, keys + 1, start)))
+            start = first // TOKENS * TOKENS
+            stop = last
+        rows_at = batch * rows + row.to(tl.int64)
+        q = tl.load(q_latent + rows_at[:, None] * RANK + rank, mask=held[:, None] & (rank < RANK), other=0.0)
+        qr = tl.load(q_pe + rows_at[:, None] * WIDTH + width, mask=held[:, None] & (width < WIDTH), other=0.0)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, RANK_BLOCK], tl.float32)
+        kv_base, pe_base = kv_c + batch * kv_batch, k_pe + batch * pe_batch
+        for at in tl.range(start, stop, TOKENS, num_stages=STAGES):
+            keys = at + tl.arange(0, TOKENS)
+            there = keys < stop
+            if PAGE:
+                page = tl.load(table + batch * table_batch + keys // PAGE, mask=there, other=0).to(tl.int64)
+                kv_at, pe_at = page * kv_page + keys % PAGE * kv_token, page * pe_page + keys % PAGE * pe_token
+            else:
+                kv_at, pe_at = keys.to(tl.int64) * kv_token, keys.to(tl.int64) * pe_token
+            kv = tl.load(kv_base + kv_at[:, None] + rank, mask=there[:, None] & (rank < RANK), other=0.0)
+            pe = tl.load(pe_base + pe_at[:, None] + width, mask=there[:, None] & (width < WIDTH), other=0.0)
+            scores = tl.dot(q, tl.trans(kv), input_precision=PRECISION)
+            scores = tl.dot(qr, tl.trans(pe), scores, input_precision=PRECISION) * scale
+            seen = there[None, :]
+            if MASKED:
+                place = batch * mask_batch + token[:, None] * mask_query + keys[None, :].to(tl.int64) * mask_token
+                seen = seen & (tl.load(mask + place, mask=held[:, None] & seen, other=0) != 0)
+            if RAGGED and new > 1:
+                seen = seen & (keys[None, :] < length - new + 1 + token[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            # A row that has seen nothing yet has no maximum to subtract.
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.exp2(best - shift)
+            p = tl.exp2(scores - shift[:, None])
+            weight = weight * shrink + tl.sum(p, 1)
+            mixed = tl.dot(p.to(kv.dtype), kv, mixed * shrink[:, None], input_precision=PRECISION)
+            best = higher
+        some = weight > 0
+        mixed = mixed / tl.where(some, weight, 1.0)[:, None]
+        at = (batch * splits + split) * rows + row.to(tl.int64)
+        tl.store(lse + at, tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf")), mask=held)
+        tl.store(
+            out + at[:, None] * RANK + rank,
+            mixed.to(out.dtype.element_ty),
+            mask=held[:, None] & (rank < RANK),
+        )
+
+    @triton.jit
+    def _merge(
+        parts,
+        part_lse,
+        out,
+        lse,
+        rows,
+        splits,
+        RANK: tl.constexpr,
+        RANK_BLOCK: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):
+        """The splits of one query row, weighted by their share of the softmax."""
+        row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        rank, each = tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
+        at = batch * splits * rows + row
+        found = tl.load(part_lse + at + each * rows, mask=each < splits, other=float("-inf"))
+        best = tl.max(found)
+        shift = tl.where(best == float("-inf"), 0.0, best)
+        share = tl.exp2(found - shift)
+        weight = tl.sum(share)
+        mixed = tl.zeros([RANK_BLOCK], tl.float32)
+        for split in range(splits):
+            part = tl.load(parts + (at + split * rows) * RANK + rank, mask=rank < RANK, other=0.0)
+            mixed += part * tl.sum(tl.where(each == split, share, 0.0))
+        some = weight > 0
+        mixed = mixed / tl.where(some, weight, 1.0)
+        tl.store(out + (batch * rows + row) * RANK + rank, mixed.to(out.dtype.element_ty), mask=rank < RANK)
+        tl.store(lse + batch * rows + row, tl.where(some, best + tl.log2(weight), float("-inf")))
+
+
+def decode(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    kv_c: Tensor,
+    k_pe: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not."""
+    batch, new, heads, rank = q_latent.shape
+    width, rows = q_pe.shape[-1], new * heads
+    total = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]
+    q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
+    block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype)
+    blocks = math.ceil(rows / block)
+    splits = _splits(batch * blocks, total, tokens, q_latent.device)
+    out = torch.empty_like(q_latent)
+    lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=q_latent.device)
+        part_lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q_latent.device)
+    seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
+    paged = block_table is not None
+    _attend[(blocks, splits, batch)](
+        q_latent,
+        q_pe,
+        kv_c,
+        k_pe,
+        seen,
+        q_latent if lengths is None else lengths,
+        q_latent if block_table is None else block_table,
+        parts,
+        part_lse,
+        scaling * math.log2(math.e),
+        heads,
+        rows,
+        total,
+        splits,
+        0 if paged else kv_c.stride(0),
+        kv_c.stride(0),
+        kv_c.stride(1),
+        0 if paged else k_pe.stride(0),
+        k_pe.stride(0),
+        k_pe.stride(1),
+        seen.stride(0),
+        seen.stride(2),
+        seen.stride(3),
+        0 if block_table is None else block_table.stride(0),
+        new=new,
+        RANK=rank,
+        WIDTH=width,
+        RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
+        WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
+        ROWS=block,
+        TOKENS=tokens,
+        PAGE=kv_c.shape[1] if paged else 0,
+        MASKED=mask is not None,
+        RAGGED=lengths is not None,
+        PRECISION="ieee",
+        STAGES=stages,
+        num_warps=warps,
+    )
+    if splits > 1:
+        _merge[(rows, batch)](
+            parts,
+            part_lse,
+            out,
+            lse,
+            rows,
+            splits,
+            RANK=rank,
+            RANK_BLOCK=triton.next_power_of_2(rank),
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
+    return out, lse * math.log(2)
+
+
+def _tiles(rows: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Query rows and tokens of a tile, warps and pipeline stages of its program."""
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    wide = rank > 256
+    if dtype == torch.float32:
+        return min(block, 16), 16 if wide else 32, 4, 1
+    return block, 32 if wide else 64, 8 if block == 64 else 4, 2
+
+
+def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:
+    """How many splits fill the device once and leave every program some work."""
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    most = max(1, total // max(MIN_SPLIT, tokens))
+    return max(1, min(most, units // max(1, programs)))
+
+
+def refuses(shape: DecodeShape) -> str | None:
+    """Why Triton cannot serve a shape."""
+    if triton is None:
+        return "Triton is not installed: pip install triton"
+    if shape.device.type != "cuda":
+        return f"it runs on CUDA devices, not on '{shape.device.type}'"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype}: it takes bfloat16, float16 and float32"
+    if shape.kv_lora_rank > MAX_RANK:
+        return f"kv_lora_rank {shape.kv_lora_rank}: at most {MAX_RANK}"
+    return None
+
+
+BACKEND = Backend(
+    "triton", "split-KV flash decoding in Triton, any rank", preference=10, refuses=refuses, decode=decode
+)
