@@ -206,6 +206,23 @@ def test_a_fit_of_several_layers_resumes_to_the_same_bytes(
     assert files(place / "out") == wanted
 
 
+def test_layers_finished_since_the_last_save_are_done_again(
+    place: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after the first layer, killed after the second: its shard is there, and is written again."""
+    clock = iter([0.0, 30.0, 30.0, 31.0])
+    monkeypatch.setattr("transmla.pipeline.SAVE_SECONDS", 20.0)
+    monkeypatch.setattr("transmla.pipeline.time.monotonic", lambda: next(clock))
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(2))
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert json.loads(Path("out.partial/progress.json").read_text())["next_layer"] == 1
+    assert Path("out.partial/model-00003-of-00004.safetensors").is_file()
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+
+
 def manifest(exported: dict[str, bytes]) -> Any:
     return json.loads(exported["transmla.json"])
 

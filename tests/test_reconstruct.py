@@ -22,7 +22,7 @@ from transmla.pipeline import convert
 from transmla.plan import make_plan
 from transmla.recipe import Effort as RecipeEffort
 from transmla.recipe import Recipe, parse_recipe, read_recipe
-from transmla.reconstruct import JITTER, _Problem, reconstruct
+from transmla.reconstruct import JITTER, _Problem, held_out, reconstruct
 from transmla.spec import describe, skeleton
 
 SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
@@ -37,12 +37,14 @@ class Case:
         layout: str = "gqa",
         spoil: Callable[[dict[str, Tensor]], None] | None = None,
         number: int = 0,
+        device: str = "cpu",
+        half: bool = False,
         **recipe: Any,
     ):
         model = build_model(layout=layout)
         config = model.config
         spec = describe(config)
-        self.layer = SourceLayer(skeleton(config), config, spec, torch.device("cpu"))
+        self.layer = SourceLayer(skeleton(config), config, spec, torch.device(device), half=half)
         tensors = {name: t.detach().clone() for name, t in model.model.layers[number].state_dict().items()}
         if spoil:
             spoil(tensors)
@@ -69,6 +71,16 @@ class Case:
         return reconstruct([self.layer], [factors], self.source, self.converted, effort, seed=seed)
 
 
+def judge(case: Case, factors: LayerFactors) -> float:
+    """Relative error on the held-out sequences, from the layer's own outputs."""
+    n = held_out(len(case.source))
+    source, converted = case.source[-n:], case.converted[-n:]
+    with torch.no_grad():
+        wanted, got = case.layer.middle(source), case.layer.middle(converted, factors.to(torch.float32))
+    share = 1 / wanted.square().mean(-1, keepdim=True)
+    return float(((got - wanted) ** 2 * share).sum() / ((wanted - source) ** 2 * share).sum())
+
+
 def tensors(f: LayerFactors) -> list[Tensor]:
     return [value for value in vars(f).values() if isinstance(value, Tensor)]
 
@@ -80,7 +92,7 @@ def test_a_fit_lowers_the_error_on_held_out_text(layout: str, through_mlp: bool)
     factors = case.closed_form()
     before = [t.clone() for t in tensors(factors)]
     fit = case.fit(factors, replace(SHORT, through_mlp=through_mlp))
-    assert fit.after < 0.95 * fit.before
+    assert fit.after[0] < 0.95 * fit.before[0]
     assert all(torch.equal(a, b) for a, b in zip(tensors(factors), before, strict=True))
 
 
@@ -91,7 +103,7 @@ def test_layers_fitted_together_lower_their_common_error() -> None:
     after.source = entering
     first, second = case.closed_form(), after.closed_form()
     fit = reconstruct([case.layer, after.layer], [first, second], case.source, case.converted, SHORT, seed=0)
-    assert fit.after < 0.95 * fit.before
+    assert sum(fit.after) < 0.95 * sum(fit.before)
     assert all(not torch.equal(a.latent, b.latent) for a, b in zip(fit.factors, (first, second), strict=True))
 
     def follow(factors: LayerFactors) -> Tensor:
@@ -100,8 +112,8 @@ def test_layers_fitted_together_lower_their_common_error() -> None:
     alone = case.fit(first).factors[0]
     apart = reconstruct([after.layer], [second], entering, follow(alone), SHORT, seed=0)
     ended = reconstruct([after.layer], [fit.factors[1]], entering, follow(fit.factors[0]), SHORT, seed=0)
-    assert ended.before < apart.before
-    assert ended.after < apart.after
+    assert ended.before[0] < apart.before[0]
+    assert ended.after[0] < apart.after[0]
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e3, float("inf")])
@@ -110,10 +122,11 @@ def test_the_better_iterate_is_kept(rate: float) -> None:
     case = Case()
     factors = case.closed_form()
     fit = case.fit(factors, replace(SHORT, rate=rate))
-    assert fit.after <= fit.before
     if rate:
         assert fit.factors[0] is factors
         assert fit.after == fit.before
+    else:  # only rounded on its way through the coordinates
+        assert fit.after == pytest.approx(fit.before, rel=1e-4)
 
 
 def test_equal_seeds_give_equal_bits() -> None:
@@ -124,11 +137,20 @@ def test_equal_seeds_give_equal_bits() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own kernels")
+@pytest.mark.parametrize("half", [False, True])
+def test_equal_seeds_give_equal_bits_on_a_gpu(half: bool) -> None:
+    case = Case(device="cuda", half=half)
+    factors = case.closed_form()
+    first, again = (tensors(case.fit(factors, replace(SHORT, through_mlp=True)).factors[0]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_compressed_queries_are_fitted_too() -> None:
     case = Case(q_lora_rank=12)
     factors = case.closed_form()
     fit = case.fit(factors)
-    assert fit.after < fit.before
+    assert fit.after[0] < fit.before[0]
     assert fit.factors[0].q_latent is not None
     assert factors.q_latent is not None
     assert not torch.equal(fit.factors[0].q_latent, factors.q_latent)
@@ -149,7 +171,9 @@ def test_degenerate_layers_stay_finite(spoil: Callable[[dict[str, Tensor]], None
     case = Case(spoil=spoil)
     fit = case.fit(case.closed_form())
     assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
-    assert fit.after <= fit.before
+    judged = judge(case, fit.factors[0])
+    assert judged == pytest.approx(fit.after[0], rel=1e-3)
+    assert judged <= judge(case, case.closed_form()) * 1.0001
 
 
 def test_an_input_of_rank_one_stays_finite() -> None:

@@ -43,14 +43,16 @@ def test_without_a_gpu_the_steps_are_simply_taken() -> None:
     assert seen == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("half", "width"), [(True, 64), (True, 320), (False, 64)])
-def test_the_callers_settings_come_back(half: bool, width: int) -> None:
+def test_the_callers_settings_come_back() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        with deterministic(torch.device("cpu"), half=half, width=width):
+        with deterministic():
             assert not torch.is_deterministic_algorithms_warn_only_enabled()
             assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
     finally:
         torch.use_deterministic_algorithms(False)

@@ -10,7 +10,7 @@ import torch
 
 from transmla.artifacts import Plan
 from transmla.effort import EFFORTS, Effort
-from transmla.plan import VLLM_DECODE, VLLM_PREFILL
+from transmla.plan import VLLM_DECODE, VLLM_PREFILL, method_named
 
 GPU_GIGABYTES = (24, 80, 141)
 # Share of a GPU's memory that weights and cache may take; the rest is activations and the allocator.
@@ -28,16 +28,21 @@ class Runtime:
     note: str
 
 
-def parameters(plan: Plan) -> int:
-    """Number of weights in the export."""
+def attention_parameters(plan: Plan) -> int:
+    """Number of weights in one attention of the export."""
     spec, shape = plan.spec, plan.shape
     heads, width = spec.num_attention_heads, spec.hidden_size
     query = heads * shape.qk_head_dim
     attention = width * query if shape.q_lora_rank is None else shape.q_lora_rank * (width + query + 1)
     attention += width * shape.cache_values + shape.kv_lora_rank
     attention += shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    attention += heads * shape.v_head_dim * width
-    layer = attention + 3 * width * spec.intermediate_size + 2 * width
+    return attention + heads * shape.v_head_dim * width
+
+
+def parameters(plan: Plan) -> int:
+    """Number of weights in the export."""
+    spec, width = plan.spec, plan.spec.hidden_size
+    layer = attention_parameters(plan) + 3 * width * spec.intermediate_size + 2 * width
     return spec.num_hidden_layers * layer + 2 * spec.vocab_size * width + width
 
 
@@ -70,8 +75,10 @@ def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 
 
 
 def _stream_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
-    """Hidden streams that enter and leave a layer: the source's, and the export's where layers are fitted to it."""
-    return (2 if effort is None else 4) * 4 * tokens * plan.spec.hidden_size
+    """What enters and leaves a layer: the source's stream, a first phase's, the export's, and factors fitted ahead."""
+    streams = 1 + (method_named(plan.method).first_phase is not None) + (effort is not None)
+    ahead = 0 if effort is None else (effort.window - 1) * 4 * attention_parameters(plan)
+    return 2 * (streams * 4 * tokens * plan.spec.hidden_size + ahead)
 
 
 def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None) -> float:
@@ -87,9 +94,8 @@ def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None
         weights = 5 * attention + (3 * mlp if effort.through_mlp else 0)
         steps = effort.window * effort.steps * effort.tokens
         forward += 2 * steps * weights + 2 * effort.window * tokens * (attention + mlp)
-    return spec.num_hidden_layers * (
-        forward / matrix_rate(device, torch.float32) + factor / matrix_rate(device, torch.float64)
-    )
+    dtype = torch.bfloat16 if device.type == "cuda" and plan.dtype == "bfloat16" else torch.float32
+    return spec.num_hidden_layers * (forward / matrix_rate(device, dtype) + factor / matrix_rate(device, torch.float64))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -1,4 +1,4 @@
-"""One decoder layer at a time, from the source's tensors to the export's, and the streams between them."""
+"""One decoder layer after the other, from the source's tensors to the export's, and the streams between them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from transmla.calibrate import NormRatio, Observations, SourceLayer, steps
 from transmla.core.absorb import source_attention
 from transmla.core.fused import fused_attention
 from transmla.effort import EFFORTS
+from transmla.errors import TransmlaError
 from transmla.factorize import LatentScale, export_tensors, factorize
 from transmla.native import layer_factors
 from transmla.plan import method_named
-from transmla.reconstruct import Reconstruction, reconstruct
+from transmla.reconstruct import Reconstruction, held_out, reconstruct
 from transmla.source import Source, computes_in_bfloat16
 from transmla.spec import skeleton
-
-# Sequences on which each layer's error is measured.
-ERROR_SEQUENCES = 2
 
 # What enters a layer. Hidden states [N, T, D]: of the source; of a method's first phase; of the export. And, as
 # "fitted.7.latent", the factors that a window of layers left for those that it did not finish.
@@ -82,7 +80,21 @@ class Layerwise:
         return streams
 
     def convert(self, index: int, streams: Streams) -> ConvertedLayer:
-        """Convert layer ``index``, which the ``streams`` enter."""
+        """Convert layer ``index``, which the ``streams`` enter.
+
+        Raises:
+            TransmlaError: if a GPU has too little memory.
+        """
+        try:
+            return self._convert(index, streams)
+        except torch.OutOfMemoryError as error:
+            raise TransmlaError(
+                f"not enough GPU memory to convert layer {index}",
+                limit=str(error).splitlines()[0],
+                remedy="start again with --reconstruct fast or off, shorter calibration sequences, or --device cpu",
+            ) from error
+
+    def _convert(self, index: int, streams: Streams) -> ConvertedLayer:
         window = self._window(index, streams)
         here, leaving = window[0], dict(window[0].leaving)
         factors, fit = here.factors, None
@@ -97,7 +109,9 @@ class Layerwise:
             )
             factors = fit.factors[0]
             for k, ahead in enumerate(fit.factors[1:], start=1):
-                leaving |= {f"{FITTED}.{index + k}.{name}": t.contiguous() for name, t in _tensors(ahead).items()}
+                leaving |= {
+                    f"{FITTED}.{index + k}.{name}": t.float().contiguous() for name, t in _tensors(ahead).items()
+                }
         attention, scale = export_tensors(factors, self.plan, partial(self._attention_inputs, here.layer, streams))
         shipped = layer_factors(
             {name: tensor.to(here.layer.device) for name, tensor in attention.items()},
@@ -108,7 +122,7 @@ class Layerwise:
         ).to(torch.float32)
         if CONVERTED in streams:
             leaving[CONVERTED] = here.layer.follow(streams[CONVERTED], shipped)[1]
-        error = relative_error(here.layer, shipped, streams[SOURCE][-ERROR_SEQUENCES:])
+        error = relative_error(here.layer, shipped, streams[SOURCE][-held_out(len(streams[SOURCE])) :])
         prefix = self._prefix(index)
         tensors = {f"{prefix}self_attn.{name}": tensor for name, tensor in attention.items()}
         tensors |= self._untouched(prefix, here.seen)
@@ -179,13 +193,14 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
 
 
 def _tensors(factors: LayerFactors) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(factors).items() if isinstance(value, Tensor)}
+    """What a fit may change."""
+    return {name: t for name, t in vars(factors).items() if isinstance(t, Tensor) and name != "inv_freq"}
 
 
 def _fitted(streams: Streams, index: int, closed: LayerFactors) -> LayerFactors:
     """What an earlier window made of layer ``index``, or its ``closed`` form."""
     left = {name: streams.get(f"{FITTED}.{index}.{name}") for name in _tensors(closed)}
-    return replace(closed, **{name: t.to(closed.latent.device) for name, t in left.items() if t is not None})  # type: ignore[arg-type]
+    return replace(closed, **{name: t.to(closed.latent) for name, t in left.items() if t is not None})  # type: ignore[arg-type]
 
 
 def _record(
@@ -199,4 +214,4 @@ def _record(
         "latent_max_square": scale.max_square,
         "norm_residual": max(seen.input_norm.residual, seen.output_norm.residual),
     }
-    return record if fit is None else record | {"held_out_before": fit.before, "held_out_after": fit.after}
+    return record if fit is None else record | {"held_out_before": fit.before[0], "held_out_after": fit.after[0]}

@@ -1,4 +1,4 @@
-"""The conversion from end to end: one pass, one decoder layer in memory at a time.
+"""The conversion from end to end: one pass, one or two decoder layers in memory at a time.
 
     source → AttentionSpec → Plan → [per layer: observe → factorize → reconstruct → write] → exported folder
 
@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from transmla import __version__
 from transmla.artifacts import Plan
+from transmla.calibrate import bfloat16_pays
 from transmla.card import write_card
 from transmla.effort import EFFORTS, choose_effort
 from transmla.errors import TransmlaError
@@ -51,7 +53,7 @@ from transmla.source import (
     pick_device,
 )
 
-# Streams are hundreds of megabytes: a run that is killed may lose so many seconds of work.
+# Streams are hundreds of megabytes: a run that is killed may lose so many seconds of work, and the layer begun.
 SAVE_SECONDS = 20.0
 
 
@@ -109,7 +111,9 @@ def _key(recipe: Recipe, plan: Plan, fingerprint: str, tokens: Tensor, device: t
     """What a resumed run must share with the one it continues."""
     text = hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
     settings = recipe.model_dump(exclude={"device", "eval"})
-    everything = json.dumps([settings, plan.to_dict(), fingerprint, text, str(device), _versions()], sort_keys=True)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    numbers = [machine, bfloat16_pays(device), EFFORTS.get(recipe.reconstruct) and asdict(EFFORTS[recipe.reconstruct])]
+    everything = json.dumps([settings, plan.to_dict(), fingerprint, text, numbers, _versions()], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()
 
 
@@ -146,6 +150,7 @@ def _convert_layers(
     start, layers = progress["next_layer"], source.spec.num_hidden_layers
     if start:
         streams = layerwise.place(workspace.streams(start, progress["checksum"]))
+        workspace.drop_streams(keep=start)
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)

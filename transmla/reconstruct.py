@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +21,6 @@ from transmla.artifacts import LayerFactors
 from transmla.calibrate import SourceLayer, steps
 from transmla.core.coordinates import Coordinates, orthonormal_latents
 from transmla.effort import Effort
-from transmla.errors import TransmlaError
 from transmla.replay import beside, deterministic, repeat, wait_beside
 
 # Share of the calibration sequences that only judge the fit.
@@ -36,14 +34,16 @@ BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Factors of each layer after the fit, and the relative error on held-out sequences ``before`` and ``after`` it.
-
-    The error is the mean over the layers.
-    """
+    """For each layer its factors after the fit, and its relative error on held-out text ``before`` and ``after`` it."""
 
     factors: tuple[LayerFactors, ...]
-    before: float
-    after: float
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+def held_out(sequences: int) -> int:
+    """How many of the ``sequences``, the last ones, only judge."""
+    return max(1, round(sequences * HELD_OUT))
 
 
 def reconstruct(
@@ -64,15 +64,13 @@ def reconstruct(
         effort: how long to fit.
         seed: of everything drawn; equal seeds give equal factors.
 
-    Returns the factors with the smaller error on the held-out sequences, the last ones of the stream.
+    Returns the factors with the smaller error on the held-out sequences, summed over the layers.
     """
-    held_out = max(1, round(len(source) * HELD_OUT))
-    fitted = slice(0, len(source) - held_out)
-    judged = source[-held_out:], converted[-held_out:]
+    fitted = slice(0, len(source) - held_out(len(source)))
+    judged = source[fitted.stop :], converted[fitted.stop :]
     moments = _input_moments(layers, factors, converted[fitted])
     parameters = _Parameters([Coordinates.of(f, m) for f, m in zip(factors, moments, strict=True)], factors)
-    width = max(f.q_nope.shape[1] + f.q_pe.shape[1] for f in factors)
-    with deterministic(layers[0].device, half=layers[0].half, width=width), _enough_memory():
+    with deterministic():
         problem = _Problem(layers, source[fitted], converted[fitted], effort)
         before = problem.error(factors, *judged)
         _descend(problem, parameters, effort, seed)
@@ -80,7 +78,8 @@ def reconstruct(
             found = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
         after = problem.error(found, *judged)
     # A comparison with NaN is false: a fit that diverged is thrown away.
-    return Reconstruction(found, before, after) if after < before else Reconstruction(tuple(factors), before, before)
+    better = sum(after) < sum(before)
+    return Reconstruction(found, before, after) if better else Reconstruction(tuple(factors), before, before)
 
 
 class _Parameters:
@@ -143,15 +142,15 @@ class _Problem:
         return found
 
     @torch.no_grad()
-    def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> float:
-        """Relative squared error over whole streams [N, T, D], mean over the layers."""
+    def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[float, ...]:
+        """Relative squared error of every layer over whole streams [N, T, D]."""
         factors = [f.to(torch.float32) for f in factors]
         total = torch.zeros(2, len(factors), device=self.device)
         for start, part in steps(source):
             other = converted[start : start + len(part)]
             losses = self.losses(factors, part.to(self.device), other.to(self.device))
             total += torch.stack(losses) * len(part)
-        return float((total[0] / total[1].clamp_min(1e-30)).mean())
+        return tuple((total[0] / total[1].clamp_min(1e-30)).tolist())
 
     def inputs(self, rows: Tensor, cuts: Tensor, shares: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
         """New inputs [n, T, D] for the source and the converted layer.
@@ -229,15 +228,3 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
         x = layers[-1].attention_input(hidden).flatten(0, 1)
         moment += (x.mT @ x).double()
     yield moment / (stream.shape[0] * stream.shape[1])
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TransmlaError(
-            "not enough GPU memory to fit a layer",
-            limit=str(error).splitlines()[0],
-            remedy="use less calibration text, --reconstruct fast, or --device cpu",
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -13,8 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
 EAGER = 3
-# The widest heads that flash attention takes.
-FLASH_WIDTH = 256
 
 
 def repeat(advance: Callable[[], None], times: int, device: torch.device) -> None:
@@ -59,10 +56,10 @@ def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
 
 
 @contextmanager
-def deterministic(device: torch.device, *, half: bool, width: int) -> Iterator[None]:
-    """Kernels that give the same bits every time, for attention with heads of ``width``, in bfloat16 if ``half``.
+def deterministic() -> Iterator[None]:
+    """Kernels that give the same bits every time.
 
-    On a GPU only flash attention has such a backward pass; where it cannot be used, that is no reason to stop.
+    PyTorch's flash and memory-efficient attention have such backward passes where they are insisted on.
     """
     enabled, warned = (
         torch.are_deterministic_algorithms_enabled(),
@@ -70,15 +67,10 @@ def deterministic(device: torch.device, *, half: bool, width: int) -> Iterator[N
     )
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    strict = device.type == "cpu" or (half and width <= FLASH_WIDTH)
-    if strict:
-        # PyTorch refuses cuBLAS without it, and looks only once.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fused = SDPBackend.FLASH_ATTENTION if strict else SDPBackend.EFFICIENT_ATTENTION
-    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False
     try:
-        with sdpa_kernel([fused, SDPBackend.MATH]):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warned)

@@ -13,10 +13,11 @@ from transmla.card import public_name
 from transmla.core.spectrum import Spectrum, spectrum
 from transmla.errors import TransmlaError
 from transmla.factorize import factorize
-from transmla.layerwise import ERROR_SEQUENCES, relative_error
+from transmla.layerwise import relative_error
 from transmla.plan import make_plan
 from transmla.progress import Reporter
 from transmla.recipe import Recipe
+from transmla.reconstruct import held_out
 from transmla.source import (
     calibration_tokens,
     check_length,
@@ -99,7 +100,7 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
         seen = layer.observe(stream)
         errors = {
             budget: relative_error(
-                layer, factorize(layer.weights(), seen.stats, plan).to(torch.float32), stream[-ERROR_SEQUENCES:]
+                layer, factorize(layer.weights(), seen.stats, plan).to(torch.float32), stream[-held_out(len(stream)) :]
             )
             for budget, plan in plans.items()
         }
