@@ -1,20 +1,22 @@
-"""Loading models by any name a source may have, and comparing them on text."""
+"""Loading models by any name a source may have, and comparing them: on text, and in speed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from transmla.bench import Bench, bench
 from transmla.card import write_card
 from transmla.checkpoint import load_model, resolve_source
 from transmla.data import load_tokens
 from transmla.errors import TransmlaError
 from transmla.evaluate import check_stride, evaluate
+from transmla.fast import accelerate
 from transmla.progress import Reporter
 from transmla.recipe import Evaluation, Recipe
 from transmla.source import load_tokenizer, pick_device
@@ -72,6 +74,32 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
     )
     write_card(folder, json.loads((folder / "transmla.json").read_text()), recipe, result)
     return result
+
+
+def bench_models(
+    model: str,
+    baseline: str | None,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    backend: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    reporter: Reporter,
+) -> dict[str, Bench]:
+    """Speed of ``model``, accelerated, and of a ``baseline`` as transformers runs it; one in memory at a time."""
+    place = pick_device(device)
+    found = {}
+    for role, name in (("baseline", baseline), ("model", model)):
+        if name is None:
+            continue
+        loaded = _load(resolve_source(name), dtype, place)
+        if role == "model":
+            accelerate(loaded, backend=backend)
+        found[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
+        del loaded
+    return found
 
 
 def _load(path: Path, dtype: str, device: torch.device) -> Any:

@@ -196,6 +196,52 @@ def evaluate(
         console.show_evaluation(result, text)
 
 
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="An export, or any MLA model of transformers.")],
+    *,
+    baseline: Annotated[str | None, typer.Option(help="Also measure this model, as transformers runs it.")] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Sequences at once; may be given several times.")] = [1, 8],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=2, help="Tokens in the cache; may be given several times.")] = [  # noqa: B006
+        1024,
+        4096,
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded at each point; their median counts.")] = 16,
+    backend: Annotated[str, typer.Option(help="Decode kernels: auto, or one by name.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Also draw tokens per second into this .png file.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")] = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure decoding speed over caches of given lengths, against a baseline and the device's own copy speed.
+
+    Example: transmla bench llama-mla --baseline meta-llama/Llama-3.1-8B --batch 1 --batch 32 --context 16384
+    """
+    from transmla import console, picture
+    from transmla.after import bench_models
+
+    if plot:
+        picture.check_picture(plot, (".png",))
+    with console.Bars() as bars:
+        found = bench_models(
+            model,
+            baseline,
+            batches=batch,
+            contexts=context,
+            steps=steps,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            reporter=bars,
+        )
+    if as_json:
+        print(json.dumps({role: result.to_dict() for role, result in found.items()}, indent=2))
+    else:
+        console.show_bench(found)
+    if plot:
+        picture.write_speeds(found, plot)
+        console.err.print(f"wrote {plot}", highlight=False, markup=False)
+
+
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A verified export.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="ORG/NAME on the Hub.")],
@@ -229,6 +275,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "eval": evaluate,
+    "bench": bench,
     "push": push,
 }
 

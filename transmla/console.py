@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from transmla.bench import Bench
 from transmla.card import cache_rows
 from transmla.survey import Survey
 from transmla.verify import Check
@@ -195,6 +196,40 @@ def show_evaluation(result: dict[str, Any], text: str) -> None:
         f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}",
         ["", "value"],
         rows,
+    )
+
+
+def show_bench(found: dict[str, Bench]) -> None:
+    """Speeds by batch and context; with a baseline, its own and the ratio."""
+    ours, theirs = found["model"], found.get("baseline")
+    before = {} if theirs is None else {(point.batch, point.context): point for point in theirs.points}
+    rows = []
+    for point in ours.points:
+        other = before.get((point.batch, point.context))
+        row = [f"{point.batch} × {point.context:,}", f"{point.tokens_per_second:,.1f}"]
+        if theirs is not None:
+            row += ["–", "–"] if other is None else [
+                f"{other.tokens_per_second:,.1f}",
+                f"{point.tokens_per_second / other.tokens_per_second:.2f}",
+            ]  # fmt: skip
+        sizes = [gigabytes(p.cache_bytes) for p in (other, point) if p is not None]
+        share = point.bytes_per_second / ours.copy_bytes_per_second
+        row += [
+            f"{point.step_seconds * 1e3:,.2f}",
+            f"{point.prefill_seconds * 1e3:,.0f}",
+            " → ".join(sizes),
+            f"{point.bytes_per_second / 1e9:,.1f} ({share:.0%})",
+        ]
+        rows.append(row)
+    compared = [] if theirs is None else ["baseline", "ratio"]
+    table(
+        f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}",
+        ["batch × context", "tokens/s", *compared, "ms/step", "prefill, ms", "cache", "GB/s (of copy)"],
+        rows,
+    )
+    say(
+        f"prefill: one sequence; GB/s: cache and weights over a step; a copy reads and writes"
+        f" {ours.copy_bytes_per_second / 1e9:,.1f} GB/s here"
     )
 
 

@@ -68,7 +68,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             layer.__class__ = latent_class(plain)
-        layer.decode = chosen[shape].decode
+        layer.backend, layer.decode = chosen[shape], chosen[shape].decode
     model.set_attn_implementation(LATENT_ATTENTION)
     return model
 

@@ -1,4 +1,4 @@
-"""The survey as a picture: what to look at when choosing a budget."""
+"""Pictures: a survey, to choose a budget by; speeds, to see what it bought."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from transmla.bench import Bench
 from transmla.errors import TransmlaError
 from transmla.survey import Survey
 
@@ -59,10 +60,11 @@ def write_picture(survey: Survey, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> None:
     """Refuse a path that cannot become a picture, before anything is measured."""
-    if path.suffix not in (".png", ".html"):
-        raise TransmlaError(f"cannot draw '{path}'", limit="a picture is a .png or .html file", remedy="rename it")
+    if path.suffix not in suffixes:
+        limit = f"a picture is a {' or '.join(suffixes)} file"
+        raise TransmlaError(f"cannot draw '{path}'", limit=limit, remedy="rename it")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise TransmlaError(f"cannot write '{path}'", limit="it is a folder, or write-protected", remedy="rename it")
     if not path.absolute().parent.is_dir():
@@ -79,13 +81,33 @@ def check_picture(path: Path) -> None:
         ) from error
 
 
-def _draw(survey: Survey) -> bytes:
+def write_speeds(found: dict[str, Bench], path: Path) -> None:
+    """Write ``path`` as a PNG: tokens per second by context, one line a batch, the baseline dashed."""
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    for role, style in (("model", "-"), ("baseline", "--")):
+        points = found[role].points if role in found else []
+        for i, batch in enumerate(sorted({point.batch for point in points})):
+            line = sorted((p.context, p.tokens_per_second) for p in points if p.batch == batch)
+            axes.plot(*zip(*line, strict=True), style, color=f"C{i}", marker=".", label=f"{role}, batch {batch}")
+    axes.set(title="decoding", xlabel="tokens in the cache", ylabel="tokens per second", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Made without pyplot: no global state, no display.
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(survey: Survey) -> bytes:
+    figure = _figure(13, 9)
     (decay, errors), (energy, phase) = figure.subplots(2, 2)
     _draw_decay(decay, survey)
     _draw_errors(errors, survey)

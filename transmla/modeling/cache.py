@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-# New room is asked for in steps of so many tokens, or of an eighth of what is held.
-STEP = 256
+# New room is asked for in steps of so many tokens, or of an eighth of what is held, and in whole pages: there are
+# kernels that read nothing else.
+STEP, PAGE = 256, 64
 
 
 class LatentLayer(DynamicLayer):
@@ -49,7 +50,8 @@ class LatentLayer(DynamicLayer):
         if rows is not None and ours and rows.shape[0] == kv_c.shape[0] and rows.shape[2] >= total:
             return rows
         batch, rank, width = kv_c.shape[0], kv_c.shape[-1], kv_c.shape[-1] + k_pe.shape[-1]
-        rows = kv_c.new_empty(batch, 1, total + max(STEP, total // 8), width)
+        pages = -(-(total + max(STEP, total // 8)) // PAGE)
+        rows = kv_c.new_empty(batch, 1, pages * PAGE, width)
         if held:
             rows[..., :held, :rank].copy_(keys)
             rows[..., :held, rank:].copy_(values)
