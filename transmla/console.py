@@ -206,30 +206,28 @@ def show_bench(found: dict[str, Bench]) -> None:
     rows = []
     for point in ours.points:
         other = before.get((point.batch, point.context))
-        row = [f"{point.batch} × {point.context:,}", f"{point.tokens_per_second:,.1f}"]
+        row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
         if theirs is not None:
             row += ["–", "–"] if other is None else [
                 f"{other.tokens_per_second:,.1f}",
                 f"{point.tokens_per_second / other.tokens_per_second:.2f}",
             ]  # fmt: skip
-        sizes = [gigabytes(p.cache_bytes) for p in (other, point) if p is not None]
-        share = point.bytes_per_second / ours.copy_bytes_per_second
         row += [
-            f"{point.step_seconds * 1e3:,.2f}",
-            f"{point.prefill_seconds * 1e3:,.0f}",
-            " → ".join(sizes),
-            f"{point.bytes_per_second / 1e9:,.1f} ({share:.0%})",
+            f"{point.step_seconds * 1e3:,.1f}",
+            f"{point.prefill_seconds:,.2f}",
+            gigabytes(point.cache_bytes),
+            f"{point.bytes_per_second / ours.copy_bytes_per_second:.0%}",
         ]
         rows.append(row)
-    compared = [] if theirs is None else ["baseline", "ratio"]
+    compared = [] if theirs is None else ["base", "ratio"]
     table(
         f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}",
-        ["batch × context", "tokens/s", *compared, "ms/step", "prefill, ms", "cache", "GB/s (of copy)"],
+        ["batch", "tokens", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
         rows,
     )
     say(
-        f"prefill: one sequence; GB/s: cache and weights over a step; a copy reads and writes"
-        f" {ours.copy_bytes_per_second / 1e9:,.1f} GB/s here"
+        "prompt: reading one sequence; of copy: cache and weights over a step, against what a copy reads and writes"
+        f" here, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
     )
 
 

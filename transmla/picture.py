@@ -83,6 +83,8 @@ def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> 
 
 def write_speeds(found: dict[str, Bench], path: Path) -> None:
     """Write ``path`` as a PNG: tokens per second by context, one line a batch, the baseline dashed."""
+    from matplotlib.ticker import LogLocator
+
     figure = _figure(8, 5)
     axes = figure.subplots()
     for role, style in (("model", "-"), ("baseline", "--")):
@@ -91,7 +93,12 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
             line = sorted((p.context, p.tokens_per_second) for p in points if p.batch == batch)
             axes.plot(*zip(*line, strict=True), style, color=f"C{i}", marker=".", label=f"{role}, batch {batch}")
     axes.set(title="decoding", xlabel="tokens in the cache", ylabel="tokens per second", yscale="log")
+    contexts = sorted({point.context for result in found.values() for point in result.points})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:,g}")
     axes.legend()
     figure.savefig(path, format="png", dpi=110)
 
