@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transmla.fast import accelerate, load
+    from transmla.fast import accelerate, load, shared_prefix
 
-__all__ = ["accelerate", "load"]
+__all__ = ["accelerate", "load", "shared_prefix"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``load`` and ``accelerate``, imported when they are first used: transformers takes seconds to import."""
+    """The public functions, imported when they are first used: transformers takes seconds to import."""
     if name in __all__:
         from transmla import fast
 

@@ -76,3 +76,39 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
 def _shape(layer: Any) -> DecodeShape:
     weight: torch.Tensor = layer.kv_b_proj.weight
     return DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+
+
+def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
+    """A cache that holds one prompt once, for any number of continuations.
+
+    Args:
+        model: from ``load`` or ``accelerate``.
+        input_ids: the prompt [1, P].
+
+    Returns:
+        What ``generate`` takes as ``past_key_values``, beside ``input_ids`` [B, P + n] that begin with the prompt
+        (n ≥ 1; shorter ones padded between prompt and continuation, with an ``attention_mask`` that says so). It is
+        spent by one ``generate``; ``copy.deepcopy`` it before to use it again.
+
+    Raises:
+        TransmlaError: for several prompts, or a model that is not accelerated.
+    """
+    from transformers import DynamicCache
+
+    from transmla.modeling.attention import LatentAttention
+    from transmla.modeling.prefix import share
+
+    if input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+        raise TransmlaError(
+            f"input_ids of shape {list(input_ids.shape)}", limit="a shared prefix is one prompt", remedy="give [1, P]"
+        )
+    if not any(isinstance(module, LatentAttention) for module in model.modules()):
+        raise TransmlaError(
+            f"{type(model).__name__} is not accelerated",
+            limit="stock attention knows no shared prefix",
+            remedy="load it with transmla.load, or pass it to transmla.accelerate",
+        )
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    return share(cache)

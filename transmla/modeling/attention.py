@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.cache import make_room
+from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, prefix_layer
 
 # The name that transformers knows this attention by.
 LATENT_ATTENTION = "latent_attention"
@@ -36,10 +37,12 @@ class LatentAttention(nn.Module):
 
     decode: Decode
     layer_idx: int
+    prefix: PrefixLayer | None
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The family's own forward, over a cache that has room to grow."""
         make_room(past_key_values, self.layer_idx)
+        self.prefix = prefix_layer(past_key_values, self.layer_idx)
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,8 @@ def latent_attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(module, LatentAttention):
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if module.prefix is not None:
+        return _behind_prefix(module, module.prefix, query, key, value, attention_mask, scaling), None
     if _absorbs(module, query, key, attention_mask, kwargs):
         return _absorbed(module, query, key, value, attention_mask, scaling), None
     keys, values = module.expanded(key, value)
@@ -116,14 +121,47 @@ _CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
 def _absorbed(
     module: Any, query: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
+    return _decoded(module, query, kv_c, k_pe, mask, scaling)[0]
+
+
+def _decoded(
+    module: Any, query: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, n, H, d_v] and log-sum-exps [B, n, H] over the latent."""
     d_n, d_v, rank = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
     w_uk, w_uv = module.kv_b_proj.weight.view(-1, d_n + d_v, rank).split([d_n, d_v], 1)
     q_nope, q_pe = query.split([d_n, query.shape[-1] - d_n], -1)
     q_latent = torch.einsum("bhnd,hdr->bnhr", q_nope, w_uk)
-    mixed, _ = module.decode(
+    mixed, lse = module.decode(
         q_latent, q_pe.transpose(1, 2), kv_c[:, 0], k_pe[:, 0], scaling=scaling or module.scaling, mask=mask
     )
-    return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv)
+    return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
+
+
+def _behind_prefix(
+    module: Any,
+    layer: PrefixLayer,
+    query: Tensor,
+    kv_c: Tensor,
+    k_pe: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Attention to a prefix that all sequences share and to each one's own rows; no part of the prefix is hidden."""
+    batch, heads, new, width = query.shape
+    own = None if mask is None else mask[..., layer.shared :]
+    right, right_lse = _decoded(module, query, kv_c, k_pe, own, scaling)
+    # To the prefix, the queries of all sequences are those of one.
+    together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
+    if expanding_pays(module, batch * new):
+        if layer.expanded is None:
+            layer.expanded = module.expanded(*layer.prefix)
+        keys, values = layer.expanded
+        output, lse = attend(together, keys, values, scaling or module.scaling)
+        left, left_lse = output.transpose(1, 2), lse.transpose(1, 2)
+    else:
+        left, left_lse = _decoded(module, together, *layer.prefix, None, scaling)
+    return merge(left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads), right, right_lse)
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention)

@@ -30,13 +30,17 @@ class LatentLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)  # a graph must not see its past change
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.get_seq_length()
+        held = self.own_length()
         total, rank = held + key_states.shape[-2], key_states.shape[-1]
         rows = self._room(held, total, key_states, value_states)
         rows[..., held:total, :rank].copy_(key_states)
         rows[..., held:total, rank:].copy_(value_states)
         self.keys, self.values = rows[..., :total, :rank], rows[..., :total, rank:]
         return self.keys, self.values
+
+    def own_length(self) -> int:
+        """Rows in the buffer."""
+        return super().get_seq_length()
 
     def reset(self) -> None:
         """Forget everything."""
