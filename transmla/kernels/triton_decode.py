@@ -279,6 +279,7 @@ def refuses(shape: DecodeShape) -> str | None:
     return None
 
 
+# Not chosen by itself before it has run on a GPU: so far it has in Triton's interpreter only.
 BACKEND = Backend(
-    "triton", "split-KV flash decoding in Triton, any rank", preference=10, refuses=refuses, decode=decode
+    "triton", "split-KV flash decoding in Triton, any rank", preference=-1, refuses=refuses, decode=decode
 )
