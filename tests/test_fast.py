@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mla_models import FAMILIES, prompt, tiny
+from mla_models import FAMILIES, PROMPT, prompt, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
@@ -226,6 +228,28 @@ def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
         again.generate(**inputs, max_new_tokens=8, do_sample=False),
         untouched.generate(**inputs, max_new_tokens=8, do_sample=False),
     )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_say_the_same(copied: Callable[[Any], Any]) -> None:
+    model, inputs = transmla.accelerate(tiny()), prompt()
+    twin = copied(model)
+    decoded = count_decodes(twin)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(twin.generate(**inputs, **settings), model.generate(**inputs, **settings))
+    assert decoded
+
+
+def test_a_step_compiles_to_one_graph() -> None:
+    model, tokens = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt(0)["input_ids"]
+    caches = [StaticCache(config=model.config, max_cache_len=PROMPT + 4) for _ in range(2)]
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens, past_key_values=cache)
+        for _ in range(2):
+            compiled = step(tokens[:, :1], past_key_values=caches[0]).logits
+            assert torch.allclose(compiled, model(tokens[:, :1], past_key_values=caches[1]).logits, atol=1e-5)
 
 
 def test_an_export_loads_and_talks(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:

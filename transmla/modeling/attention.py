@@ -45,6 +45,10 @@ class LatentAttention(nn.Module):
         self.prefix = prefix_layer(past_key_values, self.layer_idx)
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
+    def __reduce__(self) -> Any:
+        """Pickled by the family's class: this one is made when it is needed."""
+        return _bare, (type(self).__mro__[2],), self.__dict__
+
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """The latent and the rotary key as they are, for ``latent_attention`` to decide."""
         return kv_nope, k_rot
@@ -58,6 +62,12 @@ class LatentAttention(nn.Module):
 def latent_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The latent twin of an attention class."""
     return type(f"Latent{plain.__name__}", (LatentAttention, plain), {})
+
+
+def _bare(plain: Any) -> Any:
+    """An instance of the latent twin of ``plain`` without its state."""
+    latent: Any = latent_class(plain)
+    return latent.__new__(latent)
 
 
 def crossover(module: Any) -> float:
