@@ -22,6 +22,7 @@ from torch import Tensor
 
 from transmla.after import evaluate_models
 from transmla.pipeline import convert
+from transmla.plan import method_named
 from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
 from transmla.source import load_tokenizer, open_source, pick_device
@@ -116,7 +117,6 @@ ROWS = [
 ]
 
 # Published methods are calibrated as TransMLA's code does it: sequences and length, drawn at random paragraphs.
-PUBLISHED = ("transmla", "care", "mha2mla")
 DRAWN = (128, 256)
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     for index, row in enumerate(ROWS):
         if arguments.only and index not in arguments.only:
             continue
-        for seed in arguments.seeds if row.method in PUBLISHED else [None]:
+        for seed in arguments.seeds if method_named(row.method).published else [None]:
             rows.append(measure(arguments, row, seed))
             print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
             write_result(arguments.result, rows, arguments.commit)

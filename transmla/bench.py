@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,17 +141,12 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device).fill_(1)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
-
-
-def fastest(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of some runs."""
     times = []
     for _ in range(REPEATS):
         began = _now(device)
-        work()
+        target.copy_(source)
         times.append(_now(device) - began)
-    return min(times)
+    return 2 * source.nbytes / min(times)
 
 
 def _now(device: torch.device) -> float:

@@ -207,11 +207,11 @@ def show_bench(found: dict[str, Bench]) -> None:
     for point in ours.points:
         other = before.get((point.batch, point.context))
         row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
-        if theirs is not None:
-            row += ["–", "–"] if other is None else [
-                f"{other.tokens_per_second:,.1f}",
-                f"{point.tokens_per_second / other.tokens_per_second:.2f}",
-            ]  # fmt: skip
+        if other is not None:
+            speeds = other.tokens_per_second, point.tokens_per_second / other.tokens_per_second
+            row += [f"{speeds[0]:,.1f}", f"{speeds[1]:.2f}"]
+        elif theirs is not None:
+            row += ["–", "–"]
         row += [
             f"{point.step_seconds * 1e3:,.1f}",
             f"{point.prefill_seconds:,.2f}",

@@ -35,7 +35,7 @@ def load(path: str | Path, *, backend: str = "auto", **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise TransmlaError(
             f"transformers cannot load '{path}'",
-            limit=str(error).splitlines()[0],
+            limit=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             remedy="give the folder of an export or the Hub id of an MLA model",
         ) from error
     return accelerate(model, backend=backend)

@@ -102,7 +102,7 @@ def latent_attention(
     if module.prefix is not None:
         return _behind_prefix(module, module.prefix, query, key, value, attention_mask, scaling), None
     if _absorbs(module, query, key, attention_mask, kwargs):
-        return _absorbed(module, query, key, value, attention_mask, scaling), None
+        return _decoded(module, query, key, value, attention_mask, scaling)[0], None
     keys, values = module.expanded(key, value)
     width = max(keys.shape[-1], values.shape[-1])
     # Fused kernels want one width.
@@ -126,12 +126,6 @@ def _absorbs(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extra
 
 # What only SDPA's caller knows how to add to the scores.
 _CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
-
-
-def _absorbed(
-    module: Any, query: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    return _decoded(module, query, kv_c, k_pe, mask, scaling)[0]
 
 
 def _decoded(
