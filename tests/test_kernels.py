@@ -5,7 +5,9 @@ Without a GPU the kernels run in Triton's interpreter, on few and small shapes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,15 +17,19 @@ from torch import Tensor
 
 from transmla.core.absorb import causal_softmax
 from transmla.fast import accelerate
-from transmla.kernels import plain
+from transmla.kernels import DecodeShape, hopper, plain, triton_decode
+from transmla.kernels.compiled import compilable
+from transmla.kernels.splits import CPU_UNITS, best_splits
 from transmla.modeling.attention import LatentAttention
 
-triton_decode = pytest.importorskip("transmla.kernels.triton_decode")
 if triton_decode.triton is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+KERNELS = [triton_decode]
+if GPU and hopper.refuses(DecodeShape(8, 512, 64, torch.bfloat16, DEVICE)) is None:
+    KERNELS.append(hopper)
 # The interpreter's bfloat16 products are wrong, so bfloat16 is a GPU's to test.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -41,7 +47,12 @@ class Case:
 
     def arguments(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         tensors = [self.q_latent, self.q_pe, self.kv_c, self.k_pe]
-        return tensors if dtype is None else [t.to(dtype) for t in tensors]
+        return tensors if dtype is None else [convert(t, dtype) for t in tensors]
+
+
+def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same part of the same buffer in another dtype."""
+    return t._base.to(dtype).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def case(
@@ -57,10 +68,21 @@ def case(
     return Case(queries[..., :rank], queries[..., rank:], rows[..., :rank], rows[..., rank:])
 
 
-def compare(c: Case, **extra: Any) -> None:
-    """The kernel's outputs, written into poisoned memory, against the twin's in float64."""
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Memory that is not written stays NaN."""
+    return lambda *shape, **settings: allocate(*shape, **settings).fill_(float("nan"))
+
+
+def compare(kernel: ModuleType, c: Case, **extra: Any) -> None:
+    """A kernel's outputs, written into poisoned memory, against the twin's in float64."""
     dtype = c.kv_c.dtype
-    found = triton_decode.decode(*c.arguments(), scaling=SCALING, **extra)
+    if dtype not in kernel.DTYPES:
+        dtype = kernel.DTYPES[0]
+        c = Case(*c.arguments(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        found = kernel.decode(*c.arguments(), scaling=SCALING, **extra)
     wanted = plain.decode(*c.arguments(torch.float64), scaling=SCALING, **extra)
     for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
         blind = theirs == float("-inf")
@@ -69,50 +91,47 @@ def compare(c: Case, **extra: Any) -> None:
         assert difference < TOLERANCE[dtype] * max(1.0, float(theirs.masked_fill(blind, 0).abs().max())), name
 
 
-@pytest.fixture(params=[1, 3], ids=["one split", "three splits"], autouse=True)
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.BACKEND.name)
+def kernel(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+@pytest.fixture(params=[1, 3, *([40] if GPU else [])], ids="{} splits".format, autouse=True)
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with the cache whole, and cut into splits of which some may be empty."""
-    monkeypatch.setattr(triton_decode, "_splits", lambda *_: request.param)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written stays NaN."""
-    empty = torch.empty
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    """Every test with the cache whole, and cut into splits of which some are empty."""
+    for module in (triton_decode, hopper):
+        monkeypatch.setattr(module, "best_splits", lambda *_: request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("total", [1, 2, 31, 64, 150, *([1024, 4097] if GPU else [])])
-def test_lengths(total: int, dtype: torch.dtype) -> None:
-    compare(case(total=total, dtype=dtype))
+def test_lengths(kernel: ModuleType, total: int, dtype: torch.dtype) -> None:
+    compare(kernel, case(total=total, dtype=dtype))
 
 
 @pytest.mark.parametrize(("rank", "width"), [(16, 8), (48, 16), (96, 32), (160, 32), (448, 64), (512, 64)])
-def test_ranks(rank: int, width: int) -> None:
+def test_ranks(kernel: ModuleType, rank: int, width: int) -> None:
     for dtype in DTYPES:
-        compare(case(rank=rank, width=width, total=70, batch=1, dtype=dtype))
+        compare(kernel, case(rank=rank, width=width, total=70, batch=1, dtype=dtype))
 
 
 @pytest.mark.parametrize("heads", [1, 9, 17, *([32, 128] if GPU else [])])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_heads_and_batches(heads: int, batch: int) -> None:
-    compare(case(heads=heads, batch=batch, total=40))
+def test_heads_and_batches(kernel: ModuleType, heads: int, batch: int) -> None:
+    compare(kernel, case(heads=heads, batch=batch, total=40))
 
 
 @pytest.mark.parametrize("new", range(1, 9))
-def test_new_tokens_see_what_is_before_them(new: int) -> None:
+def test_new_tokens_see_what_is_before_them(kernel: ModuleType, new: int) -> None:
     c = case(new=new, total=45, batch=3, heads=5)
-    compare(c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
+    compare(kernel, c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
 
 
-def test_empty_and_short_sequences() -> None:
+def test_empty_and_short_sequences(kernel: ModuleType) -> None:
     """A private suffix of no token yet; one of one token."""
     c = case(total=140, batch=3)
     c.kv_c[0], c.kv_c[1, 1:] = float("nan"), float("nan")
-    compare(c, lengths=torch.tensor([0, 1, 140], dtype=torch.int32, device=DEVICE))
+    compare(kernel, c, lengths=torch.tensor([0, 1, 140], dtype=torch.int32, device=DEVICE))
 
 
 def padded_mask(c: Case) -> Tensor:
@@ -127,58 +146,58 @@ def padded_mask(c: Case) -> Tensor:
 
 @pytest.mark.parametrize("total", [21, 200])
 @pytest.mark.parametrize("new", [1, 3])
-def test_masks_hide_padding_and_an_unused_tail(new: int, total: int) -> None:
+def test_masks_hide_padding_and_an_unused_tail(kernel: ModuleType, new: int, total: int) -> None:
     c = case(new=new, total=total, batch=3)
     c.kv_c[:, total - 15 :], c.k_pe[:, total - 15 :] = 0, 0
-    compare(c, mask=padded_mask(c))
+    compare(kernel, c, mask=padded_mask(c))
 
 
-def test_one_mask_for_all_sequences() -> None:
+def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
     c = case(total=90, batch=3)
-    compare(c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])
+    compare(kernel, c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])
 
 
-def test_a_mask_that_hides_everything_from_one_sequence() -> None:
+def test_a_mask_that_hides_everything_from_one_sequence(kernel: ModuleType) -> None:
     c = case(total=90, batch=2)
     mask = torch.ones(2, 1, 1, 90, dtype=torch.bool, device=DEVICE)
     mask[1] = False
-    compare(c, mask=mask)
+    compare(kernel, c, mask=mask)
 
 
+@pytest.mark.parametrize("page", [16, 128])
 @pytest.mark.parametrize("new", [1, 2])
-def test_paged_caches(new: int) -> None:
-    c = case(total=96, batch=3, new=new)
-    page, lengths = 16, torch.tensor([96, 50, 2], dtype=torch.int32, device=DEVICE)
-    order = torch.randperm(3 * 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    table = order.view(3, 6).to(torch.int32)
-    pages = torch.full((20, page, 48), float("nan"), device=DEVICE)
-    rows = torch.cat([c.kv_c, c.k_pe], -1).masked_fill(
-        torch.arange(96, device=DEVICE)[None, :, None] >= lengths[:, None, None], 0
-    )
-    pages[order] = rows.view(18, page, 48)
+def test_paged_caches(kernel: ModuleType, new: int, page: int) -> None:
+    total = 3 * page
+    c = case(total=total, batch=3, new=new, dtype=torch.float16)
+    lengths = torch.tensor([total, page + 2, 2], dtype=torch.int32, device=DEVICE)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = order.view(3, 3).to(torch.int32)
+    pages = torch.full((11, page, 48), float("nan"), device=DEVICE, dtype=torch.float16)
+    behind = torch.arange(total, device=DEVICE)[None, :, None] >= lengths[:, None, None]
+    rows = torch.cat([c.kv_c, c.k_pe], -1).masked_fill(behind, 0)
+    pages[order] = rows.view(9, page, 48)
     paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
-    compare(paged, lengths=lengths, block_table=table)
-    ours = triton_decode.decode(*paged.arguments(), scaling=SCALING, lengths=lengths, block_table=table)[0]
-    flat = triton_decode.decode(*c.arguments(), scaling=SCALING, lengths=lengths)[0]
-    assert torch.allclose(ours, flat, atol=1e-6)
+    compare(kernel, paged, lengths=lengths, block_table=table)
+    ours = kernel.decode(*paged.arguments(), scaling=SCALING, lengths=lengths, block_table=table)[0]
+    flat = kernel.decode(*c.arguments(), scaling=SCALING, lengths=lengths)[0]
+    assert torch.allclose(ours, flat, atol=1e-3)
 
 
 @pytest.mark.skipif(not GPU, reason="a buffer of 6 GB")
-def test_rows_may_lie_far_apart() -> None:
+def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
     """Offsets beyond 2³¹ elements."""
     rows = torch.zeros(3, 2**30 // 48 + 1, 48, dtype=torch.float16, device=DEVICE)
     c = case(total=100, batch=3, dtype=torch.float16)
     part = rows[:, -100:]
     part[..., :32], part[..., 32:] = c.kv_c, c.k_pe
-    compare(Case(c.q_latent, c.q_pe, part[..., :32], part[..., 32:]))
+    compare(kernel, Case(c.q_latent, c.q_pe, part[..., :32], part[..., 32:]))
 
 
-def test_splits_fill_the_device_and_leave_each_some_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else 4
-    counts = [triton_decode._splits(programs, 8192, 64, DEVICE) for programs in (1, 2, units, 10 * units)]
-    assert counts == [units if GPU else 4, units // 2, 1, 1]
-    assert triton_decode._splits(1, 0, 64, DEVICE) == 1
+def test_splits_fill_the_device_and_leave_each_some_work() -> None:
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else CPU_UNITS
+    counts = [best_splits(programs, 4096, DEVICE) for programs in (1, 2, units, 10 * units)]
+    assert counts == [units, units // 2, 1, 1]
+    assert best_splits(1, 0, DEVICE) == best_splits(1, 1, DEVICE) == 1
 
 
 def test_the_twin_is_attention() -> None:
@@ -196,7 +215,7 @@ def test_the_twin_is_attention() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
-def test_generate_gives_the_same_tokens(settings: dict[str, Any]) -> None:
+def test_generate_gives_the_same_tokens(kernel: ModuleType, settings: dict[str, Any]) -> None:
     model = tiny(first_k_dense_replace=2).to(DEVICE)
     inputs = {name: t.to(DEVICE) for name, t in prompt().items()}
     settings = {"max_new_tokens": 8, "do_sample": False, **settings}
@@ -204,5 +223,5 @@ def test_generate_gives_the_same_tokens(settings: dict[str, Any]) -> None:
     accelerate(model)
     for module in model.modules():
         if isinstance(module, LatentAttention):
-            module.decode = triton_decode.decode
+            module.decode = compilable(kernel.BACKEND)
     assert torch.equal(model.generate(**inputs, **settings), wanted)

@@ -92,11 +92,12 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, context: int, steps: int) -> Point:
-    """One point; the step is the median of ``steps`` ones."""
+def measure(model: Any, batch: int, context: int, steps: int, *, static: bool | None = None) -> Point:
+    """One point; the step is the median of ``steps`` ones. ``static``: compiled over a static cache, as on GPUs."""
     from transformers import CompileConfig, DynamicCache, StaticCache
 
-    device, compiled = model.device, model.device.type == "cuda"
+    device = model.device
+    compiled = device.type == "cuda" if static is None else static
     tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
     model(tokens[:, : min(8, context)], use_cache=True)
     began = _now(device)

@@ -10,6 +10,7 @@ import torch
 
 from transmla.errors import TransmlaError
 from transmla.kernels import Backend, DecodeShape, choose_backend
+from transmla.kernels.compiled import compilable
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             layer.__class__ = latent_class(plain)
-        layer.backend, layer.decode = chosen[shape], chosen[shape].decode
+        layer.backend, layer.decode = chosen[shape], compilable(chosen[shape])
     model.set_attn_implementation(LATENT_ATTENTION)
     return model
 

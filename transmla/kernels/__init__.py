@@ -39,6 +39,8 @@ class Backend:
     ``lengths`` [B]: rows of each sequence, its n new tokens the last of them, each seeing those up to itself.
     ``block_table`` [B, pages]: the cache is [all pages, page, r] and [all pages, page, d_r], and page j of sequence b
     is block_table[b, j]; needs ``lengths``.
+
+    ``by_hand``: it launches kernels that torch.compile cannot look into.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Backend:
     preference: int
     refuses: Callable[[DecodeShape], str | None]
     decode: Callable[..., tuple[Tensor, Tensor]]
+    by_hand: bool = False
 
 
 def backends() -> dict[str, Backend]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape
+from transmla.kernels.splits import best_splits, merge_splits
 
 try:
     import triton
@@ -23,8 +24,6 @@ except ImportError:  # a CPU build of torch comes without
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row wider than this does not fit the registers of one program beside its queries.
 MAX_RANK = 512
-# Tokens of a split at least: fewer are not worth a program and its merge.
-MIN_SPLIT = 128
 
 if triton is not None:
 
@@ -66,6 +65,7 @@ if triton is not None:
         RAGGED: tl.constexpr,
         PRECISION: tl.constexpr,
         STAGES: tl.constexpr,
+        LOG: tl.constexpr,
     ):
         """One block of query rows (token, head) of one sequence against one split of its cache."""
         block, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -130,42 +130,13 @@ if triton is not None:
         some = weight > 0
         mixed = mixed / tl.where(some, weight, 1.0)[:, None]
         at = (batch * splits + split) * rows + row.to(tl.int64)
-        tl.store(lse + at, tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf")), mask=held)
+        total_lse = (best + tl.log2(tl.where(some, weight, 1.0))) * LOG
+        tl.store(lse + at, tl.where(some, total_lse, float("-inf")), mask=held)
         tl.store(
             out + at[:, None] * RANK + rank,
             mixed.to(out.dtype.element_ty),
             mask=held[:, None] & (rank < RANK),
         )
-
-    @triton.jit
-    def _merge(
-        parts,
-        part_lse,
-        out,
-        lse,
-        rows,
-        splits,
-        RANK: tl.constexpr,
-        RANK_BLOCK: tl.constexpr,
-        SPLITS: tl.constexpr,
-    ):
-        """The splits of one query row, weighted by their share of the softmax."""
-        row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        rank, each = tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
-        at = batch * splits * rows + row
-        found = tl.load(part_lse + at + each * rows, mask=each < splits, other=float("-inf"))
-        best = tl.max(found)
-        shift = tl.where(best == float("-inf"), 0.0, best)
-        share = tl.exp2(found - shift)
-        weight = tl.sum(share)
-        mixed = tl.zeros([RANK_BLOCK], tl.float32)
-        for split in range(splits):
-            part = tl.load(parts + (at + split * rows) * RANK + rank, mask=rank < RANK, other=0.0)
-            mixed += part * tl.sum(tl.where(each == split, share, 0.0))
-        some = weight > 0
-        mixed = mixed / tl.where(some, weight, 1.0)
-        tl.store(out + (batch * rows + row) * RANK + rank, mixed.to(out.dtype.element_ty), mask=rank < RANK)
-        tl.store(lse + batch * rows + row, tl.where(some, best + tl.log2(weight), float("-inf")))
 
 
 def decode(
@@ -186,7 +157,7 @@ def decode(
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
     block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype)
     blocks = math.ceil(rows / block)
-    splits = _splits(batch * blocks, total, tokens, q_latent.device)
+    splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out = torch.empty_like(q_latent)
     lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
     parts, part_lse = out, lse
@@ -232,22 +203,12 @@ def decode(
         RAGGED=lengths is not None,
         PRECISION="ieee",
         STAGES=stages,
+        LOG=math.log(2) if splits == 1 else 1.0,
         num_warps=warps,
     )
     if splits > 1:
-        _merge[(rows, batch)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            rows,
-            splits,
-            RANK=rank,
-            RANK_BLOCK=triton.next_power_of_2(rank),
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=4,
-        )
-    return out, lse * math.log(2)
+        merge_splits(parts, part_lse, out, lse)
+    return out, lse
 
 
 def _tiles(rows: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -257,13 +218,6 @@ def _tiles(rows: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int
     if dtype == torch.float32:
         return min(block, 16), 16 if wide else 32, 4, 1
     return block, 32 if wide else 64, 8 if block == 64 else 4, 2
-
-
-def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:
-    """How many splits fill the device once and leave every program some work."""
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    most = max(1, total // max(MIN_SPLIT, tokens))
-    return max(1, min(most, units // max(1, programs)))
 
 
 def refuses(shape: DecodeShape) -> str | None:
@@ -279,7 +233,6 @@ def refuses(shape: DecodeShape) -> str | None:
     return None
 
 
-# Not chosen by itself before it has run on a GPU: so far it has in Triton's interpreter only.
 BACKEND = Backend(
-    "triton", "split-KV flash decoding in Triton, any rank", preference=-1, refuses=refuses, decode=decode
+    "triton", "split-KV flash decoding in Triton, any rank", preference=10, refuses=refuses, decode=decode, by_hand=True
 )

@@ -1,0 +1,121 @@
+"""Decoding speed of whole models with random weights: what a checkpoint of this shape would do once converted.
+
+    python scripts/decode_bench.py llama-3-8b --batch 32 --context 16384 --roles ours source
+    python scripts/decode_bench.py llama-2-7b --batch 224 --context 8192 --roles ours
+
+Roles: `ours` is the MLA model of --shape under transmla.accelerate; `stock` the same model as transformers runs it;
+`source` the model it would be converted from, over a static cache with flash attention that reads all of the cache
+without a mask (the best that it could do); `dynamic` the source as plain generate() runs it, uncompiled over a growing
+cache. All but `dynamic` are compiled into CUDA graphs, over static caches. Random weights decode as fast as trained
+ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import RESULTS, write_result
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
+
+from transmla.bench import measure
+from transmla.fast import accelerate
+from transmla.native import native_config
+from transmla.plan import make_plan
+from transmla.recipe import parse_recipe
+from transmla.spec import describe
+
+WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
+MODELS = {
+    "llama-3-8b": {**WIDE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama-2-7b": {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "tiny": {
+        "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 256, "vocab_size": 128, "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+
+
+def whole_cache(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
+    """Flash attention to the whole cache: no mask, which would send SDPA to slower kernels."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        output = scaled_dot_product_attention(
+            query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=True
+        )
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("whole_cache", whole_cache)
+AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
+
+
+def build(name: str, role: str, shape: str, device: str) -> Any:
+    """A model with random weights in bfloat16, set up for its role."""
+    source = LlamaConfig(**MODELS[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    if role in ("source", "dynamic"):
+        config: Any = source
+    else:
+        rank, width = (int(part) for part in shape.split("+"))
+        recipe = parse_recipe(
+            {"source": name, "output": "none", "kv_lora_rank": rank, "qk_rope_head_dim": width}, "decode_bench.py"
+        )
+        spec = describe(source)
+        plan = make_plan(spec, recipe, "bfloat16")
+        config = DeepseekV3Config(**native_config(spec, plan.shape, plan.rope_parameters, source, plan.dtype))
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if role == "ours":
+        accelerate(model)
+    if role == "source":
+        model.set_attn_implementation("whole_cache")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim of the converted model")
+    parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="ours, source, dynamic, stock")
+    parser.add_argument("--batch", nargs="*", type=int, default=[32])
+    parser.add_argument("--context", nargs="*", type=int, default=[16384])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--result", type=Path, default=RESULTS / "decode.json")
+    parser.add_argument("--commit", help="commit to record where git has no history")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for role in arguments.roles:
+        model = build(arguments.model, role, arguments.shape, arguments.device)
+        for batch, context in zip(arguments.batch, arguments.context, strict=True):
+            point = measure(model, batch, context, arguments.steps, static=role != "dynamic")
+            rows.append(
+                {
+                    "model": arguments.model,
+                    "weights": "random",
+                    "role": role,
+                    "shape": arguments.shape if role in ("ours", "stock") else "source",
+                    "batch": batch,
+                    "context": context,
+                    "tokens/s": round(point.tokens_per_second, 1),
+                    "ms a step": round(point.step_seconds * 1e3, 3),
+                    "prefill s": round(point.prefill_seconds, 3),
+                    "cache MiB": round(point.cache_bytes / 2**20),
+                    "GB/s": round(point.bytes_per_second / 1e9),
+                }
+            )
+            print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+            write_result(arguments.result, rows, arguments.commit)
+        del model
+        gc.collect()
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

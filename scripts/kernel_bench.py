@@ -1,0 +1,142 @@
+"""Decode kernels on a grid of batches, contexts and heads: bandwidth of the cache read, in one run on one GPU.
+
+    python scripts/kernel_bench.py
+    python scripts/kernel_bench.py --shape 96+32 --heads 32
+
+Every time is the median of replays of a CUDA graph of several calls, everything included that a call needs (for ours
+also the merge of splits; FlashMLA's plan is made outside, as its users do once for all layers). GB/s counts the cache
+once; TFLOP/s counts 2 H (2 r + d_r) a cached row. Next to it, what the device copies and what it only reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import RESULTS, write_result
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+from transmla.kernels import Backend, DecodeShape, backends, plain
+
+GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
+SCALING = 0.1
+
+
+def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
+    """Median seconds of one call."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(replays):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / calls)
+    return statistics.median(times)
+
+
+def flashmla_call(q_latent: Tensor, q_pe: Tensor, cache: Tensor, lengths: Tensor) -> Callable[[], Any]:
+    """FlashMLA's own decode, its queries and plan prepared."""
+    import flash_mla
+
+    pages = cache.view(-1, 64, 1, cache.shape[-1])
+    table = torch.arange(len(pages), dtype=torch.int32, device=cache.device).view(len(cache), -1)
+    queries, plan = torch.cat([q_latent, q_pe], -1), flash_mla.get_mla_metadata()[0]
+    return lambda: flash_mla.flash_mla_with_kvcache(
+        queries, pages, table, lengths, q_latent.shape[-1], plan, softmax_scale=SCALING, causal=False, use_legacy=True
+    )
+
+
+def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
+    """One row for each backend and each point of the grid."""
+    rank, width = arguments.shape
+    shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
+    for name in arguments.backends:
+        backend: Backend = backends()[name]
+        reason = backend.refuses(shape)
+        if reason is not None:
+            yield {"backend": name, "heads": heads, "refused": reason}
+            continue
+        for batch, context in GRID:
+            cache = buffer[: batch * context * (rank + width)].view(batch, context, rank + width)
+            generator = torch.Generator(buffer.device).manual_seed(0)
+            queries = torch.randn(
+                batch, 1, heads, rank + width, dtype=buffer.dtype, device=buffer.device, generator=generator
+            )
+            q_latent, q_pe = (part.contiguous() for part in (queries / 8).split([rank, width], -1))
+            lengths = torch.full((batch,), context, dtype=torch.int32, device=buffer.device)
+            tensors = (q_latent, q_pe, cache[..., :rank], cache[..., rank:])
+
+            def call(backend: Backend = backend, tensors: Any = tensors, lengths: Tensor = lengths) -> Any:
+                return backend.decode(*tensors, scaling=SCALING, lengths=lengths)
+
+            if name == "flashmla":
+                call = flashmla_call(q_latent, q_pe, cache, lengths)
+            wanted = plain.decode(*(t[:1].float() for t in tensors), scaling=SCALING, lengths=lengths[:1])[0]
+            error = (call()[0][:1].float() - wanted).abs().max() / wanted.abs().max()
+            seconds = replay_seconds(call, 5 if batch * context >= 2**20 else 20)
+            yield {
+                "backend": name,
+                "heads": heads,
+                "shape": f"{rank}+{width}",
+                "batch": batch,
+                "context": context,
+                "microseconds": round(seconds * 1e6, 2),
+                "GB/s": round(cache.nbytes / seconds / 1e9),
+                "TFLOP/s": round(2 * batch * context * heads * (2 * rank + width) / seconds / 1e12, 1),
+                "error": round(float(error), 5),
+            }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """GB/s by point, and microseconds, one line for each backend and number of heads."""
+    table = Table("backend", "heads", *(f"{batch} x {context}" for batch, context in GRID), "error")
+    keys = dict.fromkeys((row["backend"], row["heads"]) for row in rows if "refused" not in row)
+    for backend, heads in keys:
+        mine = [row for row in rows if (row["backend"], row["heads"]) == (backend, heads)]
+        cells = [f"{row['GB/s']} ({row['microseconds']:.1f})" for row in mine]
+        table.add_row(backend, str(heads), *cells, f"{max(row['error'] for row in mine):.1e}")
+    Console(width=200).print(table, *{row["refused"] for row in rows if "refused" in row})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim")
+    parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128])
+    parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla"])
+    parser.add_argument("--result", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--commit", help="commit to record where git has no history")
+    arguments = parser.parse_args()
+    arguments.shape = [int(part) for part in arguments.shape.split("+")]
+    if not torch.cuda.is_available():
+        raise TransmlaError("no GPU", limit="kernels are timed on one", remedy="run it where torch sees CUDA")
+    most = max(batch * context for batch, context in GRID)
+    buffer = torch.randn(most * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
+    half = len(buffer) // 2
+    copied = buffer.nbytes / replay_seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]), 3) / 1e9
+    read = buffer.nbytes / replay_seconds(lambda: buffer.view(torch.float32).sum(), 3) / 1e9
+    print(f"the device copies {copied:.0f} GB/s and reads {read:.0f} GB/s")
+    rows: list[dict[str, Any]] = [{"copy GB/s": round(copied), "read GB/s": round(read)}]
+    for heads in arguments.heads:
+        rows += measure(arguments, heads, buffer)
+    show(rows[1:])
+    write_result(arguments.result, rows, arguments.commit)
+
+
+if __name__ == "__main__":
+    main()
