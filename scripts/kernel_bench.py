@@ -11,6 +11,7 @@ once; TFLOP/s counts 2 H (2 r + d_r) a cached row. Next to it, what the device c
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +24,13 @@ from rich.table import Table
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.kernels import Backend, DecodeShape, backends, plain
+from transmla.kernels import Backend, DecodeShape, backends, choose_backend, plain
+from transmla.modeling.prefix import attend, merge
 
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
 SCALING = 0.1
+# Of the shared prefix: its tokens, those that every sequence adds, and the width of an expanded head.
+PREFIX, SUFFIX, HEAD = 8192, 256, 128
 
 
 def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
@@ -103,6 +107,47 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
             }
 
 
+def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
+    """A prefix that all sequences share: expanded once, read as a latent once, or held by every sequence."""
+    rank, width = arguments.shape
+    shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
+    decode = choose_backend("auto", shape).decode
+    for batch in (16, 32, 64, 128, 256):
+
+        def rows(*sizes: int) -> Tensor:
+            return buffer[: math.prod(sizes)].view(sizes)
+
+        def latent(queries: int, sequences: int, tokens: int) -> Callable[[], Any]:
+            cache, q = rows(sequences, tokens, rank + width), rows(sequences, queries, heads, rank + width) / 8
+            tensors = (q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:])
+            return lambda: decode(*tensors, scaling=SCALING)
+
+        query, keys = rows(1, heads, batch, HEAD + width) / 8, rows(1, heads, PREFIX, HEAD + width)
+        values, own = rows(1, heads, PREFIX, HEAD), latent(1, batch, SUFFIX)
+        out, lse = rows(batch, heads, HEAD), torch.zeros(batch, heads, device=buffer.device)
+
+        def expanded(query: Tensor = query, keys: Tensor = keys, values: Tensor = values) -> Any:
+            return attend(query, keys, values, SCALING)
+
+        def shared(own: Any = own, expanded: Any = expanded, out: Tensor = out, lse: Tensor = lse) -> Any:
+            own()
+            expanded()
+            return merge(out, lse, out, lse)
+
+        # All sequences' queries as those of one: to the prefix, they are.
+        together = latent(batch, 1, PREFIX)
+        times = {
+            "each its own": replay_seconds(latent(1, batch, PREFIX + SUFFIX), 3),
+            "shared, expanded": replay_seconds(shared, 10),
+            "prefix expanded": replay_seconds(expanded, 10),
+            "prefix as latent": replay_seconds(together, 10),
+            "suffixes": replay_seconds(own, 10),
+        }
+        yield {"heads": heads, "batch": batch, "prefix": PREFIX, "suffix": SUFFIX} | {
+            name: round(seconds * 1e6, 1) for name, seconds in times.items()
+        }
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """GB/s by point, and microseconds, one line for each backend and number of heads."""
     table = Table("backend", "heads", *(f"{batch} x {context}" for batch, context in GRID), "error")
@@ -118,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim")
     parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128])
+    parser.add_argument("--prefix", action="store_true", help="time a shared prefix instead, in microseconds")
     parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla"])
     parser.add_argument("--result", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--commit", help="commit to record where git has no history")
@@ -131,6 +177,12 @@ def main() -> None:
     copied = buffer.nbytes / replay_seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]), 3) / 1e9
     read = buffer.nbytes / replay_seconds(lambda: buffer.view(torch.float32).sum(), 3) / 1e9
     print(f"the device copies {copied:.0f} GB/s and reads {read:.0f} GB/s")
+    if arguments.prefix:
+        found = [row for heads in arguments.heads for row in measure_prefix(arguments, heads, buffer)]
+        for row in found:
+            print(*(f"{key}={value}" for key, value in row.items()))
+        write_result(arguments.result, found, arguments.commit)
+        return
     rows: list[dict[str, Any]] = [{"copy GB/s": round(copied), "read GB/s": round(read)}]
     for heads in arguments.heads:
         rows += measure(arguments, heads, buffer)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeli
 import transmla
 from transmla.errors import TransmlaError
 from transmla.kernels import DecodeShape, backends, choose_backend
+from transmla.kernels.compiled import Compilable
 from transmla.modeling.attention import LatentAttention, crossover
 from transmla.modeling.cache import STEP, LatentLayer, latent_bytes, make_room
 from transmla.pipeline import convert
@@ -240,16 +241,25 @@ def test_copies_say_the_same(copied: Callable[[Any], Any]) -> None:
     assert decoded
 
 
-def test_a_step_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("by_hand", [False, True], ids=["traced", "one operator"])
+def test_a_step_compiles_to_one_graph(by_hand: bool) -> None:
     model, tokens = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt(0)["input_ids"]
+    if by_hand:
+        for module in model.modules():
+            if isinstance(module, LatentAttention):
+                module.decode = Compilable("torch")
+    graphs: list[Any] = []
     caches = [StaticCache(config=model.config, max_cache_len=PROMPT + 4) for _ in range(2)]
-    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    step = torch.compile(model.forward, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
     with torch.no_grad():
         for cache in caches:
             model(tokens, past_key_values=cache)
         for _ in range(2):
             compiled = step(tokens[:, :1], past_key_values=caches[0]).logits
             assert torch.allclose(compiled, model(tokens[:, :1], past_key_values=caches[1]).logits, atol=1e-5)
+    assert len(graphs) == 1
+    called = [node.target for node in graphs[0].graph.nodes]
+    assert [str(target) for target in called].count("transmla.decode_torch.default") == (2 if by_hand else 0)
 
 
 def test_an_export_loads_and_talks(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:

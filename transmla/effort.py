@@ -28,7 +28,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": Effort(steps=450, tokens=4096, rate=2e-3, through_mlp=True, window=2),
+    "full": Effort(steps=400, tokens=4096, rate=2e-3, through_mlp=True, window=2),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,25 +10,30 @@ from torch import Tensor
 
 from transmla.kernels import Backend, backends
 
+_SCHEMA = (
+    "(Tensor q_latent, Tensor q_pe, Tensor kv_c, Tensor k_pe, float scaling, Tensor? mask=None, "
+    "Tensor? lengths=None, Tensor? block_table=None) -> (Tensor, Tensor)"
+)
 
-@dataclass(frozen=True)
+
 class Compilable:
-    """A backend's ``decode`` that may be called in compiled code; without compilation, nothing is between."""
+    """The ``decode`` of the backend called ``name``, as one operator in compiled code; elsewhere nothing is between."""
 
-    name: str
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.decode = backends()[name].decode
+        self.operator = _operator(name)
 
-    def __call__(self, *tensors: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return _operator(self.name)(*tensors, **settings)  # type: ignore[no-any-return]
-        return backends()[self.name].decode(*tensors, **settings)
+    def __call__(self, *tensors: Tensor, **settings: Any) -> Any:
+        return (self.operator if torch.compiler.is_compiling() else self.decode)(*tensors, **settings)
+
+    def __reduce__(self) -> Any:
+        return Compilable, (self.name,)
 
 
 def compilable(backend: Backend) -> Any:
     """What a model calls to decode with ``backend``."""
-    if not backend.by_hand:
-        return backend.decode
-    _operator(backend.name)
-    return Compilable(backend.name)
+    return Compilable(backend.name) if backend.by_hand else backend.decode
 
 
 @cache
@@ -49,16 +53,9 @@ def _operator(name: str) -> Any:
         return decode(q_latent, q_pe, kv_c, k_pe, scaling=scaling, mask=mask, lengths=lengths, block_table=block_table)
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(q_latent, memory_format=torch.contiguous_format), q_latent.new_empty(
-            q_latent.shape[:3], dtype=torch.float32
-        )
+        lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
+        return torch.empty_like(q_latent, memory_format=torch.contiguous_format), lse
 
     operator = torch.library.custom_op(f"transmla::decode_{name}", run, mutates_args=(), schema=_SCHEMA)
     operator.register_fake(shapes)
-    return operator
-
-
-_SCHEMA = (
-    "(Tensor q_latent, Tensor q_pe, Tensor kv_c, Tensor k_pe, float scaling, Tensor? mask=None, "
-    "Tensor? lengths=None, Tensor? block_table=None) -> (Tensor, Tensor)"
-)
+    return getattr(torch.ops.transmla, f"decode_{name}").default

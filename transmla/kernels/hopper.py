@@ -180,8 +180,8 @@ if gluon is not None:
         if SECOND:
             for slot in gl.static_range(STAGES - LATE):
                 _fetch(
-                    kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot, last,
-                    TOKENS, PAGE,
+                    kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot,
+                    last, TOKENS, PAGE,
                 )  # fmt: skip
         mixed = gl.zeros([HEIGHT, HALF], gl.float32, layout=values_l)
         slot, phase = 0, 0
