@@ -25,12 +25,13 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.kernels import Backend, DecodeShape, backends, choose_backend, plain
-from transmla.modeling.prefix import attend, merge
+from transmla.modeling.prefix import attend, merge, one_width
 
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
 SCALING = 0.1
 # Of the shared prefix: its tokens, those that every sequence adds, and the width of an expanded head.
 PREFIX, SUFFIX, HEAD = 8192, 256, 128
+BATCHES = (16, 32, 64, 128, 256)
 
 
 def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
@@ -112,7 +113,7 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
     rank, width = arguments.shape
     shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
     decode = choose_backend("auto", shape).decode
-    for batch in (16, 32, 64, 128, 256):
+    for batch in BATCHES:
 
         def rows(*sizes: int) -> Tensor:
             return buffer[: math.prod(sizes)].view(sizes)
@@ -122,8 +123,8 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
             tensors = (q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:])
             return lambda: decode(*tensors, scaling=SCALING)
 
-        query, keys = rows(1, heads, batch, HEAD + width) / 8, rows(1, heads, PREFIX, HEAD + width)
-        values, own = rows(1, heads, PREFIX, HEAD), latent(1, batch, SUFFIX)
+        query, own = rows(1, heads, batch, HEAD + width) / 8, latent(1, batch, SUFFIX)
+        keys, values = one_width(rows(1, heads, PREFIX, HEAD + width), rows(1, heads, PREFIX, HEAD))
         out, lse = rows(batch, heads, HEAD), torch.zeros(batch, heads, device=buffer.device)
 
         def expanded(query: Tensor = query, keys: Tensor = keys, values: Tensor = values) -> Any:
@@ -172,6 +173,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise TransmlaError("no GPU", limit="kernels are timed on one", remedy="run it where torch sees CUDA")
     most = max(batch * context for batch, context in GRID)
+    if arguments.prefix:
+        most = max(BATCHES) * (PREFIX + SUFFIX)
     buffer = torch.randn(most * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
     half = len(buffer) // 2
     copied = buffer.nbytes / replay_seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]), 3) / 1e9

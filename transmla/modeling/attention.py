@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.cache import make_room
-from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, prefix_layer
+from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
 
 # The name that transformers knows this attention by.
 LATENT_ATTENTION = "latent_attention"
@@ -104,9 +103,8 @@ def latent_attention(
     if _absorbs(module, query, key, attention_mask, kwargs):
         return _decoded(module, query, key, value, attention_mask, scaling)[0], None
     keys, values = module.expanded(key, value)
-    width = max(keys.shape[-1], values.shape[-1])
     # Fused kernels want one width.
-    query, keys, wide = (pad(t, (0, width - t.shape[-1])) for t in (query, keys, values))
+    query, keys, wide = one_width(query, keys, values)
     output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     return output[..., : values.shape[-1]], weights
 
@@ -159,10 +157,11 @@ def _behind_prefix(
     together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
     if expanding_pays(module, batch * new):
         if layer.expanded is None:
-            layer.expanded = module.expanded(*layer.prefix)
-        keys, values = layer.expanded
-        output, lse = attend(together, keys, values, scaling or module.scaling)
-        left, left_lse = output.transpose(1, 2), lse.transpose(1, 2)
+            # Made one width now, lest every step do it again.
+            keys, values = one_width(*module.expanded(*layer.prefix))
+            layer.expanded = keys, values
+        output, lse = attend(together, *layer.expanded, scaling=scaling or module.scaling)
+        left, left_lse = output[..., : module.v_head_dim].transpose(1, 2), lse.transpose(1, 2)
     else:
         left, left_lse = _decoded(module, together, *layer.prefix, None, scaling)
     return merge(left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads), right, right_lse)

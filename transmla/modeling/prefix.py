@@ -71,18 +71,23 @@ def expanding_pays(module: Any, queries: int) -> bool:
     return queries * (absorbed - expanded) > PRODUCTS_PER_VALUE * expanded
 
 
+def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose last dimension zeros make as wide as the widest, which is what flash attention takes."""
+    width = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` [1, H, M, d] to all of ``k`` [1, H, P, d] and ``v`` [1, H, P, d_v].
 
-    Returns [1, H, M, d_v] and the log-sum-exp of the scores [1, H, M]. On a GPU by flash attention, which takes half
-    precision and one width for all; elsewhere written out.
+    Returns [1, H, M, d_v] and the log-sum-exp of the scores [1, H, M]. On a GPU in half precision by flash attention.
     """
-    width = max(q.shape[-1], v.shape[-1])
+    width = max(t.shape[-1] for t in (q, k, v))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and width <= 256:
-        wide = [pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
+        wide = one_width(q, k, v)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention(*wide, scale=scaling)[:2]
         return output[..., : v.shape[-1]], lse
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+    scores = (q @ k[..., : q.shape[-1]].mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
