@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, Plan
 from transmla.calibrate import SourceLayer
-from transmla.effort import EFFORTS, Effort, choose_effort
+from transmla.effort import EFFORTS, HARD, Effort, choose_effort, effort_for
 from transmla.errors import TransmlaError
 from transmla.factorize import factorize
 from transmla.pipeline import convert
@@ -255,3 +255,11 @@ def test_inputs_are_made_of_the_calibration_text() -> None:
 def test_efforts_are_those_that_can_be_asked_for() -> None:
     (choices,) = (arg for arg in get_args(RecipeEffort) if get_args(arg))
     assert {"auto", "off", *EFFORTS} == set(get_args(choices))
+
+
+def test_a_hard_budget_is_fitted_for_longer() -> None:
+    easy, hard = effort_for("full", HARD), effort_for("full", HARD - 0.01)
+    assert easy == EFFORTS["full"]
+    assert hard is not None
+    assert hard.steps == 1.5 * EFFORTS["full"].steps
+    assert effort_for("off", 0.5) is None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transmla.artifacts import Plan
-from transmla.effort import EFFORTS, Effort
+from transmla.effort import Effort, effort_for
 from transmla.plan import VLLM_DECODE, VLLM_PREFILL, method_named
 
 GPU_GIGABYTES = (24, 80, 141)
@@ -163,7 +163,7 @@ def summary(
     ``held`` bytes of a GGUF source stay in memory throughout; ``sampled`` bytes of the whole model do while it
     writes its own calibration text.
     """
-    effort = EFFORTS.get(reconstruct)
+    effort = effort_for(reconstruct, plan.cache_ratio)
     before, after = plan.spec.cache_values, plan.shape.cache_values
     return {
         **plan.to_dict(),

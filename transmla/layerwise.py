@@ -13,7 +13,7 @@ from transmla.artifacts import LayerFactors, LayerWeights, Plan
 from transmla.calibrate import NormRatio, Observations, SourceLayer, steps
 from transmla.core.absorb import source_attention
 from transmla.core.fused import fused_attention
-from transmla.effort import EFFORTS
+from transmla.effort import effort_for
 from transmla.errors import TransmlaError
 from transmla.factorize import LatentScale, export_tensors, factorize
 from transmla.native import layer_factors
@@ -56,7 +56,7 @@ class Layerwise:
 
     def __init__(self, source: Source, plan: Plan, effort: str, device: torch.device, *, seed: int) -> None:
         self.source, self.plan, self.seed = source, plan, seed
-        self.device, self.effort = device, EFFORTS.get(effort)
+        self.device, self.effort = device, effort_for(effort, plan.cache_ratio)
         self.first_phase = method_named(plan.method).first_phase
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         half = computes_in_bfloat16(source, device)

@@ -26,7 +26,7 @@ from transmla import __version__
 from transmla.artifacts import Plan
 from transmla.calibrate import bfloat16_pays
 from transmla.card import write_card
-from transmla.effort import EFFORTS, choose_effort
+from transmla.effort import EFFORTS, choose_effort, effort_for
 from transmla.errors import TransmlaError
 from transmla.estimate import disk_bytes
 from transmla.export import (
@@ -81,7 +81,7 @@ def convert(
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
     workspace.refuse_overwrite(resume=resume)
     tokenizer = load_tokenizer(source.path)
-    needed = disk_bytes(plan, shape[0] * shape[1], EFFORTS.get(effort))
+    needed = disk_bytes(plan, shape[0] * shape[1], effort_for(effort, plan.cache_ratio))
     _check_disk(output, needed - workspace.size())
 
     check_length(source.spec, shape[1])
