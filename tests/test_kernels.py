@@ -152,6 +152,13 @@ def test_masks_hide_padding_and_an_unused_tail(kernel: ModuleType, new: int, tot
     compare(kernel, c, mask=padded_mask(c))
 
 
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_mask_and_lengths(kernel: ModuleType, new: int) -> None:
+    c = case(new=new, total=90, batch=3)
+    lengths = torch.tensor([90, 33, new], dtype=torch.int32, device=DEVICE)
+    compare(kernel, c, mask=(torch.arange(90, device=DEVICE) != 1)[None, None, None], lengths=lengths)
+
+
 def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
     c = case(total=90, batch=3)
     compare(kernel, c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])

@@ -42,6 +42,11 @@ ROWS = 64
 VALUE_REGISTERS = 160
 
 if gluon is not None:
+    # Gluon's names differ between Triton 3.6 and 3.9.
+    tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    buffer = gl.shared_memory_descriptor
+    reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
+    group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     # What kernels read of this module must be a constant of theirs.
     HEIGHT = gl.constexpr(ROWS)
 
@@ -79,8 +84,8 @@ if gluon is not None:
             pe_row = row
         bar = full.index(slot)
         mbarrier.expect(bar, kv.block_type.nbytes + pe.block_type.nbytes, wanted)
-        tma.async_copy_global_to_shared(kv, [row, 0], bar, kv_s.index(slot), wanted)
-        tma.async_copy_global_to_shared(pe, [pe_row, 0], bar, pe_s.index(slot), wanted)
+        tma_load(kv, [row, 0], bar, kv_s.index(slot), wanted)
+        tma_load(pe, [pe_row, 0], bar, pe_s.index(slot), wanted)
 
     @gluon.jit
     def _stage(source, rows_at, held, columns, LIMIT: gl.constexpr):
@@ -93,7 +98,8 @@ if gluon is not None:
         total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity, table_batch,
         mask_batch, mask_query, mask_token, length, low, high, first, last, NEW: gl.constexpr, RANK: gl.constexpr,
         WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, LOG: gl.constexpr,
+        LATE: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
+        LOG: gl.constexpr,
     ):  # fmt: skip
         """Queries times keys, and the softmax: weights [HEIGHT, TOKENS] of every tile, and the log-sum-exp."""
         scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
@@ -108,10 +114,10 @@ if gluon is not None:
         width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
         stage_s.store(_stage(q_latent, rows_at, held, rank, RANK))
         q_pe_s.store(_stage(q_pe, rows_at, held, width, WIDTH))
-        gl.thread_barrier()
+        group_barrier()
         queries = stage_s.load(query_l)
         fence_async_shared()
-        gl.thread_barrier()
+        group_barrier()
         for slot in gl.static_range(STAGES - LATE, STAGES):
             _fetch(
                 kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot, last,
@@ -131,12 +137,12 @@ if gluon is not None:
             scores = warpgroup_mma_wait(0, deps=[scores])
             if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
                 key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
+                seen = key[None, :] < (length - NEW + 1 + row // heads)[:, None]
                 if MASKED:
                     at = (row // heads * mask_query)[:, None] + (key.to(gl.int64) * mask_token)[None, :]
                     inside = (row < rows)[:, None] & (key < length)[None, :]
-                    seen = gl.load(mask + batch.to(gl.int64) * mask_batch + at, mask=inside, other=0) != 0
-                else:
-                    seen = key[None, :] < (length - NEW + 1 + row // heads)[:, None]
+                    shown = gl.load(mask + batch.to(gl.int64) * mask_batch + at, mask=inside, other=0) != 0
+                    seen = seen & shown if RAGGED else shown
                 scores = gl.where(seen, scores, float("-inf"))
             # The weights are relative to a maximum that is followed in leaps: most tiles leave the sums alone.
             higher = gl.max(scores, 1) * scale
@@ -149,13 +155,13 @@ if gluon is not None:
             best = higher
             weights_s.index(slot).store(weights.to(kv.dtype))
             fence_async_shared()
-            gl.thread_barrier()
+            group_barrier()
             mbarrier.arrive(ready.index(slot), count=1)
             slot, phase = _next(slot, phase, STAGES)
         some = total > 0
         total = gl.where(some, total, 1.0)
         total_s.store(total)
-        gl.thread_barrier()
+        group_barrier()
         mbarrier.arrive(done.index(0), count=1)
         found = gl.where(some, (best + gl.log2(total)) * LOG, float("-inf"))
         gl.store(part_lse + unit * rows + row, found, mask=row < rows)
@@ -202,7 +208,7 @@ if gluon is not None:
                     tile - 1 + STAGES, last, TOKENS, PAGE,
                 )  # fmt: skip
             mixed = warpgroup_mma_wait(0, deps=[mixed])
-            gl.thread_barrier()
+            group_barrier()
             if not SECOND:
                 mbarrier.arrive(empty.index(slot), count=1)
             before, phase_before = slot, phase
@@ -228,7 +234,7 @@ if gluon is not None:
                 piece = values.slice(down * 16, 16, dim=0).slice(across * CHUNK, CHUNK, dim=1)
                 piece.store(gl.where((token < length)[:, None], piece.load(layout), 0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        group_barrier()
 
     @gluon.jit
     def _attend(
@@ -246,7 +252,8 @@ if gluon is not None:
             length = gl.load(lengths + batch)
         begin, end, low, high = 0, length, 0, length - NEW + 1
         if MASKED:
-            begin, end, low, high = _bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
+            begin, end, low, shown = _bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
+            high = gl.minimum(high, shown) if RAGGED else shown
         begin = begin // TOKENS
         tiles = gl.maximum((end + TOKENS - 1) // TOKENS - begin, 0)
         first = begin + split * tiles // splits
@@ -267,10 +274,10 @@ if gluon is not None:
         pe_s = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, 64], pe.layout)
         # The queries pass through the buffers, before tiles do.
         LATE: gl.constexpr = (HEIGHT + TOKENS - 1) // TOKENS
-        queries_s = kv_s._reinterpret(dtype, [STAGES * TOKENS // HEIGHT, HEIGHT, RANK_BLOCK], kv.layout)
+        queries_s = reinterpret(kv_s, dtype, [STAGES * TOKENS // HEIGHT, HEIGHT, RANK_BLOCK], kv.layout)
         # A tile's weights replace the rotary keys that they were made from.
         weights_l: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, TOKENS], dtype)
-        weights_s = pe_s._reinterpret(dtype, [STAGES, HEIGHT, TOKENS], weights_l)
+        weights_s = reinterpret(pe_s, dtype, [STAGES, HEIGHT, TOKENS], weights_l)
         q_pe_s = gl.allocate_shared_memory(dtype, [HEIGHT, 64], pe.layout)
         shrink_s = gl.allocate_shared_memory(gl.float32, [STAGES, HEIGHT], flat)
         leaps_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4], flat)
@@ -282,7 +289,7 @@ if gluon is not None:
                     q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, weights_s, shrink_s,
                     leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
                     table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW, RANK, WIDTH,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, MASKED, LOG,
+                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, MASKED, RAGGED, LOG,
                 )),
                 (_add_up, (
                     kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,

@@ -1,0 +1,66 @@
+"""Compile the Hopper kernel for its GPU, wherever this runs, and print what the assembler says of it, as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from transmla.kernels import hopper
+
+POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "parts": "*fp32", "part_lse": "*fp32"}
+NUMBERS = [
+    "heads",
+    "rows",
+    "total",
+    "splits",
+    "capacity",
+    "pe_capacity",
+    "mask_batch",
+    "mask_query",
+    "mask_token",
+    "table_batch",
+]
+
+
+def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, masked: bool) -> dict[str, Any]:
+    """Shared memory in bytes, and the assembler's words, of one specialisation."""
+    columns, tokens, stages = hopper._tiles(rank)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    types = {
+        **dict.fromkeys(("q_latent", "q_pe"), f"*{dtype}"),
+        "kv": f"tensordesc<{dtype}[{tokens},{columns}],{layout}>",
+        "pe": f"tensordesc<{dtype}[{tokens},{hopper.ROPE}],{layout}>",
+        **POINTERS,
+        "scale": "fp32",
+        **dict.fromkeys(NUMBERS, "i32"),
+    }
+    constants = {
+        "NEW": new, "RANK": rank, "WIDTH": width, "RANK_BLOCK": columns, "TOKENS": tokens, "STAGES": stages,
+        "PAGE": page, "MASKED": masked, "RAGGED": not masked, "LOG": 1.0, "REGISTERS": hopper.VALUE_REGISTERS,
+    }  # fmt: skip
+    names = hopper._attend.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "scale"}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = GluonASTSource(hopper._attend, signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(kernel.asm["ptx"])
+        assembler = compiler.get_ptxas(90).path
+        command = [assembler, "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {"shared": kernel.metadata.shared, "said": said}
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_kernel(**case) for case in json.loads(sys.argv[1])]))
