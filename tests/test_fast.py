@@ -215,6 +215,40 @@ def test_a_backend_that_cannot_is_named_once_and_passed_over(caplog: pytest.LogC
         caplog.clear()
 
 
+def test_a_model_that_moves_is_served_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt()
+    layer = model.model.layers[0].self_attn
+    asked: list[DecodeShape] = []
+    monkeypatch.setattr("transmla.fast._serving", lambda wanted, shape: asked.append(shape) or backends()["torch"])
+    model.generate(**inputs, max_new_tokens=2)
+    assert asked == []
+    model.double().generate(**inputs, max_new_tokens=2)
+    assert {shape.dtype for shape in asked} == {torch.float64}
+    assert layer.place[0] == torch.float64
+    assert layer.prefix is None
+
+
+def test_masks_of_numbers_are_added_as_stock_does() -> None:
+    model, tokens = tiny(), prompt(0)["input_ids"]
+    mask = torch.zeros(2, 1, 1, PROMPT + 1)
+    mask[..., 3:9] = -2.5
+    found = []
+    for change in (lambda _: None, transmla.accelerate):
+        change(model)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+            found.append(model(tokens[:, :1], past_key_values=cache, attention_mask=mask).logits)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_an_offloaded_layer_holds_nothing() -> None:
+    layer = LatentLayer()
+    layer.update(torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 4))
+    layer.offload()
+    assert layer.rows is None
+
+
 def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
     model = tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}

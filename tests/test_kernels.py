@@ -73,7 +73,7 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *shape, **settings: allocate(*shape, **settings).fill_(float("nan"))
 
 
-def compare(kernel: ModuleType, c: Case, **extra: Any) -> None:
+def compare(kernel: ModuleType, c: Case, *, falls_back: bool = False, **extra: Any) -> None:
     """A kernel's outputs, written into poisoned memory, against the twin's in float64."""
     dtype = c.kv_c.dtype
     if dtype not in kernel.DTYPES:
@@ -82,6 +82,8 @@ def compare(kernel: ModuleType, c: Case, **extra: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        if kernel is hopper and not falls_back:
+            patch.setattr(triton_decode, "decode", None)
         found = kernel.decode(*c.arguments(), scaling=SCALING, **extra)
     wanted = plain.decode(*c.arguments(torch.float64), scaling=SCALING, **extra)
     for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
@@ -109,6 +111,21 @@ def test_lengths(kernel: ModuleType, total: int, dtype: torch.dtype) -> None:
     compare(kernel, case(total=total, dtype=dtype))
 
 
+@pytest.mark.skipif(not GPU, reason="large")
+@pytest.mark.parametrize("page", [0, 64])
+@pytest.mark.parametrize("new", [1, 3])
+def test_the_widest_rows_masked_and_paged(kernel: ModuleType, new: int, page: int) -> None:
+    c = case(new=new, total=320, batch=2, heads=70, rank=512, width=64, dtype=torch.float16)
+    if not page:
+        compare(kernel, c, mask=padded_mask(c))
+        return
+    pages = torch.cat([c.kv_c, c.k_pe], -1).reshape(10, 64, 576)
+    table = torch.arange(10, dtype=torch.int32, device=DEVICE).view(2, 5)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :512], pages[..., 512:])
+    lengths = torch.tensor([320, 70], dtype=torch.int32, device=DEVICE)
+    compare(kernel, paged, lengths=lengths, block_table=table)
+
+
 @pytest.mark.parametrize(("rank", "width"), [(16, 8), (48, 16), (96, 32), (160, 32), (448, 64), (512, 64)])
 def test_ranks(kernel: ModuleType, rank: int, width: int) -> None:
     for dtype in DTYPES:
@@ -125,6 +142,17 @@ def test_heads_and_batches(kernel: ModuleType, heads: int, batch: int) -> None:
 def test_new_tokens_see_what_is_before_them(kernel: ModuleType, new: int) -> None:
     c = case(new=new, total=45, batch=3, heads=5)
     compare(kernel, c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_without_mask_and_lengths_everything_is_seen(kernel: ModuleType, new: int) -> None:
+    """As the sequences behind a shared prefix see it."""
+    compare(kernel, case(new=new, total=45, batch=1, heads=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_of_any_integer_type(kernel: ModuleType, dtype: torch.dtype) -> None:
+    compare(kernel, case(total=45), lengths=torch.tensor([45, 7], dtype=dtype, device=DEVICE))
 
 
 def test_empty_and_short_sequences(kernel: ModuleType) -> None:
@@ -184,7 +212,7 @@ def test_paged_caches(kernel: ModuleType, new: int, page: int) -> None:
     rows = torch.cat([c.kv_c, c.k_pe], -1).masked_fill(behind, 0)
     pages[order] = rows.view(9, page, 48)
     paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
-    compare(kernel, paged, lengths=lengths, block_table=table)
+    compare(kernel, paged, falls_back=page == 16, lengths=lengths, block_table=table)
     ours = kernel.decode(*paged.arguments(), scaling=SCALING, lengths=lengths, block_table=table)[0]
     flat = kernel.decode(*c.arguments(), scaling=SCALING, lengths=lengths)[0]
     assert torch.allclose(ours, flat, atol=1e-3)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import transmla
 from transmla.errors import TransmlaError
-from transmla.modeling import prefix
+from transmla.modeling import attention, prefix
 from transmla.modeling.prefix import attend, expanding_pays, merge, share
 
 SHARED, OWN = 11, 4
@@ -63,6 +63,39 @@ def test_continuations_of_several_lengths(form: str) -> None:
         alone = tokens[row][kept][None]
         wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **settings)[:, alone.shape[1] :]
         assert torch.equal(found[row : row + 1], wanted)
+
+
+def test_a_mask_that_hides_some_of_the_prefix_is_refused() -> None:
+    model, tokens = transmla.accelerate(tiny()), texts()
+    cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    with pytest.raises(TransmlaError, match="hides a part of the shared prefix"):
+        model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+
+
+def test_projections_with_a_forward_of_their_own_are_asked(form: str) -> None:
+    """An adapter's part of W_UK and W_UV is in neither weight."""
+    model, tokens = tiny(), texts()
+    for module in model.modules():
+        if hasattr(module, "kv_b_proj"):
+            module.kv_b_proj = torch.nn.Sequential(module.kv_b_proj, Louder())
+            module.kv_b_proj.weight = module.kv_b_proj[0].weight
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    wanted = model.generate(tokens, **settings)
+    transmla.accelerate(model)
+    cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **settings), wanted)
+
+
+class Louder(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * x
+
+
+def test_a_long_continuation_is_read_in_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PIECE", 3)
+    test_generate_gives_the_same_tokens("deepseek_v3", {}, form)
 
 
 def test_the_prefix_is_held_once_and_may_be_used_again() -> None:

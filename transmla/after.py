@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,11 @@ def bench_models(
         if role == "model":
             accelerate(loaded, backend=backend)
         found[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
+        # Compiled steps hold on to the model, and it to its memory.
         del loaded
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
     return found
 
 

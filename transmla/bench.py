@@ -27,7 +27,7 @@ WARM_UP = 3
 class Point:
     """One batch at one context: seconds to read the prompt of one sequence, seconds of a decoding step.
 
-    ``cache_bytes`` were counted on the device; ``bytes_per_second`` are cache and weights over a step's time.
+    ``cache_bytes`` are those of the rows held; ``bytes_per_second`` are cache and weights over a step's time.
     """
 
     batch: int
@@ -99,10 +99,11 @@ def measure(model: Any, batch: int, context: int, steps: int, *, static: bool | 
     device = model.device
     compiled = device.type == "cuda" if static is None else static
     tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
-    model(tokens[:, : min(8, context)], use_cache=True)
-    began = _now(device)
-    model(tokens, use_cache=True, logits_to_keep=1)
-    prefill = _now(device) - began
+    # On a GPU the first prompt of a length also chooses and loads kernels.
+    for _ in range(2 if device.type == "cuda" else 1):
+        began = _now(device)
+        model(tokens, use_cache=True, logits_to_keep=1)
+        prefill = _now(device) - began
 
     cache: Any
     if compiled:
@@ -120,8 +121,20 @@ def measure(model: Any, batch: int, context: int, steps: int, *, static: bool | 
         step(token, past_key_values=cache, position_ids=positions, use_cache=True)
         times.append(_now(device) - began)
     seconds = statistics.median(times[WARM_UP:])
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
-    return Point(batch, context, prefill, seconds, held, (held + weights) / seconds)
+    return Point(batch, context, prefill, seconds, held, (held + _weights_read(model, batch)) / seconds)
+
+
+def _weights_read(model: Any, batch: int) -> float:
+    """Bytes of the weights that a step reads: of experts, no more than the tokens choose."""
+    config = model.config
+    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1
+    chosen = min(1.0, batch * getattr(config, "num_experts_per_tok", 1) / experts)
+    read = 0.0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name and not config.tie_word_embeddings:
+            continue
+        read += parameter.nbytes * (chosen if ".experts." in name else 1)
+    return read
 
 
 def _fill(model: Any, cache: Any, batch: int, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,33 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
             limit="its attention must cache a latent and have transformers' `expand_kv`",
             remedy="convert it with `transmla convert`, and load the export",
         )
-    chosen: dict[DecodeShape, Backend] = {}
+    choose = partial(_choose, backend)
+    names = set()
     for layer in layers:
-        shape = _shape(layer)
-        if shape not in chosen:
-            chosen[shape] = choose_backend(backend, shape)
-            _log.info("decoding with '%s': %s", chosen[shape].name, chosen[shape].summary)
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             layer.__class__ = latent_class(plain)
-        layer.backend, layer.decode = chosen[shape], compilable(chosen[shape])
+        layer.choose = choose
+        layer.choose(layer)
+        names.add(f"'{layer.backend.name}': {layer.backend.summary}")
+    _log.info("decoding with %s", "; ".join(sorted(names)))
     model.set_attn_implementation(LATENT_ATTENTION)
     return model
 
 
-def _shape(layer: Any) -> DecodeShape:
+def _choose(wanted: str, layer: Any) -> None:
+    """Let a layer decode with the backend that serves it where it is, and as it is."""
     weight: torch.Tensor = layer.kv_b_proj.weight
-    return DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+    shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+    layer.backend = _serving(wanted, shape)
+    layer.decode = compilable(layer.backend)
+    layer.place = weight.dtype, weight.device
+
+
+@cache
+def _serving(wanted: str, shape: DecodeShape) -> Backend:
+    # Asked once for each shape, so that what cannot serve is named once.
+    return choose_backend(wanted, shape)
 
 
 def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:

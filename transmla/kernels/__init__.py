@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transmla.errors import TransmlaError
 from transmla.registry import lookup, scan
 
 _log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Backend:
     [B, n, H]. ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere.
     ``lengths`` [B]: rows of each sequence, its n new tokens the last of them, each seeing those up to itself.
     ``block_table`` [B, pages]: the cache is [all pages, page, r] and [all pages, page, d_r], and page j of sequence b
-    is block_table[b, j]; needs ``lengths``.
+    is block_table[b, j]; needs ``lengths``. Both are integers of any width.
 
     ``by_hand``: it launches kernels that torch.compile cannot look into.
     """
@@ -49,6 +48,11 @@ class Backend:
     refuses: Callable[[DecodeShape], str | None]
     decode: Callable[..., tuple[Tensor, Tensor]]
     by_hand: bool = False
+
+
+def as_int32(values: Tensor | None) -> Tensor | None:
+    """Lengths and tables as kernels read them."""
+    return values if values is None else values.to(torch.int32)
 
 
 def backends() -> dict[str, Backend]:
@@ -71,7 +75,8 @@ def choose_backend(wanted: str, shape: DecodeShape) -> Backend:
     for backend in ranked:
         reason = backend.refuses(shape)
         if reason is None:
-            return backend
+            break
         level = logging.WARNING if backend.name == wanted else logging.DEBUG
         _log.log(level, "backend '%s' cannot serve this model: %s", backend.name, reason)
-    raise TransmlaError("no backend serves this model", limit=str(shape), remedy="use the `torch` backend")
+    # `torch` refuses nothing.
+    return backend

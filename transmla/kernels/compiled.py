@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,10 @@ class Compilable:
         self.operator = _operator(name)
 
     def __call__(self, *tensors: Tensor, **settings: Any) -> Any:
-        return (self.operator if torch.compiler.is_compiling() else self.decode)(*tensors, **settings)
+        if torch.compiler.is_compiling():
+            return self.operator(*tensors, **settings)
+        with _on(tensors[0].device):
+            return self.decode(*tensors, **settings)
 
     def __reduce__(self) -> Any:
         return Compilable, (self.name,)
@@ -34,6 +38,11 @@ class Compilable:
 def compilable(backend: Backend) -> Any:
     """What a model calls to decode with ``backend``."""
     return Compilable(backend.name) if backend.by_hand else backend.decode
+
+
+def _on(device: torch.device) -> Any:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

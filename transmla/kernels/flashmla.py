@@ -1,19 +1,18 @@
 """FlashMLA's dense decode for Hopper, where its shape is met: 512 + 64 in bfloat16, pages of 64 tokens.
 
-It takes no mask: a step that needs one (padding on the left, a static cache) goes to the Triton kernel.
+It takes no mask: a step that needs one (padding on the left, a static cache) goes to the `hopper` kernel.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape
-from transmla.kernels import triton_decode as masked
+from transmla.kernels import hopper as masked
 
 RANK, WIDTH, PAGE = 512, 64, 64
 HOPPER = (9, 0)
@@ -47,6 +46,7 @@ def decode(
     if block_table is None:
         each = pages.shape[0] // batch
         block_table = torch.arange(batch * each, dtype=torch.int32, device=kv_c.device).view(batch, each)
+    ragged = lengths is not None
     if lengths is None:
         lengths = torch.full((batch,), kv_c.shape[1], dtype=torch.int32, device=kv_c.device)
     library = _library()
@@ -58,10 +58,12 @@ def decode(
         RANK,
         library.get_mla_metadata()[0],
         softmax_scale=scaling,
-        causal=new > 1,
+        causal=ragged and new > 1,
         use_legacy=True,
     )
-    return output, lse.transpose(1, 2)
+    lse = lse.transpose(1, 2).contiguous()
+    # What sees nothing has no weight in a merge.
+    return output, lse.masked_fill(lse == float("inf"), float("-inf"))
 
 
 def _pages(kv_c: Tensor, k_pe: Tensor, *, paged: bool) -> Tensor | None:
@@ -76,11 +78,13 @@ def _pages(kv_c: Tensor, k_pe: Tensor, *, paged: bool) -> Tensor | None:
 
 def refuses(shape: DecodeShape) -> str | None:
     """Why FlashMLA cannot serve a shape."""
-    if find_spec("flash_mla") is None:
-        return "FlashMLA is not installed: pip install --no-deps sgl-flash-mla"
+    try:
+        _library()
+    except ImportError as error:
+        return f"FlashMLA cannot be imported ({error}): pip install --no-deps sgl-flash-mla"
     reason = masked.refuses(shape)
     if reason is not None:
-        return f"steps with a mask need Triton: {reason}"
+        return f"steps with a mask need `hopper`: {reason}"
     if torch.cuda.get_device_capability(shape.device) != HOPPER:
         return "it runs on Hopper GPUs (H100, H200)"
     if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (RANK, WIDTH):

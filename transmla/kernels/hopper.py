@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape, triton_decode
+from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
 from transmla.kernels.splits import best_splits, merge_splits
 
 try:
@@ -56,15 +56,19 @@ if gluon is not None:
         CHUNK: gl.constexpr = 2048
         layout: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
         first, last, low, high, holes = total, 0, 0, total, 0
+        lane = gl.arange(0, CHUNK, layout=layout)
         for query in range(NEW):
-            begin, end, count = total, 0, 0
+            begins = total + lane * 0
+            ends = lane * 0
+            counts = lane * 0
             for at in range(0, total, CHUNK):
-                keys = at + gl.arange(0, CHUNK, layout=layout)
+                keys = at + lane
                 place = mask + batch.to(gl.int64) * mask_batch + query * mask_query + keys.to(gl.int64) * mask_token
                 seen = gl.load(place, mask=keys < total, other=0) != 0
-                begin = gl.minimum(begin, gl.min(gl.where(seen, keys, total), 0))
-                end = gl.maximum(end, gl.max(gl.where(seen, keys + 1, 0), 0))
-                count += gl.sum(seen.to(gl.int32), 0)
+                begins = gl.where(seen, gl.minimum(begins, keys), begins)
+                ends = gl.where(seen, keys + 1, ends)
+                counts += seen.to(gl.int32)
+            begin, end, count = gl.min(begins, 0), gl.max(ends, 0), gl.sum(counts, 0)
             holes += gl.maximum(end - begin, 0) - count
             first, last = gl.minimum(first, begin), gl.maximum(last, end)
             low, high = gl.maximum(low, begin), gl.minimum(high, end)
@@ -135,9 +139,13 @@ if gluon is not None:
             scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma(q_pe_s, pe_s.index(slot).permute((1, 0)), scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
+            # No warp may still read the rotary keys that the weights are about to replace.
+            group_barrier()
             if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
                 key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
-                seen = key[None, :] < (length - NEW + 1 + row // heads)[:, None]
+                # With lengths, new tokens see those up to themselves; a mask alone says what they see.
+                end = length - NEW + 1 + row // heads if RAGGED else length + row * 0
+                seen = key[None, :] < end[:, None]
                 if MASKED:
                     at = (row // heads * mask_query)[:, None] + (key.to(gl.int64) * mask_token)[None, :]
                     inside = (row < rows)[:, None] & (key < length)[None, :]
@@ -250,7 +258,8 @@ if gluon is not None:
         length = total
         if RAGGED:
             length = gl.load(lengths + batch)
-        begin, end, low, high = 0, length, 0, length - NEW + 1
+        begin, end, low = 0, length, 0
+        high = length - NEW + 1 if RAGGED else length
         if MASKED:
             begin, end, low, shown = _bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
             high = gl.minimum(high, shown) if RAGGED else shown
@@ -323,6 +332,7 @@ def decode(
 
     Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else Triton takes over.
     """
+    lengths, block_table = as_int32(lengths), as_int32(block_table)
     batch, new, heads, rank = q_latent.shape
     rank_block, tokens, stages = _tiles(rank)
     paged = block_table is not None

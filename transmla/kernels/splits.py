@@ -15,8 +15,9 @@ try:
 except ImportError:  # a CPU build of torch comes without
     triton = None
 
-# In tiles of work: what a program costs before and after its tiles, and what the merge costs.
-PROGRAM_COST, MERGE_COST = 4.0, 3.0
+# In tiles of work: what a program costs beside its tiles, what writing and reading its part does to the whole device,
+# and what the merge costs.
+PROGRAM_COST, PART_COST, MERGE_COST = 4.0, 8.0, 3.0
 # Values that a program of the merge holds.
 MERGED = 4096
 # What stands for a device's multiprocessors where there is none.
@@ -31,7 +32,7 @@ if triton is not None:
     ):  # fmt: skip
         """Some columns of one query row: its splits, weighted by their shares of the softmax."""
         if EARLY:
-            # Launched before the splits are done, so that the launch costs no time.
+            # Launched while the splits' last programs end, so that the launch itself costs less.
             gdc_wait()
         row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -95,6 +96,7 @@ def best_splits(programs: int, tiles: int, device: torch.device) -> int:
 
     def cost(splits: int) -> float:
         rounds = math.ceil(programs * splits / units)
-        return rounds * (math.ceil(tiles / splits) + PROGRAM_COST) + MERGE_COST * (splits > 1)
+        merge = MERGE_COST + PART_COST * programs * splits / units if splits > 1 else 0.0
+        return rounds * (math.ceil(tiles / splits) + PROGRAM_COST) + merge
 
     return min(range(1, max(1, min(tiles, units)) + 1), key=cost)

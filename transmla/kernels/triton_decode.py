@@ -8,11 +8,12 @@ results by log-sum-exp.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape
+from transmla.kernels import Backend, DecodeShape, as_int32
 from transmla.kernels.splits import best_splits, merge_splits
 
 try:
@@ -24,6 +25,8 @@ except ImportError:  # a CPU build of torch comes without
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row wider than this does not fit the registers of one program beside its queries.
 MAX_RANK = 512
+# What a program of 64 query rows needs at that rank: 112 KiB; Ada and consumer Ampere have 99.
+WIDE_BYTES = 114688
 
 if triton is not None:
 
@@ -151,11 +154,12 @@ def decode(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not."""
+    lengths, block_table = as_int32(lengths), as_int32(block_table)
     batch, new, heads, rank = q_latent.shape
     width, rows = q_pe.shape[-1], new * heads
     total = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
-    block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype)
+    block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype, _shared_bytes(q_latent.device))
     blocks = math.ceil(rows / block)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out = torch.empty_like(q_latent)
@@ -211,13 +215,23 @@ def decode(
     return out, lse
 
 
-def _tiles(rows: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Query rows and tokens of a tile, warps and pipeline stages of its program."""
+def _tiles(rows: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
+    """Query rows and tokens of a tile, warps and pipeline stages of its program, for so much shared memory."""
     block = min(64, max(16, triton.next_power_of_2(rows)))
     wide = rank > 256
     if dtype == torch.float32:
         return min(block, 16), 16 if wide else 32, 4, 1
+    if wide and shared < WIDE_BYTES:
+        block = min(block, 32)
     return block, 32 if wide else 64, 8 if block == 64 else 4, 2
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a program may hold of a multiprocessor's shared memory."""
+    if device.type != "cuda":
+        return WIDE_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", WIDE_BYTES))
 
 
 def refuses(shape: DecodeShape) -> str | None:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transmla.errors import TransmlaError
 from transmla.modeling.cache import make_room
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
 
@@ -25,6 +26,8 @@ from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge,
 LATENT_ATTENTION = "latent_attention"
 # More new tokens than this are expanded, whatever they cost: decode kernels are made for few.
 MAX_NEW_TOKENS = 128
+# Kernels are compiled for each number of new tokens: more are given in pieces.
+PIECE = 32
 
 # decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], scaling=, mask=) returns the
 # attention's mean of kv_c [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
@@ -35,14 +38,23 @@ class LatentAttention(nn.Module):
     """What an MLA attention of transformers becomes; mixed in before its own class."""
 
     decode: Decode
+    # Sets ``decode`` for where the layer is, and remembers in ``place`` where that was.
+    choose: Callable[[LatentAttention], None]
+    place: tuple[torch.dtype, torch.device]
     layer_idx: int
-    prefix: PrefixLayer | None
+    prefix: PrefixLayer | None = None
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The family's own forward, over a cache that has room to grow."""
+        weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
+        if (weight.dtype, weight.device) != self.place:
+            self.choose(self)
         make_room(past_key_values, self.layer_idx)
         self.prefix = prefix_layer(past_key_values, self.layer_idx)
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        try:
+            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        finally:
+            self.prefix = None
 
     def __reduce__(self) -> Any:
         """Pickled by the family's class: this one is made when it is needed."""
@@ -98,9 +110,13 @@ def latent_attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(module, LatentAttention):
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    absorbable = _absorbable(module, query, key, attention_mask, kwargs)
     if module.prefix is not None:
-        return _behind_prefix(module, module.prefix, query, key, value, attention_mask, scaling), None
-    if _absorbs(module, query, key, attention_mask, kwargs):
+        _see_all_of(module.prefix, query, attention_mask)
+        if absorbable:
+            return _behind_prefix(module, module.prefix, query, key, value, attention_mask, scaling), None
+        key, value = module.prefix.whole(key, value)
+    elif absorbable and _pays(module, query, key, attention_mask):
         return _decoded(module, query, key, value, attention_mask, scaling)[0], None
     keys, values = module.expanded(key, value)
     # Fused kernels want one width.
@@ -109,11 +125,17 @@ def latent_attention(
     return output[..., : values.shape[-1]], weights
 
 
-def _absorbs(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
+def _pays(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether attending to the latent costs less than expanding it."""
     new, total = query.shape[2], key.shape[2]
-    if new > 1 and (new == total or mask is None or new > min(crossover(module), MAX_NEW_TOKENS)):
-        return False
+    return new == 1 or (new < total and mask is not None and new <= min(crossover(module), MAX_NEW_TOKENS))
+
+
+def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
+    """Whether attending to the latent gives what expanding it does."""
     if any(extras.get(name) is not None for name in _CHANGES_SCORES):
+        return False
+    if mask is not None and mask.dtype != torch.bool:
         return False
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return False
@@ -133,11 +155,26 @@ def _decoded(
     d_n, d_v, rank = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
     w_uk, w_uv = module.kv_b_proj.weight.view(-1, d_n + d_v, rank).split([d_n, d_v], 1)
     q_nope, q_pe = query.split([d_n, query.shape[-1] - d_n], -1)
-    q_latent = torch.einsum("bhnd,hdr->bnhr", q_nope, w_uk)
-    mixed, lse = module.decode(
-        q_latent, q_pe.transpose(1, 2), kv_c[:, 0], k_pe[:, 0], scaling=scaling or module.scaling, mask=mask
-    )
+    q_latent, q_pe = torch.einsum("bhnd,hdr->bnhr", q_nope, w_uk), q_pe.transpose(1, 2)
+    found = []
+    for start in range(0, q_latent.shape[1], PIECE):
+        part = slice(start, start + PIECE)
+        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
+        tensors = (q_latent[:, part], q_pe[:, part], kv_c[:, 0], k_pe[:, 0])
+        found.append(module.decode(*tensors, scaling=scaling or module.scaling, mask=own))
+    mixed, lse = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
+
+
+def _see_all_of(layer: PrefixLayer, query: Tensor, mask: Tensor | None) -> None:
+    """Refuse a mask that hides some of the prefix, when the first tokens behind it come."""
+    first = layer.own_length() == query.shape[2]
+    if first and mask is not None and not (mask if mask.dtype == torch.bool else mask == 0)[..., : layer.shared].all():
+        raise TransmlaError(
+            "the attention mask hides a part of the shared prefix",
+            limit="all sequences see all of it",
+            remedy="pad between the prefix and what follows it, not before or in it",
+        )
 
 
 def _behind_prefix(
@@ -149,7 +186,7 @@ def _behind_prefix(
     mask: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
-    """Attention to a prefix that all sequences share and to each one's own rows; no part of the prefix is hidden."""
+    """Attention to a prefix that all sequences share and to each one's own rows."""
     batch, heads, new, width = query.shape
     own = None if mask is None else mask[..., layer.shared :]
     right, right_lse = _decoded(module, query, kv_c, k_pe, own, scaling)

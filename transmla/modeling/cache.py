@@ -42,6 +42,11 @@ class LatentLayer(DynamicLayer):
         """Rows in the buffer."""
         return super().get_seq_length()
 
+    def offload(self) -> None:
+        """Move what is held to the CPU; the buffer is let go."""
+        super().offload()
+        self.rows = None
+
     def reset(self) -> None:
         """Forget everything."""
         self.rows = None

@@ -38,6 +38,14 @@ class PrefixLayer(LatentLayer):
         """P."""
         return self.prefix[0].shape[2]
 
+    def whole(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix and behind it the rows [B, 1, T, r] and [B, 1, T, d_r], for every sequence."""
+        kv, pe = (
+            torch.cat([shared.expand(len(own), -1, -1, -1), own], 2)
+            for shared, own in zip(self.prefix, (kv_c, k_pe), strict=True)
+        )
+        return kv, pe
+
     def get_seq_length(self) -> int:
         """Tokens seen by every sequence."""
         return self.shared + self.own_length()
