@@ -5,9 +5,9 @@
 
 Roles: `ours` is the MLA model of --shape under transmla.accelerate; `stock` the same model as transformers runs it;
 `source` the model it would be converted from, over a static cache with flash attention that reads all of the cache
-without a mask (the best that it could do); `dynamic` the source as plain generate() runs it, uncompiled over a growing
-cache. All but `dynamic` are compiled into CUDA graphs, over static caches. Random weights decode as fast as trained
-ones.
+without a mask (the best that it could do). These are compiled into CUDA graphs, over static caches; `growing` and
+`dynamic` are ours and the source as plain generate() runs them, uncompiled over growing caches. Random weights decode as
+fast as trained ones.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def build(name: str, role: str, shape: str, device: str) -> Any:
         config = DeepseekV3Config(**native_config(spec, plan.shape, plan.rope_parameters, source, plan.dtype))
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if role == "ours":
+    if role in ("ours", "growing"):
         accelerate(model)
     if role == "source":
         model.set_attn_implementation("whole_cache")
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim of the converted model")
-    parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="ours, source, dynamic, stock")
+    parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="ours, source, stock, growing, dynamic")
     parser.add_argument("--batch", nargs="*", type=int, default=[32])
     parser.add_argument("--context", nargs="*", type=int, default=[16384])
     parser.add_argument("--steps", type=int, default=16)
@@ -92,13 +92,13 @@ def main() -> None:
     for role in arguments.roles:
         model = build(arguments.model, role, arguments.shape, arguments.device)
         for batch, context in zip(arguments.batch, arguments.context, strict=True):
-            point = measure(model, batch, context, arguments.steps, static=role != "dynamic")
+            point = measure(model, batch, context, arguments.steps, static=role not in ("growing", "dynamic"))
             rows.append(
                 {
                     "model": arguments.model,
                     "weights": "random",
                     "role": role,
-                    "shape": arguments.shape if role in ("ours", "stock") else "source",
+                    "shape": "source" if role in ("source", "dynamic") else arguments.shape,
                     "batch": batch,
                     "context": context,
                     "tokens/s": round(point.tokens_per_second, 1),
