@@ -6,8 +6,8 @@
 Roles: `ours` is the MLA model of --shape under transmla.accelerate; `stock` the same model as transformers runs it;
 `source` the model it would be converted from, over a static cache with flash attention that reads all of the cache
 without a mask (the best that it could do). These are compiled into CUDA graphs, over static caches; `growing` and
-`dynamic` are ours and the source as plain generate() runs them, uncompiled over growing caches. Random weights decode as
-fast as trained ones.
+`dynamic` are ours and the source as plain generate() runs them, uncompiled over growing caches. Random weights decode
+as fast as trained ones.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from transmla.kernels import DecodeShape, hopper, plain, triton_decode
 from transmla.kernels.compiled import Compilable
 from transmla.kernels.splits import CPU_UNITS, best_splits
 from transmla.modeling.attention import LatentAttention
+from transmla.modeling.float8 import Rows, pack
 
 if triton_decode.triton is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -185,6 +186,23 @@ def test_a_mask_and_lengths(kernel: ModuleType, new: int) -> None:
     c = case(new=new, total=90, batch=3)
     lengths = torch.tensor([90, 33, new], dtype=torch.int32, device=DEVICE)
     compare(kernel, c, mask=(torch.arange(90, device=DEVICE) != 1)[None, None, None], lengths=lengths)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
+    c = case(total=96, batch=2, new=2, heads=5, dtype=torch.float16)
+    rows = pack(c.kv_c, c.k_pe)
+    if page:
+        rows = rows.reshape(12, page, -1)
+    held = Rows.of(rows, rows[..., :0], 32, 16, torch.float16)
+    extra: dict[str, Any] = {"lengths": torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)}
+    if page:
+        extra["block_table"] = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6)
+    queries = c.arguments()[:2]
+    found = kernel.decode(*queries, held.kv_c, held.k_pe, scaling=SCALING, kv_scale=held.scale, **extra)
+    wanted = plain.decode(*(t.double() for t in (*queries, *held.full())), scaling=SCALING, **extra)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
 
 def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:

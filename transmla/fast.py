@@ -15,13 +15,16 @@ from transmla.kernels.compiled import compilable
 
 _log = logging.getLogger(__name__)
 
+FLOAT8 = "float8_e4m3fn"
 
-def load(path: str | Path, *, backend: str = "auto", **kwargs: Any) -> Any:
+
+def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = None, **kwargs: Any) -> Any:
     """Load a causal language model with MLA for fast decoding.
 
     Args:
         path: an export, a checkpoint folder or a Hub id: any MLA model that transformers runs.
         backend: the decode kernels, ``auto`` or one that ``transmla bench`` lists.
+        cache_dtype: ``float8_e4m3fn`` to cache latents in 8 bits, with a scale for each token.
         kwargs: for ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …).
 
     Returns:
@@ -40,17 +43,18 @@ def load(path: str | Path, *, backend: str = "auto", **kwargs: Any) -> Any:
             limit=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             remedy="give the folder of an export or the Hub id of an MLA model",
         ) from error
-    return accelerate(model, backend=backend)
+    return accelerate(model, backend=backend, cache_dtype=cache_dtype)
 
 
-def accelerate(model: Any, *, backend: str = "auto") -> Any:
+def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None) -> Any:
     """Let a loaded ``model`` decode over its latent; changes it in place and returns it.
 
     Only this model's MLA layers change, by taking a subclass of their class; weights and state dict stay as they
     are, and so does what ``save_pretrained`` writes.
 
     Raises:
-        TransmlaError: if it has no MLA layer that transformers' own code runs, or an unknown ``backend``.
+        TransmlaError: if it has no MLA layer that transformers' own code runs, or an unknown ``backend`` or
+            ``cache_dtype`` (see ``load``).
     """
     from transmla.modeling.attention import LATENT_ATTENTION, LatentAttention, latent_class
 
@@ -61,12 +65,17 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
             limit="its attention must cache a latent and have transformers' `expand_kv`",
             remedy="convert it with `transmla convert`, and load the export",
         )
+    if cache_dtype not in (None, FLOAT8):
+        raise TransmlaError(
+            f"unknown cache_dtype '{cache_dtype}'", limit=f"{FLOAT8}, or none for the model's own", remedy="choose one"
+        )
     choose = partial(_choose, backend)
     names = set()
     for layer in layers:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             layer.__class__ = latent_class(plain)
+        layer.packed = cache_dtype is not None
         layer.choose = choose
         layer.choose(layer)
         names.add(f"'{layer.backend.name}': {layer.backend.summary}")
@@ -120,7 +129,16 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
             limit="stock attention knows no shared prefix",
             remedy="load it with transmla.load, or pass it to transmla.accelerate",
         )
+    layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    packed = layers[0].packed
     cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
-    return share(cache)
+    try:
+        # What all sequences share is held once, and need not be packed.
+        for layer in layers:
+            layer.packed = False
+        with torch.no_grad():
+            model(input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    finally:
+        for layer in layers:
+            layer.packed = packed
+    return share(cache, packed=packed)

@@ -33,11 +33,12 @@ class Backend:
     the largest ``preference`` is chosen.
 
     ``decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], *, scaling, mask, lengths,
-    block_table)`` returns the mean of kv_c under the attention [B, n, H, r] and the log-sum-exp of the scores
+    block_table, kv_scale)`` returns the mean of kv_c under the attention [B, n, H, r] and the log-sum-exp of the scores
     [B, n, H]. ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere.
     ``lengths`` [B]: rows of each sequence, its n new tokens the last of them, each seeing those up to itself.
     ``block_table`` [B, pages]: the cache is [all pages, page, r] and [all pages, page, d_r], and page j of sequence b
-    is block_table[b, j]; needs ``lengths``. Both are integers of any width.
+    is block_table[b, j]; needs ``lengths``. Both are integers of any width. ``kv_scale`` [B, T], or [all pages, page]:
+    kv_c is e4m3, and each of its rows counts times its scale.
 
     ``by_hand``: it launches kernels that torch.compile cannot look into.
     """

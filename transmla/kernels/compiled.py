@@ -13,7 +13,7 @@ from transmla.kernels import Backend, backends
 
 _SCHEMA = (
     "(Tensor q_latent, Tensor q_pe, Tensor kv_c, Tensor k_pe, float scaling, Tensor? mask=None, "
-    "Tensor? lengths=None, Tensor? block_table=None) -> (Tensor, Tensor)"
+    "Tensor? lengths=None, Tensor? block_table=None, Tensor? kv_scale=None) -> (Tensor, Tensor)"
 )
 
 
@@ -58,8 +58,11 @@ def _operator(name: str) -> Any:
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         block_table: Tensor | None = None,
+        kv_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return decode(q_latent, q_pe, kv_c, k_pe, scaling=scaling, mask=mask, lengths=lengths, block_table=block_table)
+        more = {"mask": mask, "lengths": lengths, "block_table": block_table, "kv_scale": kv_scale}
+        with _on(q_latent.device):
+            return decode(q_latent, q_pe, kv_c, k_pe, scaling=scaling, **more)
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)

@@ -35,13 +35,22 @@ def decode(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says."""
     batch, new = q_latent.shape[:2]
-    pages = None if mask is not None else _pages(kv_c, k_pe, paged=block_table is not None)
+    pages = None if mask is not None or kv_scale is not None else _pages(kv_c, k_pe, paged=block_table is not None)
     if pages is None:
         return masked.decode(
-            q_latent, q_pe, kv_c, k_pe, scaling=scaling, mask=mask, lengths=lengths, block_table=block_table
+            q_latent,
+            q_pe,
+            kv_c,
+            k_pe,
+            scaling=scaling,
+            mask=mask,
+            lengths=lengths,
+            block_table=block_table,
+            kv_scale=kv_scale,
         )
     if block_table is None:
         each = pages.shape[0] // batch

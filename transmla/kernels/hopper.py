@@ -327,18 +327,29 @@ def decode(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says.
 
-    Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else Triton takes over.
+    Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
+    8 bits, Triton takes over.
     """
     lengths, block_table = as_int32(lengths), as_int32(block_table)
     batch, new, heads, rank = q_latent.shape
     rank_block, tokens, stages = _tiles(rank)
     paged = block_table is not None
-    if not _reachable(kv_c, tokens, paged) or not _reachable(k_pe, tokens, paged) or kv_c.shape[1] == 0:
+    fetched = _reachable(kv_c, tokens, paged) and _reachable(k_pe, tokens, paged)
+    if not fetched or kv_c.shape[1] == 0 or kv_scale is not None:
         return triton_decode.decode(
-            q_latent, q_pe, kv_c, k_pe, scaling=scaling, mask=mask, lengths=lengths, block_table=block_table
+            q_latent,
+            q_pe,
+            kv_c,
+            k_pe,
+            scaling=scaling,
+            mask=mask,
+            lengths=lengths,
+            block_table=block_table,
+            kv_scale=kv_scale,
         )
     rows, width = new * heads, q_pe.shape[-1]
     total = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]

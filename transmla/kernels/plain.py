@@ -18,12 +18,16 @@ def decode(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Multi-query attention to the latent rows; shapes as ``Backend`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
     """
     batch, new, heads, rank = q_latent.shape
+    if kv_scale is not None:
+        wide = torch.promote_types(q_latent.dtype, torch.float32)
+        kv_c = (kv_c.to(wide) * kv_scale[..., None]).to(q_latent.dtype)
     if block_table is not None:
         kv_c, k_pe = (rows[block_table.long()].flatten(1, 2) for rows in (kv_c, k_pe))
     total = kv_c.shape[1]

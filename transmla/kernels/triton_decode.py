@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape, as_int32
+from transmla.kernels import Backend, DecodeShape, as_int32, plain
 from transmla.kernels.splits import best_splits, merge_splits
 
 try:
@@ -27,6 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_RANK = 512
 # What a program of 64 query rows needs at that rank: 112 KiB; Ada and consumer Ampere have 99.
 WIDE_BYTES = 114688
+FLOAT8_FROM = (8, 9)
 
 if triton is not None:
 
@@ -36,6 +37,7 @@ if triton is not None:
         q_pe,
         kv_c,
         k_pe,
+        kv_scale,
         mask,
         lengths,
         table,
@@ -52,6 +54,9 @@ if triton is not None:
         pe_batch,
         pe_page,
         pe_token,
+        scale_batch,
+        scale_page,
+        scale_token,
         mask_batch,
         mask_query,
         mask_token,
@@ -66,6 +71,7 @@ if triton is not None:
         PAGE: tl.constexpr,
         MASKED: tl.constexpr,
         RAGGED: tl.constexpr,
+        SCALED: tl.constexpr,
         PRECISION: tl.constexpr,
         STAGES: tl.constexpr,
         LOG: tl.constexpr,
@@ -109,11 +115,18 @@ if triton is not None:
             if PAGE:
                 page = tl.load(table + batch * table_batch + keys // PAGE, mask=there, other=0).to(tl.int64)
                 kv_at, pe_at = page * kv_page + keys % PAGE * kv_token, page * pe_page + keys % PAGE * pe_token
+                scale_at = page * scale_page + keys % PAGE * scale_token
             else:
                 kv_at, pe_at = keys.to(tl.int64) * kv_token, keys.to(tl.int64) * pe_token
+                scale_at = keys.to(tl.int64) * scale_token
             kv = tl.load(kv_base + kv_at[:, None] + rank, mask=there[:, None] & (rank < RANK), other=0.0)
             pe = tl.load(pe_base + pe_at[:, None] + width, mask=there[:, None] & (width < WIDTH), other=0.0)
+            if SCALED:
+                kv = kv.to(q.dtype)
+                unit = tl.load(kv_scale + batch * scale_batch + scale_at, mask=there, other=0.0)
             scores = tl.dot(q, tl.trans(kv), input_precision=PRECISION)
+            if SCALED:
+                scores = scores * unit[None, :]
             scores = tl.dot(qr, tl.trans(pe), scores, input_precision=PRECISION) * scale
             seen = there[None, :]
             if MASKED:
@@ -128,6 +141,8 @@ if triton is not None:
             shrink = tl.exp2(best - shift)
             p = tl.exp2(scores - shift[:, None])
             weight = weight * shrink + tl.sum(p, 1)
+            if SCALED:
+                p = p * unit[None, :]
             mixed = tl.dot(p.to(kv.dtype), kv, mixed * shrink[:, None], input_precision=PRECISION)
             best = higher
         some = weight > 0
@@ -152,8 +167,24 @@ def decode(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not."""
+    """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not.
+
+    Rows of 8 bits are read from Ada and Hopper on; other devices decode them in PyTorch.
+    """
+    if kv_scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
+        return plain.decode(
+            q_latent,
+            q_pe,
+            kv_c,
+            k_pe,
+            scaling=scaling,
+            mask=mask,
+            lengths=lengths,
+            block_table=block_table,
+            kv_scale=kv_scale,
+        )
     lengths, block_table = as_int32(lengths), as_int32(block_table)
     batch, new, heads, rank = q_latent.shape
     width, rows = q_pe.shape[-1], new * heads
@@ -169,12 +200,14 @@ def decode(
         parts = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=q_latent.device)
         part_lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q_latent.device)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
+    units = q_latent if kv_scale is None else kv_scale
     paged = block_table is not None
     _attend[(blocks, splits, batch)](
         q_latent,
         q_pe,
         kv_c,
         k_pe,
+        units,
         seen,
         q_latent if lengths is None else lengths,
         q_latent if block_table is None else block_table,
@@ -191,6 +224,9 @@ def decode(
         0 if paged else k_pe.stride(0),
         k_pe.stride(0),
         k_pe.stride(1),
+        0 if paged else units.stride(0),
+        units.stride(0),
+        units.stride(1),
         seen.stride(0),
         seen.stride(2),
         seen.stride(3),
@@ -205,6 +241,7 @@ def decode(
         PAGE=kv_c.shape[1] if paged else 0,
         MASKED=mask is not None,
         RAGGED=lengths is not None,
+        SCALED=kv_scale is not None,
         PRECISION="ieee",
         STAGES=stages,
         LOG=math.log(2) if splits == 1 else 1.0,

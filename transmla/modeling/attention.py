@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.errors import TransmlaError
 from transmla.modeling.cache import make_room
+from transmla.modeling.float8 import Rows
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
 
 # The name that transformers knows this attention by.
@@ -29,8 +30,8 @@ MAX_NEW_TOKENS = 128
 # Kernels are compiled for each number of new tokens: more are given in pieces.
 PIECE = 32
 
-# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], scaling=, mask=) returns the
-# attention's mean of kv_c [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
+# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], scaling=, mask=, kv_scale=) gives
+# the attention's mean of kv_c [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
 Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -42,6 +43,10 @@ class LatentAttention(nn.Module):
     choose: Callable[[LatentAttention], None]
     place: tuple[torch.dtype, torch.device]
     layer_idx: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    # Whether rows are cached in 8 bits.
+    packed: bool = False
     prefix: PrefixLayer | None = None
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -49,7 +54,7 @@ class LatentAttention(nn.Module):
         weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
         if (weight.dtype, weight.device) != self.place:
             self.choose(self)
-        make_room(past_key_values, self.layer_idx)
+        make_room(past_key_values, self.layer_idx, packed=self.packed)
         self.prefix = prefix_layer(past_key_values, self.layer_idx)
         try:
             return super().forward(*args, past_key_values=past_key_values, **kwargs)
@@ -110,15 +115,16 @@ def latent_attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(module, LatentAttention):
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    rows = Rows.of(key, value, module.kv_lora_rank, module.qk_rope_head_dim, query.dtype)
     absorbable = _absorbable(module, query, key, attention_mask, kwargs)
     if module.prefix is not None:
         _see_all_of(module.prefix, query, attention_mask)
         if absorbable:
-            return _behind_prefix(module, module.prefix, query, key, value, attention_mask, scaling), None
-        key, value = module.prefix.whole(key, value)
+            return _behind_prefix(module, module.prefix, query, rows, attention_mask, scaling), None
+        rows = Rows(*module.prefix.whole(*rows.full()))
     elif absorbable and _pays(module, query, key, attention_mask):
-        return _decoded(module, query, key, value, attention_mask, scaling)[0], None
-    keys, values = module.expanded(key, value)
+        return _decoded(module, query, rows, attention_mask, scaling)[0], None
+    keys, values = module.expanded(*rows.full())
     # Fused kernels want one width.
     query, keys, wide = one_width(query, keys, values)
     output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -149,7 +155,7 @@ _CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
 
 
 def _decoded(
-    module: Any, query: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor | None, scaling: float | None
+    module: Any, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, n, H, d_v] and log-sum-exps [B, n, H] over the latent."""
     d_n, d_v, rank = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
@@ -160,8 +166,9 @@ def _decoded(
     for start in range(0, q_latent.shape[1], PIECE):
         part = slice(start, start + PIECE)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
-        tensors = (q_latent[:, part], q_pe[:, part], kv_c[:, 0], k_pe[:, 0])
-        found.append(module.decode(*tensors, scaling=scaling or module.scaling, mask=own))
+        tensors = (q_latent[:, part], q_pe[:, part], rows.kv_c[:, 0], rows.k_pe[:, 0])
+        scales = {} if rows.scale is None else {"kv_scale": rows.scale[:, 0]}
+        found.append(module.decode(*tensors, scaling=scaling or module.scaling, mask=own, **scales))
     mixed, lse = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
 
@@ -181,15 +188,14 @@ def _behind_prefix(
     module: Any,
     layer: PrefixLayer,
     query: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
+    rows: Rows,
     mask: Tensor | None,
     scaling: float | None,
 ) -> Tensor:
     """Attention to a prefix that all sequences share and to each one's own rows."""
     batch, heads, new, width = query.shape
     own = None if mask is None else mask[..., layer.shared :]
-    right, right_lse = _decoded(module, query, kv_c, k_pe, own, scaling)
+    right, right_lse = _decoded(module, query, rows, own, scaling)
     # To the prefix, the queries of all sequences are those of one.
     together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
     if expanding_pays(module, batch * new):
@@ -200,7 +206,7 @@ def _behind_prefix(
         output, lse = attend(together, *layer.expanded, scaling=scaling or module.scaling)
         left, left_lse = output[..., : module.v_head_dim].transpose(1, 2), lse.transpose(1, 2)
     else:
-        left, left_lse = _decoded(module, together, *layer.prefix, None, scaling)
+        left, left_lse = _decoded(module, together, Rows(*layer.prefix), None, scaling)
     return merge(left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads), right, right_lse)
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from transmla.errors import TransmlaError
+from transmla.modeling.float8 import pack
+
 # New room is asked for in steps of so many tokens, or of an eighth of what is held, and in whole pages: there are
 # kernels that read nothing else.
 STEP, PAGE = 256, 64
@@ -17,17 +20,22 @@ class LatentLayer(DynamicLayer):
     """Rows [kv_c | k_pe] of one layer in one buffer [B, 1, room, r + d_r].
 
     ``keys`` [B, 1, T, r] and ``values`` [B, 1, T, d_r] are views of its first T rows, so everything transformers does
-    with a layer (beams, cropping, selecting sequences) works as before; what it replaces is copied once.
+    with a layer (beams, cropping, selecting sequences) works as before; what it replaces is copied once. ``packed``
+    rows are bytes (``float8.pack``): then ``keys`` are these, and ``values`` have no columns.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, packed: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rows: Tensor | None = None
+        self.packed = packed
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``key_states`` [B, 1, n, r] (kv_c) and ``value_states`` [B, 1, n, d_r] (k_pe); returns all."""
         if key_states.requires_grad or value_states.requires_grad:
             return super().update(key_states, value_states, *args, **kwargs)  # a graph must not see its past change
+        if self.packed:
+            key_states = pack(key_states, value_states)
+            value_states = key_states[..., :0]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.own_length()
@@ -68,15 +76,29 @@ class LatentLayer(DynamicLayer):
         return rows
 
 
-def make_room(cache: Cache | None, layer: int) -> None:
-    """Let ``layer`` of a dynamic ``cache`` grow without copying; other kinds of cache stay as they are."""
+def make_room(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
+    """Let ``layer`` of a dynamic ``cache`` grow without copying; other kinds of cache stay as they are.
+
+    Raises:
+        TransmlaError: if rows are to be ``packed`` in a cache of another kind.
+    """
     layers = getattr(cache, "layers", [])
-    if layer < len(layers) and type(layers[layer]) is DynamicLayer:
-        plain, roomy = layers[layer], LatentLayer()
-        if plain.is_initialized:
+    if layer >= len(layers):
+        return
+    if type(layers[layer]) is DynamicLayer:
+        plain, roomy = layers[layer], LatentLayer(packed=packed)
+        if plain.is_initialized and packed:
+            roomy.update(plain.keys, plain.values)
+        elif plain.is_initialized:
             roomy.lazy_initialization(plain.keys, plain.values)
             roomy.keys, roomy.values = plain.keys, plain.values
         layers[layer] = roomy
+    elif packed and not isinstance(layers[layer], LatentLayer):
+        raise TransmlaError(
+            f"a {type(layers[layer]).__name__} cannot hold rows of 8 bits",
+            limit="only caches that grow can",
+            remedy="leave out cache_implementation, or load the model without cache_dtype",
+        )
 
 
 def latent_bytes(cache: Cache) -> int:

@@ -28,8 +28,8 @@ class PrefixLayer(LatentLayer):
     ``update`` returns the sequences' own rows only; the attention finds the prefix in ``prefix``.
     """
 
-    def __init__(self, kv_c: Tensor, k_pe: Tensor) -> None:
-        super().__init__()
+    def __init__(self, kv_c: Tensor, k_pe: Tensor, *, packed: bool = False) -> None:
+        super().__init__(packed=packed)
         self.prefix = kv_c, k_pe
         self.expanded: tuple[Tensor, Tensor] | None = None
 
@@ -51,8 +51,10 @@ class PrefixLayer(LatentLayer):
         return self.shared + self.own_length()
 
 
-def share(cache: Cache) -> Cache:
+def share(cache: Cache, *, packed: bool = False) -> Cache:
     """Make all that ``cache`` holds, of one sequence, the prefix of any number of them; returns the cache.
+
+    Rows behind it may be ``packed``; its own are not.
 
     Raises:
         ValueError: if it holds several sequences, or none.
@@ -61,7 +63,7 @@ def share(cache: Cache) -> Cache:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.shape[0] != 1:
             raise ValueError("a shared prefix is made from the cache of one sequence")
-        cache.layers[i] = PrefixLayer(keys, values)
+        cache.layers[i] = PrefixLayer(keys, values, packed=packed)
     return cache
 
 
