@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from transmla.kernels import hopper
+from transmla.kernels.hopper_kernel import attend
 
 POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "parts": "*fp32", "part_lse": "*fp32"}
 NUMBERS = [
@@ -48,10 +49,10 @@ def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, maske
         "NEW": new, "RANK": rank, "WIDTH": width, "RANK_BLOCK": columns, "TOKENS": tokens, "STAGES": stages,
         "PAGE": page, "MASKED": masked, "RAGGED": not masked, "LOG": 1.0, "REGISTERS": hopper.VALUE_REGISTERS,
     }  # fmt: skip
-    names = hopper._attend.arg_names
+    names = attend.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "scale"}
     signature = {name: types.get(name, "constexpr") for name in names}
-    source = GluonASTSource(hopper._attend, signature, constexprs=constants, attrs=aligned)
+    source = GluonASTSource(attend, signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"

@@ -70,7 +70,7 @@ def test_a_mask_that_hides_some_of_the_prefix_is_refused() -> None:
     cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
     mask = torch.ones_like(tokens)
     mask[1, :2] = 0
-    with pytest.raises(TransmlaError, match="hides a part of the shared prefix"):
+    with pytest.raises(ValueError, match="hides a part of the shared prefix"):
         model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
 

@@ -1,11 +1,4 @@
-"""Split-KV flash decoding for Hopper GPUs, in Gluon, the low level of Triton.
-
-One program holds 64 query rows and has three groups of four warps. The first keeps the queries in registers and turns
-tiles of the cache into weights; the other two add up the values, each one half of the rank. The tensor memory
-accelerator (TMA) brings tiles into a ring of buffers, where a row serves as key and as value. So the softmax of one
-tile, the values of the tile before and the loads of the next ones go on at the same time: warp specialisation, as in
-FlashAttention-3 (arXiv 2407.08608), with another division of labour.
-"""
+"""Decoding on Hopper GPUs with the kernel of ``hopper_kernel``."""
 
 from __future__ import annotations
 
@@ -16,305 +9,22 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
+from transmla.kernels.hopper_kernel import ROWS, gluon
 from transmla.kernels.splits import best_splits, merge_splits
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
+if gluon is not None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one before 3.6
-    gluon = None
+
+    from transmla.kernels.hopper_kernel import attend
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_RANK = 512
 # Rotary keys are loaded this wide: as wide as a tile of weights is high, which takes their place.
 ROPE = 64
-ROWS = 64
 # Registers of a thread that adds up values; what is left goes to those that make weights.
 VALUE_REGISTERS = 160
-
-if gluon is not None:
-    # Gluon's names differ between Triton 3.6 and 3.9.
-    tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-    buffer = gl.shared_memory_descriptor
-    reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
-    group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-    # What kernels read of this module must be a constant of theirs.
-    HEIGHT = gl.constexpr(ROWS)
-
-    @gluon.jit
-    def _bounds(mask, batch, mask_batch, mask_query, mask_token, total, NEW: gl.constexpr):
-        """Tokens some query sees lie in [first, last); [low, high) every query sees, or it is empty."""
-        CHUNK: gl.constexpr = 2048
-        layout: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
-        first, last, low, high, holes = total, 0, 0, total, 0
-        lane = gl.arange(0, CHUNK, layout=layout)
-        for query in range(NEW):
-            begins = total + lane * 0
-            ends = lane * 0
-            counts = lane * 0
-            for at in range(0, total, CHUNK):
-                keys = at + lane
-                place = mask + batch.to(gl.int64) * mask_batch + query * mask_query + keys.to(gl.int64) * mask_token
-                seen = gl.load(place, mask=keys < total, other=0) != 0
-                begins = gl.where(seen, gl.minimum(begins, keys), begins)
-                ends = gl.where(seen, keys + 1, ends)
-                counts += seen.to(gl.int32)
-            begin, end, count = gl.min(begins, 0), gl.max(ends, 0), gl.sum(counts, 0)
-            holes += gl.maximum(end - begin, 0) - count
-            first, last = gl.minimum(first, begin), gl.maximum(last, end)
-            low, high = gl.maximum(low, begin), gl.minimum(high, end)
-        return gl.minimum(first, last), last, low, gl.where(holes == 0, high, 0)
-
-    @gluon.jit
-    def _fetch(
-        kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile, last,
-        TOKENS: gl.constexpr, PAGE: gl.constexpr,
-    ):  # fmt: skip
-        """Ask for a tile of a sequence, if it has it; the buffer's barrier tells when it is there."""
-        wanted = tile < last
-        token = tile * TOKENS
-        row, pe_row = batch * capacity + token, batch * pe_capacity + token
-        if PAGE:
-            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
-            pe_row = row
-        bar = full.index(slot)
-        mbarrier.expect(bar, kv.block_type.nbytes + pe.block_type.nbytes, wanted)
-        tma_load(kv, [row, 0], bar, kv_s.index(slot), wanted)
-        tma_load(pe, [pe_row, 0], bar, pe_s.index(slot), wanted)
-
-    @gluon.jit
-    def _stage(source, rows_at, held, columns, LIMIT: gl.constexpr):
-        inside = held & (columns < LIMIT)[None, :]
-        return gl.load(source + rows_at[:, None] * LIMIT + columns[None, :], mask=inside, other=0.0)
-
-    @gluon.jit
-    def _weigh(
-        q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, weights_s, shrink_s, leaps_s,
-        total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity, table_batch,
-        mask_batch, mask_query, mask_token, length, low, high, first, last, NEW: gl.constexpr, RANK: gl.constexpr,
-        WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
-        LOG: gl.constexpr,
-    ):  # fmt: skip
-        """Queries times keys, and the softmax: weights [HEIGHT, TOKENS] of every tile, and the log-sum-exp."""
-        scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-        query_l: gl.constexpr = gl.DotOperandLayout(0, scores_l, 2)
-        wide_l: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, wide_l))
-        held = (row < rows)[:, None]
-        rows_at = batch.to(gl.int64) * rows + row
-        # The last buffers are free until their tiles are asked for, which is done here once the queries are through.
-        stage_s = queries_s.index(STAGES * TOKENS // HEIGHT - 1)
-        rank = gl.arange(0, RANK_BLOCK, layout=gl.SliceLayout(0, wide_l))
-        width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
-        stage_s.store(_stage(q_latent, rows_at, held, rank, RANK))
-        q_pe_s.store(_stage(q_pe, rows_at, held, width, WIDTH))
-        group_barrier()
-        queries = stage_s.load(query_l)
-        fence_async_shared()
-        group_barrier()
-        for slot in gl.static_range(STAGES - LATE, STAGES):
-            _fetch(
-                kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot, last,
-                TOKENS, PAGE,
-            )  # fmt: skip
-
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, scores_l))
-        best = gl.full([HEIGHT], -1e30, gl.float32, layout=gl.SliceLayout(1, scores_l))
-        total = gl.zeros([HEIGHT], gl.float32, layout=gl.SliceLayout(1, scores_l))
-        slot, phase = 0, 0
-        for tile in range(first, last):
-            mbarrier.wait(full.index(slot), phase)
-            nothing = gl.zeros([HEIGHT, TOKENS], gl.float32, layout=scores_l)
-            keys = kv_s.index(slot).permute((1, 0))
-            scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma(q_pe_s, pe_s.index(slot).permute((1, 0)), scores, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            # No warp may still read the rotary keys that the weights are about to replace.
-            group_barrier()
-            if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
-                key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
-                # With lengths, new tokens see those up to themselves; a mask alone says what they see.
-                end = length - NEW + 1 + row // heads if RAGGED else length + row * 0
-                seen = key[None, :] < end[:, None]
-                if MASKED:
-                    at = (row // heads * mask_query)[:, None] + (key.to(gl.int64) * mask_token)[None, :]
-                    inside = (row < rows)[:, None] & (key < length)[None, :]
-                    shown = gl.load(mask + batch.to(gl.int64) * mask_batch + at, mask=inside, other=0) != 0
-                    seen = seen & shown if RAGGED else shown
-                scores = gl.where(seen, scores, float("-inf"))
-            # The weights are relative to a maximum that is followed in leaps: most tiles leave the sums alone.
-            higher = gl.max(scores, 1) * scale
-            higher = gl.where(higher > best + 8, higher, best)
-            shrink = gl.exp2(best - higher)
-            shrink_s.index(slot).store(shrink)
-            leaps_s.index(slot).store(gl.max((higher - best).reshape([4, HEIGHT // 4]), 1))
-            weights = gl.exp2(scores * scale - higher[:, None])
-            total = total * shrink + gl.sum(weights, 1)
-            best = higher
-            weights_s.index(slot).store(weights.to(kv.dtype))
-            fence_async_shared()
-            group_barrier()
-            mbarrier.arrive(ready.index(slot), count=1)
-            slot, phase = _next(slot, phase, STAGES)
-        some = total > 0
-        total = gl.where(some, total, 1.0)
-        total_s.store(total)
-        group_barrier()
-        mbarrier.arrive(done.index(0), count=1)
-        found = gl.where(some, (best + gl.log2(total)) * LOG, float("-inf"))
-        gl.store(part_lse + unit * rows + row, found, mask=row < rows)
-
-    @gluon.jit
-    def _next(slot, phase, SLOTS: gl.constexpr):
-        """The next buffer of a ring; the phase of its barrier flips with every round."""
-        around = slot == SLOTS - 1
-        return gl.where(around, 0, slot + 1), gl.where(around, phase ^ 1, phase)
-
-    @gluon.jit
-    def _add_up(
-        kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done, rows,
-        block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, SECOND: gl.constexpr,
-        RANK: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, PAGE: gl.constexpr,
-    ):  # fmt: skip
-        """Weights times values, for one half of the rank; the second half's group also asks for tiles."""
-        HALF: gl.constexpr = RANK_BLOCK // 2
-        START: gl.constexpr = HALF if SECOND else 0
-        values_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        if SECOND:
-            for slot in gl.static_range(STAGES - LATE):
-                _fetch(
-                    kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot,
-                    last, TOKENS, PAGE,
-                )  # fmt: skip
-        mixed = gl.zeros([HEIGHT, HALF], gl.float32, layout=values_l)
-        slot, phase = 0, 0
-        before, phase_before = 0, 0
-        for tile in range(first, last):
-            mbarrier.wait(ready.index(slot), phase)
-            values = kv_s.index(slot).slice(START, HALF, dim=1)
-            if gl.max(leaps_s.index(slot).load(gl.BlockedLayout([4], [32], [4], [0])), 0) > 0:
-                mixed = mixed * shrink_s.index(slot).load(gl.SliceLayout(1, values_l))[:, None]
-            if tile * TOKENS + TOKENS > length:
-                _clear(values, tile * TOKENS, length, HALF, TOKENS)
-            mixed = warpgroup_mma(weights_s.index(slot), values, mixed, is_async=True)
-            if SECOND and tile > first:
-                # Both groups are through with the tile before: its buffer takes another.
-                mbarrier.wait(empty.index(before), phase_before)
-                _fetch(
-                    kv, pe, kv_s, pe_s, full, before, table, batch, table_batch, capacity, pe_capacity,
-                    tile - 1 + STAGES, last, TOKENS, PAGE,
-                )  # fmt: skip
-            mixed = warpgroup_mma_wait(0, deps=[mixed])
-            group_barrier()
-            if not SECOND:
-                mbarrier.arrive(empty.index(slot), count=1)
-            before, phase_before = slot, phase
-            slot, phase = _next(slot, phase, STAGES)
-        mbarrier.wait(done.index(0), 0)
-        mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, values_l))
-        rank = START + gl.arange(0, HALF, layout=gl.SliceLayout(0, values_l))
-        held = (row < rows)[:, None]
-        if RANK < RANK_BLOCK:
-            held = held & (rank < RANK)[None, :]
-        out = parts + unit.to(gl.int64) * rows * RANK
-        gl.store(out + row[:, None] * RANK + rank[None, :], mixed.to(parts.dtype.element_ty), mask=held)
-
-    @gluon.jit
-    def _clear(values, at, length, HALF: gl.constexpr, TOKENS: gl.constexpr):
-        """Zero the rows behind the end: they may hold anything, and zero times anything must be zero."""
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        CHUNK: gl.constexpr = 64 if HALF > 64 else HALF
-        for down in gl.static_range(TOKENS // 16):
-            token = at + down * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-            for across in gl.static_range(HALF // CHUNK):
-                piece = values.slice(down * 16, 16, dim=0).slice(across * CHUNK, CHUNK, dim=1)
-                piece.store(gl.where((token < length)[:, None], piece.load(layout), 0.0))
-        fence_async_shared()
-        group_barrier()
-
-    @gluon.jit
-    def _attend(
-        q_latent, q_pe, kv, pe, mask, lengths, table, parts, part_lse, scale, heads, rows, total, splits, capacity,
-        pe_capacity, mask_batch, mask_query, mask_token, table_batch, NEW: gl.constexpr, RANK: gl.constexpr,
-        WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
-        LOG: gl.constexpr, REGISTERS: gl.constexpr,
-    ):  # fmt: skip
-        """One block of query rows (token, head) of one sequence against one split of its cache."""
-        block, split, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-        unit = batch * splits + split
-        length = total
-        if RAGGED:
-            length = gl.load(lengths + batch)
-        begin, end, low = 0, length, 0
-        high = length - NEW + 1 if RAGGED else length
-        if MASKED:
-            begin, end, low, shown = _bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
-            high = gl.minimum(high, shown) if RAGGED else shown
-        begin = begin // TOKENS
-        tiles = gl.maximum((end + TOKENS - 1) // TOKENS - begin, 0)
-        first = begin + split * tiles // splits
-        last = begin + (split + 1) * tiles // splits
-
-        dtype: gl.constexpr = kv.dtype
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        for slot in gl.static_range(STAGES):
-            mbarrier.init(full.index(slot), count=1)
-            mbarrier.init(ready.index(slot), count=1)
-            mbarrier.init(empty.index(slot), count=1)
-        mbarrier.init(done.index(0), count=1)
-        kv_s = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, RANK_BLOCK], kv.layout)
-        pe_s = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, 64], pe.layout)
-        # The queries pass through the buffers, before tiles do.
-        LATE: gl.constexpr = (HEIGHT + TOKENS - 1) // TOKENS
-        queries_s = reinterpret(kv_s, dtype, [STAGES * TOKENS // HEIGHT, HEIGHT, RANK_BLOCK], kv.layout)
-        # A tile's weights replace the rotary keys that they were made from.
-        weights_l: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, TOKENS], dtype)
-        weights_s = reinterpret(pe_s, dtype, [STAGES, HEIGHT, TOKENS], weights_l)
-        q_pe_s = gl.allocate_shared_memory(dtype, [HEIGHT, 64], pe.layout)
-        shrink_s = gl.allocate_shared_memory(gl.float32, [STAGES, HEIGHT], flat)
-        leaps_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4], flat)
-        total_s = gl.allocate_shared_memory(gl.float32, [HEIGHT], flat)
-        # fmt: off
-        gl.warp_specialize(
-            [
-                (_weigh, (
-                    q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, weights_s, shrink_s,
-                    leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
-                    table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW, RANK, WIDTH,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, MASKED, RAGGED, LOG,
-                )),
-                (_add_up, (
-                    kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,
-                    rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, False, RANK,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE,
-                )),
-                (_add_up, (
-                    kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,
-                    rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, True, RANK,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE,
-                )),
-            ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )
-        # fmt: on
 
 
 def decode(
@@ -363,7 +73,7 @@ def decode(
         parts = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=q_latent.device)
         part_lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q_latent.device)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
-    _attend[(blocks, splits, batch)](
+    attend[(blocks, splits, batch)](
         q_latent,
         q_pe,
         _rows(kv_c, tokens, rank_block),
@@ -423,7 +133,7 @@ def _reachable(rows: Tensor, tokens: int, paged: bool) -> bool:
 
 def _rows(cache: Tensor, tokens: int, columns: int) -> Any:
     """The rows of all sequences or pages, one below the other, in tiles [tokens, columns]."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     count = (cache.shape[0] - 1) * (cache.stride(0) // cache.stride(1)) + cache.shape[1]
     shape, strides = [count, cache.shape[2]], [cache.stride(1), 1]
     return TensorDescriptor(cache, shape, strides, [tokens, columns], layout)

@@ -18,7 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.errors import TransmlaError
 from transmla.modeling.cache import make_room
 from transmla.modeling.float8 import Rows
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
@@ -177,10 +176,9 @@ def _see_all_of(layer: PrefixLayer, query: Tensor, mask: Tensor | None) -> None:
     """Refuse a mask that hides some of the prefix, when the first tokens behind it come."""
     first = layer.own_length() == query.shape[2]
     if first and mask is not None and not (mask if mask.dtype == torch.bool else mask == 0)[..., : layer.shared].all():
-        raise TransmlaError(
-            "the attention mask hides a part of the shared prefix",
-            limit="all sequences see all of it",
-            remedy="pad between the prefix and what follows it, not before or in it",
+        raise ValueError(
+            "the attention mask hides a part of the shared prefix, which all sequences see whole; pad between the "
+            "prefix and what follows it"
         )
 
 

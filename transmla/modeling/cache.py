@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from transmla.errors import TransmlaError
 from transmla.modeling.float8 import pack
 
 # New room is asked for in steps of so many tokens, or of an eighth of what is held, and in whole pages: there are
@@ -80,7 +79,7 @@ def make_room(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
     """Let ``layer`` of a dynamic ``cache`` grow without copying; other kinds of cache stay as they are.
 
     Raises:
-        TransmlaError: if rows are to be ``packed`` in a cache of another kind.
+        ValueError: if rows are to be ``packed`` in a cache of another kind.
     """
     layers = getattr(cache, "layers", [])
     if layer >= len(layers):
@@ -94,10 +93,9 @@ def make_room(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
             roomy.keys, roomy.values = plain.keys, plain.values
         layers[layer] = roomy
     elif packed and not isinstance(layers[layer], LatentLayer):
-        raise TransmlaError(
-            f"a {type(layers[layer]).__name__} cannot hold rows of 8 bits",
-            limit="only caches that grow can",
-            remedy="leave out cache_implementation, or load the model without cache_dtype",
+        raise ValueError(
+            f"a {type(layers[layer]).__name__} cannot hold rows of 8 bits, only caches that grow can; leave out "
+            "cache_implementation, or load the model without cache_dtype"
         )
 
 
