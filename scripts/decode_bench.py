@@ -54,7 +54,7 @@ AttentionInterface.register("whole_cache", whole_cache)
 AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 
-def build(name: str, role: str, shape: str, device: str) -> Any:
+def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
     """A model with random weights in bfloat16, set up for its role."""
     source = LlamaConfig(**MODELS[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     if role in ("source", "dynamic"):
@@ -70,7 +70,7 @@ def build(name: str, role: str, shape: str, device: str) -> Any:
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if role in ("ours", "growing"):
-        accelerate(model)
+        accelerate(model, backend=backend)
     if role == "source":
         model.set_attn_implementation("whole_cache")
     return model
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="ours, source, stock, growing, dynamic")
     parser.add_argument("--batch", nargs="*", type=int, default=[32])
     parser.add_argument("--context", nargs="*", type=int, default=[16384])
+    parser.add_argument("--backend", default="hopper", help="decode kernels of ours")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--result", type=Path, default=RESULTS / "decode.json")
@@ -90,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for role in arguments.roles:
-        model = build(arguments.model, role, arguments.shape, arguments.device)
+        model = build(arguments.model, role, arguments.shape, arguments.backend, arguments.device)
         for batch, context in zip(arguments.batch, arguments.context, strict=True):
             point = measure(model, batch, context, arguments.steps, static=role not in ("growing", "dynamic"))
             rows.append(

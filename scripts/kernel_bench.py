@@ -112,7 +112,7 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
     """A prefix that all sequences share: expanded once, read as a latent once, or held by every sequence."""
     rank, width = arguments.shape
     shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
-    decode = choose_backend("auto", shape).decode
+    decode = choose_backend("hopper", shape).decode
     for batch in BATCHES:
 
         def rows(*sizes: int) -> Tensor:
