@@ -228,7 +228,8 @@ if gluon is not None:
         fence_async_shared()
         group_barrier()
 
-    @gluon.jit
+    # These change while a cache grows, and must not have the kernel compiled anew.
+    @gluon.jit(do_not_specialize=["total", "splits", "capacity", "pe_capacity"])
     def attend(
         q_latent, q_pe, kv, pe, mask, lengths, table, parts, part_lse, scale, heads, rows, total, splits, capacity,
         pe_capacity, mask_batch, mask_query, mask_token, table_batch, NEW: gl.constexpr, RANK: gl.constexpr,

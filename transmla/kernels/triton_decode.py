@@ -30,8 +30,8 @@ WIDE_BYTES = 114688
 FLOAT8_FROM = (8, 9)
 
 if triton is not None:
-
-    @triton.jit
+    # These change while a cache grows, and must not have the kernel compiled anew.
+    @triton.jit(do_not_specialize=["total", "splits"])
     def _attend(
         q_latent,
         q_pe,
