@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +93,14 @@ def test_a_model_without_mla_is_refused(make_source: Callable[..., Path]) -> Non
     refused = CliRunner().invoke(build(), ["bench", str(make_source()), "--device", "cpu"])
     assert isinstance(refused.exception, TransmlaError)
     assert "no MLA layer" in str(refused.exception)
+
+
+def test_the_script_measures_whole_models_of_random_weights(tmp_path: Path) -> None:
+    """scripts/decode_bench.py, uncompiled and tiny."""
+    script = Path(__file__).parents[1] / "scripts" / "decode_bench.py"
+    command = [sys.executable, str(script), "tiny", "--shape", "32+16", "--roles", "growing", "dynamic"]
+    settings = ["--batch", "2", "--context", "64", "--steps", "1", "--device", "cpu", "--commit", "none"]
+    subprocess.run([*command, *settings, "--result", str(tmp_path / "found.json")], check=True, capture_output=True)
+    ours, source = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert (ours["role"], source["role"]) == ("growing", "dynamic")
+    assert ours["tokens/s"] > 0 < source["tokens/s"]

@@ -20,7 +20,7 @@ from transmla.errors import TransmlaError
 from transmla.kernels import DecodeShape, backends, choose_backend
 from transmla.kernels.compiled import Compilable
 from transmla.modeling.attention import LatentAttention, crossover
-from transmla.modeling.cache import STEP, LatentLayer, latent_bytes, make_room
+from transmla.modeling.cache import LatentLayer, latent_bytes
 from transmla.pipeline import convert
 from transmla.recipe import Recipe
 
@@ -98,40 +98,6 @@ def test_the_cache_holds_latents_only_and_grows_in_place() -> None:
     assert latent_bytes(cache) == 2 * 30 * (16 + 8) * model.config.num_hidden_layers * 4
 
 
-def grown(length: int, layer: Any) -> Any:
-    generator = torch.Generator().manual_seed(length)
-    for start in range(0, length, 7):
-        n = min(7, length - start)
-        layer.update(torch.randn(3, 1, n, 4, generator=generator), torch.randn(3, 1, n, 2, generator=generator))
-    return layer
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "crop": lambda layer: layer.crop(-5),
-    "reorder": lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])),
-    "repeat": lambda layer: layer.batch_repeat_interleave(2),
-    "select": lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
-    "offload": lambda layer: (layer.offload(), layer.prefetch()),
-    "reset": lambda layer: layer.reset(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("length", [8, STEP + 9])
-def test_a_latent_layer_does_what_a_dynamic_layer_does(length: int, change: str) -> None:
-    from transformers.cache_utils import DynamicLayer
-
-    ours, theirs = grown(length, LatentLayer()), grown(length, DynamicLayer())
-    for layer in (ours, theirs):
-        CHANGES[change](layer)
-    assert ours.get_seq_length() == theirs.get_seq_length()
-    batch = 3 if change == "reset" else theirs.keys.shape[0]
-    more = torch.randn(batch, 1, 2, 4), torch.randn(batch, 1, 2, 2)
-    for _ in range(2):
-        for left, right in zip(ours.update(*more), theirs.update(*more), strict=True):
-            assert torch.equal(left, right)
-
-
 def test_a_cache_filled_before_goes_on() -> None:
     model = tiny()
     tokens = prompt(0)["input_ids"]
@@ -141,15 +107,6 @@ def test_a_cache_filled_before_goes_on() -> None:
         transmla.accelerate(model)
         found = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
     assert torch.allclose(found, wanted, atol=1e-5)
-
-
-def test_other_caches_stay_as_they_are() -> None:
-    model = transmla.accelerate(tiny())
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    kinds = [type(layer) for layer in cache.layers]
-    make_room(cache, 0)
-    make_room(None, 0)
-    assert [type(layer) for layer in cache.layers] == kinds
 
 
 def test_training_gives_the_same_gradients() -> None:
@@ -240,13 +197,6 @@ def test_masks_of_numbers_are_added_as_stock_does() -> None:
             model(tokens, past_key_values=cache)
             found.append(model(tokens[:, :1], past_key_values=cache, attention_mask=mask).logits)
     assert torch.allclose(*found, atol=1e-4)
-
-
-def test_an_offloaded_layer_holds_nothing() -> None:
-    layer = LatentLayer()
-    layer.update(torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 4))
-    layer.offload()
-    assert layer.rows is None
 
 
 def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,28 @@ def test_every_specialisation_fits_a_multiprocessor_and_keeps_its_products_async
         assert "serialized" not in kernel["said"], (case, kernel["said"])
         assert "setmaxnreg" not in kernel["said"], (case, kernel["said"])
         spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["said"])[-1])
+        # Triton 3.9 spills two words of the widest rows outside the loops; 3.6 none.
         assert spilled <= 16, case
 
 
+@pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "capability", "reason"),
     [
-        ({"device": torch.device("cpu")}, "Hopper"),
-        ({"dtype": torch.float32}, "Hopper|float32"),
-        ({"kv_lora_rank": 520}, "Hopper|520"),
+        ({}, (9, 0), None),
+        ({}, (8, 0), "Hopper"),
+        ({"device": torch.device("cpu")}, (9, 0), "Hopper"),
+        ({"dtype": torch.float32}, (9, 0), "float32"),
+        ({"kv_lora_rank": 520}, (9, 0), "kv_lora_rank 520"),
+        ({"kv_lora_rank": 100}, (9, 0), "kv_lora_rank 100"),
+        ({"qk_rope_head_dim": 128}, (9, 0), "qk_rope_head_dim 128"),
     ],
     ids=str,
 )
-def test_what_it_cannot_serve_it_refuses(change: dict[str, object], reason: str) -> None:
-    settings = {"heads": 8, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "dtype": torch.bfloat16, "device": "cpu"}
-    settings |= {"device": torch.device("cuda" if torch.cuda.is_available() else "cpu")} | change
-    assert re.search(reason, hopper.refuses(DecodeShape(**settings)) or "") or hopper.gluon is None
+def test_what_it_cannot_serve_it_refuses(
+    change: dict[str, object], capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    shape = DecodeShape(8, 512, 64, torch.bfloat16, torch.device("cuda"))
+    said = hopper.refuses(replace(shape, **change))
+    assert said is None if reason is None else reason in (said or "")

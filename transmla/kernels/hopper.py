@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
 from transmla.kernels.hopper_kernel import ROWS, gluon
-from transmla.kernels.splits import best_splits, merge_splits
+from transmla.kernels.splits import best_splits, merge_splits, result_room
 
 if gluon is not None:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -66,12 +66,7 @@ def decode(
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
     blocks = math.ceil(rows / ROWS)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
-    out = torch.empty_like(q_latent)
-    lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
-    parts, part_lse = out, lse
-    if splits > 1:
-        parts = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=q_latent.device)
-        part_lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q_latent.device)
+    out, lse, parts, part_lse = result_room(q_latent, splits)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
     attend[(blocks, splits, batch)](
         q_latent,
@@ -157,7 +152,7 @@ def refuses(shape: DecodeShape) -> str | None:
 # Not chosen by itself before its tests have run on a GPU with tiles of 32 tokens: they did with tiles of 64.
 BACKEND = Backend(
     "hopper",
-    "warp-specialised decoding for Hopper in Gluon, any rank",
+    "warp-specialised decoding for Hopper, in Gluon",
     preference=5,
     refuses=refuses,
     decode=decode,

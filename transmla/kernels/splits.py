@@ -25,7 +25,7 @@ CPU_UNITS = 4
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["splits"])
     def _merge(
         parts, part_lse, out, lse, rows, splits, log, RANK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
         EARLY: tl.constexpr,
@@ -53,6 +53,21 @@ if triton is not None:
             tl.store(lse + at, tl.where(some, (top + tl.log2(total)) * log, float("-inf")))
 
 
+def result_room(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the result of ``q_latent`` [B, n, H, r] and for what programs write.
+
+    Returns the means [B, n, H, r] and log-sum-exps [B, n, H]; then both of every split, [B, splits, n H, r] and
+    [B, splits, n H] in float32, which for one split are the same.
+    """
+    batch, new, heads, rank = q_latent.shape
+    out = torch.empty_like(q_latent)
+    lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
+    if splits == 1:
+        return out, lse, out, lse
+    parts = torch.empty(batch, splits, new * heads, rank, dtype=torch.float32, device=q_latent.device)
+    return out, lse, parts, torch.empty(parts.shape[:-1], dtype=torch.float32, device=q_latent.device)
+
+
 def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge ``parts`` [B, splits, rows, r] into ``out``, and their log-sum-exps, to base 2, into ``lse``, to base e."""
     batch, splits, rows, rank = parts.shape
@@ -72,7 +87,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> N
         SPLITS=height,
         EARLY=early,
         num_warps=4,
-        launch_pdl=early,
+        **({"launch_pdl": True} if early else {}),
     )
 
 
@@ -86,7 +101,8 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def _launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before it still runs (from Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

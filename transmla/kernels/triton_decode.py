@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, plain
-from transmla.kernels.splits import best_splits, merge_splits
+from transmla.kernels.splits import best_splits, merge_splits, result_room
 
 try:
     import triton
@@ -193,12 +193,7 @@ def decode(
     block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype, _shared_bytes(q_latent.device))
     blocks = math.ceil(rows / block)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
-    out = torch.empty_like(q_latent)
-    lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
-    parts, part_lse = out, lse
-    if splits > 1:
-        parts = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=q_latent.device)
-        part_lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q_latent.device)
+    out, lse, parts, part_lse = result_room(q_latent, splits)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
     units = q_latent if kv_scale is None else kv_scale
     paged = block_table is not None
@@ -285,5 +280,5 @@ def refuses(shape: DecodeShape) -> str | None:
 
 
 BACKEND = Backend(
-    "triton", "split-KV flash decoding in Triton, any rank", preference=10, refuses=refuses, decode=decode, by_hand=True
+    "triton", "split-KV flash decoding in Triton", preference=10, refuses=refuses, decode=decode, by_hand=True
 )
