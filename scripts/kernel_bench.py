@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from transmla.errors import TransmlaError
 from transmla.kernels import Backend, DecodeShape, backends, choose_backend, plain
 from transmla.modeling.prefix import attend, merge, one_width
+from transmla.modeling.rows import Rows
 
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
 SCALING = 0.1
@@ -85,20 +87,26 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
             )
             q_latent, q_pe = (part.contiguous() for part in (queries / 8).split([rank, width], -1))
             lengths = torch.full((batch,), context, dtype=torch.int32, device=buffer.device)
-            tensors = (q_latent, q_pe, cache[..., :rank], cache[..., rank:])
+            rows, mask = Rows(*cache.split([rank, width], -1), lengths=lengths), None
+            if arguments.masked:
+                rows = replace(rows, lengths=None)
+                mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=buffer.device)
+            step = q_latent, q_pe, rows
 
-            def call(backend: Backend = backend, tensors: Any = tensors, lengths: Tensor = lengths) -> Any:
-                return backend.decode(*tensors, scaling=SCALING, lengths=lengths)
+            def call(backend: Backend = backend, step: Any = step, mask: Tensor | None = mask) -> Any:
+                return backend.decode(*step, scaling=SCALING, mask=mask)
 
             if name == "flashmla":
                 call = flashmla_call(q_latent, q_pe, cache, lengths)
-            wanted = plain.decode(*(t[:1].float() for t in tensors), scaling=SCALING, lengths=lengths[:1])[0]
+            first = Rows(*(part.float() for part in cache[:1].split([rank, width], -1)))
+            wanted = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, scaling=SCALING)[0]
             error = (call()[0][:1].float() - wanted).abs().max() / wanted.abs().max()
             seconds = replay_seconds(call, 5 if batch * context >= 2**20 else 20)
             yield {
                 "backend": name,
                 "heads": heads,
                 "shape": f"{rank}+{width}",
+                "masked": arguments.masked,
                 "batch": batch,
                 "context": context,
                 "microseconds": round(seconds * 1e6, 2),
@@ -120,8 +128,8 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
 
         def latent(queries: int, sequences: int, tokens: int) -> Callable[[], Any]:
             cache, q = rows(sequences, tokens, rank + width), rows(sequences, queries, heads, rank + width) / 8
-            tensors = (q[..., :rank], q[..., rank:], cache[..., :rank], cache[..., rank:])
-            return lambda: decode(*tensors, scaling=SCALING)
+            held = Rows(*cache.split([rank, width], -1))
+            return lambda: decode(*q.split([rank, width], -1), held, scaling=SCALING)
 
         query, own = rows(1, heads, batch, HEAD + width) / 8, latent(1, batch, SUFFIX)
         keys, values = one_width(rows(1, heads, PREFIX, HEAD + width), rows(1, heads, PREFIX, HEAD))
@@ -164,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim")
     parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128])
+    parser.add_argument("--masked", action="store_true", help="with a mask, as over a static cache, not with lengths")
     parser.add_argument("--prefix", action="store_true", help="time a shared prefix instead, in microseconds")
     parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla"])
     parser.add_argument("--result", type=Path, default=RESULTS / "kernels.json")

@@ -32,7 +32,7 @@ def count_decodes(model: Any) -> list[int]:
         if isinstance(layer, LatentAttention):
 
             def counted(*args: Any, decode: Any = layer.decode, **kwargs: Any) -> Any:
-                seen.append(args[2].shape[1])
+                seen.append(args[2].total)
                 return decode(*args, **kwargs)
 
             layer.decode = counted

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import transmla
 from transmla.errors import TransmlaError
 from transmla.modeling.cache import LatentLayer, latent_bytes
-from transmla.modeling.float8 import Rows, pack, row_bytes
+from transmla.modeling.float8 import pack, row_bytes, unpack
 
 FLOAT8 = "float8_e4m3fn"
 
@@ -28,11 +28,11 @@ def test_packing_keeps_rotary_keys_and_nearly_keeps_latents(
     rank: int, half: int, power: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(rank)
-    kv_c = (torch.randn(2, 1, 3, rank, generator=generator) * 2.0**power).to(dtype)
-    k_pe = torch.randn(2, 1, 3, 2 * half, generator=generator).to(dtype)
+    kv_c = (torch.randn(2, 3, rank, generator=generator) * 2.0**power).to(dtype)
+    k_pe = torch.randn(2, 3, 2 * half, generator=generator).to(dtype)
     rows = pack(kv_c, k_pe)
     assert rows.shape[-1] == row_bytes(rank, 2 * half, dtype)
-    held = Rows.of(rows, rows[..., :0], rank, 2 * half, dtype)
+    held = unpack(rows, rank, 2 * half, dtype)
     assert torch.equal(held.k_pe, k_pe)
     largest = kv_c.float().abs().amax(-1, keepdim=True)
     # Three bits of mantissa; and what is 2^-15 of the largest, or less, is subnormal.
@@ -41,8 +41,8 @@ def test_packing_keeps_rotary_keys_and_nearly_keeps_latents(
 
 
 def test_a_row_of_zeros_stays_one() -> None:
-    rows = pack(torch.zeros(1, 1, 2, 8), torch.ones(1, 1, 2, 4))
-    assert torch.equal(Rows.of(rows, rows[..., :0], 8, 4, torch.float32).full()[0], torch.zeros(1, 1, 2, 8))
+    rows = pack(torch.zeros(1, 2, 8), torch.ones(1, 2, 4))
+    assert torch.equal(unpack(rows, 8, 4, torch.float32).full()[0], torch.zeros(1, 2, 8))
 
 
 @pytest.mark.parametrize(

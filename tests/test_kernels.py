@@ -6,7 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, on few and small shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,8 @@ from transmla.kernels import DecodeShape, hopper, plain, triton_decode
 from transmla.kernels.compiled import Compilable
 from transmla.kernels.splits import CPU_UNITS, best_splits
 from transmla.modeling.attention import LatentAttention
-from transmla.modeling.float8 import Rows, pack
+from transmla.modeling.float8 import pack, unpack
+from transmla.modeling.rows import Rows
 
 if triton_decode.triton is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -46,9 +47,12 @@ class Case:
     kv_c: Tensor
     k_pe: Tensor
 
-    def arguments(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        tensors = [self.q_latent, self.q_pe, self.kv_c, self.k_pe]
-        return tensors if dtype is None else [convert(t, dtype) for t in tensors]
+    def to(self, dtype: torch.dtype) -> Case:
+        return Case(*(convert(t, dtype) for t in (self.q_latent, self.q_pe, self.kv_c, self.k_pe)))
+
+    def decoded(self, kernel: ModuleType, mask: Tensor | None = None, **rows: Tensor) -> Any:
+        held = Rows(self.kv_c, self.k_pe, **rows)
+        return kernel.decode(self.q_latent, self.q_pe, held, scaling=SCALING, mask=mask)
 
 
 def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,14 +83,14 @@ def compare(kernel: ModuleType, c: Case, *, falls_back: bool = False, **extra: A
     dtype = c.kv_c.dtype
     if dtype not in kernel.DTYPES:
         dtype = kernel.DTYPES[0]
-        c = Case(*c.arguments(dtype))
+        c = c.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
         if kernel is hopper and not falls_back:
             patch.setattr(triton_decode, "decode", None)
-        found = kernel.decode(*c.arguments(), scaling=SCALING, **extra)
-    wanted = plain.decode(*c.arguments(torch.float64), scaling=SCALING, **extra)
+        found = c.decoded(kernel, **extra)
+    wanted = c.to(torch.float64).decoded(plain, **extra)
     for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
         blind = theirs == float("-inf")
         assert torch.equal(blind, ours == float("-inf")), name
@@ -194,13 +198,13 @@ def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
     rows = pack(c.kv_c, c.k_pe)
     if page:
         rows = rows.reshape(12, page, -1)
-    held = Rows.of(rows, rows[..., :0], 32, 16, torch.float16)
-    extra: dict[str, Any] = {"lengths": torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)}
-    if page:
-        extra["block_table"] = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6)
-    queries = c.arguments()[:2]
-    found = kernel.decode(*queries, held.kv_c, held.k_pe, scaling=SCALING, kv_scale=held.scale, **extra)
-    wanted = plain.decode(*(t.double() for t in (*queries, *held.full())), scaling=SCALING, **extra)
+    table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6) if page else None
+    lengths = torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)
+    held = replace(unpack(rows, 32, 16, torch.float16), lengths=lengths, block_table=table)
+    found = kernel.decode(c.q_latent, c.q_pe, held, scaling=SCALING)
+    kv_c, k_pe = (part.double() for part in held.full())
+    exact = replace(held, kv_c=kv_c, k_pe=k_pe, scale=None)
+    wanted = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, scaling=SCALING)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
@@ -231,8 +235,8 @@ def test_paged_caches(kernel: ModuleType, new: int, page: int) -> None:
     pages[order] = rows.view(9, page, 48)
     paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
     compare(kernel, paged, falls_back=page == 16, lengths=lengths, block_table=table)
-    ours = kernel.decode(*paged.arguments(), scaling=SCALING, lengths=lengths, block_table=table)[0]
-    flat = kernel.decode(*c.arguments(), scaling=SCALING, lengths=lengths)[0]
+    ours = paged.decoded(kernel, lengths=lengths, block_table=table)[0]
+    flat = c.decoded(kernel, lengths=lengths)[0]
     assert torch.allclose(ours, flat, atol=1e-3)
 
 
@@ -261,7 +265,7 @@ def test_the_twin_is_attention() -> None:
     lengths = torch.tensor([12, 12], device=DEVICE)
     mask = torch.ones(12, 12, dtype=torch.bool, device=DEVICE).tril()[None, None]
     for extra in ({"lengths": lengths}, {"mask": mask}):
-        found, lse = plain.decode(*c.arguments(), scaling=SCALING, **extra)
+        found, lse = c.decoded(plain, **extra)
         assert torch.allclose(found, wanted, atol=1e-12)
         visible = (scores * SCALING).masked_fill(~mask, float("-inf"))
         assert torch.allclose(lse, visible.logsumexp(-1).transpose(1, 2), atol=1e-12)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from transmla.modeling.rows import Rows
 from transmla.registry import lookup, scan
 
 _log = logging.getLogger(__name__)
+
+
+class Decode(Protocol):
+    """Attention of new tokens to cached rows, as ``Backend`` says."""
+
+    def __call__(
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,10 @@ class Backend:
     ``refuses(shape)`` says why it cannot serve a shape, in one line with what to do, or None. Among those that can,
     the largest ``preference`` is chosen.
 
-    ``decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], *, scaling, mask, lengths,
-    block_table, kv_scale)`` returns the mean of kv_c under the attention [B, n, H, r] and the log-sum-exp of the scores
-    [B, n, H]. ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere.
-    ``lengths`` [B]: rows of each sequence, its n new tokens the last of them, each seeing those up to itself.
-    ``block_table`` [B, pages]: the cache is [all pages, page, r] and [all pages, page, d_r], and page j of sequence b
-    is block_table[b, j]; needs ``lengths``. Both are integers of any width. ``kv_scale`` [B, T], or [all pages, page]:
-    kv_c is e4m3, and each of its rows counts times its scale.
+    ``decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], rows, *, scaling, mask=None)`` returns the mean of the latents
+    under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H]. ``mask``: boolean, broadcastable to
+    [B, 1, n, T], True where a query may look; None for everywhere. Where ``rows`` has lengths, the n new tokens are the
+    last of each sequence, and each sees those up to itself.
 
     ``by_hand``: it launches kernels that torch.compile cannot look into.
     """
@@ -47,7 +54,7 @@ class Backend:
     summary: str
     preference: int
     refuses: Callable[[DecodeShape], str | None]
-    decode: Callable[..., tuple[Tensor, Tensor]]
+    decode: Decode
     by_hand: bool = False
 
 

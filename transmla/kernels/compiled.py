@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, backends
+from transmla.modeling.rows import Rows
 
 _SCHEMA = (
-    "(Tensor q_latent, Tensor q_pe, Tensor kv_c, Tensor k_pe, float scaling, Tensor? mask=None, "
-    "Tensor? lengths=None, Tensor? block_table=None, Tensor? kv_scale=None) -> (Tensor, Tensor)"
+    "(Tensor q_latent, Tensor q_pe, float scaling, Tensor? mask, "
+    "Tensor kv_c, Tensor k_pe, Tensor? scale, Tensor? lengths, Tensor? block_table) -> (Tensor, Tensor)"
 )
 
 
@@ -25,11 +26,14 @@ class Compilable:
         self.decode = backends()[name].decode
         self.operator = _operator(name)
 
-    def __call__(self, *tensors: Tensor, **settings: Any) -> Any:
+    def __call__(
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return self.operator(*tensors, **settings)
-        with _on(tensors[0].device):
-            return self.decode(*tensors, **settings)
+            parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
+            return self.operator(q_latent, q_pe, scaling, mask, *parts)
+        with _on(q_latent.device):
+            return self.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
 
     def __reduce__(self) -> Any:
         return Compilable, (self.name,)
@@ -50,19 +54,10 @@ def _operator(name: str) -> Any:
     decode = backends()[name].decode
 
     def run(
-        q_latent: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        scaling: float,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        block_table: Tensor | None = None,
-        kv_scale: Tensor | None = None,
+        q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, *rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        more = {"mask": mask, "lengths": lengths, "block_table": block_table, "kv_scale": kv_scale}
         with _on(q_latent.device):
-            return decode(q_latent, q_pe, kv_c, k_pe, scaling=scaling, **more)
+            return decode(q_latent, q_pe, Rows(*rows), scaling=scaling, mask=mask)
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape
 from transmla.kernels import hopper as masked
+from transmla.modeling.rows import Rows
 
 RANK, WIDTH, PAGE = 512, 64, 64
 HOPPER = (9, 0)
@@ -26,32 +27,14 @@ def _library() -> Any:
 
 
 def decode(
-    q_latent: Tensor,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    kv_scale: Tensor | None = None,
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says."""
     batch, new = q_latent.shape[:2]
-    pages = None if mask is not None or kv_scale is not None else _pages(kv_c, k_pe, paged=block_table is not None)
+    kv_c, lengths, block_table = rows.kv_c, rows.lengths, rows.block_table
+    pages = None if mask is not None or rows.scale is not None else _pages(rows)
     if pages is None:
-        return masked.decode(
-            q_latent,
-            q_pe,
-            kv_c,
-            k_pe,
-            scaling=scaling,
-            mask=mask,
-            lengths=lengths,
-            block_table=block_table,
-            kv_scale=kv_scale,
-        )
+        return masked.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
     if block_table is None:
         each = pages.shape[0] // batch
         block_table = torch.arange(batch * each, dtype=torch.int32, device=kv_c.device).view(batch, each)
@@ -75,9 +58,10 @@ def decode(
     return output, lse.masked_fill(lse == float("inf"), float("-inf"))
 
 
-def _pages(kv_c: Tensor, k_pe: Tensor, *, paged: bool) -> Tensor | None:
+def _pages(rows: Rows) -> Tensor | None:
     """The buffer [pages, PAGE, RANK + WIDTH] that both lie in, as ``LatentLayer`` and paged caches keep them."""
-    room = kv_c.shape[1] if paged else kv_c.stride(0) // (RANK + WIDTH)
+    kv_c, k_pe = rows.kv_c, rows.k_pe
+    room = rows.page or kv_c.stride(0) // (RANK + WIDTH)
     together = k_pe.data_ptr() - kv_c.data_ptr() == RANK * kv_c.element_size()
     if not together or kv_c.stride(1) != RANK + WIDTH or room % PAGE or kv_c.stride(0) != room * (RANK + WIDTH):
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
 from transmla.kernels.hopper_kernel import ROWS, gluon
 from transmla.kernels.splits import best_splits, merge_splits, result_room
+from transmla.modeling.rows import Rows
 
 if gluon is not None:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -28,43 +29,23 @@ VALUE_REGISTERS = 160
 
 
 def decode(
-    q_latent: Tensor,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    kv_scale: Tensor | None = None,
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says.
 
     Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
     8 bits, Triton takes over.
     """
-    lengths, block_table = as_int32(lengths), as_int32(block_table)
+    kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
+    lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
     rank_block, tokens, stages = _tiles(rank)
-    paged = block_table is not None
-    fetched = _reachable(kv_c, tokens, paged) and _reachable(k_pe, tokens, paged)
-    if not fetched or kv_c.shape[1] == 0 or kv_scale is not None:
-        return triton_decode.decode(
-            q_latent,
-            q_pe,
-            kv_c,
-            k_pe,
-            scaling=scaling,
-            mask=mask,
-            lengths=lengths,
-            block_table=block_table,
-            kv_scale=kv_scale,
-        )
-    rows, width = new * heads, q_pe.shape[-1]
-    total = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]
+    fetched = _reachable(kv_c, tokens, page) and _reachable(k_pe, tokens, page)
+    if not fetched or total == 0 or rows.scale is not None:
+        return triton_decode.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+    queries, width = new * heads, q_pe.shape[-1]
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
-    blocks = math.ceil(rows / ROWS)
+    blocks = math.ceil(queries / ROWS)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out, lse, parts, part_lse = result_room(q_latent, splits)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
@@ -80,7 +61,7 @@ def decode(
         part_lse,
         scaling * math.log2(math.e),
         heads,
-        rows,
+        queries,
         total,
         splits,
         kv_c.stride(0) // kv_c.stride(1),
@@ -95,7 +76,7 @@ def decode(
         RANK_BLOCK=rank_block,
         TOKENS=tokens,
         STAGES=stages,
-        PAGE=kv_c.shape[1] if paged else 0,
+        PAGE=page,
         MASKED=mask is not None,
         RAGGED=lengths is not None,
         LOG=math.log(2) if splits == 1 else 1.0,
@@ -116,13 +97,13 @@ def _tiles(rank: int) -> tuple[int, int, int]:
     return (128, 128, 4) if rank > 64 else (64, 128, 6)
 
 
-def _reachable(rows: Tensor, tokens: int, paged: bool) -> bool:
+def _reachable(part: Tensor, tokens: int, page: int) -> bool:
     """Whether TMA can fetch tiles of [B, T, width] (or of pages of it) as rows of one matrix."""
-    apart = rows.stride(1)
-    aligned = rows.data_ptr() % 16 == 0 and apart * rows.element_size() % 16 == 0 and rows.stride(2) == 1
-    whole = apart > 0 and rows.stride(0) % apart == 0
-    if paged:
-        whole = whole and rows.shape[1] % tokens == 0 and rows.stride(0) == rows.shape[1] * apart
+    apart = part.stride(1)
+    aligned = part.data_ptr() % 16 == 0 and apart * part.element_size() % 16 == 0 and part.stride(2) == 1
+    whole = apart > 0 and part.stride(0) % apart == 0
+    if page:
+        whole = whole and page % tokens == 0 and part.stride(0) == page * apart
     return aligned and whole
 
 

@@ -6,31 +6,20 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape
+from transmla.modeling.rows import Rows
 
 
 def decode(
-    q_latent: Tensor,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    kv_scale: Tensor | None = None,
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Multi-query attention to the latent rows; shapes as ``Backend`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
     """
     batch, new, heads, rank = q_latent.shape
-    if kv_scale is not None:
-        wide = torch.promote_types(q_latent.dtype, torch.float32)
-        kv_c = (kv_c.to(wide) * kv_scale[..., None]).to(q_latent.dtype)
-    if block_table is not None:
-        kv_c, k_pe = (rows[block_table.long()].flatten(1, 2) for rows in (kv_c, k_pe))
-    total = kv_c.shape[1]
+    (kv_c, k_pe), total, lengths = rows.full(), rows.total, rows.lengths
+    if rows.block_table is not None:
+        kv_c, k_pe = (pages[rows.block_table.long()].flatten(1, 2) for pages in (kv_c, k_pe))
     if lengths is not None:
         ends = lengths[:, None] - new + 1 + torch.arange(new, device=lengths.device)
         there = (torch.arange(total, device=lengths.device) < ends[..., None])[:, None]

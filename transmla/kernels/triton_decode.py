@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, plain
 from transmla.kernels.splits import best_splits, merge_splits, result_room
+from transmla.modeling.rows import Rows
 
 try:
     import triton
@@ -158,45 +159,25 @@ if triton is not None:
 
 
 def decode(
-    q_latent: Tensor,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    block_table: Tensor | None = None,
-    kv_scale: Tensor | None = None,
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not.
 
     Rows of 8 bits are read from Ada and Hopper on; other devices decode them in PyTorch.
     """
-    if kv_scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
-        return plain.decode(
-            q_latent,
-            q_pe,
-            kv_c,
-            k_pe,
-            scaling=scaling,
-            mask=mask,
-            lengths=lengths,
-            block_table=block_table,
-            kv_scale=kv_scale,
-        )
-    lengths, block_table = as_int32(lengths), as_int32(block_table)
+    if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
+        return plain.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+    kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
+    lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
-    width, rows = q_pe.shape[-1], new * heads
-    total = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]
+    width, queries = q_pe.shape[-1], new * heads
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
-    block, tokens, warps, stages = _tiles(rows, rank, q_latent.dtype, _shared_bytes(q_latent.device))
-    blocks = math.ceil(rows / block)
+    block, tokens, warps, stages = _tiles(queries, rank, q_latent.dtype, _shared_bytes(q_latent.device))
+    blocks = math.ceil(queries / block)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out, lse, parts, part_lse = result_room(q_latent, splits)
     seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
-    units = q_latent if kv_scale is None else kv_scale
-    paged = block_table is not None
+    units = q_latent if rows.scale is None else rows.scale
     _attend[(blocks, splits, batch)](
         q_latent,
         q_pe,
@@ -210,16 +191,16 @@ def decode(
         part_lse,
         scaling * math.log2(math.e),
         heads,
-        rows,
+        queries,
         total,
         splits,
-        0 if paged else kv_c.stride(0),
+        0 if page else kv_c.stride(0),
         kv_c.stride(0),
         kv_c.stride(1),
-        0 if paged else k_pe.stride(0),
+        0 if page else k_pe.stride(0),
         k_pe.stride(0),
         k_pe.stride(1),
-        0 if paged else units.stride(0),
+        0 if page else units.stride(0),
         units.stride(0),
         units.stride(1),
         seen.stride(0),
@@ -233,10 +214,10 @@ def decode(
         WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
         ROWS=block,
         TOKENS=tokens,
-        PAGE=kv_c.shape[1] if paged else 0,
+        PAGE=page,
         MASKED=mask is not None,
         RAGGED=lengths is not None,
-        SCALED=kv_scale is not None,
+        SCALED=rows.scale is not None,
         PRECISION="ieee",
         STAGES=stages,
         LOG=math.log(2) if splits == 1 else 1.0,
@@ -247,9 +228,9 @@ def decode(
     return out, lse
 
 
-def _tiles(rows: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
+def _tiles(queries: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
     """Query rows and tokens of a tile, warps and pipeline stages of its program, for so much shared memory."""
-    block = min(64, max(16, triton.next_power_of_2(rows)))
+    block = min(64, max(16, triton.next_power_of_2(queries)))
     wide = rank > 256
     if dtype == torch.float32:
         return min(block, 16), 16 if wide else 32, 4, 1

@@ -19,8 +19,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.cache import make_room
-from transmla.modeling.float8 import Rows
+from transmla.modeling.float8 import unpack
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
+from transmla.modeling.rows import Rows
 
 # The name that transformers knows this attention by.
 LATENT_ATTENTION = "latent_attention"
@@ -29,8 +30,8 @@ MAX_NEW_TOKENS = 128
 # Kernels are compiled for each number of new tokens: more are given in pieces.
 PIECE = 32
 
-# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], kv_c [B, T, r], k_pe [B, T, d_r], scaling=, mask=, kv_scale=) gives
-# the attention's mean of kv_c [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
+# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], rows, scaling=, mask=) gives the attention's mean of the latents
+# [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
 Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -114,20 +115,27 @@ def latent_attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(module, LatentAttention):
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    rows = Rows.of(key, value, module.kv_lora_rank, module.qk_rope_head_dim, query.dtype)
+    rows = _rows(module, key, value, query.dtype)
     absorbable = _absorbable(module, query, key, attention_mask, kwargs)
     if module.prefix is not None:
         _see_all_of(module.prefix, query, attention_mask)
         if absorbable:
             return _behind_prefix(module, module.prefix, query, rows, attention_mask, scaling), None
-        rows = Rows(*module.prefix.whole(*rows.full()))
+        rows = module.prefix.whole(rows)
     elif absorbable and _pays(module, query, key, attention_mask):
         return _decoded(module, query, rows, attention_mask, scaling)[0], None
-    keys, values = module.expanded(*rows.full())
+    keys, values = module.expanded(*(part[:, None] for part in rows.full()))
     # Fused kernels want one width.
     query, keys, wide = one_width(query, keys, values)
     output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     return output[..., : values.shape[-1]], weights
+
+
+def _rows(module: Any, key: Tensor, value: Tensor, dtype: torch.dtype) -> Rows:
+    """What a cache layer returned: latents [B, 1, T, r] and rotary keys [B, 1, T, d_r], or packed rows."""
+    if key.dtype == torch.uint8:
+        return unpack(key[:, 0], module.kv_lora_rank, module.qk_rope_head_dim, dtype)
+    return Rows(key[:, 0], value[:, 0])
 
 
 def _pays(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -165,9 +173,8 @@ def _decoded(
     for start in range(0, q_latent.shape[1], PIECE):
         part = slice(start, start + PIECE)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
-        tensors = (q_latent[:, part], q_pe[:, part], rows.kv_c[:, 0], rows.k_pe[:, 0])
-        scales = {} if rows.scale is None else {"kv_scale": rows.scale[:, 0]}
-        found.append(module.decode(*tensors, scaling=scaling or module.scaling, mask=own, **scales))
+        tokens = q_latent[:, part], q_pe[:, part]
+        found.append(module.decode(*tokens, rows, scaling=scaling or module.scaling, mask=own))
     mixed, lse = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
 
@@ -204,7 +211,7 @@ def _behind_prefix(
         output, lse = attend(together, *layer.expanded, scaling=scaling or module.scaling)
         left, left_lse = output[..., : module.v_head_dim].transpose(1, 2), lse.transpose(1, 2)
     else:
-        left, left_lse = _decoded(module, together, Rows(*layer.prefix), None, scaling)
+        left, left_lse = _decoded(module, together, Rows(*(part[:, 0] for part in layer.prefix)), None, scaling)
     return merge(left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads), right, right_lse)
 
 

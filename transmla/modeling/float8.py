@@ -6,10 +6,10 @@ with rows (selecting, repeating, cutting) it does with all of them. DeepSeek-V3 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from transmla.modeling.rows import Rows
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -38,26 +38,9 @@ def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
     return rows
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a cache: kv_c [B, 1, T, r], k_pe [B, 1, T, d_r] and, where kv_c is e4m3, its scales [B, 1, T]."""
-
-    kv_c: Tensor
-    k_pe: Tensor
-    scale: Tensor | None = None
-
-    @staticmethod
-    def of(key: Tensor, value: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:
-        """What a cache layer returned; bytes are unpacked, as views."""
-        if key.dtype != torch.uint8:
-            return Rows(key, value)
-        at = _aligned(rank)
-        end = at + ALIGNED + width * dtype.itemsize
-        scale = key[..., at : at + 4].view(torch.float32)[..., 0]
-        return Rows(key[..., :rank].view(FLOAT8), key[..., at + ALIGNED : end].view(dtype), scale)
-
-    def full(self) -> tuple[Tensor, Tensor]:
-        """kv_c and k_pe in the dtype of k_pe."""
-        if self.scale is None:
-            return self.kv_c, self.k_pe
-        return (self.kv_c.to(torch.float32) * self.scale[..., None]).to(self.k_pe.dtype), self.k_pe
+def unpack(rows: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:
+    """The parts of rows [B, T, row_bytes], as views; ``dtype`` that of k_pe."""
+    at = _aligned(rank)
+    end = at + ALIGNED + width * dtype.itemsize
+    scale = rows[..., at : at + 4].view(torch.float32)[..., 0]
+    return Rows(rows[..., :rank].view(FLOAT8), rows[..., at + ALIGNED : end].view(dtype), scale)

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from transmla.modeling.cache import LatentLayer
+from transmla.modeling.rows import Rows
 
 # Products that a GPU does in the time it reads one value. Expanding pays where the products it saves take longer than
 # the wider rows that it reads: on an H200, rows of 512 + 64, 32 heads of 128, from about 42 queries on, as this number
@@ -38,13 +39,10 @@ class PrefixLayer(LatentLayer):
         """P."""
         return self.prefix[0].shape[2]
 
-    def whole(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """The prefix and behind it the rows [B, 1, T, r] and [B, 1, T, d_r], for every sequence."""
-        kv, pe = (
-            torch.cat([shared.expand(len(own), -1, -1, -1), own], 2)
-            for shared, own in zip(self.prefix, (kv_c, k_pe), strict=True)
-        )
-        return kv, pe
+    def whole(self, rows: Rows) -> Rows:
+        """The prefix and behind it each sequence's own ``rows``."""
+        parts = zip(self.prefix, rows.full(), strict=True)
+        return Rows(*(torch.cat([shared[:, 0].expand(len(own), -1, -1), own], 1) for shared, own in parts))
 
     def get_seq_length(self) -> int:
         """Tokens seen by every sequence."""
