@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
-from transmla.bench import measure
+from transmla.bench import measure, prefill_seconds
 from transmla.fast import accelerate
 from transmla.native import native_config
 from transmla.plan import make_plan
@@ -93,7 +93,8 @@ def main() -> None:
     for role in arguments.roles:
         model = build(arguments.model, role, arguments.shape, arguments.backend, arguments.device)
         for batch, context in zip(arguments.batch, arguments.context, strict=True):
-            point = measure(model, batch, context, arguments.steps, static=role not in ("growing", "dynamic"))
+            static = role not in ("growing", "dynamic")
+            point = measure(model, batch, context, arguments.steps, prefill_seconds(model, context), static=static)
             rows.append(
                 {
                     "model": arguments.model,

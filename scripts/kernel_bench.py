@@ -4,7 +4,8 @@
     python scripts/kernel_bench.py --shape 96+32 --heads 32
 
 Every time is the median of replays of a CUDA graph of several calls, everything included that a call needs (for ours
-also the merge of splits; FlashMLA's plan is made outside, as its users do once for all layers). GB/s counts the cache
+also the merge of splits; the plans of FlashMLA and FlashInfer are made outside, as their users do once for all
+layers). GB/s counts the cache
 once; TFLOP/s counts 2 H (2 r + d_r) a cached row. Next to it, what the device copies and what it only reads.
 """
 
@@ -24,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from transmla.bench import copy_bandwidth
 from transmla.errors import TransmlaError
-from transmla.kernels import Backend, DecodeShape, backends, choose_backend, plain
+from transmla.kernels import Backend, DecodeShape, backends, choose_backend, flashinfer, plain
 from transmla.modeling.prefix import attend, merge, one_width
 from transmla.modeling.rows import Rows
 
@@ -57,16 +59,27 @@ def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> flo
     return statistics.median(times)
 
 
-def flashmla_call(q_latent: Tensor, q_pe: Tensor, cache: Tensor, lengths: Tensor) -> Callable[[], Any]:
+def flashmla_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], Any]:
     """FlashMLA's own decode, its queries and plan prepared."""
     import flash_mla
 
-    pages = cache.view(-1, 64, 1, cache.shape[-1])
-    table = torch.arange(len(pages), dtype=torch.int32, device=cache.device).view(len(cache), -1)
+    paged, rank, size = rows.paged(64), q_latent.shape[-1], rows.kv_c.stride(1)
+    pages = paged.kv_c.as_strided((len(paged.kv_c), 64, 1, size), (64 * size, size, size, 1))
     queries, plan = torch.cat([q_latent, q_pe], -1), flash_mla.get_mla_metadata()[0]
+    settings = {"softmax_scale": SCALING, "causal": False, "use_legacy": True}
     return lambda: flash_mla.flash_mla_with_kvcache(
-        queries, pages, table, lengths, q_latent.shape[-1], plan, softmax_scale=SCALING, causal=False, use_legacy=True
+        queries, pages, paged.block_table, paged.lengths, rank, plan, **settings
     )
+
+
+def flashinfer_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], Any]:
+    """FlashInfer's own decode, planned."""
+    plans = flashinfer.Planner(q_latent.device)
+    pages = plans.plan(q_latent, rows, q_pe.shape[-1], SCALING)
+    return lambda: plans.run(q_latent, q_pe, pages)
+
+
+VENDORS = {"flashmla": flashmla_call, "flashinfer": flashinfer_call}
 
 
 def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
@@ -96,8 +109,8 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
             def call(backend: Backend = backend, step: Any = step, mask: Tensor | None = mask) -> Any:
                 return backend.decode(*step, scaling=SCALING, mask=mask)
 
-            if name == "flashmla":
-                call = flashmla_call(q_latent, q_pe, cache, lengths)
+            if name in VENDORS:
+                call = VENDORS[name](q_latent, q_pe, Rows(rows.kv_c, rows.k_pe))
             first = Rows(*(part.float() for part in cache[:1].split([rank, width], -1)))
             wanted = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, scaling=SCALING)[0]
             error = (call()[0][:1].float() - wanted).abs().max() / wanted.abs().max()
@@ -174,7 +187,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128])
     parser.add_argument("--masked", action="store_true", help="with a mask, as over a static cache, not with lengths")
     parser.add_argument("--prefix", action="store_true", help="time a shared prefix instead, in microseconds")
-    parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla"])
+    parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla", "flashinfer"])
     parser.add_argument("--result", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--commit", help="commit to record where git has no history")
     arguments = parser.parse_args()
@@ -185,8 +198,7 @@ def main() -> None:
     if arguments.prefix:
         most = max(BATCHES) * (PREFIX + SUFFIX)
     buffer = torch.randn(most * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
-    half = len(buffer) // 2
-    copied = buffer.nbytes / replay_seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]), 3) / 1e9
+    copied = copy_bandwidth(buffer.device) / 1e9
     read = buffer.nbytes / replay_seconds(lambda: buffer.view(torch.float32).sum(), 3) / 1e9
     print(f"the device copies {copied:.0f} GB/s and reads {read:.0f} GB/s")
     if arguments.prefix:

@@ -52,10 +52,10 @@ def test_a_point_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) 
 
     real = module.measure
 
-    def small(model: object, batch: int, context: int, steps: int) -> Point:
+    def small(model: object, batch: int, context: int, steps: int, prefill: float) -> Point:
         if batch > 1:
             raise torch.OutOfMemoryError
-        return real(model, batch, context, steps)
+        return real(model, batch, context, steps, prefill)
 
     monkeypatch.setattr(module, "measure", small)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

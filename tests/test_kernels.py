@@ -209,6 +209,23 @@ def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_that_lie_as_pages(given: bool) -> None:
+    """Buffers of whole pages are read as pages; others are not."""
+    c = case(total=91, batch=3, dtype=torch.float64)
+    lengths = torch.tensor([91, 1, 40], device=DEVICE) if given else None
+    rows = Rows(c.kv_c, c.k_pe, lengths=lengths)
+    assert rows.paged(64) is None
+    pages = rows.paged(32)
+    assert pages is not None
+    assert pages.page == 32
+    assert pages.kv_c.data_ptr() == c.kv_c.data_ptr()
+    assert pages.paged(32) is pages
+    assert pages.paged(16) is None
+    found, wanted = (plain.decode(c.q_latent, c.q_pe, r, scaling=SCALING)[0] for r in (pages, rows))
+    assert torch.allclose(found, wanted, atol=1e-12)
+
+
 def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
     c = case(total=90, batch=3)
     compare(kernel, c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])
@@ -253,7 +270,8 @@ def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
 def test_splits_fill_the_device_and_leave_each_some_work() -> None:
     units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else CPU_UNITS
     counts = [best_splits(programs, 4096, DEVICE) for programs in (1, 2, units, 10 * units)]
-    assert counts == [units, units // 2, 1, 1]
+    assert all(0.9 * units < n * splits <= units for n, splits in zip((1, 2, units), counts, strict=False))
+    assert counts[2:] == [1, 1]
     assert best_splits(1, 0, DEVICE) == best_splits(1, 1, DEVICE) == 1
 
 

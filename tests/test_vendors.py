@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from transmla.kernels import DecodeShape, flashmla, hopper, plain
+from transmla.kernels import DecodeShape, flashinfer, flashmla, hopper, plain
 from transmla.modeling.rows import Rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = DecodeShape(24, 512, 64, torch.bfloat16, DEVICE)
+SHAPE = DecodeShape(32, 512, 64, torch.bfloat16, DEVICE)
 SCALING = 0.07
 
 
-@pytest.fixture(params=[flashmla], ids=lambda vendor: vendor.BACKEND.name)
+@pytest.fixture(params=[flashmla, flashinfer], ids=lambda vendor: vendor.BACKEND.name)
 def vendor(request: pytest.FixtureRequest) -> ModuleType:
     reason = request.param.refuses(SHAPE)
     if reason is not None:

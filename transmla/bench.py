@@ -17,10 +17,11 @@ import torch
 from transmla.errors import TransmlaError
 from transmla.progress import Reporter
 
-# Size of the copy whose speed is the memory's, and how often it is timed.
-COPY_BYTES = {"cuda": 2**32, "cpu": 2**28}
+# Size of the copy whose speed is the memory's, and how often it is timed. Not a power of two, which would have source
+# and target meet in the same banks of an H200's memory.
+COPY_BYTES = {"cuda": 3 * 2**30, "cpu": 2**28}
 REPEATS = 5
-WARM_UP = 3
+WARM_UP, WARM_TOKENS = 3, 4096
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,13 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
         )
     copied = copy_bandwidth(model.device)
     reporter.stage("decoding", len(batches) * len(contexts))
-    points = []
+    points: list[Point] = []
+    prefill: dict[int, float] = {}
     for i, (batch, context) in enumerate((b, c) for b in batches for c in contexts):
         try:
-            points.append(measure(model, batch, context, steps))
+            if context not in prefill:
+                prefill[context] = prefill_seconds(model, context)
+            points.append(measure(model, batch, context, steps, prefill[context]))
         except torch.OutOfMemoryError:
             reporter.message(f"batch {batch} at {context:,} tokens does not fit {model.device}")
             torch.cuda.empty_cache()
@@ -92,19 +96,24 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, context: int, steps: int, *, static: bool | None = None) -> Point:
+def prefill_seconds(model: Any, context: int) -> float:
+    """Seconds to read a prompt of ``context`` random tokens."""
+    device = model.device
+    tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
+    # The first prompt also chooses and loads kernels.
+    model(tokens[:, :WARM_TOKENS], use_cache=True, logits_to_keep=1)
+    began = _now(device)
+    model(tokens, use_cache=True, logits_to_keep=1)
+    return _now(device) - began
+
+
+@torch.no_grad()
+def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *, static: bool | None = None) -> Point:
     """One point; the step is the median of ``steps`` ones. ``static``: compiled over a static cache, as on GPUs."""
     from transformers import CompileConfig, DynamicCache, StaticCache
 
     device = model.device
     compiled = device.type == "cuda" if static is None else static
-    tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
-    # On a GPU the first prompt of a length also chooses and loads kernels.
-    for _ in range(2 if device.type == "cuda" else 1):
-        began = _now(device)
-        model(tokens, use_cache=True, logits_to_keep=1)
-        prefill = _now(device) - began
-
     cache: Any
     if compiled:
         cache = StaticCache(config=model.config, max_cache_len=context + steps + WARM_UP)
@@ -113,7 +122,7 @@ def measure(model: Any, batch: int, context: int, steps: int, *, static: bool | 
         cache, step = DynamicCache(config=model.config), model
     _fill(model, cache, batch, context)
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    token = tokens[:, :1].expand(batch, 1).contiguous()
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times = []
     for i in range(WARM_UP + steps):
         positions = torch.full((batch, 1), context + i, device=device)

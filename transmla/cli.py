@@ -206,7 +206,9 @@ def bench(
         4096,
     ],
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded at each point; their median counts.")] = 16,
-    backend: Annotated[str, typer.Option(help="Decode kernels: auto, torch, triton, hopper or flashmla.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Decode kernels: auto, torch, triton, hopper, flashmla or flashinfer.")
+    ] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw tokens per second into this .png file.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")] = "auto",
     device: DeviceOption = "auto",

@@ -23,7 +23,7 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
 
     Args:
         path: an export, a checkpoint folder or a Hub id: any MLA model that transformers runs.
-        backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper`` or ``flashmla``.
+        backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.
         cache_dtype: ``float8_e4m3fn`` to cache latents in 8 bits, with a scale for each token.
         kwargs: for ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …).
 

@@ -35,6 +35,17 @@ if gluon is not None:
     HEIGHT = gl.constexpr(ROWS)
 
     @gluon.jit
+    def _seen(row, at, mask_token, total, lane):
+        keys = at + lane
+        return gl.load(row + keys.to(gl.int64) * mask_token, mask=keys < total, other=0)
+
+    @gluon.jit
+    def _noted(shown, keys, begins, ends, counts):
+        seen = shown != 0
+        begins = gl.where(seen, gl.minimum(begins, keys), begins)
+        return begins, gl.where(seen, keys + 1, ends), counts + seen.to(gl.int32)
+
+    @gluon.jit
     def _bounds(mask, batch, mask_batch, mask_query, mask_token, total, NEW: gl.constexpr):
         """Tokens some query sees lie in [first, last); [low, high) every query sees, or it is empty."""
         CHUNK: gl.constexpr = 2048
@@ -45,13 +56,16 @@ if gluon is not None:
             begins = total + lane * 0
             ends = lane * 0
             counts = lane * 0
-            for at in range(0, total, CHUNK):
-                keys = at + lane
-                place = mask + batch.to(gl.int64) * mask_batch + query * mask_query + keys.to(gl.int64) * mask_token
-                seen = gl.load(place, mask=keys < total, other=0) != 0
-                begins = gl.where(seen, gl.minimum(begins, keys), begins)
-                ends = gl.where(seen, keys + 1, ends)
-                counts += seen.to(gl.int32)
+            row = mask + batch.to(gl.int64) * mask_batch + query * mask_query
+            for at in range(0, total, 4 * CHUNK):
+                # All loads before the first use: one memory latency for four.
+                one, two = _seen(row, at, mask_token, total, lane), _seen(row, at + CHUNK, mask_token, total, lane)
+                three = _seen(row, at + 2 * CHUNK, mask_token, total, lane)
+                four = _seen(row, at + 3 * CHUNK, mask_token, total, lane)
+                begins, ends, counts = _noted(one, at + lane, begins, ends, counts)
+                begins, ends, counts = _noted(two, at + CHUNK + lane, begins, ends, counts)
+                begins, ends, counts = _noted(three, at + 2 * CHUNK + lane, begins, ends, counts)
+                begins, ends, counts = _noted(four, at + 3 * CHUNK + lane, begins, ends, counts)
             begin, end, count = gl.min(begins, 0), gl.max(ends, 0), gl.sum(counts, 0)
             holes += gl.maximum(end - begin, 0) - count
             first, last = gl.minimum(first, begin), gl.maximum(last, end)

@@ -40,3 +40,28 @@ class Rows:
             return self.kv_c, self.k_pe
         wide = torch.promote_types(self.k_pe.dtype, torch.float32)
         return (self.kv_c.to(wide) * self.scale[..., None]).to(self.k_pe.dtype), self.k_pe
+
+    def paged(self, size: int) -> Rows | None:
+        """The same rows as pages of ``size``, or None if they do not lie so.
+
+        Sequences that lie apart are whole buffers of pages, as ``LatentLayer`` has them: what lies behind T is read
+        as the end of the last page. Without ``lengths``, all are T.
+        """
+        if self.block_table is not None:
+            return self if self.page == size else None
+        batch, total = self.kv_c.shape[:2]
+        room = self.kv_c.stride(0) // max(self.kv_c.stride(1), 1)
+        parts = []
+        for part in (self.kv_c, self.k_pe):
+            apart = part.stride(1)
+            if room % size or part.stride(0) != room * apart or part.stride(2) != 1:
+                return None
+            count = batch * room // size
+            parts.append(part.as_strided((count, size, part.shape[2]), (size * apart, apart, 1)))
+        device = self.kv_c.device
+        table = torch.arange(len(parts[0]), dtype=torch.int32, device=device).view(batch, -1)
+        lengths = self.lengths
+        if lengths is None:
+            lengths = torch.full((batch,), total, dtype=torch.int32, device=device)
+        kv_c, k_pe = parts
+        return Rows(kv_c, k_pe, self.scale, lengths, table)
