@@ -68,6 +68,8 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
     Raises:
         TransmlaError: if a context is longer than the model's, or no point fits the device.
     """
+    from torch._inductor import config as inductor
+
     longest = model.config.max_position_embeddings - steps - WARM_UP
     if max(contexts) > longest:
         raise TransmlaError(
@@ -83,7 +85,9 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
         try:
             if context not in prefill:
                 prefill[context] = prefill_seconds(model, context)
-            points.append(measure(model, batch, context, steps, prefill[context]))
+            # One CUDA graph for each size is what is wanted here: no warning of it.
+            with inductor.patch({"triton.cudagraph_dynamic_shape_warn_limit": None}):
+                points.append(measure(model, batch, context, steps, prefill[context]))
         except torch.OutOfMemoryError:
             reporter.message(f"batch {batch} at {context:,} tokens does not fit {model.device}")
             torch.cuda.empty_cache()

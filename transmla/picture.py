@@ -99,7 +99,7 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:,g}")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, format="png", dpi=110)
 
 
