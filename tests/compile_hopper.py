@@ -18,7 +18,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from transmla.kernels import hopper
 from transmla.kernels.hopper_kernel import attend
 
-POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "part_lse": "*fp32"}
+POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "parts": "*fp32", "part_lse": "*fp32"}
 NUMBERS = [
     "heads",
     "rows",
@@ -38,7 +38,7 @@ def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, maske
     columns, tokens, stages = hopper._tiles(rank)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
-        **dict.fromkeys(("q_latent", "q_pe", "parts"), f"*{dtype}"),
+        **dict.fromkeys(("q_latent", "q_pe"), f"*{dtype}"),
         "kv": f"tensordesc<{dtype}[{tokens},{columns}],{layout}>",
         "pe": f"tensordesc<{dtype}[{tokens},{hopper.ROPE}],{layout}>",
         **POINTERS,

@@ -17,7 +17,7 @@ except ImportError:  # a CPU build of torch comes without
 
 # In tiles of work: what a program costs beside its tiles, what writing and reading its part does to the whole device,
 # and what the merge costs.
-PROGRAM_COST, PART_COST, MERGE_COST = 4.0, 4.0, 3.0
+PROGRAM_COST, PART_COST, MERGE_COST = 4.0, 8.0, 3.0
 # Values that a program of the merge holds.
 MERGED = 4096
 # What stands for a device's multiprocessors where there is none.
@@ -57,15 +57,15 @@ def result_room(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, 
     """Memory for the result of ``q_latent`` [B, n, H, r] and for what programs write.
 
     Returns the means [B, n, H, r] and log-sum-exps [B, n, H]; then both of every split, [B, splits, n H, r] and
-    [B, splits, n H] in float32, which for one split are the same. Means of parts are means of latents, so they have
-    the range of the latents' dtype; they are rounded to it, for they are written and read again.
+    [B, splits, n H] in float32, which for one split are the same. (Means in half precision were written more slowly:
+    a thread of the product's layout holds two values next to each other, and four such fill half a sector.)
     """
     batch, new, heads, rank = q_latent.shape
     out = torch.empty_like(q_latent)
     lse = torch.empty(batch, new, heads, dtype=torch.float32, device=q_latent.device)
     if splits == 1:
         return out, lse, out, lse
-    parts = torch.empty(batch, splits, new * heads, rank, dtype=q_latent.dtype, device=q_latent.device)
+    parts = torch.empty(batch, splits, new * heads, rank, dtype=torch.float32, device=q_latent.device)
     return out, lse, parts, torch.empty(parts.shape[:-1], dtype=torch.float32, device=q_latent.device)
 
 
