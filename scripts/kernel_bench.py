@@ -89,6 +89,8 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
     for name in arguments.backends:
         backend: Backend = backends()[name]
         reason = backend.refuses(shape)
+        if reason is None and arguments.masked and name in VENDORS:
+            reason = f"{name} takes no mask"
         if reason is not None:
             yield {"backend": name, "heads": heads, "refused": reason}
             continue

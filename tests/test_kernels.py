@@ -212,8 +212,8 @@ def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_rows_that_lie_as_pages(given: bool) -> None:
     """Buffers of whole pages are read as pages; others are not."""
-    c = case(total=91, batch=3, dtype=torch.float64)
-    lengths = torch.tensor([91, 1, 40], device=DEVICE) if given else None
+    c = case(total=91, batch=3, new=2, dtype=torch.float64)
+    lengths = torch.tensor([91, 2, 40], device=DEVICE) if given else None
     rows = Rows(c.kv_c, c.k_pe, lengths=lengths)
     assert rows.paged(64) is None
     pages = rows.paged(32)
@@ -222,8 +222,41 @@ def test_rows_that_lie_as_pages(given: bool) -> None:
     assert pages.kv_c.data_ptr() == c.kv_c.data_ptr()
     assert pages.paged(32) is pages
     assert pages.paged(16) is None
-    found, wanted = (plain.decode(c.q_latent, c.q_pe, r, scaling=SCALING)[0] for r in (pages, rows))
+    told = Rows(c.kv_c, c.k_pe, lengths=pages.lengths)
+    found, wanted = (plain.decode(c.q_latent, c.q_pe, r, scaling=SCALING)[0] for r in (pages, told))
     assert torch.allclose(found, wanted, atol=1e-12)
+    assert given or pages.lengths.tolist() == [91] * 3
+
+
+def test_rows_that_do_not_lie_as_pages() -> None:
+    whole = torch.zeros(2, 128, 48, device=DEVICE)
+    cut = whole[:, 10:70]
+    overlapping = whole.as_strided((2, 128, 48), (64 * 48, 48, 1))
+    shared = whole[:1, :64].expand(3, -1, -1)
+    for rows in (cut, cut[1:], overlapping, shared):
+        assert Rows(*rows.split([32, 16], -1)).paged(64) is None
+    assert Rows(*whole.split([32, 16], -1), scale=whole[..., 0]).paged(64) is None
+    with pytest.raises(ValueError, match="need lengths"):
+        Rows(*whole.split([32, 16], -1), block_table=torch.zeros(1, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_and_tables_that_lie_apart(kernel: ModuleType, dtype: torch.dtype) -> None:
+    c = case(total=96, batch=3, dtype=torch.float16)
+    columns = torch.tensor([[96, 5], [40, 5], [7, 5]], dtype=dtype, device=DEVICE)
+    compare(kernel, c, lengths=columns[:, 0])
+    compare(kernel, c, lengths=columns[1:2, 0].expand(3))
+    pages = torch.cat([c.kv_c, c.k_pe], -1).reshape(6, 48, 48)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
+    table = torch.arange(6, dtype=dtype, device=DEVICE).view(2, 3).T
+    compare(kernel, paged, falls_back=True, lengths=columns[:, 0], block_table=table)
+
+
+def test_values_that_lie_apart(kernel: ModuleType) -> None:
+    c = case(total=40, dtype=torch.float16)
+    apart = Case(c.q_latent, c.q_pe, c.kv_c.mT.contiguous().mT, c.k_pe)
+    found, wanted = apart.decoded(kernel)[0], c.decoded(kernel)[0]
+    assert torch.allclose(found, wanted, atol=1e-3)
 
 
 def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
@@ -270,7 +303,7 @@ def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
 def test_splits_fill_the_device_and_leave_each_some_work() -> None:
     units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else CPU_UNITS
     counts = [best_splits(programs, 4096, DEVICE) for programs in (1, 2, units, 10 * units)]
-    assert all(0.9 * units < n * splits <= units for n, splits in zip((1, 2, units), counts, strict=False))
+    assert all(0.9 * units < n * splits <= units for n, splits in zip((1, 2, units), counts[:3], strict=True))
     assert counts[2:] == [1, 1]
     assert best_splits(1, 0, DEVICE) == best_splits(1, 1, DEVICE) == 1
 

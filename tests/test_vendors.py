@@ -45,6 +45,12 @@ def compare(vendor: ModuleType, rows: Rows, new: int, batch: int, monkeypatch: p
         assert (ours.double() - theirs).masked_fill(blind, 0).abs().max() < 3e-2 * max(1.0, float(theirs.max()))
 
 
+def test_a_plan_is_used_again_and_made_anew(vendor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = cache(2, 192)
+    for total in (150, 150, 91, 150):
+        compare(vendor, Rows(*held[:, :total].split([512, 64], -1)), 1, 2, monkeypatch)
+
+
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("ragged", [True, False])
 def test_caches_with_room(vendor: ModuleType, ragged: bool, new: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Backend:
 
 def as_int32(values: Tensor | None) -> Tensor | None:
     """Lengths and tables as kernels read them."""
-    return values if values is None else values.to(torch.int32)
+    return values if values is None else values.to(torch.int32).contiguous()
 
 
 def backends() -> dict[str, Backend]:

@@ -1,8 +1,9 @@
 """FlashInfer's attention to latent pages, on GPUs from Ampere on, compiled by FlashInfer when it is first used.
 
-Its plan needs the lengths on the host: rows all of one length are planned once for all layers of a step; lengths and
-pages given as tensors are read back at every call. A step with a mask (padding on the left, a static cache) and one
-that is being captured into a CUDA graph go to the kernels of this package.
+Its plan needs the lengths on the host: rows all of one length are planned once for all layers of a step (behind a
+shared prefix, twice a layer); lengths and pages given as tensors are read back at every call. A step with a mask
+(padding on the left, a static cache) and one that is being captured into a CUDA graph go to the kernels of this
+package.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ OLDEST = (8, 0)
 # Latents that its kernel for Hopper takes, and those of the one for other GPUs.
 HOPPER_RANKS, RANKS = (128, 256, 512), (128, 256, 384, 512)
 WIDTH = 64
-# Query rows (token, head) of a tile; its plan refuses new tokens that straddle tiles.
+# Query rows (token, head) of a tile, or half of one; its plan refuses new tokens that straddle tiles.
 TILE = 64
 # Pages of a cache that has none.
 PAGE = 64
@@ -55,7 +56,8 @@ class Planner:
         asked = (q_latent.shape, q_latent.dtype, pages.kv_c.shape, rows.total, width, scaling)
         if rows.lengths is None and asked == self.planned:
             return pages
-        self.planned = asked if rows.lengths is None else None
+        # A plan that is refused must not be taken for the one before it.
+        self.planned = None
         batch, new, heads, rank = q_latent.shape
         page = pages.kv_c.shape[1]
         if rows.lengths is None:
@@ -83,6 +85,8 @@ class Planner:
             kv_cache_layout="split",
             lse_mode="basee",
         )
+        if rows.lengths is None:
+            self.planned = asked
         return pages
 
     def run(self, q_latent: Tensor, q_pe: Tensor, pages: Rows) -> tuple[Tensor, Tensor]:
@@ -107,7 +111,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Backend`` says."""
     new, heads = q_latent.shape[1:3]
-    told = mask is None and rows.scale is None and not torch.cuda.is_current_stream_capturing()
+    # A plan is made on the host, which a graph's capture forbids.
+    told = mask is None and not torch.cuda.is_current_stream_capturing()
     straddles = rows.lengths is not None and new > 1 and TILE % heads > 0
     if not told or straddles or rows.total == 0 or _pages(rows) is None:
         other = hopper if _is_hopper(q_latent.device) else triton_decode
@@ -141,7 +146,7 @@ def refuses(shape: DecodeShape) -> str | None:
     return None if reason is None else f"steps with a mask need `{other.BACKEND.name}`: {reason}"
 
 
-# Not chosen by itself: it must be installed, compiles at first use, and on Hopper ours is faster.
+# Not chosen by itself: it compiles at first use, and its plans cost the host time at every step.
 BACKEND = Backend(
     "flashinfer", "FlashInfer's attention to latent pages", preference=-1, refuses=refuses, decode=decode, by_hand=True
 )

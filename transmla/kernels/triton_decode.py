@@ -161,13 +161,14 @@ if triton is not None:
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says. Rows may lie apart, their values not.
+    """Attention to the latent rows; shapes as ``Backend`` says.
 
-    Rows of 8 bits are read from Ada and Hopper on; other devices decode them in PyTorch.
+    Rows may lie apart; if their values do, they are copied. Rows of 8 bits are read from Ada and Hopper on; other
+    devices decode them in PyTorch.
     """
     if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
         return plain.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
-    kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
+    kv_c, k_pe, page, total = _dense(rows.kv_c), _dense(rows.k_pe), rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
     width, queries = q_pe.shape[-1], new * heads
@@ -226,6 +227,10 @@ def decode(
     if splits > 1:
         merge_splits(parts, part_lse, out, lse)
     return out, lse
+
+
+def _dense(part: Tensor) -> Tensor:
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _tiles(queries: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:

@@ -41,27 +41,37 @@ class Rows:
         wide = torch.promote_types(self.k_pe.dtype, torch.float32)
         return (self.kv_c.to(wide) * self.scale[..., None]).to(self.k_pe.dtype), self.k_pe
 
+    def __post_init__(self) -> None:
+        if self.block_table is not None and self.lengths is None:
+            raise ValueError("rows in pages need lengths")
+
     def paged(self, size: int) -> Rows | None:
-        """The same rows as pages of ``size``, or None if they do not lie so.
+        """The same rows as pages of ``size``, or None if they do not lie so, or have scales.
 
         Sequences that lie apart are whole buffers of pages, as ``LatentLayer`` has them: what lies behind T is read
-        as the end of the last page. Without ``lengths``, all are T.
+        as the end of the last page. The result has lengths, all T if there were none: what was all to be seen is then
+        causal, unless its reader says otherwise.
         """
+        if self.scale is not None:
+            return None
         if self.block_table is not None:
             return self if self.page == size else None
         batch, total = self.kv_c.shape[:2]
         room = self.kv_c.stride(0) // max(self.kv_c.stride(1), 1)
+        count = batch * room // size
         parts = []
         for part in (self.kv_c, self.k_pe):
-            apart = part.stride(1)
-            if room % size or part.stride(0) != room * apart or part.stride(2) != 1:
+            apart, width = part.stride(1), part.shape[2]
+            end = part.storage_offset() + (count * size - 1) * apart + width
+            held = part.untyped_storage().nbytes() // part.element_size()
+            whole = room >= total and room % size == 0 and part.stride(0) == room * apart and part.stride(2) == 1
+            if not whole or end > held:
                 return None
-            count = batch * room // size
-            parts.append(part.as_strided((count, size, part.shape[2]), (size * apart, apart, 1)))
+            parts.append(part.as_strided((count, size, width), (size * apart, apart, 1)))
+        kv_c, k_pe = parts
         device = self.kv_c.device
-        table = torch.arange(len(parts[0]), dtype=torch.int32, device=device).view(batch, -1)
+        table = torch.arange(count, dtype=torch.int32, device=device).view(batch, -1)
         lengths = self.lengths
         if lengths is None:
             lengths = torch.full((batch,), total, dtype=torch.int32, device=device)
-        kv_c, k_pe = parts
-        return Rows(kv_c, k_pe, self.scale, lengths, table)
+        return Rows(kv_c, k_pe, None, lengths, table)
