@@ -45,7 +45,14 @@ transmla convert recipe.yaml
 Method `{method}`, rotary frequencies folded by {fold}, reconstruction `{reconstruct}`. The attention output of a
 layer, given the source's own input, differs from the source's by {mean_error:.3f} on average and {max_error:.3f}
 at most (relative squared error on calibration text). Hashes, versions and every layer's numbers are in `transmla.json`.
-{notes}"""
+{healing}{notes}"""
+
+_HEALING = """
+## Healing
+
+Distilled from `{teacher}` over {tokens:,} tokens of {data} ({trainable} trained, {minutes:.1f} minutes): on sequences
+kept aside, KL to the teacher went from {before:.4f} to {after:.4f} nats per token (`healing.yaml`, `transmla.json`).
+{picture}"""
 
 
 def cache_rows(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -86,6 +93,21 @@ def public_recipe(recipe: Recipe) -> Recipe:
             "calibration": calibration.model_copy(update={"source": public_name(calibration.source)}),
             "eval": evaluation and evaluation.model_copy(update={"text": public_name(evaluation.text)}),
         }
+    )
+
+
+def _healing(folder: Path, told: dict[str, Any]) -> str:
+    """What a card says of one healing."""
+    settings = told["settings"]
+    return _HEALING.format(
+        teacher=public_name(settings["teacher"]),
+        tokens=told["tokens"],
+        data=", ".join(f"`{public_name(name)}`" for name in settings["data"]),
+        trainable=settings["trainable"],
+        minutes=told["seconds"] / 60,
+        before=told["held_out_kl"]["before"],
+        after=told["held_out_kl"]["after"],
+        picture="\n![healing](healing.png)\n" if (folder / "healing.png").is_file() else "",
     )
 
 
@@ -133,6 +155,7 @@ def write_card(
         reconstruct=manifest["reconstruct"],
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
+        healing="".join(_healing(folder, told) for told in manifest.get("healing", [])),
         notes=f"\nNotes:\n{notes}\n" if notes else "",
     )
     write_text(folder / CARD, card)

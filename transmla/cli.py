@@ -12,7 +12,7 @@ import typer
 
 from transmla import __version__
 from transmla.errors import TransmlaError
-from transmla.options import Command, overrides, with_recipe_options
+from transmla.options import Command, overrides, with_healing_options, with_recipe_options
 
 # What a shell reports for Ctrl-C, and what typer turns it into.
 INTERRUPTED = 130
@@ -244,6 +244,48 @@ def bench(
         console.err.print(f"wrote {plot}", highlight=False, markup=False)
 
 
+@with_healing_options
+def heal(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="An export.")],
+    *,
+    teacher: Annotated[str, typer.Option(help="The source, or a larger model with the same tokenizer.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a teacher on the Hub.")] = None,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="self (sampled from the teacher), pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset; given several"
+            " times, they are taken in equal shares."
+        ),
+    ] = ["self"],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Continue a healing that was interrupted.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Experiment tracker of accelerate: tensorboard, wandb, …")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Win back what compression lost: a short distillation from the source.
+
+    The result is again an export, verified on writing. On several GPUs, or with FSDP or DeepSpeed:
+    accelerate launch -m transmla.heal DIR --teacher …
+
+    Example: transmla heal llama-mla --teacher meta-llama/Llama-3.1-8B -o llama-mla-healed --data wikitext
+    --data self
+    """
+    from transmla import console
+    from transmla.heal.run import heal as run
+    from transmla.heal.settings import Healing
+    from transmla.recipe import parse_section
+
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
+    settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
+    with console.Bars() as bars:
+        healed = run(settings, resume=resume, reporter=bars)
+    console.show_healing(json.loads((healed / "transmla.json").read_text())["healing"][-1])
+    console.say(f"wrote {healed}; next: transmla eval {healed} --baseline {teacher}")
+
+
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A verified export.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="ORG/NAME on the Hub.")],
@@ -277,6 +319,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "eval": evaluate,
+    "heal": heal,
     "bench": bench,
     "push": push,
 }

@@ -231,6 +231,16 @@ def show_bench(found: dict[str, Bench]) -> None:
     )
 
 
+def show_healing(told: dict[str, Any]) -> None:
+    """The table that closes a healing."""
+    kl = told["held_out_kl"]
+    table(
+        f"healed on {', '.join(told['settings']['data'])}, {told['tokens']:,} tokens in {duration(told['seconds'])}",
+        ["", "before", "after"],
+        [["KL to the teacher on what was kept aside", f"{kl['before']:.4f}", f"{kl['after']:.4f}"]],
+    )
+
+
 def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """The table that closes a conversion whose recipe has an ``eval`` section."""
     table(

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from transmla.heal.settings import Healing
 from transmla.recipe import Calibration, Recipe
 from transmla.registry import scan
 
@@ -30,6 +31,14 @@ _PANELS = {
     ),
     "Method": ("method", "reconstruct", "freqfold", "dtype", "seed", "device"),
     "Source": ("revision", "allow_pickle"),
+}
+_HEALING_PANELS = {
+    "Text": ("self_tokens", "split", "column", "length", "held_out", "max_epochs"),
+    "How long": ("max_tokens", "max_minutes", "patience"),
+    "What is learned": ("trainable", "lora_rank", "kl", "cross_entropy", "hidden", "temperature"),
+    "How": ("learning_rate", "other_rate", "warmup", "clip", "batch", "seed"),
+    "Memory and speed": ("precision", "accumulate", "checkpointing", "compile"),
+    "Keeping track": ("eval_every", "save_every"),
 }
 
 
@@ -109,10 +118,28 @@ def _method_help() -> str:
     return escape("\n\n".join(lines))
 
 
+def healing_parameters() -> list[inspect.Parameter]:
+    """One keyword parameter per field of a healing that a flag can set once."""
+    return [
+        _option("--" + field.replace("_", "-"), field, Healing, field, panel)
+        for panel, fields in _HEALING_PANELS.items()
+        for field in fields
+    ]
+
+
 def with_recipe_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give ``function``, which takes ``**options``, every recipe option in its signature."""
+    return _with_parameters(function, recipe_parameters())
+
+
+def with_healing_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give ``function``, which takes ``**options``, every option of a healing in its signature."""
+    return _with_parameters(function, healing_parameters())
+
+
+def _with_parameters(function: Callable[..., None], more: list[inspect.Parameter]) -> Callable[..., None]:
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [*own, *recipe_parameters()]
+    parameters = [*own, *more]
 
     def command(**kwargs: Any) -> None:
         function(**kwargs)

@@ -103,6 +103,19 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
+def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+    """Write ``path`` as a PNG: the course of a healing, on what it learned from and on what was kept aside."""
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    tokens = [point["tokens"] for point in curve]
+    axes.plot(tokens, [point["held_out_kl"] for point in curve], marker=".", label="kept aside: KL(teacher ‖ student)")
+    axes.plot(tokens[1:], [point["loss"] for point in curve[1:]], ":", label="learned from: loss")
+    axes.set(title="healing", xlabel="tokens", ylabel="nats per token", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=110)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from transmla.errors import TransmlaError
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -21,7 +21,7 @@ Effort = Annotated[
 ]
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """Text that the conversion measures the model on."""
 
     source: str = Field(
@@ -34,7 +34,7 @@ class Calibration(_Strict):
     length: int = Field(512, ge=2, description="tokens per sequence")
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """Text on which source and export are compared after the conversion."""
 
     text: str = Field("pydoc", description="the same kinds of text as calibration")
@@ -45,7 +45,7 @@ class Evaluation(_Strict):
     stride: PositiveInt | None = Field(None, description="tokens between windows; default: window")
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One conversion from source to export."""
 
     source: str = Field(description="checkpoint folder, .gguf file, package:NAME/FILE, or Hub id")

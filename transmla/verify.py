@@ -78,6 +78,8 @@ class _Promise:
     dtype: torch.dtype
     tied: bool
     revision: str | None
+    # Whether a healing changed more than the attention.
+    retrained: bool = False
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> _Promise:
@@ -89,6 +91,7 @@ class _Promise:
                 dtype=getattr(torch, plan["dtype"]),
                 tied=bool(spec["tie_word_embeddings"]),
                 revision=origin.get("commit") or origin.get("revision"),
+                retrained=any(told["settings"]["trainable"] == "all" for told in manifest.get("healing", [])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TransmlaError(
@@ -125,7 +128,9 @@ def _checks(
     yield _absorbed_equals_expanded(model, tokens, dtype)
     yield _cache_size(model, tokens, promise)
     yield _headroom(model, tokens)
-    if source is not None:
+    if source is not None and promise.retrained:
+        yield Check("untouched weights", True, "none: a healing trained all of them")
+    elif source is not None:
         yield _untouched(folder, source, promise)
 
 

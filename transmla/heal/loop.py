@@ -1,0 +1,194 @@
+"""The steps of a healing, through accelerate: one process or many, a CPU or GPUs."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+from transmla.heal.optimiser import set_rates
+from transmla.heal.settings import Healing
+from transmla.heal.state import State, Store
+from transmla.heal.text import Reading
+from transmla.progress import Reporter
+
+# A loss that is no number sends the run back to its last state, at half the rate, so many times.
+MOST_ROLLBACKS = 5
+
+
+class Loop:
+    """A prepared student, its optimiser and text, and where they stand."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: Any,
+        optimiser: Any,
+        reading: Reading,
+        settings: Healing,
+        state: State,
+        store: Store,
+    ) -> None:
+        self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
+        self.reading, self.settings, self.state, self.store = reading, settings, state, store
+        self.best: dict[str, Tensor] | None = None
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.saved_at = -1
+
+    def run(self, report: Reporter) -> None:
+        """Learn until the tokens or the minutes are spent, or nothing is gained any more."""
+        settings, state = self.settings, self.state
+        steps = math.ceil(settings.max_tokens / (settings.batch * settings.length))
+        report.stage("healing", steps)
+        began = time.monotonic() - state.seconds
+        if not state.curve:
+            self._look(math.nan, 0.0)
+            self._save()
+        losses: list[float] = []
+        while state.step < steps:
+            progress = self._progress(steps)
+            if progress >= 1:
+                report.message(f"stopped after {settings.max_minutes} minutes")
+                break
+            share = set_rates(self.optimiser, progress, settings, state.slowed)
+            loss = self._step(self.reading[state.step])
+            if not math.isfinite(loss):
+                self._roll_back(report)
+                began, losses = time.monotonic() - state.seconds, []
+                continue
+            losses.append(loss)
+            state.step += 1
+            state.seconds = time.monotonic() - began
+            if state.step % settings.eval_every == 0 or state.step == steps:
+                self._look(sum(losses) / len(losses), share)
+                losses = []
+                if settings.patience is not None and state.looks_without_gain >= settings.patience:
+                    report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
+                    break
+            if state.step % settings.save_every == 0:
+                self._save()
+            report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
+        self._save()
+
+    def _progress(self, steps: int) -> float:
+        """Share of the budget that is spent: of tokens, or of minutes if these end first."""
+        spent = self.state.step / steps
+        if self.settings.max_minutes is not None:
+            spent = max(spent, self.state.seconds / (60 * self.settings.max_minutes))
+        # The first process's clock is everybody's: all must stop at the same step.
+        return float(self._from_main(spent))
+
+    def _from_main(self, value: float) -> float:
+        from accelerate.utils import broadcast_object_list
+
+        return value if self.accelerator.num_processes == 1 else broadcast_object_list([value])[0]
+
+    def _step(self, rows: Tensor) -> float:
+        """One step on ``rows`` [batch, length], of which this process takes its part; returns the mean loss."""
+        accelerator, parts = self.accelerator, self.settings.accumulate
+        each = len(rows) // accelerator.num_processes
+        mine = rows[accelerator.process_index * each : (accelerator.process_index + 1) * each]
+        total = torch.zeros((), device=accelerator.device)
+        self.model.train()
+        for i, micro in enumerate(mine.to(accelerator.device).chunk(parts)):
+            with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
+                loss, _ = self.model(micro)
+                accelerator.backward(loss / parts)
+            total += loss.detach() / parts
+        norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        found = float(accelerator.reduce(total, "mean"))
+        # A gradient that is no number would spoil the weights although the loss is one.
+        if math.isfinite(found) and math.isfinite(float(norm)):
+            self.optimiser.step()
+        else:
+            found = math.nan
+        self.optimiser.zero_grad()
+        return found
+
+    @torch.no_grad()
+    def held_out_kl(self) -> float:
+        """Mean KL(teacher ‖ student) on what was kept aside."""
+        accelerator, rows = self.accelerator, self.reading.held_out()
+        micro = max(1, self.settings.batch // accelerator.num_processes // self.settings.accumulate)
+        self.model.eval()
+        total = torch.zeros(2, device=accelerator.device)
+        for start in range(0, len(rows), micro * accelerator.num_processes):
+            first = start + micro * accelerator.process_index
+            mine = rows[first : first + micro]
+            # All processes run the model equally often; one that has nothing left does it for nothing.
+            weight = len(mine)
+            _, kl = self.model((mine if weight else rows[:1]).to(accelerator.device))
+            total += torch.stack([kl.double() * weight, torch.tensor(float(weight), device=kl.device)]).float()
+        total = accelerator.reduce(total, "sum")
+        return float(total[0] / total[1])
+
+    def _look(self, loss: float, share: float) -> None:
+        """Measure, note it, and keep the weights if they are the best so far."""
+        state, kl = self.state, self.held_out_kl()
+        point = {
+            "step": state.step,
+            "tokens": state.step * self.settings.batch * self.settings.length,
+            "seconds": round(state.seconds, 3),
+            "loss": loss,
+            "held_out_kl": kl,
+            "rate": share,
+        }
+        state.curve.append(point)
+        self.accelerator.log({k: v for k, v in point.items() if k != "step"}, step=state.step)
+        if state.best_kl is None or kl < state.best_kl:
+            state.best_kl, state.best_step, state.looks_without_gain = kl, state.step, 0
+            self.best = self.weights()
+        else:
+            state.looks_without_gain += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        """What may change, gathered on the CPU of the first process."""
+        names = {
+            name.replace("module.", "").replace("_orig_mod.", "")
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        full = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return {}
+        return {
+            name.removeprefix("student."): tensor.detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in full.items()
+            if name in names
+        }
+
+    def _save(self) -> None:
+        if self.saved_at == self.state.step:
+            return
+        self.accelerator.save_state(str(self.store.states(self.state.step)))
+        if self.accelerator.is_main_process:
+            self.store.save(self.state, self.best)
+        self.accelerator.wait_for_everyone()
+        self.saved_at = self.state.step
+
+    def restore(self) -> None:
+        """Go on from what was saved."""
+        self.accelerator.load_state(str(self.store.states(self.state.step)))
+        self.best = self.store.best()
+        self.saved_at = self.state.step
+
+    def _roll_back(self, report: Reporter) -> None:
+        """After a loss that is no number: back to the last state, at half the rate."""
+        failed, rollbacks, slowed = self.state.step, self.state.rollbacks + 1, self.state.slowed / 2
+        if rollbacks > MOST_ROLLBACKS:
+            raise TransmlaError(
+                f"the loss is no number at step {failed}, after {MOST_ROLLBACKS} lowered rates",
+                limit="weights or text make the models overflow",
+                remedy="lower --learning-rate, or --precision no",
+            )
+        saved = self.store.read(self.state.key)
+        assert saved is not None
+        vars(self.state).update(vars(saved))
+        self.state.rollbacks, self.state.slowed = rollbacks, slowed
+        self.restore()
+        report.message(f"the loss was no number at step {failed}: back to step {self.state.step} at half the rate")

@@ -1,0 +1,100 @@
+"""Where a healing stands: what a resumed run goes on from, and what it must share with the one it continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+from transmla.export import write_json, write_tensors
+from transmla.fingerprint import read_json
+from transmla.heal.settings import Healing
+
+FILE, BEST = "healing.json", "best.safetensors"
+# What may differ between a run and the one that continues it.
+_FREE = {"output", "track", "save_every"}
+
+
+@dataclass
+class State:
+    """Steps and seconds done, the curve, and the best look at what was kept aside."""
+
+    key: str
+    step: int = 0
+    seconds: float = 0.0
+    # What the rates were lowered by, and how often, after losses that were no numbers.
+    slowed: float = 1.0
+    rollbacks: int = 0
+    best_kl: float | None = None
+    best_step: int = 0
+    looks_without_gain: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def run_key(settings: Healing, student: str, teacher: str) -> str:
+    """What two parts of one run have in common: settings, and the fingerprints of both models."""
+    chosen = settings.model_dump(mode="json", exclude=_FREE)
+    return hashlib.sha256(json.dumps([chosen, student, teacher], sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """``OUTPUT.partial``: states of accelerate, the best weights so far, and ``healing.json`` that points to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, key: str) -> State | None:
+        """The state of the run that was begun here, if there is one.
+
+        Raises:
+            TransmlaError: if it was another run.
+        """
+        values = read_json(self.folder / FILE)
+        if values is None:
+            return None
+        if values.get("key") != key:
+            raise TransmlaError(
+                f"'{self.folder}' was begun with another student, teacher, text or settings",
+                limit="a resumed healing must learn what the unbroken one would have",
+                remedy="repeat the command it was begun with, or delete it",
+            )
+        return State(**values)
+
+    def states(self, step: int) -> Path:
+        """Where accelerate keeps model, optimiser and random states of ``step``."""
+        return self.folder / f"state-{step:08d}"
+
+    def save(self, state: State, best: dict[str, Tensor] | None) -> None:
+        """Point to ``state``, whose ``states`` are written; drop those of other steps."""
+        if best is not None:
+            write_tensors(self.folder / BEST, best)
+        write_json(self.folder / FILE, asdict(state))
+        for old in self.folder.glob("state-*"):
+            if old != self.states(state.step):
+                shutil.rmtree(old)
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The best weights so far, in natural coordinates."""
+        from safetensors.torch import load_file
+
+        file = self.folder / BEST
+        return load_file(file) if file.is_file() else None
+
+
+def summary(state: State, settings: Healing) -> dict[str, Any]:
+    """What the manifest says of a healing."""
+    return {
+        "settings": settings.model_dump(mode="json", exclude={"output", "track"}),
+        "steps": state.step,
+        "tokens": state.step * settings.batch * settings.length,
+        "seconds": round(state.seconds, 1),
+        "best_step": state.best_step,
+        "held_out_kl": {"before": state.curve[0]["held_out_kl"], "after": state.best_kl},
+        "rollbacks": state.rollbacks,
+    }

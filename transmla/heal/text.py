@@ -1,0 +1,148 @@
+"""What a student reads: texts in equal shares, every batch a function of its step alone."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.data import load_tokens, sample_self
+from transmla.errors import TransmlaError
+from transmla.heal.settings import Healing
+from transmla.progress import Reporter
+
+# Sequences sampled at once, and the share of a GPU's memory that their caches may take.
+SAMPLED_AT_ONCE = {"cuda": 2048, "cpu": 32}
+SAMPLING_SHARE = 0.2
+
+
+class Text:
+    """Sequences of ``length`` tokens from one text, pass after pass, each in another order and cut.
+
+    ``tokens`` is one stream [N], which every pass cuts elsewhere, or rows [n, length], which stay as they are. The
+    last ``held_out`` sequences are never given.
+    """
+
+    def __init__(self, name: str, tokens: Tensor, *, length: int, held_out: int, seed: int) -> None:
+        self.name, self.length, self.seed = name, length, seed
+        aside = held_out * length if tokens.dim() == 1 else held_out
+        self.tokens, self.held_out = tokens[:-aside], tokens[-aside:].reshape(-1, length)
+        # One sequence of a stream is given up, so that it can be cut anywhere.
+        self.sequences = (len(self.tokens) // length - 1) if tokens.dim() == 1 else len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Sequence ``index`` [length] of an endless series."""
+        epoch, place = divmod(index, self.sequences)
+        shift, order = self._epoch(epoch)
+        row = int(order[place])
+        if self.tokens.dim() == 2:
+            return self.tokens[row]
+        start = shift + row * self.length
+        return self.tokens[start : start + self.length]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (texts live as long as the run)
+    def _epoch(self, epoch: int) -> tuple[int, Tensor]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        shift = int(torch.randint(self.length, (1,), generator=generator))
+        return shift, torch.randperm(self.sequences, generator=generator)
+
+
+class Reading:
+    """Batches of several texts, in equal shares."""
+
+    def __init__(self, texts: list[Text], batch: int) -> None:
+        self.texts, self.batch = texts, batch
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Batch ``step`` [batch, length]: the same for any number of processes."""
+        rows = []
+        for i in range(step * self.batch, (step + 1) * self.batch):
+            index, which = divmod(i, len(self.texts))
+            rows.append(self.texts[which][index])
+        return torch.stack(rows)
+
+    def held_out(self) -> Tensor:
+        """The sequences kept aside, of all texts in turn."""
+        return torch.stack([text.held_out for text in self.texts], 1).flatten(0, 1)
+
+
+def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Reading:
+    """All texts of ``settings``; ``self`` is sampled from ``teacher`` once, and kept for other runs.
+
+    Raises:
+        TransmlaError: for a text too short for the tokens wanted, with what is missing.
+    """
+    share = -(-settings.max_tokens // len(settings.data))
+    texts = []
+    for name in settings.data:
+        if name == "self":
+            tokens = self_text(settings, tokenizer, teacher, fingerprint, report)
+        else:
+            report.stage(f"reading {name}", 1)
+            more = (settings.held_out + 1) * settings.length
+            tokens = load_tokens(name, tokenizer, limit=share + more, split=settings.split, column=settings.column)
+            report.advance(1, f"{len(tokens):,} tokens")
+        _check(name, tokens, share, settings, teacher)
+        texts.append(Text(name, tokens, length=settings.length, held_out=settings.held_out, seed=settings.seed))
+    return Reading(texts, settings.batch)
+
+
+def _check(name: str, tokens: Tensor, share: int, settings: Healing, teacher: Any) -> None:
+    words = teacher.config.vocab_size
+    if int(tokens.max()) >= words:
+        raise TransmlaError(
+            f"'{name}' holds token {int(tokens.max())}",
+            limit=f"the teacher's vocabulary has {words} entries",
+            remedy="use the tokenizer that belongs to the teacher",
+        )
+    usable = tokens.numel() - (settings.held_out + 1) * settings.length
+    missing = -(-share // settings.max_epochs) - usable
+    if missing > 0:
+        raise TransmlaError(
+            f"'{name}' has {tokens.numel():,} tokens, {missing:,} too few",
+            limit=f"its share is {share:,} tokens in at most {settings.max_epochs} passes, and {settings.held_out} "
+            f"sequences of {settings.length} are kept aside",
+            remedy="give more text, add `--data self`, or lower --max-tokens",
+        )
+
+
+def _rows_at_once(model: Any, length: int) -> int:
+    """Sequences that a device samples at once: a function of the device, so that samples are."""
+    device, config = model.device, model.config
+    if device.type != "cuda":
+        return SAMPLED_AT_ONCE["cpu"]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_key_value_heads * width * config.num_hidden_layers * model.dtype.itemsize * length
+    room = torch.cuda.get_device_properties(device).total_memory * SAMPLING_SHARE
+    return max(1, min(SAMPLED_AT_ONCE["cuda"], int(room / row)))
+
+
+def self_text(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Tensor:
+    """Rows [n, length] sampled from the teacher at temperature 1, from the assets' cache if they are there."""
+    from huggingface_hub import cached_assets_path
+    from safetensors.torch import load_file
+
+    from transmla.export import write_tensors
+
+    rows = -(-settings.self_tokens // settings.length)
+    device = teacher.device.type
+    key = f"{fingerprint} {rows} {settings.length} {settings.seed} {device} {teacher.dtype}"
+    folder = cached_assets_path("transmla", namespace="self", subfolder=hashlib.sha256(key.encode()).hexdigest()[:32])
+    file = Path(folder) / "tokens.safetensors"
+    if not file.is_file():
+        report.stage("sampling from the teacher", rows)
+        tokens = sample_self(
+            teacher,
+            tokenizer,
+            sequences=rows,
+            length=settings.length,
+            seed=settings.seed,
+            batch_size=_rows_at_once(teacher, settings.length),
+            progress=lambda done, _: report.advance(done),
+        )
+        write_tensors(file, {"tokens": tokens})
+    return load_file(file)["tokens"]
