@@ -272,6 +272,8 @@ def heal(
     Example: transmla heal llama-mla --teacher meta-llama/Llama-3.1-8B -o llama-mla-healed --data wikitext
     --data self
     """
+    from accelerate import PartialState
+
     from transmla import console
     from transmla.heal.run import heal as run
     from transmla.heal.settings import Healing
@@ -282,6 +284,8 @@ def heal(
     settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     with console.Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)
+    if not PartialState().is_main_process:
+        return
     console.show_healing(json.loads((healed / "transmla.json").read_text())["healing"][-1])
     console.say(f"wrote {healed}; next: transmla eval {healed} --baseline {teacher}")
 

@@ -103,7 +103,7 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+def write_curve(curve: list[dict[str, Any]], path: Path) -> None:
     """Write ``path`` as a PNG: the course of a healing, on what it learned from and on what was kept aside."""
     figure = _figure(8, 5)
     axes = figure.subplots()

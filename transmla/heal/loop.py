@@ -47,7 +47,7 @@ class Loop:
         report.stage("healing", steps)
         began = time.monotonic() - state.seconds
         if not state.curve:
-            self._look(math.nan, 0.0)
+            self._look(None, 0.0)
             self._save()
         losses: list[float] = []
         while state.step < steps:
@@ -127,10 +127,10 @@ class Loop:
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
-    def _look(self, loss: float, share: float) -> None:
+    def _look(self, loss: float | None, share: float) -> None:
         """Measure, note it, and keep the weights if they are the best so far."""
         state, kl = self.state, self.held_out_kl()
-        point = {
+        point: dict[str, Any] = {
             "step": state.step,
             "tokens": state.step * self.settings.batch * self.settings.length,
             "seconds": round(state.seconds, 3),
@@ -139,7 +139,8 @@ class Loop:
             "rate": share,
         }
         state.curve.append(point)
-        self.accelerator.log({k: v for k, v in point.items() if k != "step"}, step=state.step)
+        told = {name: value for name, value in point.items() if name != "step" and value is not None}
+        self.accelerator.log(told, step=state.step)
         if state.best_kl is None or kl < state.best_kl:
             state.best_kl, state.best_step, state.looks_without_gain = kl, state.step, 0
             self.best = self.weights()
@@ -169,13 +170,20 @@ class Loop:
         if self.accelerator.is_main_process:
             self.store.save(self.state, self.best)
         self.accelerator.wait_for_everyone()
+        self._saved()
+
+    def _saved(self) -> None:
+        """After a state was written or read."""
         self.saved_at = self.state.step
+        if self.state.step == 0:
+            # Sharded optimisers take a step of nothing to have moments to save, which the first real one must not see.
+            self.optimiser.state.clear()
 
     def restore(self) -> None:
         """Go on from what was saved."""
         self.accelerator.load_state(str(self.store.states(self.state.step)))
         self.best = self.store.best()
-        self.saved_at = self.state.step
+        self._saved()
 
     def _roll_back(self, report: Reporter) -> None:
         """After a loss that is no number: back to the last state, at half the rate."""

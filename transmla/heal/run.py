@@ -91,8 +91,8 @@ def heal(
         if state is not None:
             loop.restore()
         loop.run(report)
-        accelerator.end_training()
         _finish(accelerator, loop, reading, student, manifest, workspace, report)
+        accelerator.end_training()
     return output
 
 

@@ -34,7 +34,7 @@ class State:
     best_kl: float | None = None
     best_step: int = 0
     looks_without_gain: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run_key(settings: Healing, student: str, teacher: str) -> str:

@@ -1,0 +1,97 @@
+"""Healing on two processes is healing on one; a process that is killed is continued by another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from transmla.pipeline import convert
+from transmla.recipe import Recipe
+
+SIZES = {"length": 32, "batch": 8, "held-out": 4, "max-tokens": 3072, "eval-every": 3, "save-every": 4}
+SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def arguments(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe], text_file: Path) -> list[str]:
+    source = make_source()
+    return [str(convert(make_recipe(source, cache_ratio=0.5))), "--teacher", str(source), "--data", str(text_file)]
+
+
+def on_two(kind: str) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = str(Path(__file__).with_name("heal_processes.py"))
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", script, kind]
+
+
+def heal(command: list[str], arguments: list[str], output: Path) -> None:
+    done = subprocess.run(
+        [*command, *arguments, "-o", str(output), *SMALL], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return json.loads((folder / "transmla.json").read_text())["healing"][-1]["curve"]
+
+
+ALONE = [sys.executable, "-m", "transmla.heal"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(kind: str, arguments: list[str], tmp_path: Path) -> None:
+    heal(ALONE, arguments, tmp_path / "one")
+    heal(on_two(kind), arguments, tmp_path / "two")
+    for ours, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
+        for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
+            assert ours[what] == pytest.approx(theirs[what], rel=1e-4)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name].float(), two[name].float(), rtol=0.02, atol=1e-4) for name in one)
+
+
+def test_what_was_killed_is_continued(arguments: list[str], tmp_path: Path) -> None:
+    heal(ALONE, arguments, tmp_path / "whole")
+    output = tmp_path / "killed"
+    long = [*arguments, "-o", str(output), *SMALL]
+    begun = subprocess.Popen([*ALONE, *long], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file, deadline = tmp_path / "killed.partial" / "healing.json", time.monotonic() + 120
+    while time.monotonic() < deadline and begun.poll() is None:
+        if file.is_file() and json.loads(file.read_text() or '{"step": 0}')["step"] >= 4:
+            break
+        time.sleep(0.002)
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    assert not output.exists(), "it ended before it could be killed"
+    heal(ALONE, [*arguments, "--resume"], output)
+    found, wanted = ([point["held_out_kl"] for point in curve(tmp_path / name)] for name in ("killed", "whole"))
+    assert found == wanted
+
+
+def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """scripts/healing.py, on a tiny model that is not fitted before."""
+    source = make_source(max_position_embeddings=2048)
+    script = Path(__file__).parents[1] / "scripts" / "healing.py"
+    sizes = ["length=32", "batch=8", "held_out=4", "max_tokens=5120", "warmup=0.1"]
+    texts = ["--calibration", "pydoc", "--text", str(text_file), "--data", str(text_file)]
+    places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--device", "cpu"]
+    more = ["--budgets", "0.5", "--reconstruct", "off", "--commit", "none", "--settings", *sizes]
+    command = [sys.executable, str(script), str(source), *texts, *places, *more]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["after"]["test KL"] < row["before"]["test KL"]
+    assert row["healing"]["held_out_kl"]["after"] < row["healing"]["held_out_kl"]["before"]
