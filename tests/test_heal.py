@@ -154,6 +154,43 @@ def test_parts_of_a_step_add_up(settings: Callable[..., Healing], tmp_path: Path
         assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
 
 
+def test_compiled_layers_learn_the_same(settings: Callable[..., Healing], tmp_path: Path) -> None:
+    few = {"max_tokens": 32 * 8 * 3}
+    plain = curve(heal(settings(**few)))
+    compiled = curve(heal(settings(**few, compile=True, output=str(tmp_path / "compiled"))))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
+
+
+def test_trackers_are_accelerates_own(settings: Callable[..., Healing], tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "notes", False, True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: dict[int, dict[str, float]] = {}
+
+        @property
+        def tracker(self) -> Any:
+            return self.told
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+        def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
+            self.told[step or 0] = values
+
+    notes = Notes()
+    accelerator = Accelerator(cpu=True, mixed_precision="no", log_with=notes)
+    accelerator.init_trackers("healing")
+    points = curve(heal(settings(), accelerator=accelerator))
+    assert {step: told["held_out_kl"] for step, told in notes.told.items()} == {
+        point["step"]: point["held_out_kl"] for point in points
+    }
+
+
 def test_a_loss_that_is_no_number_goes_back_at_half_the_rate(
     settings: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
 ) -> None:

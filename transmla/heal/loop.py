@@ -149,11 +149,7 @@ class Loop:
 
     def weights(self) -> dict[str, Tensor]:
         """What may change, gathered on the CPU of the first process."""
-        names = {
-            name.replace("module.", "").replace("_orig_mod.", "")
-            for name, p in self.model.named_parameters()
-            if p.requires_grad
-        }
+        names = {name.replace("module.", "") for name, p in self.model.named_parameters() if p.requires_grad}
         full = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return {}

@@ -32,8 +32,8 @@ class Distiller(nn.Module):
         """Loss and KL(teacher ‖ student), nats per position, of ``tokens`` [B, T]; the KL without a gradient."""
         deep = self.hidden > 0
         with torch.no_grad():
-            theirs = _trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=deep)
-        ours = _trunk(self.student)(tokens, use_cache=False, output_hidden_states=deep)
+            theirs = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=deep)
+        ours = trunk(self.student)(tokens, use_cache=False, output_hidden_states=deep)
         heads = _head(self.student), _head(self.teacher[0])
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1).flatten()
         states = ours.last_hidden_state.flatten(0, 1), theirs.last_hidden_state.flatten(0, 1)
@@ -68,7 +68,7 @@ class Distiller(nn.Module):
         return total, kl.detach()
 
 
-def _trunk(model: Any) -> Any:
+def trunk(model: Any) -> Any:
     """The model without its head."""
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 

@@ -17,7 +17,7 @@ from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
 from transmla.heal import natural
 from transmla.heal.finish import write_export
 from transmla.heal.loop import Loop
-from transmla.heal.losses import Distiller
+from transmla.heal.losses import Distiller, trunk
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
 from transmla.heal.settings import Healing
 from transmla.heal.state import State, Store, run_key, summary
@@ -70,6 +70,10 @@ def heal(
     model = choose_trainable(model, settings)
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        # Layer by layer: all are one piece of code, which is compiled once.
+        for layer in (*trunk(model).layers, *trunk(teacher).layers):
+            layer.compile()
     distiller = Distiller(
         model,
         teacher,
@@ -107,7 +111,6 @@ def make_accelerator(settings: Healing, output: Path) -> Accelerator:
         mixed_precision=precision,
         log_with=list(settings.track) or None,
         project_dir=str(output.with_name(output.name + ".logs")),
-        dynamo_backend="inductor" if settings.compile else None,
     )
     if settings.track:
         accelerator.init_trackers("transmla", config=_plain(settings))

@@ -46,7 +46,7 @@ class Healing(Strict):
 
     precision: Literal["auto", "bf16", "no"] = Field("auto", description="auto: bf16 on GPUs, no on CPUs")
     checkpointing: bool = Field(False, description="recompute activations, to save memory")
-    compile: bool = Field(False, description="compile the student with torch.compile")
+    compile: bool = Field(False, description="compile the layers of both models with torch.compile")
     eval_every: PositiveInt = Field(50, description="steps between looks at the sequences kept aside")
     patience: PositiveInt | None = Field(None, description="looks without an improvement before it stops")
     save_every: PositiveInt = Field(200, description="steps between states to resume from")
