@@ -110,7 +110,7 @@ def write_curve(curve: list[dict[str, Any]], path: Path) -> None:
     tokens = [point["tokens"] for point in curve]
     axes.plot(tokens, [point["held_out_kl"] for point in curve], marker=".", label="kept aside: KL(teacher ‖ student)")
     axes.plot(tokens[1:], [point["loss"] for point in curve[1:]], ":", label="learned from: loss")
-    axes.set(title="healing", xlabel="tokens", ylabel="nats per token", yscale="log")
+    axes.set(title="healing", xlabel="tokens", ylabel="nats per token", ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     figure.savefig(path, format="png", dpi=110)

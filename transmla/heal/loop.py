@@ -50,6 +50,7 @@ class Loop:
             self._look(None, 0.0)
             self._save()
         losses: list[float] = []
+        share = 0.0
         while state.step < steps:
             progress = self._progress(steps)
             if progress >= 1:
@@ -64,7 +65,7 @@ class Loop:
             losses.append(loss)
             state.step += 1
             state.seconds = time.monotonic() - began
-            if state.step % settings.eval_every == 0 or state.step == steps:
+            if state.step % settings.eval_every == 0:
                 self._look(sum(losses) / len(losses), share)
                 losses = []
                 if settings.patience is not None and state.looks_without_gain >= settings.patience:
@@ -73,6 +74,8 @@ class Loop:
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
+        if state.curve[-1]["step"] != state.step:
+            self._look(sum(losses) / len(losses) if losses else None, share)
         self._save()
 
     def _progress(self, steps: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import gc
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint import load_model, open_checkpoint, resolve_source
-from transmla.errors import TransmlaError
-from transmla.export import CARD, MANIFEST, VERIFICATION, Workspace, disk_errors
-from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
+from transmla.export import MANIFEST, Workspace, disk_errors
+from transmla.fingerprint import export_fingerprint, read_manifest
 from transmla.heal import natural
+from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
 from transmla.heal.finish import write_export
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller, trunk
@@ -42,27 +43,49 @@ def heal(
     Raises:
         TransmlaError: for bad input, before anything is written; for a loss that stays no number; for a full disk.
     """
-    report = reporter or Silent()
     output, student = Path(settings.output).expanduser(), Path(settings.student).expanduser()
     manifest = read_manifest(student / MANIFEST)
     workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
-    _check_settings(settings, accelerator.num_processes)
+    check_settings(settings, accelerator.num_processes)
     if accelerator.is_main_process:
         workspace.refuse_overwrite(resume=resume)
-    report = report if accelerator.is_main_process else Silent()
-    _check_hashes(student, manifest)
-    teacher_path = resolve_source(settings.teacher, revision=settings.revision)
-    tokenizer = load_tokenizer(teacher_path)
-    _check_tokenizers(load_tokenizer(student), tokenizer)
+    report = (reporter or Silent()) if accelerator.is_main_process else Silent()
+    check_student(student, manifest)
+    with disk_errors(output):
+        learned = _learn(settings, manifest, workspace, accelerator, report)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if accelerator.is_main_process:
+            _finish(settings, manifest, learned, workspace, accelerator.device, report)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return output
 
-    checkpoint = open_checkpoint(teacher_path)
+
+@dataclass(frozen=True)
+class Learned:
+    """What is left of a run: its best weights in natural coordinates, where it stood, and what it read."""
+
+    best: dict[str, Tensor]
+    state: State
+    reading: Reading
+
+
+def _learn(
+    settings: Healing, manifest: dict[str, Any], workspace: Workspace, accelerator: Any, report: Reporter
+) -> Learned:
+    """The run itself. Models and moments are gone when it returns, so that the export finds room."""
+    student, path = Path(settings.student).expanduser(), resolve_source(settings.teacher, revision=settings.revision)
+    tokenizer = load_tokenizer(path)
+    check_tokenizers(load_tokenizer(student), tokenizer)
+    checkpoint = open_checkpoint(path)
     report.stage("checking the teacher", len(checkpoint.shapes))
     fingerprint = checkpoint.fingerprint(lambda done, _: report.advance(done))
     half = accelerator.mixed_precision == "bf16"
-    teacher = load_model(teacher_path, dtype=torch.bfloat16 if half else torch.float32).to(accelerator.device).eval()
+    teacher = load_model(path, dtype=torch.bfloat16 if half else torch.float32).to(accelerator.device).eval()
     model = _load_student(student)
-    _check_models(model, teacher, settings)
+    check_models(model, teacher, settings)
     with accelerator.main_process_first():
         reading = open_texts(settings, tokenizer, teacher, fingerprint, report)
 
@@ -88,16 +111,14 @@ def heal(
     key = run_key(settings, export_fingerprint(manifest["hashes"]), fingerprint)
     state = store.read(key)
     loop = Loop(accelerator, prepared, optimiser, reading, settings, state or State(key), store)
-    with disk_errors(output):
-        if accelerator.is_main_process:
-            workspace.folder.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
-        if state is not None:
-            loop.restore()
-        loop.run(report)
-        _finish(accelerator, loop, reading, student, manifest, workspace, report)
-        accelerator.end_training()
-    return output
+    if accelerator.is_main_process:
+        workspace.folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if state is not None:
+        loop.restore()
+    loop.run(report)
+    accelerator.free_memory()
+    return Learned(loop.best or {}, loop.state, reading)
 
 
 def make_accelerator(settings: Healing, output: Path) -> Accelerator:
@@ -123,82 +144,29 @@ def _plain(settings: Healing) -> dict[str, Any]:
     return {name: ", ".join(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
-def _check_settings(settings: Healing, processes: int) -> None:
-    parts = processes * settings.accumulate
-    if settings.batch % parts:
-        raise TransmlaError(
-            f"a batch of {settings.batch} sequences cannot be cut into {parts} equal parts",
-            limit=f"it goes to {processes} processes, {settings.accumulate} parts each",
-            remedy=f"--batch {math.ceil(settings.batch / parts) * parts}",
-        )
-    if not (settings.kl or settings.cross_entropy or settings.hidden):
-        raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
-
-
-def _check_hashes(student: Path, manifest: dict[str, Any]) -> None:
-    problems = check_hashes(student, manifest["hashes"], free=(CARD, MANIFEST, VERIFICATION))
-    if problems:
-        raise TransmlaError(f"'{student}' is not what was converted", limit=problems[0], remedy="convert it again")
-
-
-def _check_tokenizers(ours: Any, theirs: Any) -> None:
-    if ours.get_vocab() != theirs.get_vocab():
-        raise TransmlaError(
-            "student and teacher have different tokenizers",
-            limit="they must mean the same by every token",
-            remedy="take the source as the teacher, or a larger model of its family",
-        )
-
-
-def _check_models(student: Any, teacher: Any, settings: Healing) -> None:
-    words = student.config.vocab_size, teacher.config.vocab_size
-    if words[0] != words[1]:
-        raise TransmlaError(
-            f"the teacher's vocabulary has {words[1]} entries, the student's {words[0]}",
-            remedy="take the source as the teacher, or a larger model of its family",
-        )
-    shapes = [(m.config.hidden_size, m.config.num_hidden_layers) for m in (student, teacher)]
-    if settings.hidden and shapes[0] != shapes[1]:
-        raise TransmlaError(
-            f"the teacher has {shapes[1][1]} layers of {shapes[1][0]}, the student {shapes[0][1]} of {shapes[0][0]}",
-            limit="hidden states are compared one by one",
-            remedy="leave --hidden at 0",
-        )
-    longest = min(m.config.max_position_embeddings for m in (student, teacher))
-    if settings.length > longest:
-        raise TransmlaError(
-            f"sequences of {settings.length} tokens are longer than the models' context",
-            limit=f"at most {longest}",
-            remedy="lower --length",
-        )
-
-
 def _finish(
-    accelerator: Any,
-    loop: Loop,
-    reading: Reading,
-    student: Path,
+    settings: Healing,
     manifest: dict[str, Any],
+    learned: Learned,
     workspace: Workspace,
+    device: torch.device,
     report: Reporter,
 ) -> None:
-    """Write the best weights as an export, on the first process; the others wait."""
-    if accelerator.is_main_process:
-        report.stage("writing and verifying", 1)
-        model, changed = _healed(student, loop.best or {}, loop.settings)
-        _measure(model.to(accelerator.device), reading)
-        tensors = natural.leave(model, changed, getattr(torch, manifest["plan"]["dtype"]))
-        del model
-        folder = workspace.folder / "export"
-        shutil.rmtree(folder, ignore_errors=True)
-        told = summary(loop.state, loop.settings) | {"curve": loop.state.curve}
-        write_export(folder, student, tensors, told, loop.settings, str(accelerator.device))
-        if workspace.output.exists():
-            workspace.output.rmdir()
-        folder.replace(workspace.output)
-        shutil.rmtree(workspace.folder)
-        report.advance(1)
-    accelerator.wait_for_everyone()
+    """Write the best weights as an export."""
+    report.stage("writing and verifying", 1)
+    student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
+    model, changed = _healed(student, learned.best, settings)
+    _measure(model.to(device), learned.reading)
+    tensors = natural.leave(model, changed, getattr(torch, manifest["plan"]["dtype"]))
+    del model
+    shutil.rmtree(folder, ignore_errors=True)
+    told = summary(learned.state, settings) | {"curve": learned.state.curve}
+    write_export(folder, student, tensors, told, settings, str(device))
+    if workspace.output.exists():
+        workspace.output.rmdir()
+    folder.replace(workspace.output)
+    shutil.rmtree(workspace.folder)
+    report.advance(1)
 
 
 def _healed(student: Path, best: dict[str, Tensor], settings: Healing) -> tuple[Any, dict[str, Tensor]]:

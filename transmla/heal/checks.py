@@ -1,0 +1,66 @@
+"""What makes a healing impossible, said before anything is written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transmla.errors import TransmlaError
+from transmla.export import CARD, MANIFEST, VERIFICATION
+from transmla.fingerprint import check_hashes
+from transmla.heal.settings import Healing
+
+
+def check_settings(settings: Healing, processes: int) -> None:
+    """Batches must divide among processes, and something must be learned."""
+    parts = processes * settings.accumulate
+    if settings.batch % parts:
+        raise TransmlaError(
+            f"a batch of {settings.batch} sequences cannot be cut into {parts} equal parts",
+            limit=f"it goes to {processes} processes, {settings.accumulate} parts each",
+            remedy=f"--batch {math.ceil(settings.batch / parts) * parts}",
+        )
+    if not (settings.kl or settings.cross_entropy or settings.hidden):
+        raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
+
+
+def check_student(student: Path, manifest: dict[str, Any]) -> None:
+    """The export must be what its conversion wrote."""
+    problems = check_hashes(student, manifest["hashes"], free=(CARD, MANIFEST, VERIFICATION))
+    if problems:
+        raise TransmlaError(f"'{student}' is not what was converted", limit=problems[0], remedy="convert it again")
+
+
+def check_tokenizers(ours: Any, theirs: Any) -> None:
+    """Student and teacher must read the same tokens."""
+    if ours.get_vocab() != theirs.get_vocab():
+        raise TransmlaError(
+            "student and teacher have different tokenizers",
+            limit="they must mean the same by every token",
+            remedy="take the source as the teacher, or a larger model of its family",
+        )
+
+
+def check_models(student: Any, teacher: Any, settings: Healing) -> None:
+    """Their vocabularies, widths and contexts must allow what is asked for."""
+    words = student.config.vocab_size, teacher.config.vocab_size
+    if words[0] != words[1]:
+        raise TransmlaError(
+            f"the teacher's vocabulary has {words[1]} entries, the student's {words[0]}",
+            remedy="take the source as the teacher, or a larger model of its family",
+        )
+    shapes = [(m.config.hidden_size, m.config.num_hidden_layers) for m in (student, teacher)]
+    if settings.hidden and shapes[0] != shapes[1]:
+        raise TransmlaError(
+            f"the teacher has {shapes[1][1]} layers of {shapes[1][0]}, the student {shapes[0][1]} of {shapes[0][0]}",
+            limit="hidden states are compared one by one",
+            remedy="leave --hidden at 0",
+        )
+    longest = min(m.config.max_position_embeddings for m in (student, teacher))
+    if settings.length > longest:
+        raise TransmlaError(
+            f"sequences of {settings.length} tokens are longer than the models' context",
+            limit=f"at most {longest}",
+            remedy="lower --length",
+        )
