@@ -57,7 +57,8 @@ def main() -> None:
     for budget in arguments.budgets:
         export, healed = (arguments.work / f"{name}-{budget:.3f}" for name in ("export", "healed"))
         for folder in (export, healed):
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (folder, folder.with_name(folder.name + ".partial")):
+                shutil.rmtree(left, ignore_errors=True)
         named = {"source": arguments.model, "output": str(export), "reconstruct": arguments.reconstruct}
         chosen = {"cache_ratio": budget + 1e-4, "calibration": {"source": arguments.calibration}}
         convert(parse_recipe(named | chosen | {"device": arguments.device}, "healing.py"))

@@ -27,7 +27,7 @@ def sharded(settings: Healing, output: Path) -> Any:
         state_dict_type="full_state_dict",
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    accelerator = Accelerator(cpu=True, mixed_precision=settings.precision)
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin

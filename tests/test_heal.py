@@ -147,6 +147,44 @@ def test_a_killed_run_goes_on_as_the_unbroken_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_another_text_is_another_run(
+    settings: Callable[..., Healing], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loops.Loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            heal(settings())
+    text_file.write_text(" ".join(reversed(text_file.read_text().split(" "))))
+    with pytest.raises(TransmlaError, match="another student, teacher, text or settings"):
+        heal(settings(), resume=True)
+
+
+def test_what_else_was_begun_there_is_not_continued(settings: Callable[..., Healing], tmp_path: Path) -> None:
+    (tmp_path / "healed.partial").mkdir()
+    (tmp_path / "healed.partial" / "progress.json").write_text("{}")
+    with pytest.raises(TransmlaError, match="holds no healing to continue"):
+        heal(settings(), resume=True)
+    assert (tmp_path / "healed.partial" / "progress.json").is_file()
+
+
+@pytest.mark.parametrize("change", [{"patience": 1, "learning_rate": 10.0}, {"eval_every": 5}], ids=str)
+def test_a_run_that_dies_while_it_writes_ends_where_it_ended(
+    change: dict[str, Any], settings: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unbroken = curve(heal(settings(**change, output=str(tmp_path / "unbroken"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            heal(settings(**change))
+    found = curve(heal(settings(**change), resume=True))
+    assert [p["held_out_kl"] for p in found] == [p["held_out_kl"] for p in unbroken]
+
+
+def test_names_survive_what_accelerate_puts_between() -> None:
+    name = "module._orig_mod.student.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight"
+    assert loops._unwrapped(name) == "student.model.layers.0.self_attn.q_proj.weight"
+
+
 def test_parts_of_a_step_add_up(settings: Callable[..., Healing], tmp_path: Path) -> None:
     whole = curve(heal(settings()))
     parts = curve(heal(settings(accumulate=4, checkpointing=True, output=str(tmp_path / "parts"))))
@@ -259,11 +297,14 @@ class TestLosses:
             ours, theirs = (m(tokens).logits.double().flatten(0, 1) for m in (student, teacher))
             made = Distiller(student, teacher, kl=0.7, cross_entropy=0.2, hidden=0.0, temperature=2.0)
             total, kl = made(tokens)
+            cool = made.eval()(tokens)[1]
         p, q = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
         wanted = (q.exp() * (q - p)).sum(-1).mean()
         words = ours.log_softmax(-1).view(2, 9, -1)[:, :-1].gather(-1, tokens[:, 1:, None])
         assert float(kl) == pytest.approx(float(wanted), rel=1e-4)
-        assert float(total) == pytest.approx(0.7 * 4 * float(wanted) - 0.2 * float(words.sum()) / 18, rel=1e-4)
+        assert float(total) == pytest.approx(0.7 * 4 * float(wanted) - 0.2 * float(words.mean()), rel=1e-4)
+        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        assert float(cool) == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
 
     def test_chunks_change_nothing(self, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         student, teacher = load(pair[1]), load(pair[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transmla.fingerprint import check_hashes
 from transmla.heal.settings import Healing
 
 
-def check_settings(settings: Healing, processes: int) -> None:
+def check_settings(settings: Healing, accelerator: Any) -> None:
     """Batches must divide among processes, and something must be learned."""
+    processes = accelerator.num_processes
     parts = processes * settings.accumulate
     if settings.batch % parts:
         raise TransmlaError(
@@ -23,6 +25,34 @@ def check_settings(settings: Healing, processes: int) -> None:
         )
     if not (settings.kl or settings.cross_entropy or settings.hidden):
         raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
+    if "DEEPSPEED" in str(accelerator.distributed_type):
+        raise TransmlaError(
+            "healing does not run under DeepSpeed",
+            limit="DDP and FSDP2",
+            remedy="launch it with recipes/accelerate/fsdp2.yaml",
+        )
+    if settings.trainable == "lora" and not find_spec("peft"):
+        raise TransmlaError(
+            "--trainable lora needs peft", limit="it is not installed", remedy="pip install 'transmla[lora]'"
+        )
+    if "self" in settings.data:
+        check_amount("self", settings.self_tokens, settings)
+
+
+def check_amount(name: str, tokens: int, settings: Healing) -> None:
+    """A text must last for its share of what is learned from, in as many passes as are allowed."""
+    share = -(-settings.max_tokens // len(settings.data))
+    wanted = max(1, -(-share // (settings.max_epochs * settings.length)))
+    missing = (wanted + settings.held_out + 1) * settings.length - tokens
+    if missing > 0:
+        raise TransmlaError(
+            f"'{name}' has {tokens:,} tokens, {missing:,} too few",
+            limit=f"its share is {share:,} tokens in at most {settings.max_epochs} passes, and {settings.held_out} "
+            f"sequences of {settings.length} are kept aside",
+            remedy="raise --self-tokens"
+            if name == "self"
+            else "give more text, add `--data self`, or lower --max-tokens",
+        )
 
 
 def check_student(student: Path, manifest: dict[str, Any]) -> None:

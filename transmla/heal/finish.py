@@ -61,7 +61,7 @@ def write_export(
         raise TransmlaError(
             f"the healed export does not pass '{failed[0].name}'",
             limit=failed[0].detail,
-            remedy=f"look at '{folder}'; --learning-rate may be too high",
+            remedy=f"look at '{folder}', and begin again in another --output, with a lower --learning-rate",
         )
 
 

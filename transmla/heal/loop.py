@@ -19,6 +19,8 @@ from transmla.progress import Reporter
 
 # A loss that is no number sends the run back to its last state, at half the rate, so many times.
 MOST_ROLLBACKS = 5
+# Modules that accelerate and torch put between others.
+WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class Loop:
@@ -33,9 +35,12 @@ class Loop:
         settings: Healing,
         state: State,
         store: Store,
+        trainable: set[str],
     ) -> None:
+        """``trainable``: names, in the model as it was before accelerate wrapped it, of what may change."""
         self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
         self.reading, self.settings, self.state, self.store = reading, settings, state, store
+        self.trainable = trainable
         self.best: dict[str, Tensor] | None = None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.saved_at = -1
@@ -56,6 +61,9 @@ class Loop:
             if progress >= 1:
                 report.message(f"stopped after {settings.max_minutes} minutes")
                 break
+            if settings.patience is not None and state.looks_without_gain >= settings.patience:
+                report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
+                break
             share = set_rates(self.optimiser, progress, settings, state.slowed)
             loss = self._step(self.reading[state.step])
             if not math.isfinite(loss):
@@ -68,9 +76,6 @@ class Loop:
             if state.step % settings.eval_every == 0:
                 self._look(sum(losses) / len(losses), share)
                 losses = []
-                if settings.patience is not None and state.looks_without_gain >= settings.patience:
-                    report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
-                    break
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
@@ -126,7 +131,7 @@ class Loop:
             # All processes run the model equally often; one that has nothing left does it for nothing.
             weight = len(mine)
             _, kl = self.model((mine if weight else rows[:1]).to(accelerator.device))
-            total += torch.stack([kl.double() * weight, torch.tensor(float(weight), device=kl.device)]).float()
+            total += torch.stack([kl.float() * weight, torch.tensor(float(weight), device=kl.device)])
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
@@ -151,21 +156,22 @@ class Loop:
             state.looks_without_gain += 1
 
     def weights(self) -> dict[str, Tensor]:
-        """What may change, gathered on the CPU of the first process."""
-        names = {name.replace("module.", "") for name, p in self.model.named_parameters() if p.requires_grad}
+        """What may change, gathered on the CPU of the first process; elsewhere nothing."""
         full = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return {}
+        named = {_unwrapped(name): tensor for name, tensor in full.items()}
+        missing = self.trainable - set(named)
+        if missing:
+            raise RuntimeError(f"accelerate wraps the student in a way that hides '{min(missing)}'")
         return {
-            name.removeprefix("student."): tensor.detach().to("cpu", torch.float32, copy=True)
-            for name, tensor in full.items()
-            if name in names
+            name.removeprefix("student."): named[name].detach().to("cpu", torch.float32, copy=True)
+            for name in sorted(self.trainable)
         }
 
     def _save(self) -> None:
-        if self.saved_at == self.state.step:
-            return
-        self.accelerator.save_state(str(self.store.states(self.state.step)))
+        if self.saved_at != self.state.step:
+            self.accelerator.save_state(str(self.store.states(self.state.step)))
         if self.accelerator.is_main_process:
             self.store.save(self.state, self.best)
         self.accelerator.wait_for_everyone()
@@ -181,12 +187,13 @@ class Loop:
     def restore(self) -> None:
         """Go on from what was saved."""
         self.accelerator.load_state(str(self.store.states(self.state.step)))
-        self.best = self.store.best()
+        self.best = self.store.best(self.state) if self.accelerator.is_main_process else {}
         self._saved()
 
     def _roll_back(self, report: Reporter) -> None:
         """After a loss that is no number: back to the last state, at half the rate."""
-        failed, rollbacks, slowed = self.state.step, self.state.rollbacks + 1, self.state.slowed / 2
+        failed, seconds = self.state.step, self.state.seconds
+        rollbacks, slowed = self.state.rollbacks + 1, self.state.slowed / 2
         if rollbacks > MOST_ROLLBACKS:
             raise TransmlaError(
                 f"the loss is no number at step {failed}, after {MOST_ROLLBACKS} lowered rates",
@@ -196,6 +203,12 @@ class Loop:
         saved = self.store.read(self.state.key)
         assert saved is not None
         vars(self.state).update(vars(saved))
-        self.state.rollbacks, self.state.slowed = rollbacks, slowed
+        # What went wrong took its time too.
+        self.state.rollbacks, self.state.slowed, self.state.seconds = rollbacks, slowed, seconds
         self.restore()
         report.message(f"the loss was no number at step {failed}: back to step {self.state.step} at half the rate")
+
+
+def _unwrapped(name: str) -> str:
+    """The name that a tensor had before DDP, compilation or activation checkpointing came between."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

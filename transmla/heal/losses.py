@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, nll_loss
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 # Values of one chunk of logits: 2048 positions of a vocabulary of 128 thousand, 1 GiB in float32.
@@ -29,7 +29,10 @@ class Distiller(nn.Module):
         self.kl, self.cross_entropy, self.hidden, self.temperature = kl, cross_entropy, hidden, temperature
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and KL(teacher ‖ student), nats per position, of ``tokens`` [B, T]; the KL without a gradient."""
+        """Loss and KL(teacher ‖ student), nats per position, of ``tokens`` [B, T]; the KL without a gradient.
+
+        The temperature is one of learning: in evaluation it is 1.
+        """
         deep = self.hidden > 0
         with torch.no_grad():
             theirs = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=deep)
@@ -37,35 +40,40 @@ class Distiller(nn.Module):
         heads = _head(self.student), _head(self.teacher[0])
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1).flatten()
         states = ours.last_hidden_state.flatten(0, 1), theirs.last_hidden_state.flatten(0, 1)
-        words = heads[0].weight.shape[0]
-        size = max(1, min(len(targets), CHUNK_VALUES // words))
-        total = kl = torch.zeros((), device=tokens.device)
+        size = max(1, min(len(targets), CHUNK_VALUES // heads[0].weight.shape[0]))
+        sums = torch.zeros(3, device=tokens.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             # Logits are computed again in the backward pass instead of being kept.
             chunk = checkpoint(self._chunk, *(s[part] for s in states), targets[part], heads, use_reentrant=False)
-            total, kl = total + chunk[0], kl + chunk[1]
-        total, kl = total / len(targets), kl / len(targets)
+            sums = sums + chunk
+        counts = torch.tensor([len(targets), (targets >= 0).sum(), len(targets)], device=tokens.device)
+        learned, words_missed, kl = sums / counts
+        total = self.kl * learned + self.cross_entropy * words_missed
         if deep:
             pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
             errors = [_relative(mine, other) for mine, other in pairs]
             total = total + self.hidden * torch.stack(errors).mean()
         return total, kl.detach()
 
-    def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        """Sums over a chunk of positions: the weighted loss, and the KL at temperature 1 or the one given."""
-        warmth = self.temperature
-        student = heads[0](mine).float()
-        log_p = (student / warmth).log_softmax(-1)
+    def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Any, Any]) -> Tensor:
+        """Sums over a chunk of positions [3]: what the KL adds to the loss, cross-entropy, and the KL itself."""
+        warmth = self.temperature if self.training else 1.0
+        student = _logits(heads[0], mine)
         with torch.no_grad():
-            log_q = (heads[1](other).float() / warmth).log_softmax(-1)
-        kl = kl_div(log_p, log_q, reduction="sum", log_target=True)
-        # Gradients of softened distributions shrink with the square of the temperature (Hinton et al. 2015).
-        total = self.kl * warmth**2 * kl
+            log_q = (_logits(heads[1], other) / warmth).log_softmax(-1)
+        kl = kl_div((student / warmth).log_softmax(-1), log_q, reduction="sum", log_target=True)
+        missed = torch.zeros_like(kl)
         if self.cross_entropy:
-            logs = log_p if warmth == 1 else student.log_softmax(-1)
-            total = total + self.cross_entropy * nll_loss(logs, targets, ignore_index=-100, reduction="sum")
-        return total, kl.detach()
+            missed = cross_entropy(student, targets, ignore_index=-100, reduction="sum")
+        # Gradients of softened distributions shrink with the square of the temperature (Hinton et al. 2015).
+        return torch.stack([warmth**2 * kl, missed, kl.detach()])
+
+
+def _logits(head: Any, states: Tensor) -> Tensor:
+    """In float32; FSDP2's parameters may be of another dtype than what reaches them."""
+    logits: Tensor = head(states.to(head.weight.dtype))
+    return logits.float()
 
 
 def trunk(model: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from transmla.errors import TransmlaError
 from transmla.heal.settings import Healing
 
 BETAS = (0.9, 0.98)
@@ -23,12 +22,8 @@ def choose_trainable(student: Any, settings: Healing) -> Any:
             parameter.requires_grad_(ATTENTION in name)
     if settings.trainable != "lora":
         return student
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise TransmlaError(
-            "--trainable lora needs peft", limit="it is not installed", remedy="pip install 'transmla[lora]'"
-        ) from error
+    from peft import LoraConfig, get_peft_model
+
     linear = {
         name.rpartition(".")[2] for name, m in student.named_modules() if ATTENTION in name and type(m) is nn.Linear
     }

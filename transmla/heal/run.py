@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Batches on which latents are measured, beside what was kept aside.
 MEASURED = 4
+# How long processes wait for each other.
+PATIENCE = timedelta(hours=12)
 
 
 def heal(
@@ -47,11 +50,15 @@ def heal(
     manifest = read_manifest(student / MANIFEST)
     workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
-    check_settings(settings, accelerator.num_processes)
+    _sum_in_float32(accelerator)
+    check_settings(settings, accelerator)
     if accelerator.is_main_process:
         workspace.refuse_overwrite(resume=resume)
+        Store(workspace.folder).refuse_foreign()
     report = (reporter or Silent()) if accelerator.is_main_process else Silent()
     check_student(student, manifest)
+    if settings.track:
+        accelerator.init_trackers("transmla", config=_plain(settings))
     with disk_errors(output):
         learned = _learn(settings, manifest, workspace, accelerator, report)
         gc.collect()
@@ -106,11 +113,12 @@ def _learn(
         temperature=settings.temperature,
     )
     # Rates come from whole tensors, before anything is sharded.
+    trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
     prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings))
     store = Store(workspace.folder)
-    key = run_key(settings, export_fingerprint(manifest["hashes"]), fingerprint)
+    key = run_key(settings, export_fingerprint(manifest["hashes"]), fingerprint, reading.fingerprint())
     state = store.read(key)
-    loop = Loop(accelerator, prepared, optimiser, reading, settings, state or State(key), store)
+    loop = Loop(accelerator, prepared, optimiser, reading, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
         workspace.folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -124,18 +132,28 @@ def _learn(
 def make_accelerator(settings: Healing, output: Path) -> Accelerator:
     """Accelerate as it was launched, with the precision and trackers that ``settings`` ask for."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=precision,
         log_with=list(settings.track) or None,
         project_dir=str(output.with_name(output.name + ".logs")),
+        # While the first process samples, or writes the export, the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if settings.track:
-        accelerator.init_trackers("transmla", config=_plain(settings))
-    return accelerator
+
+
+def _sum_in_float32(accelerator: Any) -> None:
+    """Let FSDP2 compute as DDP does: in bfloat16, but gradients are added up and losses told in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def _plain(settings: Healing) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transmla.export import write_json, write_tensors
 from transmla.fingerprint import read_json
 from transmla.heal.settings import Healing
 
-FILE, BEST = "healing.json", "best.safetensors"
+FILE = "healing.json"
 # What may differ between a run and the one that continues it.
 _FREE = {"output", "track", "save_every"}
 
@@ -37,10 +37,10 @@ class State:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_key(settings: Healing, student: str, teacher: str) -> str:
-    """What two parts of one run have in common: settings, and the fingerprints of both models."""
+def run_key(settings: Healing, student: str, teacher: str, text: str) -> str:
+    """What two parts of one run have in common: settings, and the fingerprints of both models and of the text."""
     chosen = settings.model_dump(mode="json", exclude=_FREE)
-    return hashlib.sha256(json.dumps([chosen, student, teacher], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([chosen, student, teacher, text], sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -72,19 +72,39 @@ class Store:
 
     def save(self, state: State, best: dict[str, Tensor] | None) -> None:
         """Point to ``state``, whose ``states`` are written; drop those of other steps."""
-        if best is not None:
-            write_tensors(self.folder / BEST, best)
+        file = self._best(state)
+        if best is not None and not file.is_file():
+            write_tensors(file, best)
         write_json(self.folder / FILE, asdict(state))
         for old in self.folder.glob("state-*"):
             if old != self.states(state.step):
                 shutil.rmtree(old)
+        for older in self.folder.glob("best-*"):
+            if older != file:
+                older.unlink()
 
-    def best(self) -> dict[str, Tensor] | None:
-        """The best weights so far, in natural coordinates."""
+    def best(self, state: State) -> dict[str, Tensor] | None:
+        """The best weights of ``state``, in natural coordinates."""
         from safetensors.torch import load_file
 
-        file = self.folder / BEST
+        file = self._best(state)
         return load_file(file) if file.is_file() else None
+
+    def _best(self, state: State) -> Path:
+        return self.folder / f"best-{state.best_step:08d}.safetensors"
+
+    def refuse_foreign(self) -> None:
+        """Refuse to continue, and so to clear away, what is no healing.
+
+        Raises:
+            TransmlaError: if the folder holds something, and no healing.
+        """
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / FILE).is_file():
+            raise TransmlaError(
+                f"'{self.folder}' holds no healing to continue",
+                limit="something else was begun there",
+                remedy="choose another --output, or delete it",
+            )
 
 
 def summary(state: State, settings: Healing) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from transmla.data import load_tokens, sample_self
 from transmla.errors import TransmlaError
+from transmla.heal.checks import check_amount
 from transmla.heal.settings import Healing
 from transmla.progress import Reporter
 
@@ -29,6 +29,7 @@ class Text:
 
     def __init__(self, name: str, tokens: Tensor, *, length: int, held_out: int, seed: int) -> None:
         self.name, self.length, self.seed = name, length, seed
+        self._drawn: tuple[int, tuple[int, Tensor]] | None = None
         aside = held_out * length if tokens.dim() == 1 else held_out
         self.tokens, self.held_out = tokens[:-aside], tokens[-aside:].reshape(-1, length)
         # One sequence of a stream is given up, so that it can be cut anywhere.
@@ -44,8 +45,13 @@ class Text:
         start = shift + row * self.length
         return self.tokens[start : start + self.length]
 
-    @lru_cache(maxsize=2)  # noqa: B019 (texts live as long as the run)
     def _epoch(self, epoch: int) -> tuple[int, Tensor]:
+        """Where a pass cuts, and its order; of the last pass asked for they are remembered."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._draw(epoch)
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> tuple[int, Tensor]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         shift = int(torch.randint(self.length, (1,), generator=generator))
         return shift, torch.randperm(self.sequences, generator=generator)
@@ -64,6 +70,14 @@ class Reading:
             index, which = divmod(i, len(self.texts))
             rows.append(self.texts[which][index])
         return torch.stack(rows)
+
+    def fingerprint(self) -> str:
+        """One hash of all tokens, learned from and kept aside."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            for part in (text.tokens, text.held_out):
+                digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def held_out(self) -> Tensor:
         """The sequences kept aside, of all texts in turn."""
@@ -86,12 +100,12 @@ def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str
             more = (settings.held_out + 1) * settings.length
             tokens = load_tokens(name, tokenizer, limit=share + more, split=settings.split, column=settings.column)
             report.advance(1, f"{len(tokens):,} tokens")
-        _check(name, tokens, share, settings, teacher)
+        _check(name, tokens, settings, teacher)
         texts.append(Text(name, tokens, length=settings.length, held_out=settings.held_out, seed=settings.seed))
     return Reading(texts, settings.batch)
 
 
-def _check(name: str, tokens: Tensor, share: int, settings: Healing, teacher: Any) -> None:
+def _check(name: str, tokens: Tensor, settings: Healing, teacher: Any) -> None:
     words = teacher.config.vocab_size
     if int(tokens.max()) >= words:
         raise TransmlaError(
@@ -99,15 +113,7 @@ def _check(name: str, tokens: Tensor, share: int, settings: Healing, teacher: An
             limit=f"the teacher's vocabulary has {words} entries",
             remedy="use the tokenizer that belongs to the teacher",
         )
-    usable = tokens.numel() - (settings.held_out + 1) * settings.length
-    missing = -(-share // settings.max_epochs) - usable
-    if missing > 0:
-        raise TransmlaError(
-            f"'{name}' has {tokens.numel():,} tokens, {missing:,} too few",
-            limit=f"its share is {share:,} tokens in at most {settings.max_epochs} passes, and {settings.held_out} "
-            f"sequences of {settings.length} are kept aside",
-            remedy="give more text, add `--data self`, or lower --max-tokens",
-        )
+    check_amount(name, tokens.numel(), settings)
 
 
 def _rows_at_once(model: Any, length: int) -> int:
@@ -130,7 +136,8 @@ def self_text(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str,
 
     rows = -(-settings.self_tokens // settings.length)
     device = teacher.device.type
-    key = f"{fingerprint} {rows} {settings.length} {settings.seed} {device} {teacher.dtype}"
+    at_once = _rows_at_once(teacher, settings.length)
+    key = f"{fingerprint} {rows} {settings.length} {settings.seed} {device} {teacher.dtype} {at_once}"
     folder = cached_assets_path("transmla", namespace="self", subfolder=hashlib.sha256(key.encode()).hexdigest()[:32])
     file = Path(folder) / "tokens.safetensors"
     if not file.is_file():
@@ -141,7 +148,7 @@ def self_text(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str,
             sequences=rows,
             length=settings.length,
             seed=settings.seed,
-            batch_size=_rows_at_once(teacher, settings.length),
+            batch_size=at_once,
             progress=lambda done, _: report.advance(done),
         )
         write_tensors(file, {"tokens": tokens})
