@@ -148,3 +148,12 @@ def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
         return parse_recipe(values | settings, "test")
 
     return make
+
+
+@pytest.fixture
+def pair(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> tuple[Path, Path]:
+    """A source and its export at half the cache."""
+    from transmla.pipeline import convert
+
+    source = make_source()
+    return source, convert(make_recipe(source, cache_ratio=0.5))

@@ -64,8 +64,9 @@ def test_two_processes_learn_what_one_does(
     for ours, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
             assert ours[what] == pytest.approx(theirs[what], rel=off)
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    assert all(torch.allclose(one[n].float(), two[n].float(), rtol=0.02, atol=1e-4 if off < 0.01 else 0.1) for n in one)
+    if precision == "no":
+        one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+        assert all(torch.allclose(one[name].float(), two[name].float(), rtol=0.02, atol=1e-4) for name in one)
 
 
 def test_what_was_killed_is_continued(arguments: list[str], tmp_path: Path) -> None:

@@ -209,37 +209,6 @@ def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_rows_that_lie_as_pages(given: bool) -> None:
-    """Buffers of whole pages are read as pages; others are not."""
-    c = case(total=91, batch=3, new=2, dtype=torch.float64)
-    lengths = torch.tensor([91, 2, 40], device=DEVICE) if given else None
-    rows = Rows(c.kv_c, c.k_pe, lengths=lengths)
-    assert rows.paged(64) is None
-    pages = rows.paged(32)
-    assert pages is not None
-    assert pages.page == 32
-    assert pages.kv_c.data_ptr() == c.kv_c.data_ptr()
-    assert pages.paged(32) is pages
-    assert pages.paged(16) is None
-    told = Rows(c.kv_c, c.k_pe, lengths=pages.lengths)
-    found, wanted = (plain.decode(c.q_latent, c.q_pe, r, scaling=SCALING)[0] for r in (pages, told))
-    assert torch.allclose(found, wanted, atol=1e-12)
-    assert given or pages.lengths.tolist() == [91] * 3
-
-
-def test_rows_that_do_not_lie_as_pages() -> None:
-    whole = torch.zeros(2, 128, 48, device=DEVICE)
-    cut = whole[:, 10:70]
-    overlapping = whole.as_strided((2, 128, 48), (64 * 48, 48, 1))
-    shared = whole[:1, :64].expand(3, -1, -1)
-    for rows in (cut, cut[1:], overlapping, shared):
-        assert Rows(*rows.split([32, 16], -1)).paged(64) is None
-    assert Rows(*whole.split([32, 16], -1), scale=whole[..., 0]).paged(64) is None
-    with pytest.raises(ValueError, match="need lengths"):
-        Rows(*whole.split([32, 16], -1), block_table=torch.zeros(1, 2, dtype=torch.int32))
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_and_tables_that_lie_apart(kernel: ModuleType, dtype: torch.dtype) -> None:
     c = case(total=96, batch=3, dtype=torch.float16)

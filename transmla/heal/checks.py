@@ -28,7 +28,7 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
     if "DEEPSPEED" in str(accelerator.distributed_type):
         raise TransmlaError(
             "healing does not run under DeepSpeed",
-            limit="DDP and FSDP2",
+            limit="it runs under DDP and FSDP2",
             remedy="launch it with recipes/accelerate/fsdp2.yaml",
         )
     if settings.trainable == "lora" and not find_spec("peft"):

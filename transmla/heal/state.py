@@ -83,12 +83,22 @@ class Store:
             if older != file:
                 older.unlink()
 
-    def best(self, state: State) -> dict[str, Tensor] | None:
-        """The best weights of ``state``, in natural coordinates."""
+    def best(self, state: State) -> dict[str, Tensor]:
+        """The best weights of ``state``, in natural coordinates.
+
+        Raises:
+            TransmlaError: if they are gone.
+        """
         from safetensors.torch import load_file
 
         file = self._best(state)
-        return load_file(file) if file.is_file() else None
+        if not file.is_file():
+            raise TransmlaError(
+                f"'{file}' is gone",
+                limit="it holds the best weights so far",
+                remedy=f"delete '{self.folder}' and begin again",
+            )
+        return load_file(file)
 
     def _best(self, state: State) -> Path:
         return self.folder / f"best-{state.best_step:08d}.safetensors"

@@ -5,23 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from transmla.modeling.rows import Rows
+from transmla.modeling.rows import Decode
 from transmla.registry import lookup, scan
 
 _log = logging.getLogger(__name__)
-
-
-class Decode(Protocol):
-    """Attention of new tokens to cached rows, as ``Backend`` says."""
-
-    def __call__(
-        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -42,10 +33,7 @@ class Backend:
     ``refuses(shape)`` says why it cannot serve a shape, in one line with what to do, or None. Among those that can,
     the largest ``preference`` is chosen.
 
-    ``decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], rows, *, scaling, mask=None)`` returns the mean of the latents
-    under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H]. ``mask``: boolean, broadcastable to
-    [B, 1, n, T], True where a query may look; None for everywhere. Where ``rows`` has lengths, the n new tokens are the
-    last of each sequence, and each sees those up to itself.
+    ``decode`` is what ``modeling.rows.Decode`` says.
 
     ``by_hand``: it launches kernels that torch.compile cannot look into.
     """

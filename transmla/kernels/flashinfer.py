@@ -109,7 +109,7 @@ def planner(device: torch.device) -> Planner:
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says."""
+    """Attention to the latent rows; shapes as ``Decode`` says."""
     new, heads = q_latent.shape[1:3]
     # A plan is made on the host, which a graph's capture forbids.
     told = mask is None and not torch.cuda.is_current_stream_capturing()

@@ -28,7 +28,7 @@ def _library() -> Any:
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says."""
+    """Attention to the latent rows; shapes as ``Decode`` says."""
     pages = None if mask is not None else rows.paged(PAGE)
     if pages is None or not _together(pages):
         return masked.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)

@@ -31,7 +31,7 @@ VALUE_REGISTERS = 160
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says.
+    """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
     8 bits, Triton takes over.

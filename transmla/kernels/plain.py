@@ -12,7 +12,7 @@ from transmla.modeling.rows import Rows
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Multi-query attention to the latent rows; shapes as ``Backend`` says.
+    """Multi-query attention to the latent rows; shapes as ``Decode`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
     """

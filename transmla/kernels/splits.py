@@ -57,8 +57,7 @@ def result_room(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, 
     """Memory for the result of ``q_latent`` [B, n, H, r] and for what programs write.
 
     Returns the means [B, n, H, r] and log-sum-exps [B, n, H]; then both of every split, [B, splits, n H, r] and
-    [B, splits, n H] in float32, which for one split are the same. (Means in half precision were written more slowly:
-    a thread of the product's layout holds two values next to each other, and four such fill half a sector.)
+    [B, splits, n H] in float32, which for one split are the same.
     """
     batch, new, heads, rank = q_latent.shape
     out = torch.empty_like(q_latent)

@@ -161,7 +161,7 @@ if triton is not None:
 def decode(
     q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Backend`` says.
+    """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows may lie apart; if their values do, they are copied. Rows of 8 bits are read from Ada and Hopper on; other
     devices decode them in PyTorch.

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transmla.modeling.cache import make_room
 from transmla.modeling.float8 import unpack
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
-from transmla.modeling.rows import Rows
+from transmla.modeling.rows import Decode, Rows
 
 # The name that transformers knows this attention by.
 LATENT_ATTENTION = "latent_attention"
@@ -29,10 +29,6 @@ LATENT_ATTENTION = "latent_attention"
 MAX_NEW_TOKENS = 128
 # Kernels are compiled for each number of new tokens: more are given in pieces.
 PIECE = 32
-
-# decode(q_latent [B, n, H, r], q_pe [B, n, H, d_r], rows, scaling=, mask=) gives the attention's mean of the latents
-# [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
-Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
 class LatentAttention(nn.Module):

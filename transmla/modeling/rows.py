@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -75,3 +76,16 @@ class Rows:
         if lengths is None:
             lengths = torch.full((batch,), total, dtype=torch.int32, device=device)
         return Rows(kv_c, k_pe, None, lengths, table)
+
+
+class Decode(Protocol):
+    """Attention of n new tokens of every sequence, ``q_latent`` [B, n, H, r] and ``q_pe`` [B, n, H, d_r], to ``rows``.
+
+    Returns the mean of the latents under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
+    ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere. Where ``rows``
+    has lengths, the new tokens are the last of each sequence, and each sees those up to itself.
+    """
+
+    def __call__(
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
