@@ -49,7 +49,7 @@ def test_it_heals_and_leaves_an_export(
 ) -> None:
     if trainable == "lora":
         pytest.importorskip("peft")
-    healed = heal(settings(trainable=trainable, max_tokens=32 * 8 * 40, warmup=0.1))
+    healed = heal(settings(trainable=trainable, max_tokens=32 * 8 * 40, warmup=0.1, learning_rate=3e-4))
     points = curve(healed)
     assert points[-1]["held_out_kl"] < 0.95 * points[0]["held_out_kl"]
     before, after = load(pair[1]).state_dict(), load(healed).state_dict()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from transmla.heal import loop as loops
 from transmla.heal import natural
 from transmla.heal.losses import Distiller
-from transmla.heal.optimiser import choose_trainable, make_optimiser, set_rates
+from transmla.heal.optimiser import choose_trainable, highest_rate, make_optimiser, set_rates
+from transmla.heal.processes import unwrapped
 from transmla.heal.settings import Healing
 from transmla.heal.text import Text
 from transmla.pipeline import convert
@@ -59,7 +59,7 @@ def test_rows_of_one_tensor_are_of_one_size_in_natural_coordinates(pair: tuple[P
 
 def test_names_survive_what_accelerate_puts_between() -> None:
     name = "module._orig_mod.student.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight"
-    assert loops._unwrapped(name) == "student.model.layers.0.self_attn.q_proj.weight"
+    assert unwrapped(name) == "student.model.layers.0.self_attn.q_proj.weight"
 
 
 class TestLosses:
@@ -109,14 +109,25 @@ def settings(**changes: Any) -> Healing:
 
 def test_rates_are_in_units_of_a_tensors_size(pair: tuple[Path, Path]) -> None:
     model = choose_trainable(load(pair[1]), settings(trainable="all"))
-    optimiser = make_optimiser(model, settings(trainable="all", other_rate=0.5, warmup=0.1))
+    optimiser = make_optimiser(model, settings(trainable="all", other_rate=0.5), fused=False)
     names = [name for name, _ in model.named_parameters()]
     for name, group in zip(names, optimiser.param_groups, strict=True):
         size = float(group["params"][0].detach().square().mean().sqrt())
-        assert group["full"] == pytest.approx(3e-4 * size * (1.0 if "self_attn" in name else 0.5))
-    shares = [set_rates(optimiser, p, settings(warmup=0.1), 1.0) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
-    assert shares[0] < shares[1] < shares[2]
-    assert shares[2] > shares[3] > shares[4]
+        assert group["unit"] == pytest.approx(size * (1.0 if "self_attn" in name else 0.5))
+    rates = [set_rates(optimiser, p, 1e-3, 0.1) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
+    assert rates[0] < rates[1] < rates[2] < 1e-3
+    assert rates[2] > rates[3] > rates[4]
+    assert all(group["lr"] == group["unit"] * rates[4] for group in optimiser.param_groups)
+
+
+def test_a_student_far_away_takes_long_steps() -> None:
+    assert highest_rate(settings(learning_rate=1e-5), 0.1) == 1e-5
+    rates = [highest_rate(settings(), kl) for kl in (0.0, 0.1, 0.4, 1.0, 10.0)]
+    assert rates[0] == 0
+    assert rates[2] == pytest.approx(2 * rates[1])
+    assert rates[3] == rates[4]
+    assert highest_rate(settings(batch=8), 0.1) == pytest.approx(rates[1] / 2)
+    assert highest_rate(settings(batch=64), 0.1) == rates[1]
 
 
 def test_a_text_is_read_whole_before_it_is_read_again() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION
 from transmla.fingerprint import check_hashes
+from transmla.heal.processes import uses_deepspeed
 from transmla.heal.settings import Healing
 
 
@@ -25,11 +26,11 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
         )
     if not (settings.kl or settings.cross_entropy or settings.hidden):
         raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
-    if "DEEPSPEED" in str(accelerator.distributed_type):
+    if uses_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3:
         raise TransmlaError(
-            "healing does not run under DeepSpeed",
-            limit="it runs under DDP and FSDP2",
-            remedy="launch it with recipes/accelerate/fsdp2.yaml",
+            "healing does not run under DeepSpeed's stage 3",
+            limit="it runs under DDP, FSDP2 and DeepSpeed's stages 1 and 2",
+            remedy="to shard the student too, launch it with recipes/accelerate/fsdp2.yaml",
         )
     if settings.trainable == "lora" and not find_spec("peft"):
         raise TransmlaError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.heal.optimiser import set_rates
+from transmla.heal.optimiser import highest_rate, set_rates
+from transmla.heal.processes import gather
 from transmla.heal.settings import Healing
 from transmla.heal.state import State, Store
 from transmla.heal.text import Reading
@@ -19,8 +19,6 @@ from transmla.progress import Reporter
 
 # A loss that is no number sends the run back to its last state, at half the rate, so many times.
 MOST_ROLLBACKS = 5
-# Modules that accelerate and torch put between others.
-WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class Loop:
@@ -55,7 +53,7 @@ class Loop:
             self._look(None, 0.0)
             self._save()
         losses: list[float] = []
-        share = 0.0
+        rate, highest = 0.0, highest_rate(settings, state.curve[0]["held_out_kl"])
         while state.step < steps:
             progress = self._progress(steps)
             if progress >= 1:
@@ -64,7 +62,7 @@ class Loop:
             if settings.patience is not None and state.looks_without_gain >= settings.patience:
                 report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
                 break
-            share = set_rates(self.optimiser, progress, settings, state.slowed)
+            rate = set_rates(self.optimiser, progress, highest * state.slowed, settings.warmup)
             loss = self._step(self.reading[state.step])
             if not math.isfinite(loss):
                 self._roll_back(report)
@@ -74,13 +72,13 @@ class Loop:
             state.step += 1
             state.seconds = time.monotonic() - began
             if state.step % settings.eval_every == 0:
-                self._look(sum(losses) / len(losses), share)
+                self._look(sum(losses) / len(losses), rate)
                 losses = []
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
         if state.curve[-1]["step"] != state.step:
-            self._look(sum(losses) / len(losses) if losses else None, share)
+            self._look(sum(losses) / len(losses) if losses else None, rate)
         self._save()
 
     def _progress(self, steps: int) -> float:
@@ -103,14 +101,15 @@ class Loop:
         mine = rows[accelerator.process_index * each : (accelerator.process_index + 1) * each]
         total = torch.zeros((), device=accelerator.device)
         self.model.train()
-        for i, micro in enumerate(mine.to(accelerator.device).chunk(parts)):
-            with accelerator.no_sync(self.model) if i < parts - 1 else nullcontext():
+        for micro in mine.to(accelerator.device).chunk(parts):
+            with accelerator.accumulate(self.model):
                 loss, _ = self.model(micro)
-                accelerator.backward(loss / parts)
+                accelerator.backward(loss)
             total += loss.detach() / parts
         norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
         found = float(accelerator.reduce(total, "mean"))
-        # A gradient that is no number would spoil the weights although the loss is one.
+        # A gradient that is no number would spoil the weights although the loss is one. (DeepSpeed has stepped
+        # already; what it spoiled is read again from the last state.)
         if math.isfinite(found) and math.isfinite(float(norm)):
             self.optimiser.step()
         else:
@@ -135,7 +134,7 @@ class Loop:
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
-    def _look(self, loss: float | None, share: float) -> None:
+    def _look(self, loss: float | None, rate: float) -> None:
         """Measure, note it, and keep the weights if they are the best so far."""
         state, kl = self.state, self.held_out_kl()
         point: dict[str, Any] = {
@@ -144,30 +143,17 @@ class Loop:
             "seconds": round(state.seconds, 3),
             "loss": loss,
             "held_out_kl": kl,
-            "rate": share,
+            "rate": rate,
         }
         state.curve.append(point)
         told = {name: value for name, value in point.items() if name != "step" and value is not None}
         self.accelerator.log(told, step=state.step)
         if state.best_kl is None or kl < state.best_kl:
             state.best_kl, state.best_step, state.looks_without_gain = kl, state.step, 0
-            self.best = self.weights()
+            found = gather(self.accelerator, self.model, self.trainable)
+            self.best = {name.removeprefix("student."): found[name] for name in sorted(found)}
         else:
             state.looks_without_gain += 1
-
-    def weights(self) -> dict[str, Tensor]:
-        """What may change, gathered on the CPU of the first process; elsewhere nothing."""
-        full = self.accelerator.get_state_dict(self.model)
-        if not self.accelerator.is_main_process:
-            return {}
-        named = {_unwrapped(name): tensor for name, tensor in full.items()}
-        missing = self.trainable - set(named)
-        if missing:
-            raise RuntimeError(f"accelerate wraps the student in a way that hides '{min(missing)}'")
-        return {
-            name.removeprefix("student."): named[name].detach().to("cpu", torch.float32, copy=True)
-            for name in sorted(self.trainable)
-        }
 
     def _save(self) -> None:
         if self.saved_at != self.state.step:
@@ -207,8 +193,3 @@ class Loop:
         self.state.rollbacks, self.state.slowed, self.state.seconds = rollbacks, slowed, seconds
         self.restore()
         report.message(f"the loss was no number at step {failed}: back to step {self.state.step} at half the rate")
-
-
-def _unwrapped(name: str) -> str:
-    """The name that a tensor had before DDP, compilation or activation checkpointing came between."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from transmla.heal import natural
 from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
 from transmla.heal.finish import write_export
 from transmla.heal.loop import Loop
-from transmla.heal.losses import Distiller, trunk
+from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
+from transmla.heal.processes import configure, make_accelerator
 from transmla.heal.settings import Healing
 from transmla.heal.state import State, Store, run_key, summary
 from transmla.heal.text import Reading, open_texts
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # Batches on which latents are measured, beside what was kept aside.
 MEASURED = 4
-# How long processes wait for each other.
-PATIENCE = timedelta(hours=12)
+# A run of fewer steps ends before compiled code has paid for itself.
+WORTH_COMPILING = 100
 
 
 def heal(
@@ -50,8 +50,8 @@ def heal(
     manifest = read_manifest(student / MANIFEST)
     workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
-    _sum_in_float32(accelerator)
     check_settings(settings, accelerator)
+    configure(accelerator, settings)
     if accelerator.is_main_process:
         workspace.refuse_overwrite(resume=resume)
         Store(workspace.folder).refuse_foreign()
@@ -100,10 +100,6 @@ def _learn(
     model = choose_trainable(model, settings)
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.compile:
-        # Layer by layer: all are one piece of code, which is compiled once.
-        for layer in (*trunk(model).layers, *trunk(teacher).layers):
-            layer.compile()
     distiller = Distiller(
         model,
         teacher,
@@ -112,9 +108,12 @@ def _learn(
         hidden=settings.hidden,
         temperature=settings.temperature,
     )
+    if _compiles(settings, accelerator.device):
+        distiller.compile_parts()
     # Rates come from whole tensors, before anything is sharded.
     trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
-    prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings))
+    fused = accelerator.device.type == "cuda"
+    prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
     store = Store(workspace.folder)
     key = run_key(settings, export_fingerprint(manifest["hashes"]), fingerprint, reading.fingerprint())
     state = store.read(key)
@@ -129,31 +128,10 @@ def _learn(
     return Learned(loop.best or {}, loop.state, reading)
 
 
-def make_accelerator(settings: Healing, output: Path) -> Accelerator:
-    """Accelerate as it was launched, with the precision and trackers that ``settings`` ask for."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=list(settings.track) or None,
-        project_dir=str(output.with_name(output.name + ".logs")),
-        # While the first process samples, or writes the export, the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-
-
-def _sum_in_float32(accelerator: Any) -> None:
-    """Let FSDP2 compute as DDP does: in bfloat16, but gradients are added up and losses told in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+def _compiles(settings: Healing, device: torch.device) -> bool:
+    if settings.compile is not None:
+        return settings.compile
+    return device.type == "cuda" and settings.max_tokens >= WORTH_COMPILING * settings.batch * settings.length
 
 
 def _plain(settings: Healing) -> dict[str, Any]:

@@ -34,7 +34,9 @@ class Healing(Strict):
         "attention", description="what may change; lora: low-rank updates of the attention, merged at the end"
     )
     lora_rank: PositiveInt = Field(32, description="rank of those updates")
-    learning_rate: PositiveFloat = Field(3e-4, description="of attention factors, in units of a tensor's size")
+    learning_rate: PositiveFloat | None = Field(
+        None, description="of attention factors, in units of a tensor's size (default: by the KL before healing)"
+    )
     other_rate: PositiveFloat = Field(0.3, description="the others' share of it, with --trainable all")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     clip: PositiveFloat = Field(1.0, description="largest norm of a gradient")
@@ -46,7 +48,9 @@ class Healing(Strict):
 
     precision: Literal["auto", "bf16", "no"] = Field("auto", description="auto: bf16 on GPUs, no on CPUs")
     checkpointing: bool = Field(False, description="recompute activations, to save memory")
-    compile: bool = Field(False, description="compile the layers of both models with torch.compile")
+    compile: bool | None = Field(
+        None, description="compile both models' layers and the loss (default: on GPUs, for a hundred steps or more)"
+    )
     eval_every: PositiveInt = Field(50, description="steps between looks at the sequences kept aside")
     patience: PositiveInt | None = Field(None, description="looks without an improvement before it stops")
     save_every: PositiveInt = Field(200, description="steps between states to resume from")

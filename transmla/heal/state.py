@@ -14,6 +14,7 @@ from torch import Tensor
 from transmla.errors import TransmlaError
 from transmla.export import write_json, write_tensors
 from transmla.fingerprint import read_json
+from transmla.heal.optimiser import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"
@@ -126,5 +127,6 @@ def summary(state: State, settings: Healing) -> dict[str, Any]:
         "seconds": round(state.seconds, 1),
         "best_step": state.best_step,
         "held_out_kl": {"before": state.curve[0]["held_out_kl"], "after": state.best_kl},
+        "learning_rate": highest_rate(settings, state.curve[0]["held_out_kl"]),
         "rollbacks": state.rollbacks,
     }
