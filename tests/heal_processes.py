@@ -1,6 +1,6 @@
-"""``torchrun … heal_processes.py ddp|fsdp DIR --teacher …``: `transmla heal` on CPU processes.
+"""``torchrun … heal_processes.py ddp|fsdp|deepspeed DIR --teacher …``: `transmla heal` on CPU processes.
 
-accelerate takes FSDP on GPUs only; what makes it take it on CPUs is here, the rest is what a user runs.
+accelerate takes FSDP and DeepSpeed on GPUs only; what makes it take them on CPUs is here, the rest is what a user runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 from transmla.cli import main
 from transmla.heal import run
@@ -36,8 +36,20 @@ def sharded(settings: Healing, output: Path) -> Any:
     return accelerator
 
 
+def staged(settings: Healing, output: Path) -> Any:
+    plugin = DeepSpeedPlugin(zero_stage=2)
+    accelerator = Accelerator(cpu=True)
+    plugin.set_mixed_precision(settings.precision)
+    plugin.select(_from_accelerator_state=True)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    AcceleratorState._shared_state["deepspeed_plugins"] = plugin
+    accelerator.deepspeed_engine_wrapped = None
+    assert accelerator.num_processes == 2
+    return accelerator
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "fsdp":
-        run.make_accelerator = sharded
+    run.make_accelerator = {"fsdp": sharded, "deepspeed": staged}.get(sys.argv[1], run.make_accelerator)
     sys.argv[1] = "heal"
     main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -53,36 +53,43 @@ ALONE = [sys.executable, "-m", "transmla.heal"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "off"), [("ddp", "no", 1e-4), ("fsdp", "no", 1e-4), ("fsdp", "bf16", 0.03)]
+    ("precision", "off", "kinds"), [("no", 1e-4, ("ddp", "fsdp", "deepspeed")), ("bf16", 0.03, ("fsdp", "deepspeed"))]
 )
 def test_two_processes_learn_what_one_does(
-    kind: str, precision: str, off: float, arguments: list[str], tmp_path: Path
+    precision: str, off: float, kinds: tuple[str, ...], arguments: list[str], tmp_path: Path
 ) -> None:
     arguments += ["--precision", precision]
-    heal(ALONE, arguments, tmp_path / "one")
-    heal(on_two(kind), arguments, tmp_path / "two")
-    for ours, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
-        for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
-            assert ours[what] == pytest.approx(theirs[what], rel=off)
-    if precision == "no":
-        one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-        assert all(torch.allclose(one[name].float(), two[name].float(), rtol=0.02, atol=1e-4) for name in one)
+    heal(ALONE, arguments, tmp_path / "alone")
+    for kind in kinds:
+        heal(on_two(kind), arguments, tmp_path / kind)
+        for ours, theirs in zip(curve(tmp_path / kind), curve(tmp_path / "alone"), strict=True):
+            for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
+                assert ours[what] == pytest.approx(theirs[what], rel=off), kind
+        if precision == "no":
+            one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("alone", kind))
+            assert all(torch.allclose(one[name].float(), two[name].float(), rtol=0.02, atol=1e-4) for name in one)
 
 
-def test_what_was_killed_is_continued(arguments: list[str], tmp_path: Path) -> None:
-    heal(ALONE, arguments, tmp_path / "whole")
+@pytest.mark.parametrize("kind", ["alone", "fsdp", "deepspeed"])
+def test_what_was_killed_is_continued(kind: str, arguments: list[str], tmp_path: Path) -> None:
+    arguments += ["--accumulate", "2", "--precision", "no"]
+    start = lambda: ALONE if kind == "alone" else on_two(kind)  # noqa: E731
+    heal(start(), arguments, tmp_path / "whole")
     output = tmp_path / "killed"
     long = [*arguments, "-o", str(output), *SMALL]
-    begun = subprocess.Popen([*ALONE, *long], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (tmp_path / "log").open("w") as log:
+        begun = subprocess.Popen([*start(), *long], env=ENVIRONMENT, stdout=log, stderr=log)
     file, deadline = tmp_path / "killed.partial" / "healing.json", time.monotonic() + 120
     while time.monotonic() < deadline and begun.poll() is None:
         if file.is_file() and json.loads(file.read_text() or '{"step": 0}')["step"] >= 4:
             break
         time.sleep(0.002)
-    begun.send_signal(signal.SIGKILL)
-    begun.wait()
+    for process in (*psutil.Process(begun.pid).children(recursive=True), begun):
+        process.kill()
+        process.wait()
     assert not output.exists(), "it ended before it could be killed"
-    heal(ALONE, [*arguments, "--resume"], output)
+    assert json.loads(file.read_text())["step"] >= 4, (tmp_path / "log").read_text()[-3000:]
+    heal(start(), [*arguments, "--resume"], output)
     found, wanted = ([point["held_out_kl"] for point in curve(tmp_path / name)] for name in ("killed", "whole"))
     assert found == wanted
 
