@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():  # Triton decides at its import whether kernels are compiled or interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+from transmla.heal.settings import Healing
 from transmla.recipe import Recipe, parse_recipe
 from transmla.registry import scan
 
@@ -157,3 +158,18 @@ def pair(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -
 
     source = make_source()
     return source, convert(make_recipe(source, cache_ratio=0.5))
+
+
+# Twelve steps.
+SMALL_HEALING = {"length": 32, "batch": 8, "held_out": 4, "max_tokens": 32 * 8 * 12, "eval_every": 3, "save_every": 5}
+
+
+@pytest.fixture
+def make_healing(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> Callable[..., Healing]:
+    """Settings of a short healing of the pair, changed as asked for."""
+
+    def make(**changes: Any) -> Healing:
+        named = {"student": str(pair[1]), "teacher": str(pair[0]), "output": str(tmp_path / "healed")}
+        return Healing(**{**named, "data": (str(text_file),), **SMALL_HEALING, **changes})
+
+    return make

@@ -85,9 +85,9 @@ class Loop:
         """Share of the budget that is spent: of tokens, or of minutes if these end first."""
         spent = self.state.step / steps
         if self.settings.max_minutes is not None:
-            spent = max(spent, self.state.seconds / (60 * self.settings.max_minutes))
-        # The first process's clock is everybody's: all must stop at the same step.
-        return float(self._from_main(spent))
+            # The first process's clock is everybody's: all must stop at the same step.
+            spent = max(spent, self._from_main(self.state.seconds / (60 * self.settings.max_minutes)))
+        return spent
 
     def _from_main(self, value: float) -> float:
         from accelerate.utils import broadcast_object_list

@@ -1,8 +1,8 @@
-"""An export in its natural coordinates: latents of their own size, without the norms that do nothing.
+"""An export in its natural coordinates: latents of their own size, without the norms that do nothing, and balanced.
 
 An export scales its latents down until their norm is a constant (``core/norm_identity.py``). Rows of one tensor then
 differ in size by many orders of magnitude, which no optimiser's step fits; so healing takes the scale and the norm out,
-and puts them back at the end.
+balances what is left (``balance.py``), and puts a scale and a norm back at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.core.norm_identity import norm_identity
+from transmla.heal.balance import balance
 from transmla.native import RMS_NORM_EPS
 
 # (projection, norm, reader) of the latents that a layer may have.
@@ -52,7 +53,7 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def enter(model: nn.Module) -> None:
-    """Take scale and norm out of every latent of an export (float32), in place; what it computes stays."""
+    """Take scale and norm out of an export's latents (float32), and balance it, in place; what it computes stays."""
     for _, attention in attentions(model):
         for projection, norm, _ in _LATENTS:
             if getattr(attention, norm, None) is not None:
@@ -60,6 +61,7 @@ def enter(model: nn.Module) -> None:
                 rows = getattr(attention, projection).weight[: len(weight)]
                 rows.mul_((weight / RMS_NORM_EPS**0.5)[:, None])
                 setattr(attention, norm, Latent(len(weight)))
+        balance(attention)
 
 
 def watch(model: nn.Module, *, watching: bool) -> None:

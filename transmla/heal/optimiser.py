@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transmla.heal.settings import Healing
 
@@ -37,16 +37,33 @@ def choose_trainable(student: Any, settings: Healing) -> Any:
 
 
 def make_optimiser(model: nn.Module, settings: Healing, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW whose rate for a tensor is the learning rate times its group's ``unit``: the tensor's root mean square."""
-    groups = []
-    for name, parameter in model.named_parameters():
+    """AdamW whose rate for a tensor is the learning rate times its group's ``unit``: the tensor's root mean square.
+
+    Units are rounded to quarter powers of two (9 % at most), so that tensors share groups and a step is few kernels.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
         if parameter.requires_grad:
             share = 1.0 if ATTENTION in name else settings.other_rate
-            size = float(parameter.detach().square().mean().sqrt())
-            # A low-rank update begins at zero, and grows to the size of a random matrix.
+            size = _rank_update_size(name, named) if ".lora_B." in name else _size(parameter)
+            # What begins at zero grows to the size of a random matrix.
             size = size or 1 / math.sqrt(parameter.shape[-1])
-            groups.append({"params": [parameter], "lr": 0.0, "unit": share * size})
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=fused)
+            unit = 2.0 ** (round(4 * math.log2(share * size)) / 4)
+            groups.setdefault(unit, []).append(parameter)
+    listed = [{"params": parameters, "lr": 0.0, "unit": unit} for unit, parameters in groups.items()]
+    return torch.optim.AdamW(listed, betas=BETAS, weight_decay=0.0, fused=fused)
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
+
+
+def _rank_update_size(name: str, named: dict[str, nn.Parameter]) -> float:
+    """What a step of B, which begins at zero, is measured by: the product B A shall move as the weight itself would."""
+    before, _, adapter = name.partition(".lora_B.")
+    weight, a = named[f"{before}.base_layer.weight"], named[f"{before}.lora_A.{adapter}"]
+    return _size(weight) / (_size(a) * math.sqrt(len(a)))
 
 
 def highest_rate(settings: Healing, kl: float) -> float:
