@@ -3,8 +3,9 @@
     python scripts/healing.py MODEL --calibration valid.txt --text test.txt
 
 Converts at every budget, heals, and measures perplexity on the test text and KL to the source there and on a second
-text of another domain, before and after. Every choice rests on validation text or on the source's own; the test text
-is only measured.
+text of another domain, before and after. Healed twice: towards the source alone, and with a share of cross-entropy,
+which also learns the text itself. Every choice rests on validation text or on the source's own; the test text is only
+measured.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="test text")
     parser.add_argument("--data", nargs="*", help="texts to heal on (default: the calibration text and self)")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
+    parser.add_argument("--cross-entropy", nargs="*", type=float, default=(0.0, 0.1), help="its share of the loss")
     parser.add_argument("--reconstruct", default="full")
+    parser.add_argument("--sequences", type=int, default=32, help="sequences of 2,048 tokens to convert with")
     parser.add_argument("--settings", nargs="*", default=[], help="NAME=VALUE of a healing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("healing-work"))
@@ -55,30 +58,39 @@ def main() -> None:
     given = dict(part.split("=", 1) for part in arguments.settings)
     rows: list[dict[str, Any]] = []
     for budget in arguments.budgets:
-        export, healed = (arguments.work / f"{name}-{budget:.3f}" for name in ("export", "healed"))
-        for folder in (export, healed):
-            for left in (folder, folder.with_name(folder.name + ".partial")):
-                shutil.rmtree(left, ignore_errors=True)
+        export = cleared(arguments.work / f"export-{budget:.3f}")
         named = {"source": arguments.model, "output": str(export), "reconstruct": arguments.reconstruct}
-        chosen = {"cache_ratio": budget + 1e-4, "calibration": {"source": arguments.calibration}}
-        convert(parse_recipe(named | chosen | {"device": arguments.device}, "healing.py"))
+        calibration = {"source": arguments.calibration, "sequences": arguments.sequences, "length": 2048}
+        chosen = {"cache_ratio": budget + 1e-4, "calibration": calibration, "device": arguments.device}
+        convert(parse_recipe(named | chosen, "healing.py"))
         before = distances(export, arguments)
-        data = tuple(arguments.data or dict.fromkeys((arguments.calibration, "self")))
-        asked = {"student": str(export), "teacher": arguments.model, "output": str(healed), "data": data}
-        heal(Healing.model_validate(asked | given))
-        told = json.loads((healed / "transmla.json").read_text())
-        rows.append(
-            {
-                "budget": round(budget, 4),
-                "shape": told["plan"]["shape"],
-                "before": before,
-                "after": distances(healed, arguments),
-                "healing": told["healing"][-1],
-            }
-        )
-        for name in ("test perplexity", "pydoc KL"):
-            print(f"{budget:.1%}, {name}: {before[name]} -> {rows[-1]['after'][name]}", flush=True)
-        write_result(arguments.result, rows, arguments.commit)
+        for share in arguments.cross_entropy:
+            healed = cleared(arguments.work / f"healed-{budget:.3f}-{share}")
+            data = tuple(arguments.data or dict.fromkeys((arguments.calibration, "self")))
+            asked = {"student": str(export), "teacher": arguments.model, "output": str(healed), "data": data}
+            heal(Healing.model_validate(asked | {"cross_entropy": share} | given))
+            told = json.loads((healed / "transmla.json").read_text())
+            rows.append(
+                {
+                    "budget": round(budget, 4),
+                    "shape": told["plan"]["shape"],
+                    "cross_entropy": share,
+                    "before": before,
+                    "after": distances(healed, arguments),
+                    "healing": told["healing"][-1],
+                }
+            )
+            after = rows[-1]["after"]
+            for name in ("test perplexity", "test KL", "pydoc KL"):
+                print(f"{budget:.1%}, cross-entropy {share}, {name}: {before[name]} -> {after[name]}", flush=True)
+            write_result(arguments.result, rows, arguments.commit)
+
+
+def cleared(folder: Path) -> Path:
+    """A path where nothing is any more."""
+    for left in (folder, folder.with_name(folder.name + ".partial")):
+        shutil.rmtree(left, ignore_errors=True)
+    return folder
 
 
 if __name__ == "__main__":

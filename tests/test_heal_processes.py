@@ -101,10 +101,12 @@ def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_
     sizes = ["length=32", "batch=8", "held_out=4", "max_tokens=5120", "warmup=0.1"]
     texts = ["--calibration", "pydoc", "--text", str(text_file), "--data", str(text_file)]
     places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--device", "cpu"]
-    more = ["--budgets", "0.5", "--reconstruct", "off", "--commit", "none", "--settings", *sizes]
+    more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--settings", *sizes]
     command = [sys.executable, str(script), str(source), *texts, *places, *more]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert row["after"]["test KL"] < row["before"]["test KL"]
-    assert row["healing"]["held_out_kl"]["after"] < row["healing"]["held_out_kl"]["before"]
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["cross_entropy"] for row in rows] == [0.0, 0.1]
+    for row in rows:
+        assert row["after"]["test KL"] < row["before"]["test KL"]
+        assert row["healing"]["held_out_kl"]["after"] < row["healing"]["held_out_kl"]["before"]

@@ -266,8 +266,8 @@ def heal(
 ) -> None:
     """Win back what compression lost: a short distillation from the source.
 
-    The result is again an export, verified on writing. On several GPUs, by DDP or FSDP2:
-    accelerate launch -m transmla.heal DIR --teacher …
+    The result is again an export, verified on writing. On several GPUs, by DDP, FSDP2 or DeepSpeed:
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m transmla.heal DIR --teacher …
 
     Example: transmla heal llama-mla --teacher meta-llama/Llama-3.1-8B -o llama-mla-healed --data wikitext
     --data self

@@ -17,6 +17,8 @@ from transmla.heal.state import State, Store
 from transmla.heal.text import Reading
 from transmla.progress import Reporter
 
+# Moments of so few steps are too noisy for full steps.
+FEWEST_RISING = 10
 # A loss that is no number sends the run back to its last state, at half the rate, so many times.
 MOST_ROLLBACKS = 5
 
@@ -54,6 +56,7 @@ class Loop:
             self._save()
         losses: list[float] = []
         rate, highest = 0.0, highest_rate(settings, state.curve[0]["held_out_kl"])
+        warmup = settings.warmup and max(settings.warmup, min(FEWEST_RISING / steps, 0.5))
         while state.step < steps:
             progress = self._progress(steps)
             if progress >= 1:
@@ -62,7 +65,7 @@ class Loop:
             if settings.patience is not None and state.looks_without_gain >= settings.patience:
                 report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
                 break
-            rate = set_rates(self.optimiser, progress, highest * state.slowed, settings.warmup)
+            rate = set_rates(self.optimiser, progress, highest * state.slowed, warmup)
             loss = self._step(self.reading[state.step])
             if not math.isfinite(loss):
                 self._roll_back(report)
@@ -80,6 +83,8 @@ class Loop:
         if state.curve[-1]["step"] != state.step:
             self._look(sum(losses) / len(losses) if losses else None, rate)
         self._save()
+        if state.best_step == 0:
+            report.message("no look was better than the first: try more tokens, or a lower --learning-rate")
 
     def _progress(self, steps: int) -> float:
         """Share of the budget that is spent: of tokens, or of minutes if these end first."""

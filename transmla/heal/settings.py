@@ -38,7 +38,7 @@ class Healing(Strict):
         None, description="of attention factors, in units of a tensor's size (default: by the KL before healing)"
     )
     other_rate: PositiveFloat = Field(0.3, description="the others' share of it, with --trainable all")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps in which the rate rises, ten at least; 0: none")
     clip: PositiveFloat = Field(1.0, description="largest norm of a gradient")
 
     kl: float = Field(1.0, ge=0, description="weight of KL(teacher || student)")
