@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to record where git has no history")
     arguments = parser.parse_args()
     given = dict(part.split("=", 1) for part in arguments.settings)
+    if "cross_entropy" in given:
+        parser.error("cross_entropy is an option of its own: --cross-entropy")
     rows: list[dict[str, Any]] = []
     for budget in arguments.budgets:
         export = cleared(arguments.work / f"export-{budget:.3f}")

@@ -37,6 +37,10 @@ def sharded(settings: Healing, output: Path) -> Any:
 
 
 def staged(settings: Healing, output: Path) -> Any:
+    from deepspeed.ops import __compatible_ops__
+
+    # What CPU processes share memory by takes minutes to compile.
+    __compatible_ops__["deepspeed_shm_comm"] = False
     plugin = DeepSpeedPlugin(zero_stage=2)
     accelerator = Accelerator(cpu=True)
     plugin.set_mixed_precision(settings.precision)

@@ -482,8 +482,8 @@ def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(row, out), row
 
 
-@pytest.mark.parametrize(("verb", "hint"), [("convert", True), ("verify", False)])
-def test_only_an_interrupted_conversion_can_resume(
+@pytest.mark.parametrize(("verb", "hint"), [("convert", True), ("heal", True), ("verify", False)])
+def test_what_was_interrupted_and_can_resume_says_so(
     run: Run, verb: str, hint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop() -> None:

@@ -59,6 +59,7 @@ def parts(attention: Any) -> dict[str, torch.Tensor]:
         "values": reading[:, plain:],
         "latents": cached[:rank],
         "pe": cached[rank:].unflatten(0, (-1, 2)),
+        "out": attention.o_proj.weight.detach().T.unflatten(0, (attention.num_heads, -1)),
     }
 
 
@@ -67,7 +68,7 @@ def size(x: torch.Tensor, *dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [None, 24])
-def test_rows_of_one_tensor_are_of_one_size_in_natural_coordinates(
+def test_what_meets_is_equally_large_in_natural_coordinates(
     rank: int | None, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     model = load(convert(make_recipe(make_source(), cache_ratio=0.5, q_lora_rank=rank)))
@@ -83,6 +84,7 @@ def test_rows_of_one_tensor_are_of_one_size_in_natural_coordinates(
         for ratio in (
             size(found["q_nope"], 2) / size(found["keys"], 2),
             size(found["q_pe"], 0, 2, 3) / size(found["pe"], 1, 2),
+            size(found["values"], 2) / size(found["out"], 2),
         ):
             assert float(ratio.max()) == pytest.approx(float(ratio.min()), rel=1e-3)
 
@@ -158,10 +160,19 @@ def test_rates_are_in_units_of_a_tensors_size(pair: tuple[Path, Path]) -> None:
         wanted = float(size(parameter.detach())) * (1.0 if "self_attn" in name else 0.5)
         assert units[id(parameter)] == pytest.approx(wanted, rel=0.1)
     assert len(optimiser.param_groups) < len(units)
-    rates = [set_rates(optimiser, p, 1e-3, 0.1) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
+    rates = [set_rates(optimiser, p, 100, 1e-3, 0.1) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
     assert rates[0] < rates[1] < rates[2] < 1e-3
     assert rates[2] > rates[3] > rates[4]
     assert all(group["lr"] == group["unit"] * rates[4] for group in optimiser.param_groups)
+
+
+def test_the_rise_takes_ten_steps_at_least() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)])
+    for group in optimiser.param_groups:
+        group["unit"] = 1.0
+    rise = [set_rates(optimiser, 0.5, step, 1.0, 0.1) for step in range(12)]
+    assert rise[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rise[9] == rise[11] == set_rates(optimiser, 0.5, 0, 1.0, 0.0)
 
 
 def test_a_student_far_away_takes_long_steps() -> None:

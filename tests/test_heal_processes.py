@@ -61,7 +61,7 @@ def test_two_processes_learn_what_one_does(
     arguments += ["--precision", precision]
     heal(ALONE, arguments, tmp_path / "alone")
     for kind in kinds:
-        heal(on_two(kind), arguments, tmp_path / kind)
+        heal(on_two(kind), [*arguments, "--accumulate", "2"], tmp_path / kind)
         for ours, theirs in zip(curve(tmp_path / kind), curve(tmp_path / "alone"), strict=True):
             for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
                 assert ours[what] == pytest.approx(theirs[what], rel=off), kind

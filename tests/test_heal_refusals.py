@@ -82,10 +82,37 @@ def test_states_of_a_wider_teacher(make_healing: Callable[..., Healing], make_so
         heal(make_healing(teacher=larger, hidden=1.0))
 
 
-def test_deepspeeds_third_stage(make_healing: Callable[..., Healing]) -> None:
-    plugin = SimpleNamespace(zero_stage=3)
-    accelerator = SimpleNamespace(num_processes=1, distributed_type="DEEPSPEED", deepspeed_plugin=plugin)
-    with pytest.raises(TransmlaError, match="stage 3"):
+def launched(kind: str, *, fsdp2: bool = False, stage: int = 0, efficient: bool = False) -> Any:
+    return SimpleNamespace(
+        num_processes=1,
+        distributed_type=kind,
+        is_fsdp2=fsdp2,
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage),
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=efficient)),
+    )
+
+
+def test_ways_to_shard(make_healing: Callable[..., Healing]) -> None:
+    for accelerator, said in (
+        (launched("DEEPSPEED", stage=0), "stage 0"),
+        (launched("DEEPSPEED", stage=3), "stage 3"),
+        (launched("FSDP"), "version 1"),
+        (launched("FSDP", fsdp2=True, efficient=True), "cpu_ram_efficient_loading"),
+    ):
+        with pytest.raises(TransmlaError, match=said):
+            check_settings(make_healing(), accelerator)
+    for accelerator in (launched("DEEPSPEED", stage=2), launched("FSDP", fsdp2=True), launched("MULTI_GPU")):
         check_settings(make_healing(), accelerator)
-    plugin.zero_stage = 2
-    check_settings(make_healing(), accelerator)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
+def test_the_recipes_for_accelerate_are_ones(name: str, kind: str) -> None:
+    from accelerate.commands.config import load_config_from_file
+
+    config = load_config_from_file(str(Path(__file__).parents[1] / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert kind in str(config.distributed_type)
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == 2

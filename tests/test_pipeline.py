@@ -305,7 +305,7 @@ def test_nothing_is_overwritten(place: Path) -> None:
     with pytest.raises(Killed):  # an empty folder is no obstacle
         convert(recipe(), reporter=KilledAtLayer(1))
     before = files(place / "out.partial")
-    with pytest.raises(TransmlaError, match=r"unfinished conversion is in 'out.partial'.*--resume"):
+    with pytest.raises(TransmlaError, match=r"unfinished run is in 'out.partial'.*--resume"):
         convert(recipe())
     assert files(place / "out.partial") == before
 

@@ -388,6 +388,7 @@ def main() -> None:
         print(f"error: {TransmlaError(error.format_message(), remedy='see --help')}", file=sys.stderr)
         raise SystemExit(2) from error
     if code == INTERRUPTED:
-        hint = "; `transmla convert` continues with --resume" if arguments[0] == "convert" else ""
+        resumable = arguments[0] in ("convert", "heal")
+        hint = f"; `transmla {arguments[0]}` continues with --resume" if resumable else ""
         print(f"interrupted{hint}", file=sys.stderr)
     raise SystemExit(code or 0)

@@ -109,7 +109,7 @@ class Workspace:
             )
         if self.folder.exists() and not resume:
             raise TransmlaError(
-                f"an unfinished conversion is in '{self.folder}'",
+                f"an unfinished run is in '{self.folder}'",
                 limit="nothing is ever overwritten",
                 remedy="continue it with --resume, or delete it",
             )

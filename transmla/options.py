@@ -60,6 +60,8 @@ def _option(flag: str, name: str, model: type[BaseModel], field: str, panel: str
     kind = _flag_type(info.annotation)
     # By identity: a seed of 0 is a default worth showing.
     default = "" if info.default is None or info.default is False else f" (default: {info.default})"
+    if kind is bool and info.default is None:
+        flag = f"{flag}/--no-{flag[2:]}"
     choices = [c for c in _choices(info.annotation) if isinstance(c, str)]
     listed = f" ({', '.join(choices)})" if choices else ""
     return inspect.Parameter(

@@ -26,18 +26,32 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
         )
     if not (settings.kl or settings.cross_entropy or settings.hidden):
         raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
-    if uses_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3:
-        raise TransmlaError(
-            "healing does not run under DeepSpeed's stage 3",
-            limit="it runs under DDP, FSDP2 and DeepSpeed's stages 1 and 2",
-            remedy="to shard the student too, launch it with recipes/accelerate/fsdp2.yaml",
-        )
+    _check_processes(accelerator)
     if settings.trainable == "lora" and not find_spec("peft"):
         raise TransmlaError(
             "--trainable lora needs peft", limit="it is not installed", remedy="pip install 'transmla[lora]'"
         )
     if "self" in settings.data:
         check_amount("self", settings.self_tokens, settings)
+
+
+def _check_processes(accelerator: Any) -> None:
+    """The ways to shard that healing is made for."""
+    sharding = None
+    if uses_deepspeed(accelerator):
+        if accelerator.deepspeed_plugin.zero_stage not in (1, 2):
+            sharding = f"DeepSpeed's stage {accelerator.deepspeed_plugin.zero_stage}"
+    elif "FSDP" in str(accelerator.distributed_type):
+        if not accelerator.is_fsdp2:
+            sharding = "FSDP version 1"
+        elif accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            sharding = "FSDP with fsdp_cpu_ram_efficient_loading"
+    if sharding:
+        raise TransmlaError(
+            f"healing does not run under {sharding}",
+            limit="it runs under DDP, FSDP2 and DeepSpeed's stages 1 and 2",
+            remedy="launch it with a file of recipes/accelerate",
+        )
 
 
 def check_amount(name: str, tokens: int, settings: Healing) -> None:

@@ -17,8 +17,6 @@ from transmla.heal.state import State, Store
 from transmla.heal.text import Reading
 from transmla.progress import Reporter
 
-# Moments of so few steps are too noisy for full steps.
-FEWEST_RISING = 10
 # A loss that is no number sends the run back to its last state, at half the rate, so many times.
 MOST_ROLLBACKS = 5
 
@@ -52,11 +50,9 @@ class Loop:
         report.stage("healing", steps)
         began = time.monotonic() - state.seconds
         if not state.curve:
-            self._look(None, 0.0)
+            self._look(0.0)
             self._save()
-        losses: list[float] = []
         rate, highest = 0.0, highest_rate(settings, state.curve[0]["held_out_kl"])
-        warmup = settings.warmup and max(settings.warmup, min(FEWEST_RISING / steps, 0.5))
         while state.step < steps:
             progress = self._progress(steps)
             if progress >= 1:
@@ -65,23 +61,22 @@ class Loop:
             if settings.patience is not None and state.looks_without_gain >= settings.patience:
                 report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
                 break
-            rate = set_rates(self.optimiser, progress, highest * state.slowed, warmup)
+            rate = set_rates(self.optimiser, progress, state.step, highest * state.slowed, settings.warmup)
             loss = self._step(self.reading[state.step])
             if not math.isfinite(loss):
                 self._roll_back(report)
-                began, losses = time.monotonic() - state.seconds, []
+                began = time.monotonic() - state.seconds
                 continue
-            losses.append(loss)
+            state.losses.append(loss)
             state.step += 1
             state.seconds = time.monotonic() - began
             if state.step % settings.eval_every == 0:
-                self._look(sum(losses) / len(losses), rate)
-                losses = []
+                self._look(rate)
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
         if state.curve[-1]["step"] != state.step:
-            self._look(sum(losses) / len(losses) if losses else None, rate)
+            self._look(rate)
         self._save()
         if state.best_step == 0:
             report.message("no look was better than the first: try more tokens, or a lower --learning-rate")
@@ -139,18 +134,19 @@ class Loop:
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
-    def _look(self, loss: float | None, rate: float) -> None:
+    def _look(self, rate: float) -> None:
         """Measure, note it, and keep the weights if they are the best so far."""
         state, kl = self.state, self.held_out_kl()
         point: dict[str, Any] = {
             "step": state.step,
             "tokens": state.step * self.settings.batch * self.settings.length,
             "seconds": round(state.seconds, 3),
-            "loss": loss,
+            "loss": sum(state.losses) / len(state.losses) if state.losses else None,
             "held_out_kl": kl,
             "rate": rate,
         }
         state.curve.append(point)
+        state.losses = []
         told = {name: value for name, value in point.items() if name != "step" and value is not None}
         self.accelerator.log(told, step=state.step)
         if state.best_kl is None or kl < state.best_kl:
@@ -197,4 +193,6 @@ class Loop:
         # What went wrong took its time too.
         self.state.rollbacks, self.state.slowed, self.state.seconds = rollbacks, slowed, seconds
         self.restore()
+        if self.accelerator.is_main_process:
+            self.store.save(self.state, self.best)
         report.message(f"the loss was no number at step {failed}: back to step {self.state.step} at half the rate")

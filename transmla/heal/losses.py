@@ -57,9 +57,15 @@ class Distiller(nn.Module):
         return total, kl.detach()
 
     def compile_parts(self) -> None:
-        """Compile what is done again and again: the layers of both models, one piece of code each, and a chunk."""
-        for layer in (*trunk(self.student).layers, *trunk(self.teacher[0]).layers):
-            layer.compile()
+        """Compile what is done again and again: a chunk, and the layers of both models, one piece of code each.
+
+        Layers whose hidden states are compared stay as they are: what captures them breaks every graph.
+        """
+        # Graphs of models before these count towards the same limit.
+        torch._dynamo.reset()
+        if not self.hidden:
+            for layer in (*trunk(self.student).layers, *trunk(self.teacher[0]).layers):
+                layer.compile()
         self._chunk = torch.compile(self._chunk)  # type: ignore[method-assign]
 
     def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Any, Any]) -> Tensor:

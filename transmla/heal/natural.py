@@ -73,11 +73,6 @@ def watch(model: nn.Module, *, watching: bool) -> None:
                 module.reset()
 
 
-def sizes(model: nn.Module) -> list[Latent]:
-    """Those that remember, in a fixed order."""
-    return [module for module in model.modules() if isinstance(module, Latent)]
-
-
 @torch.no_grad()
 def leave(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of an export from natural ``weights``, by the sizes of latents that ``model`` remembers.

@@ -24,11 +24,12 @@ WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 def make_accelerator(settings: Healing, output: Path) -> Accelerator:
     """Accelerate as it was launched, with the precision and trackers that ``settings`` ask for."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
     precision = settings.precision
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "no"
+        on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        precision = "bf16" if on_gpus else "no"
     return Accelerator(
         mixed_precision=precision,
         log_with=list(settings.track) or None,
@@ -55,6 +56,15 @@ def configure(accelerator: Any, settings: Healing) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+
+
+def kind(accelerator: Any) -> str:
+    """What a state was saved by, and so must be read by: precision and sharding."""
+    if uses_deepspeed(accelerator):
+        sharding = f"DeepSpeed's stage {accelerator.deepspeed_plugin.zero_stage}, {accelerator.num_processes} processes"
+    else:
+        sharding = "FSDP2" if accelerator.is_fsdp2 else "whole"
+    return f"{accelerator.mixed_precision} {sharding}"
 
 
 def uses_deepspeed(accelerator: Any) -> bool:

@@ -20,7 +20,7 @@ from transmla.heal.finish import write_export
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
-from transmla.heal.processes import configure, make_accelerator
+from transmla.heal.processes import configure, kind, make_accelerator
 from transmla.heal.settings import Healing
 from transmla.heal.state import State, Store, run_key, summary
 from transmla.heal.text import Reading, open_texts
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 # Batches on which latents are measured, beside what was kept aside.
 MEASURED = 4
-# A run of fewer steps ends before compiled code has paid for itself.
+# A run of fewer steps or minutes ends before compiled code has paid for itself.
 WORTH_COMPILING = 100
+MINUTES_WORTH_COMPILING = 3
 
 
 def heal(
@@ -115,7 +116,8 @@ def _learn(
     fused = accelerator.device.type == "cuda"
     prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
     store = Store(workspace.folder)
-    key = run_key(settings, export_fingerprint(manifest["hashes"]), fingerprint, reading.fingerprint())
+    prints = export_fingerprint(manifest["hashes"]), fingerprint, reading.fingerprint()
+    key = run_key(settings, *prints, kind(accelerator))
     state = store.read(key)
     loop = Loop(accelerator, prepared, optimiser, reading, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
@@ -131,6 +133,8 @@ def _learn(
 def _compiles(settings: Healing, device: torch.device) -> bool:
     if settings.compile is not None:
         return settings.compile
+    if settings.max_minutes is not None and settings.max_minutes < MINUTES_WORTH_COMPILING:
+        return False
     return device.type == "cuda" and settings.max_tokens >= WORTH_COMPILING * settings.batch * settings.length
 
 

@@ -22,7 +22,9 @@ class Healing(Strict):
     column: str | None = Field(None, description="text column of a dataset")
     self_tokens: PositiveInt = Field(2_000_000, description="tokens sampled from the teacher for `self`")
     length: int = Field(512, ge=8, description="tokens per sequence")
-    held_out: PositiveInt = Field(16, description="sequences of every text kept aside, to tell when to stop")
+    held_out: PositiveInt = Field(
+        16, description="sequences of every text kept aside; what has the least KL to the teacher on them is exported"
+    )
     max_epochs: PositiveInt = Field(40, description="passes over a text at most")
 
     max_tokens: PositiveInt = Field(10_000_000, description="tokens to learn from")
@@ -42,7 +44,7 @@ class Healing(Strict):
     clip: PositiveFloat = Field(1.0, description="largest norm of a gradient")
 
     kl: float = Field(1.0, ge=0, description="weight of KL(teacher || student)")
-    cross_entropy: float = Field(0.0, ge=0, description="weight of the text's own next tokens")
+    cross_entropy: float = Field(0.0, ge=0, description="weight of the text's own next tokens, to learn the text too")
     hidden: float = Field(0.0, ge=0, description="weight of the hidden states' relative squared error")
     temperature: PositiveFloat = Field(1.0, description="of both sides of the KL")
 
@@ -52,7 +54,7 @@ class Healing(Strict):
         None, description="compile both models' layers and the loss (default: on GPUs, for a hundred steps or more)"
     )
     eval_every: PositiveInt = Field(50, description="steps between looks at the sequences kept aside")
-    patience: PositiveInt | None = Field(None, description="looks without an improvement before it stops")
+    patience: PositiveInt | None = Field(None, description="looks without less KL to the teacher before it stops")
     save_every: PositiveInt = Field(200, description="steps between states to resume from")
     track: tuple[str, ...] = Field((), description="experiment trackers of accelerate: tensorboard, wandb, …")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of order and sampling")

@@ -18,8 +18,8 @@ from transmla.heal.optimiser import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"
-# What may differ between a run and the one that continues it.
-_FREE = {"output", "track", "save_every"}
+# What may differ between a run and the one that continues it; models and texts are told by what is in them.
+_FREE = {"output", "track", "save_every", "student", "teacher", "revision", "data", "split", "column"}
 
 
 @dataclass
@@ -36,12 +36,14 @@ class State:
     best_step: int = 0
     looks_without_gain: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    # Of the steps since the last look.
+    losses: list[float] = field(default_factory=list)
 
 
-def run_key(settings: Healing, student: str, teacher: str, text: str) -> str:
-    """What two parts of one run have in common: settings, and the fingerprints of both models and of the text."""
+def run_key(settings: Healing, student: str, teacher: str, text: str, kind: str) -> str:
+    """What two parts of one run have in common: settings, fingerprints of models and text, and the processes' kind."""
     chosen = settings.model_dump(mode="json", exclude=_FREE)
-    return hashlib.sha256(json.dumps([chosen, student, teacher, text], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([chosen, student, teacher, text, kind], sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -61,7 +63,7 @@ class Store:
             return None
         if values.get("key") != key:
             raise TransmlaError(
-                f"'{self.folder}' was begun with another student, teacher, text or settings",
+                f"'{self.folder}' was begun with another student, teacher, text, settings or kind of processes",
                 limit="a resumed healing must learn what the unbroken one would have",
                 remedy="repeat the command it was begun with, or delete it",
             )
@@ -110,7 +112,11 @@ class Store:
         Raises:
             TransmlaError: if the folder holds something, and no healing.
         """
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / FILE).is_file():
+        # One that died in its first save has no pointer yet.
+        foreign = self.folder.is_dir() and any(
+            not file.name.startswith(("state-", "best-")) for file in self.folder.iterdir()
+        )
+        if foreign and not (self.folder / FILE).is_file():
             raise TransmlaError(
                 f"'{self.folder}' holds no healing to continue",
                 limit="something else was begun there",

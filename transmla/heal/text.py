@@ -76,6 +76,7 @@ class Reading:
         digest = hashlib.sha256()
         for text in self.texts:
             for part in (text.tokens, text.held_out):
+                digest.update(str(tuple(part.shape)).encode())
                 digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()
 
