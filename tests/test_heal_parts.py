@@ -59,7 +59,6 @@ def parts(attention: Any) -> dict[str, torch.Tensor]:
         "values": reading[:, plain:],
         "latents": cached[:rank],
         "pe": cached[rank:].unflatten(0, (-1, 2)),
-        "out": attention.o_proj.weight.detach().T.unflatten(0, (attention.num_heads, -1)),
     }
 
 
@@ -84,7 +83,6 @@ def test_what_meets_is_equally_large_in_natural_coordinates(
         for ratio in (
             size(found["q_nope"], 2) / size(found["keys"], 2),
             size(found["q_pe"], 0, 2, 3) / size(found["pe"], 1, 2),
-            size(found["values"], 2) / size(found["out"], 2),
         ):
             assert float(ratio.max()) == pytest.approx(float(ratio.min()), rel=1e-3)
 

@@ -1,9 +1,9 @@
 """What meets in a product made equally large, and the parts of a tensor too, without changing what attention computes.
 
 A factor can move between a query's row and the row of the key up-projection that it meets, between the queries and the
-cached keys of one rotary frequency, between a latent and what reads it, between a value and the output projection.
-Conversions use this freedom for their own ends: queries of a rare rotary frequency may be a thousand times as large as
-others. But a tensor has one learning rate, which fits its rows only if they are of about one size.
+cached keys of one rotary frequency, and between all latents and what reads them. Conversions use this freedom for their
+own ends: queries of a rare rotary frequency may be a thousand times as large as others. But a tensor has one learning
+rate, which fits its rows only if they are of about one size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def balance(attention: Any) -> None:
-    """Balance the projections of an export's attention, in place.
+    """Balance queries, keys and cached rows of an export's attention, in place.
 
-    Every latent changes its scale, so no norm may stand between them and their readers.
+    Latents change their scale together, so no norm may stand between them and their readers. Balanced one by one, and
+    values against the output projection, they heal no better (SmolLM2-135M, 30 steps: a KL of 0.299, not 0.292).
     """
     readers, cached = attention.kv_b_proj.weight, attention.kv_a_proj_with_mqa.weight
     queries = (attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj).weight
@@ -31,10 +32,6 @@ def balance(attention: Any) -> None:
     pe = cached[rank:].unflatten(0, (-1, 2))[None]
     q_nope, latents = heads[:, :plain], cached[:rank]
 
-    if attention.q_lora_rank is not None:
-        _meet(attention.q_a_proj.weight, queries.T, (1,))
-    _meet(latents, readers.T, (1,))
-    _meet(values, attention.o_proj.weight.T.unflatten(0, values.shape[:2]), (2,))
     _meet(q_nope, keys, (2,))
     _meet(q_pe, pe, (0, 2, 3))
     # Then the parts of one tensor among each other: keys as large as values, rotary queries as the plain ones, latents
