@@ -33,6 +33,14 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "transmla.json").read_text())["healing"][-1]["curve"]
 
 
+def die_while_writing(settings: Healing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A healing that has learned all, and is interrupted before its export."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            heal(settings)
+
+
 @pytest.mark.parametrize("trainable", ["attention", "all", "lora"])
 def test_it_heals_and_leaves_an_export(
     trainable: str, make_healing: Callable[..., Healing], pair: tuple[Path, Path]
@@ -106,10 +114,7 @@ def test_another_text_is_another_run(
 def test_best_weights_that_are_gone_are_missed(
     make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            heal(make_healing())
+    die_while_writing(make_healing(), monkeypatch)
     for file in (tmp_path / "healed.partial").glob("best-*"):
         file.unlink()
     with pytest.raises(TransmlaError, match="is gone"):
@@ -129,10 +134,7 @@ def test_a_run_that_dies_while_it_writes_ends_where_it_ended(
     change: dict[str, Any], make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     unbroken = curve(heal(make_healing(**change, output=str(tmp_path / "unbroken"))))
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            heal(make_healing(**change))
+    die_while_writing(make_healing(**change), monkeypatch)
     found = curve(heal(make_healing(**change), resume=True))
     assert [p["held_out_kl"] for p in found] == [p["held_out_kl"] for p in unbroken]
 
@@ -145,10 +147,7 @@ def test_a_run_that_dies_in_its_first_save_begins_again(make_healing: Callable[.
 def test_a_model_that_moved_is_the_same_run(
     make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            heal(make_healing())
+    die_while_writing(make_healing(), monkeypatch)
     moved = shutil.copytree(make_healing().student, tmp_path / "moved")
     assert heal(make_healing(student=str(moved)), resume=True).is_dir()
 
