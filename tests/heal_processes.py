@@ -1,20 +1,24 @@
-"""``torchrun … heal_processes.py ddp|fsdp|deepspeed DIR --teacher …``: `transmla heal` on CPU processes.
+"""``torchrun … heal_processes.py ddp|fsdp|deepspeed[-sick] DIR --teacher …``: `transmla heal` on CPU processes.
 
 accelerate takes FSDP and DeepSpeed on GPUs only; what makes it take them on CPUs is here, the rest is what a user runs.
+``-sick``: at its seventh step, weights that one of the processes holds are no numbers.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 from transmla.cli import main
 from transmla.heal import run
+from transmla.heal.loop import Loop
 from transmla.heal.settings import Healing
 
 
@@ -53,7 +57,24 @@ def staged(settings: Healing, output: Path) -> Any:
     return accelerator
 
 
+def sicken() -> None:
+    real, calls = Loop._step, 0
+
+    def sick(self: Loop, rows: torch.Tensor) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 7 and self.accelerator.process_index == 1:
+            held = self.parameters[0].data
+            getattr(held, "_local_tensor", held).fill_(math.nan)
+        return real(self, rows)
+
+    Loop._step = sick
+
+
 if __name__ == "__main__":
-    run.make_accelerator = {"fsdp": sharded, "deepspeed": staged}.get(sys.argv[1], run.make_accelerator)
+    kind, _, health = sys.argv[1].partition("-")
+    run.make_accelerator = {"fsdp": sharded, "deepspeed": staged}.get(kind, run.make_accelerator)
+    if health == "sick":
+        sicken()
     sys.argv[1] = "heal"
     main()

@@ -94,6 +94,15 @@ def test_what_was_killed_is_continued(kind: str, arguments: list[str], tmp_path:
     assert found == wanted
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
+def test_all_processes_go_back_when_one_has_no_numbers(kind: str, arguments: list[str], tmp_path: Path) -> None:
+    heal(on_two(f"{kind}-sick"), [*arguments, "--precision", "no"], tmp_path / "healed")
+    told = json.loads((tmp_path / "healed" / "transmla.json").read_text())["healing"][-1]
+    assert told["rollbacks"] == 1
+    assert [point["step"] for point in told["curve"]] == [0, 3, 6, 9, 12]
+    assert told["held_out_kl"]["after"] < told["held_out_kl"]["before"]
+
+
 def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     """scripts/healing.py, on a tiny model that is not fitted before."""
     source = make_source(max_position_embeddings=2048)
@@ -110,3 +119,16 @@ def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_
     for row in rows:
         assert row["after"]["test KL"] < row["before"]["test KL"]
         assert row["healing"]["held_out_kl"]["after"] < row["healing"]["held_out_kl"]["before"]
+
+
+def test_the_script_of_speeds_times_the_same_healing_twice(arguments: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "healing_speed.py"
+    sizes = ["--batch", "8", "--length", "32", "--steps", "20", "--trainable", "attention", "--no-compile"]
+    places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--commit", "none"]
+    command = [sys.executable, str(script), *arguments, *sizes, *places, "--ways", "one", "ddp"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["held-out KL"] == pytest.approx(two["held-out KL"], rel=1e-3)
+    assert one["tokens per second"] > 0
