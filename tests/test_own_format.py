@@ -1,0 +1,147 @@
+"""The own format: every family with nothing cut is its source, and its cache holds latents."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_format import FAMILIES, WINDOW, make_source, uncut
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from transmla.modeling.modeling_transmla import TransmlaAttention, TransmlaForCausalLM
+
+LENGTH, PADDING = 30, 5
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, torch.Tensor]:
+    """Two texts longer than any window, the second padded on the left."""
+    ids = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :PADDING], mask[1, :PADDING] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A source, its uncut export loaded as transmla loads it, and the export's folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = make_source(request.param, folder / "source")
+    export = uncut(source, folder / "source", folder / "export")
+    return source, TransmlaForCausalLM.from_pretrained(export, attn_implementation="eager").eval(), export
+
+
+@torch.no_grad()
+def test_nothing_cut_is_the_source(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    source, export, _ = pair
+    assert all(isinstance(layer.self_attn, TransmlaAttention) for layer in export.model.layers)
+    seen = texts["attention_mask"].bool()
+    theirs, ours = (model(**texts).logits[seen] for model in (source, export))
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_it_notices_every_weight(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    """So the test before this one would, too."""
+    _, export, _ = pair
+    before = export(**texts).logits
+    for name, parameter in export.model.layers[0].self_attn.named_parameters():
+        kept = parameter.clone()
+        parameter.add_(0.3 * torch.randn_like(parameter))
+        assert (export(**texts).logits - before).abs().max() > 1e-3, name
+        parameter.copy_(kept)
+
+
+def test_it_generates_what_the_source_does(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    source, export, _ = pair
+    wanted = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert source.generate(**texts, **wanted).equal(export.generate(**texts, **wanted))
+
+
+@torch.no_grad()
+def test_token_by_token_is_the_whole_forward(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    _, export, _ = pair
+    ids, cache = texts["input_ids"][:1], DynamicCache(config=export.config)
+    single = [export(ids[:, i : i + 1], past_key_values=cache).logits for i in range(LENGTH)]
+    whole = export(ids, use_cache=False).logits
+    assert (torch.cat(single, 1) - whole).abs().max() < 1e-4 * whole.abs().max()
+    for layer, held in zip(export.model.layers, cache.layers, strict=True):
+        attention = layer.self_attn
+        tokens = LENGTH if attention.sliding_window is None else WINDOW - 1
+        assert held.keys.shape == (1, 1, tokens, attention.kv_lora_rank)
+        assert held.values.shape == (1, 1, tokens, attention.qk_rope_head_dim)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    source, _, folder = pair
+    half = TransmlaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    seen = texts["attention_mask"].bool()
+    theirs, ours = source(**texts).logits[seen], half(**texts).logits[seen].float()
+    assert (ours - theirs).square().mean() < 0.01 * theirs.square().mean()
+
+
+def test_saved_again_it_is_the_same(
+    pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    _, export, folder = pair
+    export.save_pretrained(tmp_path)
+    assert {f.name for f in folder.iterdir()} <= {f.name for f in tmp_path.iterdir()}
+    again = TransmlaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert again(**texts).logits.equal(export(**texts).logits)
+
+
+STRANGER = """
+import sys
+sys.modules["transmla"] = None
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+    bare = AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+    ids = torch.arange(3, 12)[None]
+    assert bare(ids).last_hidden_state.equal(model.model(ids).last_hidden_state)
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    print(config.model_type, *tokens[0].tolist())
+"""
+
+
+def test_it_loads_where_transmla_is_not(tmp_path: Path) -> None:
+    folders, wanted = [], []
+    for family in FAMILIES:
+        source = make_source(family, tmp_path / family)
+        folders.append(str(uncut(source, tmp_path / family, tmp_path / f"{family}-mla")))
+        tokens = source.generate(torch.arange(3, 12)[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        wanted.append(" ".join(["transmla", *map(str, tokens[0].tolist())]))
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, *folders], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_some_layers_may_keep_their_attention(family: str, texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = make_source(family, tmp_path / "source")
+    folder = uncut(source, tmp_path / "source", tmp_path / "export", keep=(0,))
+    export = TransmlaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert [type(layer.self_attn) is TransmlaAttention for layer in export.model.layers] == [False, True]
+    seen = texts["attention_mask"].bool()
+    theirs, ours = (model(**texts).logits[seen] for model in (source, export))
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_a_stock_model_is_no_other_for_it(tmp_path: Path) -> None:
+    """Conversions of tensor names are registered by class: the family's own are what they were."""
+    source = make_source("mixtral", tmp_path / "source")
+    uncut(source, tmp_path / "source", tmp_path / "export")
+    TransmlaForCausalLM.from_pretrained(tmp_path / "export")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "source", attn_implementation="eager")
+    ids = torch.arange(3, 12)[None]
+    assert again(ids).logits.equal(source(ids).logits)

@@ -1,0 +1,49 @@
+"""The config of a converted model of any family: the source's own fields, and what its latent attention is."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+MODEL_TYPE = "transmla"
+# What a checkpoint names the code by that it brings along.
+AUTO_MAP = {
+    "AutoConfig": "configuration_transmla.TransmlaConfig",
+    "AutoModel": "modeling_transmla.TransmlaModel",
+    "AutoModelForCausalLM": "modeling_transmla.TransmlaForCausalLM",
+}
+
+
+class TransmlaConfig(PretrainedConfig):  # type: ignore[misc,no-untyped-call]
+    """Reads a ``config.json``; what it returns is of a subclass of the source family's config.
+
+    Beside the family's fields there are ``source_model_type``, the family, and ``mla``, of two entries. ``layers``
+    gives each layer the index of its kind, or None where the source's attention stayed. ``kinds`` lists
+    ``kv_lora_rank``, ``qk_rope_head_dim``, ``qk_nope_head_dim``, ``v_head_dim``, ``inv_freq`` (radians per position of
+    the qk_rope_head_dim / 2 rotary slots), ``attention_factor`` (of cosines and sines) and ``latent_norm`` (whether
+    the latent has an RMSNorm).
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the family that ``config_dict`` names."""
+        return config_class(config_dict["source_model_type"]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def config_class(family: str) -> Any:
+    """The config of ``family`` (a ``model_type`` of transformers) under this format's name."""
+    source = CONFIG_MAPPING[family]
+    body = {"model_type": MODEL_TYPE, "__module__": __name__, "__doc__": source.__doc__}
+    # One name for all: transformers registers a model under configs of the name that it was written for.
+    return type(TransmlaConfig.__name__, (source,), body)
+
+
+def converted_config(source: Any, mla: dict[str, Any]) -> Any:
+    """The config of what is made from a model of the ``source`` config; ``mla`` as ``TransmlaConfig`` says."""
+    fields = source.to_dict() | {"model_type": MODEL_TYPE, "source_model_type": source.model_type, "mla": mla}
+    return TransmlaConfig.from_dict(fields | {"architectures": ["TransmlaForCausalLM"], "auto_map": AUTO_MAP})

@@ -1,0 +1,244 @@
+"""Multi-head latent attention in any family: the source's own classes, of which only ``self_attn`` is replaced.
+
+With its config, this file is all the code that an export of the own format brings along: torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from . import configuration_transmla
+from .configuration_transmla import TransmlaConfig, config_class
+
+# What a family's attention adds to its scores: the attribute that holds it, and its name in attention functions.
+SCORE_EXTRAS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap", "sinks": "s_aux"}
+# Projections and norms of a family that norms its queries and keys.
+NORMED = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+
+
+class LatentNorm(nn.Module):
+    """RMSNorm of the latent [..., r] (DeepSeek-V2, arXiv 2405.04434)."""
+
+    def __init__(self, rank: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(rank)), eps
+
+    def forward(self, kv_c: Tensor) -> Tensor:
+        """Every latent divided by its own root mean square."""
+        wide = kv_c.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(kv_c.dtype)
+
+
+class PerHead(nn.Module):
+    """A linear map of each head's own features, [..., H, d] → [..., H, n]."""
+
+    def __init__(self, heads: int, features: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, outputs, features).normal_(std=features**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Batched over heads."""
+        return torch.einsum("...hd,hnd->...hn", x, self.weight)
+
+
+class TransmlaAttention(nn.Module):
+    """Attention to a cached latent and one rotary key, in the place of a family's own ``attention``.
+
+    Queries and cached rows are linear in the hidden states. Where the family norms its queries and keys they are not:
+    there its projections and norms stay, queries come head by head from its normed queries (``q_b_proj``), and cached
+    rows from its normed keys and its values.
+    """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+    def __init__(self, attention: Any, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        kind = config.mla["kinds"][config.mla["layers"][layer_idx]]
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.num_key_value_groups, self.head_dim = config.num_attention_heads, 1, attention.head_dim
+        self.kv_lora_rank, self.qk_rope_head_dim = kind["kv_lora_rank"], kind["qk_rope_head_dim"]
+        self.qk_nope_head_dim, self.v_head_dim = kind["qk_nope_head_dim"], kind["v_head_dim"]
+        self.inv_freq, self.attention_factor = tuple(kind["inv_freq"]), kind["attention_factor"]
+        self.scaling, self.is_causal = attention.scaling, attention.is_causal
+        self.attention_dropout = attention.attention_dropout
+        self.sliding_window = _window(attention, config, layer_idx)
+        self.attn_logit_softcapping = getattr(attention, "attn_logit_softcapping", None)
+        self.sinks = getattr(attention, "sinks", None)
+        # The family's own, which knows what the family adds to its scores.
+        self.eager = sys.modules[type(attention).__module__].eager_attention_forward
+
+        heads, cached = self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
+        wide = self.qk_nope_head_dim + self.qk_rope_head_dim
+        biased = (attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj).bias is not None
+        self.q_b_proj: PerHead | None = None
+        if hasattr(attention, "q_norm"):
+            for name in NORMED:
+                self.add_module(name, getattr(attention, name))
+            self.q_b_proj = PerHead(heads, self.head_dim, wide)
+            self.kv_a_proj_with_mqa = nn.Linear(2 * config.num_key_value_heads * self.head_dim, cached, bias=False)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, heads * wide, bias=biased)
+            self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, cached, bias=biased)
+        self.kv_a_layernorm = LatentNorm(self.kv_lora_rank) if kind["latent_norm"] else nn.Identity()
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=attention.o_proj.bias is not None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, T, D] for hidden states [B, T, D], and attention weights where the implementation has them.
+
+        ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths.
+        """
+        assert position_ids is not None
+        query, cached = self._project(hidden_states)
+        q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+        kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        kv_c = self.kv_a_layernorm(kv_c)
+        q_pe, k_pe = self._turn(position_ids, q_pe, k_pe)
+        if past_key_values is not None:
+            kv_c, k_pe = past_key_values.update(kv_c, k_pe, self.layer_idx)
+        key, value = self.expand_kv(kv_c, k_pe)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        extras = {given: getattr(self, name) for name, given in SCORE_EXTRAS.items()}
+        output, weights = attend(
+            self,
+            torch.cat([q_nope, q_pe], -1),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **{name: extra for name, extra in extras.items() if extra is not None},
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+
+    def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v] of all heads, from [B, 1, T, r] and [B, 1, T, d_r]."""
+        expanded = self.kv_b_proj(kv_c[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
+        return torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], -1), value
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, d_n + d_r] and cached rows [B, T, r + d_r], not turned yet."""
+        heads = self.num_heads, -1
+        query = self.q_proj(x)
+        if self.q_b_proj is None:
+            return query.unflatten(-1, heads), self.kv_a_proj_with_mqa(x)
+        query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, self.k_proj(x))
+        cached = self.kv_a_proj_with_mqa(torch.cat([key, self.v_proj(x)], -1))
+        return self.q_b_proj(query.unflatten(-1, heads)), cached
+
+    def _norm(self, norm: Any, x: Tensor) -> Tensor:
+        """A family's ``norm`` of all heads [B, T, heads · d] together, or of each."""
+        if norm.weight.numel() == x.shape[-1]:
+            return norm(x)  # type: ignore[no-any-return]
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)  # type: ignore[no-any-return]
+
+    def _turn(self, positions: Tensor, *rows: Tensor) -> list[Tensor]:
+        """Rotary embedding of ``rows`` [B, ·, T, d_r] in halves layout, by this layer's own frequencies."""
+        # float32, or far positions turn by wrong angles.
+        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None, :, None].float() * inv_freq
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        turned = []
+        for row in rows:
+            real, imaginary = row.float().chunk(2, -1)
+            turned.append(torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(row.dtype))
+        return turned
+
+
+def _window(attention: Any, config: Any, layer_idx: int) -> int | None:
+    """How far back a layer looks: some families tell its attention, others leave it to the config."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[layer_idx] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+class _Converted:
+    """Mixed in before a family's model: built as it is, then latent attention put into its layers."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for i, layer in enumerate(self.get_decoder().layers):  # type: ignore[attr-defined]
+            if config.mla["layers"][i] is not None:
+                layer.self_attn = TransmlaAttention(layer.self_attn, config, i)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As ever, with the code that reads it."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_code(Path(save_directory))
+
+
+def write_code(folder: Path) -> None:
+    """Put what ``AUTO_MAP`` names into ``folder``: this file and its config's."""
+    for file in (configuration_transmla.__file__, __file__):
+        shutil.copy(file, folder)
+
+
+class _Entry(PreTrainedModel):  # type: ignore[misc]
+    """What an ``auto_map`` names: a door to the class of the family that a config names."""
+
+    config_class = TransmlaConfig
+    head: bool
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As of any model of transformers."""
+        if config is None:
+            config, kwargs = TransmlaConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        return cls._of(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._of(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def _of(cls, config: Any) -> Any:
+        return model_class(config.source_model_type, head=cls.head)
+
+
+class TransmlaModel(_Entry):
+    """A decoder without its head."""
+
+    head = False
+
+
+class TransmlaForCausalLM(_Entry):
+    """A causal language model."""
+
+    head = True
+
+
+@cache
+def model_class(family: str, *, head: bool) -> Any:
+    """The decoder of ``family`` (a ``model_type`` of transformers), or its causal LM, with latent attention."""
+    source: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if head else MODEL_MAPPING)[CONFIG_MAPPING[family]]
+    name = f"Transmla{source.__name__}"
+    # Checkpoints may name tensors as the family once did (one for each expert): transformers converts them by class.
+    names = get_checkpoint_conversion_mapping(source.__name__) or get_checkpoint_conversion_mapping(family)
+    if names:
+        register_checkpoint_conversion_mapping(name, names, overwrite=True)
+    return type(name, (_Converted, source), {"config_class": config_class(family), "__module__": __name__})
