@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from own_format import FAMILIES, WINDOW, make_source, uncut
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
+import transmla
+from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.modeling.modeling_transmla import TransmlaAttention, TransmlaForCausalLM
 
 LENGTH, PADDING = 30, 5
@@ -145,3 +148,58 @@ def test_a_stock_model_is_no_other_for_it(tmp_path: Path) -> None:
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "source", attn_implementation="eager")
     ids = torch.arange(3, 12)[None]
     assert again(ids).logits.equal(source(ids).logits)
+
+
+def test_accelerated_it_generates_the_same(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
+    """Over the latent itself; where a family adds to its scores, by the family's own attention."""
+    source, _, folder = pair
+    model = transmla.load(folder)
+    calls, attention = [], model.model.layers[-1].self_attn
+    decode = attention.decode
+    attention.decode = lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs)
+    wanted = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert source.generate(**texts, **wanted).equal(model.generate(**texts, **wanted))
+    assert bool(calls) == (model.config.source_model_type not in ("gemma2", "gpt_oss"))
+
+
+@torch.no_grad()
+def test_auto_classes_read_it_once_registered(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = make_source("qwen3", tmp_path / "source")
+    folder = uncut(source, tmp_path / "source", tmp_path / "export")
+    transmla.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    bare = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    assert type(model).__module__ == "transmla.modeling.modeling_transmla"
+    assert AutoConfig.from_pretrained(folder).source_model_type == "qwen3"
+    seen = texts["attention_mask"].bool()
+    assert (model(**texts).logits[seen] - source(**texts).logits[seen]).abs().max() < 1e-3
+    assert bare(**texts).last_hidden_state.equal(model.model(**texts).last_hidden_state)
+    made = AutoModelForCausalLM.from_config(model.config)
+    assert type(made) is type(model)
+
+
+def test_adapters_and_gradients_are_as_with_any_model(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    source = make_source("qwen3", tmp_path / "source")
+    folder = uncut(source, tmp_path / "source", tmp_path / "export")
+    model = TransmlaForCausalLM.from_pretrained(folder)
+    model(**texts, labels=texts["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["kv_a_proj_with_mqa", "kv_b_proj"]))
+    adapted(**texts, labels=texts["input_ids"]).loss.backward()
+    grown = [name for name, parameter in adapted.named_parameters() if "lora_B" in name and parameter.grad.any()]
+    assert len(grown) == 2 * len(model.model.layers)
+
+
+def test_a_learned_latent_norm_is_part_of_the_cache(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = make_source("llama", tmp_path / "source")
+    config = json.loads((uncut(source, tmp_path / "source", tmp_path / "export") / "config.json").read_text())
+    for kind in config["mla"]["kinds"]:
+        kind["latent_norm"] = True
+    model = TransmlaForCausalLM._from_config(TransmlaConfig.from_dict(config)).eval()
+    cache, ids = DynamicCache(config=model.config), texts["input_ids"][:1]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.kv_a_layernorm.weight.mul_(2.0)
+        single = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(LENGTH)]
+        assert (torch.cat(single, 1) - model(ids, use_cache=False).logits).abs().max() < 1e-4
+    assert cache.layers[0].keys.square().mean().sqrt() == pytest.approx(2.0, rel=0.02)

@@ -35,6 +35,9 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
     """
     from transformers import AutoModelForCausalLM
 
+    from transmla.auto import register
+
+    register()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:

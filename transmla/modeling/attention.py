@@ -44,6 +44,8 @@ class LatentAttention(nn.Module):
     # Whether rows are cached in 8 bits.
     packed: bool = False
     prefix: PrefixLayer | None = None
+    # The attention of families that add to their scores.
+    eager: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The family's own forward, over a cache that has room to grow."""
@@ -121,6 +123,11 @@ def latent_attention(
     elif absorbable and _pays(module, query, key, attention_mask):
         return _decoded(module, query, rows, attention_mask, scaling)[0], None
     keys, values = module.expanded(*(part[:, None] for part in rows.full()))
+    if not _plain_scores(kwargs):
+        # SDPA knows nothing of what a family adds to its scores, its own attention does.
+        added = _additive(attention_mask, query.dtype)
+        output, _ = module.eager(module, query, keys, values, added, scaling=scaling, dropout=dropout, **kwargs)
+        return output, None
     # Fused kernels want one width.
     query, keys, wide = one_width(query, keys, values)
     output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -142,7 +149,7 @@ def _pays(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
     """Whether attending to the latent gives what expanding it does."""
-    if any(extras.get(name) is not None for name in _CHANGES_SCORES):
+    if not _plain_scores(extras):
         return False
     if mask is not None and mask.dtype != torch.bool:
         return False
@@ -153,8 +160,19 @@ def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, ex
     return type(reader) is nn.Linear and reader.bias is None and reader.weight.device == query.device
 
 
-# What only SDPA's caller knows how to add to the scores.
+# What some families add to the scores.
 _CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
+
+
+def _plain_scores(extras: dict[str, Any]) -> bool:
+    return all(extras.get(name) is None for name in _CHANGES_SCORES)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask as what eager attention adds to scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _decoded(
