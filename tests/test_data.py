@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([data._pydoc("test")[:30_000]], trainer)
+    bpe.train_from_iterator([data.pydoc_text("test")[:30_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=16)
 
 
@@ -48,7 +48,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(data._pydoc("train"), encoding="utf-8")
+    path.write_text(data.pydoc_text("train"), encoding="utf-8")
     return path
 
 
@@ -75,8 +75,8 @@ def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def test_pydoc_splits_are_stable_and_share_no_paragraph() -> None:
-    train, test = data._pydoc("train"), data._pydoc("test")
-    assert (train, test) == (data._pydoc("train"), data._pydoc("test"))
+    train, test = data.pydoc_text("train"), data.pydoc_text("test")
+    assert (train, test) == (data.pydoc_text("train"), data.pydoc_text("test"))
     assert len(train) > len(test) > 40_000
     paragraphs = [{" ".join(p.split()) for p in part.split("\n\n")} for part in (train, test)]
     assert not paragraphs[0] & paragraphs[1]

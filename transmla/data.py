@@ -181,7 +181,7 @@ def _pieces(source: str, split: str | None, column: str | None, name: str | None
         )
     if source == "pydoc":
         _refuse("pydoc", column=column, name=name)
-        return iter([_pydoc(split or "train")])
+        return iter([pydoc_text(split or "train")])
     if source in ALIASES or not (path.is_file() or suffix in (*TEXT_SUFFIXES, *TABLE_BUILDERS)):
         return _hub_rows(source, split or "train", column, name)
     if not path.is_file():
@@ -204,7 +204,7 @@ def _refuse(source: str, **options: str | None) -> None:
             raise TransmlaError(f"{source} has no {option} {value!r}", remedy=f"leave the {option} out")
 
 
-def _pydoc(split: str) -> str:
+def pydoc_text(split: str) -> str:
     """Every fifth topic is `test`, the others `train`; a paragraph that topics share appears once, in one."""
     if split not in ("train", "test"):
         raise TransmlaError(f"pydoc has no split {split!r}", remedy="choose train or test")

@@ -1,0 +1,130 @@
+"""Train a small model of any family on `pydoc`, where no checkpoint of it can be had: minutes on a CPU.
+
+    python scripts/train_small.py qwen3 small-qwen3
+    python scripts/train_small.py gemma3_text small-gemma3 --large
+
+What conversions are compared on must have been trained: random weights have no spectra, no rotary habits and norms of
+one. ``--large`` makes norms and biases large before training, as some released models have them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from transmla.data import load_tokens, pydoc_text
+
+VOCABULARY, LENGTH, BATCH = 2048, 256, 16
+START = "<s>"
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+WINDOWS = {"sliding_window": 64, "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": WINDOWS | {"query_pre_attn_scalar": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},
+}
+
+
+def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over ``text``; texts begin with ``START``."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[START], initial_alphabet=alphabet)
+    bpe.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=START, eos_token=START, pad_token=START)
+
+
+def make_model(family: str, *, large: bool) -> Any:
+    """A model of random weights; ``large``: norms spread about one by factors of e, biases of size one."""
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Gemma's norms multiply by 1 + weight.
+    offset = 1 if family.startswith("gemma") else 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if large and name.endswith("bias"):
+                parameter.normal_()
+            elif large and parameter.dim() == 1:
+                parameter.copy_((offset + parameter) * torch.randn_like(parameter).exp() - offset)
+    return model
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Consecutive sequences of one stream of tokens, each beginning anywhere in a half of its own."""
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.rows = tokens.unfold(0, length, length // 2)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} sequences of {LENGTH} tokens")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--large", action="store_true", help="large norms and biases")
+    parser.add_argument("--commit", help="commit to record where git has no history")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(pydoc_text("train"))
+    train, test = (Windows(load_tokens("pydoc", tokenizer, split=split), LENGTH) for split in ("train", "test"))
+    model = make_model(arguments.family, large=arguments.large)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(arguments.output),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=arguments.rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=arguments.steps // 20,
+            weight_decay=0.05,
+            logging_steps=50,
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+    )
+    trainer.train()
+    perplexity = math.exp(trainer.evaluate()["eval_loss"])
+    trainer.save_model(str(arguments.output))
+    tokenizer.save_pretrained(arguments.output)
+    told = provenance(arguments.commit) | {"family": arguments.family, "held-out perplexity": round(perplexity, 3)}
+    (arguments.output / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+    print(f"{arguments.output}: perplexity {perplexity:.2f} on pydoc's test split")
+
+
+if __name__ == "__main__":
+    main()
