@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / "healing-speed.json")
     parser.add_argument("--commit", help="commit to record where git has no history")
     arguments = parser.parse_args()
+    if arguments.steps < 2 * EVAL_EVERY:
+        parser.error(f"--steps {arguments.steps}: at least {2 * EVAL_EVERY}, for two looks {EVAL_EVERY} steps apart")
     rows: list[dict[str, Any]] = []
     for way in arguments.ways:
         rows.append(measure(way, arguments))

@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over ``text``; texts begin with ``START``."""
+    """Byte-level BPE over ``text``."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -75,7 +75,7 @@ def make_model(family: str, *, large: bool) -> Any:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Consecutive sequences of one stream of tokens, each beginning anywhere in a half of its own."""
+    """Sequences of one stream of tokens, each beginning in the middle of the one before."""
 
     def __init__(self, tokens: Tensor, length: int) -> None:
         self.rows = tokens.unfold(0, length, length // 2)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from transmla.modeling.configuration_transmla import converted_config
-from transmla.modeling.modeling_transmla import NORMED, write_code
+from transmla.modeling.configuration_transmla import converted_config, write_code
+from transmla.modeling.modeling_transmla import NORMED
 
 COMMON = {
     "vocab_size": 64,
@@ -135,7 +135,7 @@ def select(attention: Any, config: Any, pairs: int) -> tuple[dict[str, Tensor], 
     if hasattr(attention, "q_norm"):
         for part in NORMED:
             tensors |= {f"{part}.{name}": t for name, t in getattr(attention, part).state_dict().items()}
-        tensors |= {"q_b_proj.weight": query, "kv_a_proj_with_mqa.weight": cached}
+        tensors |= {"q_b_proj.weight": query.flatten(0, 1), "kv_a_proj_with_mqa.weight": cached}
     else:
         for name in ("weight", "bias"):
             q, k, v = projections(attention, name, heads * d, groups * d)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from own_format import FAMILIES, WINDOW, make_source, uncut
+from own_format import COMMON, FAMILIES, WINDOW, make_source, uncut
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import transmla
-from transmla.modeling.configuration_transmla import TransmlaConfig
+from transmla.errors import TransmlaError
+from transmla.modeling.configuration_transmla import TransmlaConfig, converted_config
 from transmla.modeling.modeling_transmla import TransmlaAttention, TransmlaForCausalLM
 
 LENGTH, PADDING = 30, 5
@@ -83,6 +87,7 @@ def test_token_by_token_is_the_whole_forward(pair: tuple[Any, Any, Path], texts:
 def test_bfloat16_is_close(pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor]) -> None:
     source, _, folder = pair
     half = TransmlaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    assert half.dtype == torch.bfloat16
     seen = texts["attention_mask"].bool()
     theirs, ours = source(**texts).logits[seen], half(**texts).logits[seen].float()
     assert (ours - theirs).square().mean() < 0.01 * theirs.square().mean()
@@ -96,6 +101,12 @@ def test_saved_again_it_is_the_same(
     assert {f.name for f in folder.iterdir()} <= {f.name for f in tmp_path.iterdir()}
     again = TransmlaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert again(**texts).logits.equal(export(**texts).logits)
+    told = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path)]
+    for config in told:
+        config.pop("transformers_version", None)
+    assert told[0]["architectures"] == told[1]["architectures"] == ["TransmlaForCausalLM"]
+    assert told[0]["mla"] == told[1]["mla"]
+    assert set(load_file(folder / "model.safetensors")) == set(load_file(tmp_path / "model.safetensors"))
 
 
 STRANGER = """
@@ -134,7 +145,7 @@ def test_some_layers_may_keep_their_attention(family: str, texts: dict[str, torc
     source = make_source(family, tmp_path / "source")
     folder = uncut(source, tmp_path / "source", tmp_path / "export", keep=(0,))
     export = TransmlaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    assert [type(layer.self_attn) is TransmlaAttention for layer in export.model.layers] == [False, True]
+    assert [isinstance(layer.self_attn, TransmlaAttention) for layer in export.model.layers] == [False, True]
     seen = texts["attention_mask"].bool()
     theirs, ours = (model(**texts).logits[seen] for model in (source, export))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -160,6 +171,90 @@ def test_accelerated_it_generates_the_same(pair: tuple[Any, Any, Path], texts: d
     wanted = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert source.generate(**texts, **wanted).equal(model.generate(**texts, **wanted))
     assert bool(calls) == (model.config.source_model_type not in ("gemma2", "gpt_oss"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3, LENGTH])
+def test_accelerated_it_is_the_source_without_padding(
+    pair: tuple[Any, Any, Path], texts: dict[str, torch.Tensor], length: int
+) -> None:
+    """Where all masks are left out, and in chunks."""
+    source, _, folder = pair
+    model, ids = transmla.load(folder), texts["input_ids"][:1, :length]
+    wanted = source(ids).logits
+    assert (model(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(5, 1)]
+    assert (torch.cat(parts, 1) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3"])
+def test_accelerated_with_layers_that_kept_their_attention(
+    family: str, texts: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    source = make_source(family, tmp_path / "source")
+    model = transmla.load(uncut(source, tmp_path / "source", tmp_path / "export", keep=(0,)))
+    seen = texts["attention_mask"].bool()
+    wanted = source(**texts).logits[seen]
+    assert (model(**texts).logits[seen] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_windows_refuse_what_would_be_wrong_behind_them(tmp_path: Path) -> None:
+    source = make_source("mistral", tmp_path / "source")
+    folder = uncut(source, tmp_path / "source", tmp_path / "export")
+    with pytest.raises(TransmlaError, match="sliding windows"):
+        transmla.load(folder, cache_dtype="float8_e4m3fn")
+    with pytest.raises(TransmlaError, match="sliding windows"):
+        transmla.shared_prefix(transmla.load(folder), torch.arange(3, 7)[None])
+
+
+def test_it_is_pickled_inspected_and_loaded_as_any_model(pair: tuple[Any, Any, Path]) -> None:
+    source, export, folder = pair
+    ids = torch.arange(3, 12)[None]
+    again = pickle.loads(pickle.dumps(export))
+    assert again(ids).logits.equal(export(ids).logits)
+    assert type(pickle.loads(pickle.dumps(export.config))) is type(export.config)
+    assert copy.deepcopy(export)(ids).logits.equal(export(ids).logits)
+    theirs, ours = (model(ids, output_attentions=True).attentions for model in (source, export))
+    assert len(ours) == len(theirs)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-4)
+    assert TransmlaForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.float32
+
+
+def test_what_a_checkpoint_lacks_begins_as_it_should(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = make_source("qwen3", tmp_path / "source")
+    folder = uncut(source, tmp_path / "source", tmp_path / "export")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if "q_b_proj" not in n}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for kind in config["mla"]["kinds"]:
+        kind["latent_norm"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    attention = TransmlaForCausalLM.from_pretrained(folder).model.layers[0].self_attn
+    assert attention.kv_a_layernorm.weight.eq(1).all()
+    assert 0.01 < attention.q_b_proj.weight.std() < 0.03
+
+
+UNKNOWN = {
+    "hunyuan_v1_dense": ({}, "query_layernorm"),
+    "olmo": ({"clip_qkv": 0.5}, "clip_qkv"),
+    "llama": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+}
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_what_it_would_leave_out_is_refused(family: str) -> None:
+    changes, named = UNKNOWN[family]
+    kind = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    kind |= {"inv_freq": [1.0, 0.1], "attention_factor": 1.0, "latent_norm": False}
+    config = converted_config(AutoConfig.for_model(family, **(COMMON | changes)), {"layers": [0, 0], "kinds": [kind]})
+    with pytest.raises(ValueError, match=named):
+        TransmlaForCausalLM._from_config(config)
+    with pytest.raises(ValueError, match="source_model_type"):
+        TransmlaConfig.from_dict({"model_type": family})
+    with pytest.raises(TypeError, match="from_pretrained"):
+        TransmlaForCausalLM(config)
 
 
 @torch.no_grad()

@@ -72,6 +72,12 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
         raise TransmlaError(
             f"unknown cache_dtype '{cache_dtype}'", limit=f"{FLOAT8}, or none for the model's own", remedy="choose one"
         )
+    if cache_dtype is not None and any(getattr(layer, "sliding_window", None) for layer in layers):
+        raise TransmlaError(
+            f"{type(model).__name__} has sliding windows",
+            limit="rows of 8 bits are held by caches that only grow",
+            remedy="leave out cache_dtype",
+        )
     choose = partial(_choose, backend)
     names = set()
     for layer in layers:
@@ -135,6 +141,12 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
     packed = layers[0].packed
     cache = DynamicCache(config=model.config)
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise TransmlaError(
+            f"{type(model).__name__} has sliding windows",
+            limit="a shared prefix is seen whole, however far behind",
+            remedy="give generate() the whole prompts",
+        )
     try:
         # What all sequences share is held once, and need not be packed.
         for layer in layers:

@@ -8,6 +8,7 @@ norms and rotary embedding stay the family's own, so every family that has ``exp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -44,8 +45,6 @@ class LatentAttention(nn.Module):
     # Whether rows are cached in 8 bits.
     packed: bool = False
     prefix: PrefixLayer | None = None
-    # The attention of families that add to their scores.
-    eager: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The family's own forward, over a cache that has room to grow."""
@@ -108,10 +107,12 @@ def latent_attention(
     """Attention of ``query`` [B, H, n, d_n + d_r] to a latent ``key`` [B, 1, T, r] and rotary ``value`` [B, 1, T, d_r].
 
     ``attention_mask`` is boolean [B, 1, n, T] or None, as for SDPA. Returns [B, n, H, d_v]. Layers of a model that
-    are not MLA come here too, and get SDPA.
+    are not MLA come here too, and get SDPA; or their family's own attention, if it adds to the scores.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(module, LatentAttention):
+        if not _plain_scores(kwargs):
+            return _by_family(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     rows = _rows(module, key, value, query.dtype)
     absorbable = _absorbable(module, query, key, attention_mask, kwargs)
@@ -124,10 +125,7 @@ def latent_attention(
         return _decoded(module, query, rows, attention_mask, scaling)[0], None
     keys, values = module.expanded(*(part[:, None] for part in rows.full()))
     if not _plain_scores(kwargs):
-        # SDPA knows nothing of what a family adds to its scores, its own attention does.
-        added = _additive(attention_mask, query.dtype)
-        output, _ = module.eager(module, query, keys, values, added, scaling=scaling, dropout=dropout, **kwargs)
-        return output, None
+        return _by_family(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # Fused kernels want one width.
     query, keys, wide = one_width(query, keys, values)
     output, weights = sdpa(module, query, keys, wide, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -168,11 +166,18 @@ def _plain_scores(extras: dict[str, Any]) -> bool:
     return all(extras.get(name) is None for name in _CHANGES_SCORES)
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask as what eager attention adds to scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+def _by_family(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as a family computes it itself: SDPA knows nothing of what it adds to its scores."""
+    family = next(c for c in type(module).__mro__ if c.__module__.startswith("transformers.models."))
+    new, total = query.shape[2], key.shape[2]
+    if mask is None and new > 1:
+        # None is SDPA's word for causal.
+        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return sys.modules[family.__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
 
 
 def _decoded(

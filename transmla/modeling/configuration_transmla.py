@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -31,16 +33,57 @@ class TransmlaConfig(PretrainedConfig):  # type: ignore[misc,no-untyped-call]
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the family that ``config_dict`` names."""
+        if "source_model_type" not in config_dict:
+            raise ValueError("this config.json is not of the format transmla: it names no source_model_type")
         return config_class(config_dict["source_model_type"]).from_dict(config_dict, **kwargs)
+
+
+class _Converted:
+    """Mixed in before a family's config."""
+
+    architectures: list[str] | None
+    source_model_type: str
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As ever, with the code that ``auto_map`` names."""
+        self.architectures = ["TransmlaForCausalLM"]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_code(Path(save_directory))
+
+    def __reduce__(self) -> Any:
+        """Pickled by its family: its class is made when it is needed."""
+        return _bare, (self.source_model_type,), self.__dict__
+
+
+def _bare(family: str) -> Any:
+    """A config of ``family`` without its state."""
+    found = config_class(family)
+    return found.__new__(found)
+
+
+def write_code(folder: Path) -> None:
+    """Put what ``AUTO_MAP`` names into ``folder``: this file and the model's."""
+    for name in ("configuration_transmla.py", "modeling_transmla.py"):
+        file = Path(__file__).with_name(name)
+        # Where a checkpoint's code was fetched for its config alone, the model's is not there.
+        if file.is_file():
+            shutil.copy(file, folder)
 
 
 @cache
 def config_class(family: str) -> Any:
     """The config of ``family`` (a ``model_type`` of transformers) under this format's name."""
     source = CONFIG_MAPPING[family]
-    body = {"model_type": MODEL_TYPE, "__module__": __name__, "__doc__": source.__doc__}
+    # A plan for tensor parallelism splits the attention that was there before.
+    plan = {name: how for name, how in (source.base_model_tp_plan or {}).items() if ".self_attn." not in name}
+    body = {
+        "model_type": MODEL_TYPE,
+        "base_model_tp_plan": plan or None,
+        "__module__": __name__,
+        "__doc__": source.__doc__,
+    }
     # One name for all: transformers registers a model under configs of the name that it was written for.
-    return type(TransmlaConfig.__name__, (source,), body)
+    return type(TransmlaConfig.__name__, (_Converted, source), body)
 
 
 def converted_config(source: Any, mla: dict[str, Any]) -> Any:

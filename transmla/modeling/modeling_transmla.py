@@ -5,10 +5,8 @@ With its config, this file is all the code that an export of the own format brin
 
 from __future__ import annotations
 
-import shutil
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from . import configuration_transmla
 from .configuration_transmla import TransmlaConfig, config_class
 
 # What a family's attention adds to its scores: the attribute that holds it, and its name in attention functions.
@@ -27,7 +24,7 @@ SCORE_EXTRAS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "s
 NORMED = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
-class LatentNorm(nn.Module):
+class LatentRMSNorm(nn.Module):
     """RMSNorm of the latent [..., r] (DeepSeek-V2, arXiv 2405.04434)."""
 
     def __init__(self, rank: int, eps: float = 1e-6) -> None:
@@ -40,16 +37,12 @@ class LatentNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(kv_c.dtype)
 
 
-class PerHead(nn.Module):
-    """A linear map of each head's own features, [..., H, d] → [..., H, n]."""
-
-    def __init__(self, heads: int, features: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, outputs, features).normal_(std=features**-0.5))
+class PerHead(nn.Linear):
+    """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Batched over heads."""
-        return torch.einsum("...hd,hnd->...hn", x, self.weight)
+        return torch.einsum("...hd,hnd->...hn", x, self.weight.unflatten(0, (x.shape[-2], -1)))
 
 
 class TransmlaAttention(nn.Module):
@@ -65,7 +58,8 @@ class TransmlaAttention(nn.Module):
     v_proj: nn.Module
 
     def __init__(self, attention: Any, config: Any, layer_idx: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        _refuse_unknown(attention, config)
         kind = config.mla["kinds"][config.mla["layers"][layer_idx]]
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.num_key_value_groups, self.head_dim = config.num_attention_heads, 1, attention.head_dim
@@ -87,12 +81,12 @@ class TransmlaAttention(nn.Module):
         if hasattr(attention, "q_norm"):
             for name in NORMED:
                 self.add_module(name, getattr(attention, name))
-            self.q_b_proj = PerHead(heads, self.head_dim, wide)
+            self.q_b_proj = PerHead(self.head_dim, heads * wide, bias=False)
             self.kv_a_proj_with_mqa = nn.Linear(2 * config.num_key_value_heads * self.head_dim, cached, bias=False)
         else:
             self.q_proj = nn.Linear(config.hidden_size, heads * wide, bias=biased)
             self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, cached, bias=biased)
-        self.kv_a_layernorm = LatentNorm(self.kv_lora_rank) if kind["latent_norm"] else nn.Identity()
+        self.kv_a_layernorm = LatentRMSNorm(self.kv_lora_rank) if kind["latent_norm"] else nn.Identity()
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=attention.o_proj.bias is not None)
 
@@ -109,7 +103,8 @@ class TransmlaAttention(nn.Module):
 
         ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths.
         """
-        assert position_ids is not None
+        if position_ids is None:
+            raise ValueError(f"{type(self).__name__} needs position_ids: it turns by frequencies of its own")
         query, cached = self._project(hidden_states)
         q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
@@ -138,6 +133,10 @@ class TransmlaAttention(nn.Module):
         expanded = self.kv_b_proj(kv_c[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
         return torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], -1), value
+
+    def __reduce__(self) -> Any:
+        """Pickled by the family's class: this one is made when it is needed."""
+        return _bare_attention, (type(self).__mro__[2],), self.__dict__
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, d_n + d_r] and cached rows [B, T, r + d_r], not turned yet."""
@@ -177,6 +176,41 @@ def _window(attention: Any, config: Any, layer_idx: int) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
+def _refuse_unknown(attention: Any, config: Any) -> None:
+    """Refuse what a family does that this attention would leave out.
+
+    Raises:
+        ValueError: naming it.
+    """
+    unknown = {name for name, _ in attention.named_children()} - {*NORMED, "qkv_proj", "o_proj"}
+    unknown |= {name for name in ("clip_qkv", "llama_4_scaling_beta") if getattr(config, name, None)}
+    rope = getattr(config, "rope_parameters", None) or {}
+    for table in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        # Their frequencies change with the length of the text.
+        unknown |= {f"rope_type {name}" for name in ("dynamic", "longrope") if table.get("rope_type") == name}
+        unknown |= {name for name in ("llama_4_scaling_beta",) if table.get(name)}
+    if unknown:
+        raise ValueError(f"{type(attention).__name__} cannot become latent attention: {', '.join(sorted(unknown))}")
+
+
+@cache
+def attention_class(plain: Any) -> type[nn.Module]:
+    """Latent attention that is, to whatever looks for it, a family's ``plain`` one."""
+    return type(f"Transmla{plain.__name__}", (TransmlaAttention, plain), {"__module__": __name__})
+
+
+def _bare_attention(plain: Any) -> Any:
+    """Latent attention in the place of ``plain``, without its state."""
+    found = attention_class(plain)
+    return found.__new__(found)
+
+
+def _bare_model(family: str, head: bool) -> Any:
+    """A model of ``family`` without its state."""
+    found = model_class(family, head=head)
+    return found.__new__(found)
+
+
 class _Converted:
     """Mixed in before a family's model: built as it is, then latent attention put into its layers."""
 
@@ -184,18 +218,16 @@ class _Converted:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for i, layer in enumerate(self.get_decoder().layers):  # type: ignore[attr-defined]
             if config.mla["layers"][i] is not None:
-                layer.self_attn = TransmlaAttention(layer.self_attn, config, i)
+                plain: Any = type(layer.self_attn)
+                layer.self_attn = attention_class(plain)(layer.self_attn, config, i)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever, with the code that reads it."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        write_code(Path(save_directory))
+    def __reduce__(self) -> Any:
+        """Pickled by its family: its class is made when it is needed."""
+        return _bare_model, (self.config.source_model_type, self.head), self.__dict__  # type: ignore[attr-defined]
 
 
-def write_code(folder: Path) -> None:
-    """Put what ``AUTO_MAP`` names into ``folder``: this file and its config's."""
-    for file in (configuration_transmla.__file__, __file__):
-        shutil.copy(file, folder)
+# What of the options of a model's ``from_pretrained`` says where its config is.
+WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class _Entry(PreTrainedModel):  # type: ignore[misc]
@@ -204,11 +236,15 @@ class _Entry(PreTrainedModel):  # type: ignore[misc]
     config_class = TransmlaConfig
     head: bool
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{type(self).__name__} is a door to many classes: call its from_pretrained")
+
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As of any model of transformers."""
         if config is None:
-            config, kwargs = TransmlaConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            config = TransmlaConfig.from_pretrained(path, **where)
         return cls._of(config).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
@@ -241,4 +277,5 @@ def model_class(family: str, *, head: bool) -> Any:
     names = get_checkpoint_conversion_mapping(source.__name__) or get_checkpoint_conversion_mapping(family)
     if names:
         register_checkpoint_conversion_mapping(name, names, overwrite=True)
-    return type(name, (_Converted, source), {"config_class": config_class(family), "__module__": __name__})
+    body = {"config_class": config_class(family), "head": head, "__module__": __name__}
+    return type(name, (_Converted, source), body)
