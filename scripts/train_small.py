@@ -75,10 +75,11 @@ def make_model(family: str, *, large: bool) -> Any:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Sequences of one stream of tokens, each beginning in the middle of the one before."""
+    """Sequences of one stream of tokens, each beginning in the middle of the one before, with ``START`` put first."""
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        self.rows = tokens.unfold(0, length, length // 2)
+    def __init__(self, tokens: Tensor, start: int, length: int) -> None:
+        self.rows = tokens.unfold(0, length, length // 2).clone()
+        self.rows[:, 0] = start
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,7 +99,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer(pydoc_text("train"))
-    train, test = (Windows(load_tokens("pydoc", tokenizer, split=split), LENGTH) for split in ("train", "test"))
+    train, test = (
+        Windows(load_tokens("pydoc", tokenizer, split=split), tokenizer.bos_token_id, LENGTH)
+        for split in ("train", "test")
+    )
     model = make_model(arguments.family, large=arguments.large)
     trainer = Trainer(
         model=model,

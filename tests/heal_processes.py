@@ -1,7 +1,7 @@
 """``torchrun … heal_processes.py ddp|fsdp|deepspeed[-sick] DIR --teacher …``: `transmla heal` on CPU processes.
 
 accelerate takes FSDP and DeepSpeed on GPUs only; what makes it take them on CPUs is here, the rest is what a user runs.
-``-sick``: at its seventh step, weights that one of the processes holds are no numbers.
+``-sick``: the loss of one of the processes is no number at its seventh step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 
 from transmla.cli import main
 from transmla.heal import run
-from transmla.heal.loop import Loop
+from transmla.heal.losses import Distiller
 from transmla.heal.settings import Healing
 
 
@@ -58,17 +58,16 @@ def staged(settings: Healing, output: Path) -> Any:
 
 
 def sicken() -> None:
-    real, calls = Loop._step, 0
+    real, calls = Distiller.forward, 0
 
-    def sick(self: Loop, rows: torch.Tensor) -> float:
+    def sick(self: Distiller, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
-        calls += 1
-        if calls == 7 and self.accelerator.process_index == 1:
-            held = self.parameters[0].data
-            getattr(held, "_local_tensor", held).fill_(math.nan)
-        return real(self, rows)
+        loss, kl = real(self, rows)
+        calls += self.training
+        # The gradient stays what it is: nothing but the loss tells the other process.
+        return (loss + math.nan if calls == 7 and PartialState().process_index == 1 else loss), kl
 
-    Loop._step = sick
+    Distiller.forward = sick
 
 
 if __name__ == "__main__":

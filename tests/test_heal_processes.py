@@ -39,9 +39,8 @@ def on_two(kind: str) -> list[str]:
 
 
 def heal(command: list[str], arguments: list[str], output: Path) -> None:
-    done = subprocess.run(
-        [*command, *arguments, "-o", str(output), *SMALL], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    whole = [*command, *arguments, "-o", str(output), *SMALL]
+    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
