@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from healing import cleared
 from provenance import RESULTS, write_result
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -34,9 +34,7 @@ def launcher(way: str, processes: int) -> list[str]:
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Heal ``way``; tokens a second, and the curve, which should be the same for all."""
-    output = arguments.work / way
-    for left in (output, output.with_name(way + ".partial")):
-        shutil.rmtree(left, ignore_errors=True)
+    output = cleared(arguments.work / way)
     tokens = arguments.steps * arguments.batch * arguments.length
     sizes = {"batch": arguments.batch, "length": arguments.length, "max-tokens": tokens, "held-out": 4}
     looks = {"eval-every": EVAL_EVERY, "save-every": arguments.steps}

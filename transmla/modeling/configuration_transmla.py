@@ -34,7 +34,9 @@ class TransmlaConfig(PretrainedConfig):  # type: ignore[misc,no-untyped-call]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the family that ``config_dict`` names."""
         if "source_model_type" not in config_dict:
-            raise ValueError("this config.json is not of the format transmla: it names no source_model_type")
+            raise ValueError(
+                "this config.json names no source_model_type, as those of the format transmla do; read it by AutoConfig"
+            )
         return config_class(config_dict["source_model_type"]).from_dict(config_dict, **kwargs)
 
 

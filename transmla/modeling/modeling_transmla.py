@@ -104,7 +104,10 @@ class TransmlaAttention(nn.Module):
         ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths.
         """
         if position_ids is None:
-            raise ValueError(f"{type(self).__name__} needs position_ids: it turns by frequencies of its own")
+            raise ValueError(
+                f"{type(self).__name__} was given no position_ids: it turns by frequencies of its own; "
+                "call the model, which passes them, or pass them to the layer"
+            )
         query, cached = self._project(hidden_states)
         q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
@@ -183,14 +186,17 @@ def _refuse_unknown(attention: Any, config: Any) -> None:
         ValueError: naming it.
     """
     unknown = {name for name, _ in attention.named_children()} - {*NORMED, "qkv_proj", "o_proj"}
-    unknown |= {name for name in ("clip_qkv", "llama_4_scaling_beta") if getattr(config, name, None)}
+    unknown |= {"clip_qkv"} if getattr(config, "clip_qkv", None) else set()
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(part for part in rope.values() if isinstance(part, dict))):
         # Their frequencies change with the length of the text.
         unknown |= {f"rope_type {name}" for name in ("dynamic", "longrope") if table.get("rope_type") == name}
-        unknown |= {name for name in ("llama_4_scaling_beta",) if table.get(name)}
+        unknown |= {"llama_4_scaling_beta"} if table.get("llama_4_scaling_beta") else set()
     if unknown:
-        raise ValueError(f"{type(attention).__name__} cannot become latent attention: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{type(attention).__name__} has what latent attention would leave out: {', '.join(sorted(unknown))}; "
+            "let its layers keep their attention (None in mla.layers)"
+        )
 
 
 @cache
