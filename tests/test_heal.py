@@ -159,11 +159,19 @@ def test_parts_of_a_step_add_up(make_healing: Callable[..., Healing], tmp_path: 
         assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
 
 
-def test_compiled_layers_learn_the_same(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_compiled_layers_learn_the_same(
+    make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = {"max_tokens": 32 * 8 * 3}
+    cut_for_ddp = []
+    run_loop = loops.Loop.run
+    monkeypatch.setattr(
+        loops.Loop, "run", lambda *given: (cut_for_ddp.append(torch._dynamo.config.optimize_ddp), run_loop(*given))
+    )
     plain = curve(heal(make_healing(**few)))
     compiled = curve(heal(make_healing(**few, compile=True, output=str(tmp_path / "compiled"))))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    assert cut_for_ddp == [True, False]
     for ours, theirs in zip(compiled, plain, strict=True):
         assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
 

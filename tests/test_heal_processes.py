@@ -122,7 +122,8 @@ def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_
 
 def test_the_script_of_speeds_times_the_same_healing_twice(arguments: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "scripts" / "healing_speed.py"
-    sizes = ["--batch", "8", "--length", "32", "--steps", "20", "--trainable", "attention", "--no-compile"]
+    sizes = ["--batch", "8", "--length", "32", "--steps", "20", "--eval-every", "10"]
+    sizes += ["--trainable", "attention", "--no-compile"]
     places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--commit", "none"]
     command = [sys.executable, str(script), *arguments, *sizes, *places, "--ways", "one", "ddp"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,8 @@ def _learn(
         hidden=settings.hidden,
         temperature=settings.temperature,
     )
-    if _compiles(settings, accelerator.device):
+    compiles = _compiles(settings, accelerator.device)
+    if compiles:
         distiller.compile_parts()
     # Rates come from whole tensors, before anything is sharded.
     trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
@@ -125,7 +127,9 @@ def _learn(
     accelerator.wait_for_everyone()
     if state is not None:
         loop.restore()
-    loop.run(report)
+    # Under DDP, torch would cut every layer in two to send gradients early; between layers is early enough.
+    with torch._dynamo.config.patch(optimize_ddp=False) if compiles else nullcontext():
+        loop.run(report)
     accelerator.free_memory()
     return Learned(loop.best or {}, loop.state, reading)
 
