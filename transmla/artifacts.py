@@ -93,16 +93,38 @@ class RotaryPlan:
 
 
 @dataclass(frozen=True)
+class ScoreRules:
+    """What a family does to scores on their way to the softmax, beside hiding the future.
+
+    A query sees the ``window`` last keys, itself included; scores s become ``softcap`` · tanh(s / ``softcap``);
+    ``sinks`` [H] are the scores of one more key for each head, which has no value.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def heads(self, chosen: slice) -> ScoreRules:
+        """The rules of some of the heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[chosen])
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> ScoreRules:
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device=device, dtype=dtype))
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One source attention layer: q [H, d, D], k [G, d, D], v [G, d, D], o [H, D, d]."""
+    """One source attention layer: q [H, d, D], k [G, d, D], v [G, d, D], o [H, D, d], and its rules."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
+    rules: ScoreRules = field(default=ScoreRules())
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerWeights:
-        return LayerWeights(*(t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o)))
+        tensors = (t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o))
+        return LayerWeights(*tensors, rules=self.rules.to(dtype, device))
 
 
 @dataclass(frozen=True)
@@ -155,12 +177,13 @@ class LayerFactors:
     scaling: float
     rope_gain: float = 1.0
     q_latent: Tensor | None = None
+    rules: ScoreRules = field(default=ScoreRules())
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerFactors:
         """The factors in ``dtype``; frequencies stay float32 at least, or far positions turn by wrong angles."""
         tensors = {name: value.to(device, dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
         tensors["inv_freq"] = self.inv_freq.to(device, torch.promote_types(dtype, torch.float32))
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        return replace(self, rules=self.rules.to(dtype, device), **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class SourceLayer:
         per_step = max(1, SCORES_PER_STEP // (group * length * len(queries)))
         for g in range(spec.num_key_value_heads):
             heads = slice(g * group, (g + 1) * group)
-            part = replace(weights, q=weights.q[heads], k=weights.k[g : g + 1])
+            part = replace(weights, q=weights.q[heads], k=weights.k[g : g + 1], rules=weights.rules.heads(heads))
             for start in range(0, len(x), per_step):
                 scores = source_scores(
                     x[start : start + per_step],
@@ -201,7 +201,7 @@ class SourceLayer:
                     gain=spec.attention_factor**2,
                     positions=queries,
                 )
-                attention = causal_softmax(scores, queries)
+                attention = causal_softmax(scores, queries, part.rules)
                 squared[start : start + per_step] += attention.square().sum((1, 2))
                 total = attention[:, :, late:].sum(0)
                 total[..., 0] = 0

@@ -8,15 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transmla.artifacts import LayerFactors, LayerWeights
+from transmla.artifacts import LayerFactors, LayerWeights, ScoreRules
 from transmla.core.rope import rotate
 
+PLAIN = ScoreRules()
 
-def causal_softmax(scores: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Softmax of ``scores`` [..., Q, T] over keys not in the future of the queries at ``positions`` [Q] (all T)."""
+
+def causal_softmax(scores: Tensor, positions: Tensor | None = None, rules: ScoreRules = PLAIN) -> Tensor:
+    """Softmax of ``scores`` [..., H, Q, T] over the keys that queries at ``positions`` [Q] (all T) see.
+
+    Rows sum to one, or with sinks to less.
+    """
     keys = torch.arange(scores.shape[-1], device=scores.device)
     queries = keys if positions is None else positions
-    return scores.masked_fill(keys > queries[:, None], float("-inf")).softmax(-1)
+    if rules.softcap is not None:
+        scores = (scores / rules.softcap).tanh() * rules.softcap
+    scores = scores.masked_fill(unseen(queries, keys, rules.window), float("-inf"))
+    if rules.sinks is None:
+        return scores.softmax(-1)
+    sinks = rules.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+def unseen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Where [Q, T] a key lies in the future of a query or behind its window; both are given by their positions."""
+    distance = queries[:, None] - keys
+    return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
 def source_scores(
@@ -45,7 +62,8 @@ def source_attention(
 ) -> Tensor:
     """Output [N, T, D] of the source attention."""
     group = weights.q.shape[0] // weights.k.shape[0]
-    attention = causal_softmax(source_scores(x, weights, inv_freq, scaling=scaling, gain=gain))
+    scores = source_scores(x, weights, inv_freq, scaling=scaling, gain=gain)
+    attention = causal_softmax(scores, rules=weights.rules)
     v = torch.einsum("ntD,gdD->ngtd", x, weights.v).repeat_interleave(group, 1)
     return torch.einsum("nhtd,hDd->ntD", attention @ v, weights.o)
 
@@ -64,7 +82,7 @@ def expanded_attention(x: Tensor, f: LayerFactors) -> Tensor:
     k_nope = torch.einsum("ntr,hdr->nhtd", kv_c, f.k_up)
     value = torch.einsum("ntr,hdr->nhtd", kv_c, f.v_up)
     scores = q_nope @ k_nope.mT + f.rope_gain * (q_pe @ k_pe[:, None].mT)
-    return torch.einsum("nhtd,hDd->ntD", causal_softmax(scores * f.scaling) @ value, f.o)
+    return torch.einsum("nhtd,hDd->ntD", causal_softmax(scores * f.scaling, rules=f.rules) @ value, f.o)
 
 
 def absorbed_attention(x: Tensor, f: LayerFactors) -> Tensor:
@@ -75,5 +93,5 @@ def absorbed_attention(x: Tensor, f: LayerFactors) -> Tensor:
     q_nope, q_pe, kv_c, k_pe = _mla_queries_and_cache(x, f)
     q_latent = torch.einsum("nhtd,hdr->nhtr", q_nope, f.k_up)
     scores = q_latent @ kv_c[:, None].mT + f.rope_gain * (q_pe @ k_pe[:, None].mT)
-    mixed = causal_softmax(scores * f.scaling) @ kv_c[:, None]
+    mixed = causal_softmax(scores * f.scaling, rules=f.rules) @ kv_c[:, None]
     return torch.einsum("nhtr,hdr,hDd->ntD", mixed, f.v_up, f.o)

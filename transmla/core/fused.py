@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
-from transmla.artifacts import LayerFactors
+from transmla.artifacts import LayerFactors, ScoreRules
+from transmla.core.absorb import PLAIN, causal_softmax, unseen
 from transmla.core.rope import rotate
 
 
@@ -30,11 +31,27 @@ def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
     q = torch.cat([query[..., :d_n], q_pe], -1)
     k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
     value = expanded[..., d_n:]
+    return attend(q, k, value, scaling=f.scaling, rules=f.rules).transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN) -> Tensor:
+    """Causal attention of whole sequences, q and k [N, H, T, d], v [N, H, T, d_v] → [N, H, T, d_v]."""
+    if rules.softcap is not None:
+        return causal_softmax(q @ k.mT * scaling, rules=rules).to(v.dtype) @ v
     # The fused kernels want one width; the wider of the two is padded for.
-    width = max(q.shape[-1], value.shape[-1])
-    q, k, v = (pad(t, (0, width - t.shape[-1])) for t in (q, k, value))
-    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, scale=f.scaling)
-    return mixed[..., : value.shape[-1]].transpose(1, 2).flatten(2)
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, wide = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    if rules.window is None and rules.sinks is None:
+        return scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scaling)[..., : v.shape[-1]]
+    positions = torch.arange(q.shape[2], device=q.device)
+    bias = torch.zeros_like(positions, dtype=q.dtype).expand(len(positions), -1)
+    bias = bias.masked_fill(unseen(positions, positions, rules.window), float("-inf"))
+    if rules.sinks is not None:
+        # A key of nothing scores nothing, but for what the mask adds.
+        k, wide = pad(k, (0, 0, 0, 1)), pad(wide, (0, 0, 0, 1))
+        sinks = rules.sinks.to(bias)[:, None, None].expand(-1, len(positions), 1)
+        bias = torch.cat([bias.expand(len(sinks), -1, -1), sinks], -1)
+    return scaled_dot_product_attention(q, k, wide, attn_mask=bias, scale=scaling)[..., : v.shape[-1]]
 
 
 def project(values: Tensor, f: LayerFactors) -> Tensor:

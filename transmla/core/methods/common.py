@@ -77,5 +77,6 @@ def assemble(
         inv_freq=inv_freq,
         scaling=plan.spec.scaling,
         rope_gain=gain,
+        rules=weights.rules,
     )
     return orthonormal_latents(factors)
