@@ -123,8 +123,8 @@ class LayerWeights:
     rules: ScoreRules = field(default=ScoreRules())
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerWeights:
-        tensors = (t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o))
-        return LayerWeights(*tensors, rules=self.rules.to(dtype, device))
+        q, k, v, o = (t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o))
+        return LayerWeights(q, k, v, o, self.rules.to(dtype, device))
 
 
 @dataclass(frozen=True)

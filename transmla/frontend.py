@@ -1,0 +1,97 @@
+"""What a source's attention is linear in: its features, and its weights as maps of them.
+
+All mathematics of conversion is of maps that read one input. That input are the hidden states; where there are biases,
+with a one behind them, so that a bias is one more column; and where queries and keys are normed, which no map of the
+hidden states can be, the normed queries, the normed keys and the values themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from transmla.artifacts import LayerWeights, ScoreRules
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers of query and key/value heads, their width, and the order [d] that puts a head's channels in halves."""
+
+    queries: int
+    groups: int
+    width: int
+    order: tuple[int, ...]
+
+
+def read_projections(attention: Any, heads: Heads) -> tuple[Tensor, Tensor | None]:
+    """Weights [(H + 2G)·d, D] and biases [(H + 2G)·d] of queries, keys and values of a family's ``attention``."""
+    if hasattr(attention, "qkv_proj"):
+        return attention.qkv_proj.weight, attention.qkv_proj.bias
+    parts = attention.q_proj, attention.k_proj, attention.v_proj
+    biases = [part.bias for part in parts]
+    together = None if biases[0] is None else torch.cat(biases)
+    return torch.cat([part.weight for part in parts]), together
+
+
+class FrontEnd:
+    """The features of one ``attention``, whose weights are there."""
+
+    def __init__(self, attention: Any, heads: Heads, rules: ScoreRules) -> None:
+        self.attention, self.heads, self.rules = attention, heads, rules
+        self.projection, self.bias = read_projections(attention, heads)
+        self.normed = hasattr(attention, "q_norm")
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        rows, columns = self.projection.shape
+        return rows if self.normed else columns + (self.bias is not None)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [..., F] of what enters the attention, [..., D]."""
+        if not self.normed:
+            return x if self.bias is None else pad(x, (0, 1), value=1.0)
+        h, d = self.heads, self.heads.width
+        q, k, v = linear(x, self.projection, self.bias).split([h.queries * d, h.groups * d, h.groups * d], -1)
+        q, k = self._norm(self.attention.q_norm, q), self._norm(self.attention.k_norm, k)
+        return torch.cat([q, k, v], -1)
+
+    def weights(self) -> LayerWeights:
+        """Queries, keys and values as maps of the features, float32, channels of queries and keys in halves."""
+        h, d = self.heads, self.heads.width
+        if self.normed:
+            maps = torch.eye(self.width, device=self.projection.device)
+        else:
+            maps = self.projection.detach().float()
+            if self.bias is not None:
+                maps = torch.cat([maps, self.bias.detach().float()[:, None]], 1)
+        q, k, v = maps.unflatten(0, (-1, d)).split([h.queries, h.groups, h.groups])
+        order = list(h.order)
+        o = self.attention.o_proj.weight.detach().float().unflatten(1, (h.queries, d)).transpose(0, 1)
+        return LayerWeights(q[:, order], k[:, order], v, o, self.rules)
+
+    def _norm(self, norm: Any, x: Tensor) -> Tensor:
+        """A family's ``norm`` of all heads [..., heads · d] together, or of each."""
+        if norm.weight.numel() == x.shape[-1]:
+            return norm(x)  # type: ignore[no-any-return]
+        return norm(x.unflatten(-1, (-1, self.heads.width))).flatten(-2)  # type: ignore[no-any-return]
+
+
+def halves_order(width: int, turned: int, *, interleaved: bool) -> tuple[int, ...]:
+    """Channels [width] in halves layout, of which the first ``turned`` are; the others become pairs that stand still.
+
+    Raises:
+        ValueError: for an odd number of either.
+    """
+    if width % 2 or turned % 2:
+        raise ValueError(f"{turned} of {width} channels cannot be paired")
+    pairs = [(i, i + turned // 2) for i in range(turned // 2)]
+    if interleaved:
+        pairs = [(2 * i, 2 * i + 1) for i in range(turned // 2)]
+    rest = (width - turned) // 2
+    pairs += [(turned + i, turned + rest + i) for i in range(rest)]
+    return tuple(channel for half in zip(*pairs, strict=True) for channel in half)
