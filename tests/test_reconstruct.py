@@ -44,7 +44,7 @@ class Case:
         model = build_model(layout=layout)
         config = model.config
         spec = describe(config)
-        self.layer = SourceLayer(skeleton(config), config, spec, torch.device(device), half=half)
+        self.layer = SourceLayer(skeleton(config), spec, torch.device(device), half=half)
         tensors = {name: t.detach().clone() for name, t in model.model.layers[number].state_dict().items()}
         if spoil:
             spoil(tensors)
@@ -76,7 +76,9 @@ def judge(case: Case, factors: LayerFactors) -> float:
     n = held_out(len(case.source))
     source, converted = case.source[-n:], case.converted[-n:]
     with torch.no_grad():
-        wanted, got = case.layer.middle(source), case.layer.middle(converted, factors.to(torch.float32))
+        wanted, got = (
+            case.layer.run(s, f, through_mlp=False) for s, f in ((source, None), (converted, factors.to(torch.float32)))
+        )
     share = 1 / wanted.square().mean(-1, keepdim=True)
     return float(((got - wanted) ** 2 * share).sum() / ((wanted - source) ** 2 * share).sum())
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights
+from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
 from transmla.core.absorb import causal_softmax, source_scores
-from transmla.core.fused import fused_attention
+from transmla.core.fused import attended_heads, fused_attention
+from transmla.decoder import attention_input, run_layer
+from transmla.frontend import FrontEnd, Heads
 from transmla.native import RMS_NORM_EPS
 
 # Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
@@ -21,6 +23,8 @@ from transmla.native import RMS_NORM_EPS
 QUERY_STRIDE = 4
 DISTANCE_SKIP = 4
 TOKENS_PER_STEP = 4096
+# What is given to this module of a layer is the stream after its attention.
+AFTER_ATTENTION = "post_attention_layernorm"
 # Scores held at once while attention is measured.
 SCORES_PER_STEP = 2**24
 
@@ -68,12 +72,9 @@ class SourceLayer:
     The hidden stream is float32 always. ``half`` multiplies in bfloat16, for a source stored in it.
     """
 
-    def __init__(
-        self, skeleton: Any, config: Any, spec: AttentionSpec, device: torch.device, *, half: bool = False
-    ) -> None:
+    def __init__(self, skeleton: Any, spec: AttentionSpec, device: torch.device, *, half: bool = False) -> None:
         self.spec, self.device, self.half = spec, device, half
         self.module: Any = skeleton.model.layers[0]
-        self.rotary = type(skeleton.model.rotary_emb)(config).to(device)
         self.inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -82,39 +83,37 @@ class SourceLayer:
         placed = {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
         self.module.load_state_dict(placed, strict=True, assign=True)
         self.module.requires_grad_(False)
+        spec = self.spec
+        heads = Heads(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, tuple(range(spec.head_dim)))
+        self.front = FrontEnd(self.module.self_attn, heads, ScoreRules())
 
     def weights(self) -> LayerWeights:
-        """The attention weights by head, float32."""
-        spec, attention = self.spec, self.module.self_attn
-        d, width = spec.head_dim, spec.hidden_size
-        q, k, v, o = (getattr(attention, f"{name}_proj").weight.detach().float() for name in "qkvo")
-        return LayerWeights(
-            q.view(spec.num_attention_heads, d, width),
-            k.view(spec.num_key_value_heads, d, width),
-            v.view(spec.num_key_value_heads, d, width),
-            o.view(width, spec.num_attention_heads, d).transpose(0, 1),
-        )
+        """The attention weights by head, float32, as maps of ``features``."""
+        return self.front.weights()
 
     @torch.no_grad()
-    def attention_input(self, hidden: Tensor) -> Tensor:
-        """The normalised input of the attention, [N, T, D] → [N, T, D]."""
-        return self.module.input_layernorm(hidden.to(self.device))
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the attention's weights read, [N, T, D] → [N, T, F]."""
+        return self.front.features(attention_input(self.module, hidden.to(self.device)))
 
-    def middle(self, hidden: Tensor, factors: LayerFactors | None = None) -> Tensor:
-        """The stream after the attention, of the source or of ``factors``; [N, T, D] → [N, T, D]."""
-        with self._precision():
-            x = self.module.input_layernorm(hidden)
-            if factors is not None:
-                return hidden + fused_attention(x, factors)
-            positions = torch.arange(hidden.shape[1], device=self.device)[None]
-            embeddings = self.rotary(hidden, positions)
-            output = self.module.self_attn(x, attention_mask=None, position_embeddings=embeddings)
-        return hidden + output[0]
+    def run(self, hidden: Tensor, factors: LayerFactors | None = None, *, through_mlp: bool = True) -> Tensor:
+        """The layer's output with the source's attention or ``factors``; [N, T, D] → [N, T, D].
 
-    def finish(self, middle: Tensor) -> Tensor:
-        """The layer's output for the stream after its attention; [N, T, D] → [N, T, D]."""
+        Without ``through_mlp``, the stream after the attention.
+        """
+        attend = partial(self._attend, factors=factors)
         with self._precision():
-            return middle + self.module.mlp(self.module.post_attention_layernorm(middle))
+            return run_layer(self.module, hidden, attend, until=None if through_mlp else AFTER_ATTENTION)
+
+    def _attend(self, x: Tensor, factors: LayerFactors | None) -> Tensor:
+        features, output = self.front.features(x), self.module.self_attn.o_proj
+        if factors is not None:
+            mixed = fused_attention(features, factors)
+            return mixed if output.bias is None else mixed + output.bias
+        spec, (q, k, v) = self.spec, self.front.heads_of(features)
+        gain = spec.attention_factor**2
+        mixed = attended_heads(q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.front.rules)
+        return output(mixed)  # type: ignore[no-any-return]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
@@ -122,23 +121,21 @@ class SourceLayer:
     @torch.no_grad()
     def observe(self, stream: Tensor) -> Observations:
         """Run the layer over ``stream`` [N, T, D] step by step; returns what was seen and the next stream."""
-        width, length = self.spec.hidden_size, stream.shape[1]
+        width, length = self.front.width, stream.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
         following = torch.empty_like(stream)
         with self._observed_norms() as norms:
             for start, hidden in steps(stream):
-                x = self.attention_input(hidden)
+                x = self.features(hidden)
                 step_mass, squared = self._attention(x)
                 mass += step_mass
                 received += float(squared.sum())
                 flat = x.flatten(0, 1)
                 moment += (flat.mT @ flat).double()
                 attended += ((x * squared[..., None]).flatten(0, 1).mT @ flat).double()
-                following[start : start + len(hidden)] = self.finish(self.middle(hidden.to(self.device))).to(
-                    stream.device
-                )
+                following[start : start + len(hidden)] = self.run(hidden.to(self.device)).to(stream.device)
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)
@@ -150,13 +147,13 @@ class SourceLayer:
 
         Returns E[x xᵀ] [D, D] of the attention's input, and the next stream.
         """
-        width = self.spec.hidden_size
+        width = self.front.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
         following = torch.empty_like(stream)
         for start, hidden in steps(stream):
-            x = self.attention_input(hidden).flatten(0, 1)
+            x = self.features(hidden).flatten(0, 1)
             moment += (x.mT @ x).double()
-            output = self.finish(self.middle(hidden.to(self.device), factors))
+            output = self.run(hidden.to(self.device), factors)
             following[start : start + len(hidden)] = output.to(stream.device)
         return moment / (stream.shape[0] * stream.shape[1]), following
 

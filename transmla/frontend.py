@@ -60,6 +60,16 @@ class FrontEnd:
         q, k = self._norm(self.attention.q_norm, q), self._norm(self.attention.k_norm, k)
         return torch.cat([q, k, v], -1)
 
+    def heads_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, T, d], keys and values [N, G, T, d], queries and keys in halves, of features [N, T, F]."""
+        h, order = self.heads, list(self.heads.order)
+        rows = features
+        if not self.normed:
+            rows = linear(features[..., : self.projection.shape[1]], self.projection, self.bias)
+        counts = [h.queries, h.groups, h.groups]
+        q, k, v = rows.unflatten(-1, (-1, h.width)).transpose(1, 2).split(counts, 1)
+        return q[..., order], k[..., order], v
+
     def weights(self) -> LayerWeights:
         """Queries, keys and values as maps of the features, float32, channels of queries and keys in halves."""
         h, d = self.heads, self.heads.width

@@ -61,7 +61,7 @@ class Layerwise:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         half = computes_in_bfloat16(source, device)
         self.layers = [
-            SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+            SourceLayer(skeleton(source.config), source.spec, device, half=half)
             for _ in range(1 if self.effort is None else self.effort.window)
         ]
         self._ahead: dict[int, _Opened] = {}
@@ -161,7 +161,7 @@ class Layerwise:
 
     def _attention_inputs(self, layer: SourceLayer, streams: Streams) -> Any:
         """What the export's attention will read: its own stream where there is one."""
-        return (layer.attention_input(hidden) for _, hidden in steps(streams.get(CONVERTED, streams[SOURCE])))
+        return (layer.features(hidden) for _, hidden in steps(streams.get(CONVERTED, streams[SOURCE])))
 
     def _untouched(self, prefix: str, seen: Observations) -> dict[str, Tensor]:
         """The layer's tensors outside the attention, its norms corrected for the export's eps."""
@@ -185,7 +185,7 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
     weights: LayerWeights = layer.weights()
     difference = energy = 0.0
     for hidden in stream:
-        x = layer.attention_input(hidden[None])
+        x = layer.features(hidden[None])
         target = source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
         difference += float((fused_attention(x, factors) - target).square().sum())
         energy += float(target.square().sum())

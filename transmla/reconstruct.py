@@ -135,9 +135,7 @@ class _Problem:
         """What leaves each layer, the last one perhaps before its MLP, with ``factors`` or the source's attention."""
         found = []
         for layer, f in zip(self.layers, factors, strict=True):
-            stream = layer.middle(stream, f)
-            if self.through_mlp or layer is not self.layers[-1]:
-                stream = layer.finish(stream)
+            stream = layer.run(stream, f, through_mlp=self.through_mlp or layer is not self.layers[-1])
             found.append(stream)
         return found
 
@@ -225,6 +223,6 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
     width = stream.shape[-1]
     moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
     for _, hidden in steps(stream):
-        x = layers[-1].attention_input(hidden).flatten(0, 1)
+        x = layers[-1].features(hidden).flatten(0, 1)
         moment += (x.mT @ x).double()
     yield moment / (stream.shape[0] * stream.shape[1])

@@ -91,7 +91,7 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
     source.checkpoint.fingerprint()  # refuses weights that are not finite
     device = pick_device(recipe.device)
     half = computes_in_bfloat16(source, device)
-    layer = SourceLayer(skeleton(source.config), source.config, source.spec, device, half=half)
+    layer = SourceLayer(skeleton(source.config), source.spec, device, half=half)
     stream = torch.nn.functional.embedding(tokens, source.checkpoint.read(source.family.tensors["embed"])).float()
     layers = []
     reporter.stage("surveying layers", source.spec.num_hidden_layers)

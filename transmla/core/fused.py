@@ -54,6 +54,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules
     return scaled_dot_product_attention(q, k, wide, attn_mask=bias, scale=scaling)[..., : v.shape[-1]]
 
 
+def attended_heads(
+    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, scaling: float, gain: float, rules: ScoreRules
+) -> Tensor:
+    """Attention of a source, q [N, H, T, d], k and v [N, G, T, d] → [N, T, H·d]; the rest as in ``core.absorb``."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    positions, share = torch.arange(q.shape[2], device=q.device), q.shape[1] // k.shape[1]
+    q = rotate(q.to(exact) * gain, inv_freq, positions).to(v.dtype)
+    k = rotate(k.to(exact), inv_freq, positions).to(v.dtype).repeat_interleave(share, 1)
+    mixed = attend(q, k, v.repeat_interleave(share, 1), scaling=scaling, rules=rules)
+    return mixed.transpose(1, 2).flatten(2)
+
+
 def project(values: Tensor, f: LayerFactors) -> Tensor:
     """The output projection: [N, T, H·d_v] → [N, T, D]."""
     return linear(values, f.o.transpose(0, 1).flatten(1))
