@@ -1,0 +1,53 @@
+"""The own format's layers: factors of any family's attention as the tensors of ``modeling_transmla``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, MLAShape
+from transmla.frontend import FrontEnd
+from transmla.modeling.modeling_transmla import NORMED
+
+
+def layer_kind(factors: LayerFactors, shape: MLAShape, attention_factor: float) -> dict[str, Any]:
+    """What the config says of a layer; ``attention_factor`` is the source's, squared in ``factors.rope_gain``."""
+    return {
+        "kv_lora_rank": shape.kv_lora_rank,
+        "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "qk_nope_head_dim": shape.qk_nope_head_dim,
+        "v_head_dim": shape.v_head_dim,
+        "inv_freq": factors.inv_freq.tolist(),
+        "attention_factor": attention_factor,
+        "latent_norm": False,
+    }
+
+
+def layer_tensors(factors: LayerFactors, front: FrontEnd, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one ``self_attn``: factors of the features of ``front``, whose own parts stay as they are."""
+    attention, h = front.attention, front.heads
+    query, cached = torch.cat([factors.q_nope, factors.q_pe], 1), torch.cat([factors.latent, factors.rope])
+    tensors = {
+        "kv_b_proj.weight": torch.cat([factors.k_up, factors.v_up], 1).flatten(0, 1),
+        "o_proj.weight": factors.o.transpose(0, 1).flatten(1),
+    }
+    if attention.o_proj.bias is not None:
+        tensors["o_proj.bias"] = attention.o_proj.bias
+    if front.rules.sinks is not None:
+        tensors["sinks"] = front.rules.sinks
+    if front.normed:
+        # A head reads its own normed queries, what is cached the keys and values behind all of them.
+        own = query.unflatten(-1, (-1, h.width))[:, :, : h.queries]
+        tensors["q_b_proj.weight"] = torch.stack([own[i, :, i] for i in range(h.queries)]).flatten(0, 1)
+        tensors["kv_a_proj_with_mqa.weight"] = cached[:, h.queries * h.width :]
+        for part in NORMED:
+            tensors |= {f"{part}.{name}": t for name, t in getattr(attention, part).state_dict().items()}
+    else:
+        columns = front.projection.shape[1]
+        for name, rows in (("q_proj", query.flatten(0, 1)), ("kv_a_proj_with_mqa", cached)):
+            tensors[f"{name}.weight"] = rows[:, :columns]
+            if front.bias is not None:
+                tensors[f"{name}.bias"] = rows[:, columns]
+    return {name: t.detach().to("cpu", dtype).contiguous() for name, t in sorted(tensors.items())}
