@@ -70,7 +70,8 @@ def build_model(family: str = "llama", layout: str = "gqa", rope: str = "default
         **scan("transmla.families", "FAMILY")[family].tiny,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "rope_parameters": ROPES[rope],
+        # A copy: some configs write into it.
+        "rope_parameters": dict(ROPES[rope]),
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 1,

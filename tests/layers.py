@@ -47,6 +47,8 @@ def make_spec(layout: str, *, attention_factor: float = 1.0) -> AttentionSpec:
         inv_freq=tuple(100.0 ** (-2 * f / WIDTH) for f in range(WIDTH // 2)),
         attention_factor=attention_factor,
         scaling=WIDTH**-0.5,
+        layer_parameters=3 * HIDDEN * 32 + 2 * HIDDEN,
+        other_parameters=3 * HIDDEN * 32 + 3 * HIDDEN + 2 * 32 * HIDDEN,
     )
 
 

@@ -15,51 +15,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from transmla.families.base import TINY, TINY_WINDOW, Family
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
+from transmla.registry import scan
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WINDOW = 8
-WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": WINDOW},
-    "qwen2": {},
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
-    "qwen3": {"attention_bias": True},
-    "qwen3_moe": EXPERTS,
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
-    "gemma2": WINDOWS | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
-    "gemma3_text": WINDOWS | {"query_pre_attn_scalar": 24},
-    "phi3": {"partial_rotary_factor": 0.5},
-    "olmo2": {},
-    "olmo3": WINDOWS,
-    "granite": {"attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "starcoder2": {"use_bias": True, "sliding_window": WINDOW},
-    "gpt_oss": WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
-}
-INTERLEAVED = ("glm4",)
+COMMON = {**TINY, "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "pad_token_id": 0}
+COMMON |= {"bos_token_id": 1, "eos_token_id": 2}
+WINDOW = TINY_WINDOW
+# Where the family's own config for tests leaves out what its models may have.
+MORE = {"llama": {"attention_bias": True}, "qwen3": {"attention_bias": True}, "mistral": {"sliding_window": WINDOW}}
+FOUND: dict[str, Family] = scan("transmla.families", "FAMILY")
+FAMILIES: dict[str, dict[str, Any]] = {name: {**found.tiny, **MORE.get(name, {})} for name, found in FOUND.items()}
+INTERLEAVED = tuple(name for name, found in FOUND.items() if found.interleaved)
 
 
-def make_source(family: str, folder: Path) -> Any:
+def make_source(family: str, folder: Path, **changes: Any) -> Any:
     """A random model with large biases, norms and sinks, saved to ``folder``."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    config = AutoConfig.for_model(family, **(FAMILIES[family] | COMMON | changes))
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -50,6 +50,8 @@ LLAMA_8B = AttentionSpec(
     inv_freq=tuple((1 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)).double().tolist()),
     attention_factor=1.0,
     scaling=128**-0.5,
+    layer_parameters=3 * 4096 * 14336 + 2 * 4096,
+    other_parameters=32 * (3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096,
 )
 Run = Callable[..., tuple[int, str, str]]
 Edit = Callable[[Path], object]
@@ -134,12 +136,11 @@ def rope(**values: Any) -> Edit:
 
 
 BAD_SOURCES: dict[str, tuple[Edit, str]] = {
-    "gpt2": (config(model_type="gpt2"), "unknown model family 'gpt2'; supported: llama, mistral"),
-    "qwen2": (config(model_type="qwen2"), "unknown model family 'qwen2'; supported: llama, mistral"),
+    "gpt2": (config(model_type="gpt2"), "unknown model family 'gpt2'; supported: gemma2, gemma3_text, glm4, "),
+    "qwen2": (config(model_type="qwen2"), "6 tensors are missing, the first is 'model.layers.0.self_attn.q_proj.bias'"),
     "no-such-type": (config(model_type="nonsense"), "model type `nonsense`"),
-    "attention-bias": (config(attention_bias=True), "llama: attention_bias=true is not supported"),
-    "mlp-bias": (config(mlp_bias=True), "llama: mlp_bias=true is not supported"),
-    "window": (config(model_type="mistral", sliding_window=64), "sliding_window=64 is not supported"),
+    "attention-bias": (config(attention_bias=True), "8 tensors are missing"),
+    "mlp-bias": (config(mlp_bias=True), "6 tensors are missing"),
     "dynamic": (
         rope(rope_type="dynamic", factor=2.0),
         "rope_type 'dynamic' is not supported; supported: default",
@@ -178,6 +179,12 @@ def test_a_source_that_cannot_be_converted_is_refused(place: Path, run: Run, bad
     edit, says = BAD_SOURCES[bad]
     edit(place / "source")
     refuses(run, "convert", "source", "-o", "out", *CALIBRATION, says=says)
+
+
+def test_what_native_has_no_place_for_is_named(place: Path, run: Run) -> None:
+    config(model_type="mistral", sliding_window=64)(place / "source")
+    says = "mistral: sliding_window=64 cannot be carried by the native format"
+    refuses(run, "convert", "source", "-o", "out", "--format", "native", *CALIBRATION, says=says)
 
 
 def test_damaged_shards_are_named(place: Path, run: Run) -> None:

@@ -18,9 +18,11 @@ from transmla.errors import TransmlaError
 from transmla.export import MANIFEST
 from transmla.pipeline import convert
 from transmla.registry import scan
+from transmla.spec import describe
 
 METHODS = scan("transmla.core.methods", "METHOD")
-FAMILIES = scan("transmla.families", "FAMILY")
+EVERY = scan("transmla.families", "FAMILY")
+FAMILIES = [name for name in EVERY if describe(build_model(name).config).native_gap is None]
 EPS = {"rms_norm_eps": 1e-6}
 # MQA with nothing cut: the head's own rotary key, and a latent for its values alone.
 WHOLE = {"qk_rope_head_dim": 16, "kv_lora_rank": 16, "freqfold": 1, "allow_no_saving": True}

@@ -23,7 +23,7 @@ from transmla.plan import make_plan
 from transmla.recipe import Effort as RecipeEffort
 from transmla.recipe import Recipe, parse_recipe, read_recipe
 from transmla.reconstruct import JITTER, _Problem, held_out, reconstruct
-from transmla.spec import describe, skeleton
+from transmla.spec import describe, empty_model, family_of
 
 SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
 LENGTH = 32
@@ -44,11 +44,11 @@ class Case:
         model = build_model(layout=layout)
         config = model.config
         spec = describe(config)
-        self.layer = SourceLayer(skeleton(config), spec, torch.device(device), half=half)
+        self.layer = SourceLayer(empty_model(config), family_of(config), spec, torch.device(device), half=half)
         tensors = {name: t.detach().clone() for name, t in model.model.layers[number].state_dict().items()}
         if spoil:
             spoil(tensors)
-        self.layer.load(tensors)
+        self.layer.load(tensors, number)
         generator = torch.Generator().manual_seed(3)
         mix = torch.randn(spec.hidden_size, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
         self.source = torch.randn(64, LENGTH, spec.hidden_size, generator=generator) @ mix

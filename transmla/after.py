@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from transmla.auto import register
 from transmla.bench import Bench, bench
 from transmla.card import write_card
 from transmla.checkpoint import load_model, resolve_source
@@ -110,6 +111,7 @@ def bench_models(
 def _load(path: Path, dtype: str, device: torch.device) -> Any:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
+    register()
     with _refusing(path):
         return load_model(path, dtype=dtype).to(device)
 

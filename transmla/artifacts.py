@@ -15,11 +15,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What layers of one model may differ in.
+
+    ``inv_freq`` holds the p rotary frequencies in radians per position as the source runs them, 0 where a channel
+    stands still; ``attention_factor`` multiplies its cos and sin (yarn), ``scaling`` its scores; ``window`` and
+    ``softcap`` are those of ``ScoreRules``.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def turned(self) -> int:
+        """Pairs of channels that turn; they come first."""
+        return sum(1 for frequency in self.inv_freq if frequency)
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """What a source model's attention is, independent of its family's class names.
 
-    ``inv_freq`` holds the p rotary frequencies in radians per position as the source runs them;
-    ``attention_factor`` multiplies its cos and sin (yarn), ``scaling`` its scores.
+    ``inv_freq``, ``attention_factor`` and ``scaling`` are those of its first kind of layers (``LayerKind``); where
+    there are several, ``kinds`` lists them and ``layers`` gives each layer's. ``native_gap`` names what DeepSeek-V3's
+    format has no place for. ``layer_parameters`` and ``other_parameters`` count the weights outside the attention: of
+    the largest layer, and of the whole model; a tied head counts once.
     """
 
     family: str
@@ -38,6 +61,35 @@ class AttentionSpec:
     inv_freq: tuple[float, ...]
     attention_factor: float
     scaling: float
+    layer_parameters: int
+    other_parameters: int
+    # Queries and keys have norms; the projections have biases.
+    normed: bool = False
+    biased: bool = False
+    # Tokens choose among experts behind the attention.
+    experts: bool = False
+    native_gap: str | None = None
+    kinds: tuple[LayerKind, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    def kind(self, layer: int) -> LayerKind:
+        """The kind of a layer."""
+        if self.kinds:
+            return self.kinds[self.layers[layer]]
+        return LayerKind(self.inv_freq, self.attention_factor, self.scaling)
+
+    def at(self, layer: int) -> AttentionSpec:
+        """The same, as it is at one layer."""
+        kind = self.kind(layer)
+        given = {"inv_freq": kind.inv_freq, "attention_factor": kind.attention_factor, "scaling": kind.scaling}
+        return replace(self, **given, kinds=(), layers=())  # type: ignore[arg-type]
+
+    @property
+    def features(self) -> int:
+        """Width F of what the attention's weights read (``frontend``)."""
+        if self.normed:
+            return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        return self.hidden_size + self.biased
 
     @property
     def cache_values(self) -> int:
@@ -197,10 +249,33 @@ class Plan:
     dtype: str
     rope_parameters: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    format: str = "native"
+    # Shape and slots of each of ``spec.kinds``, where there are several.
+    kinds: tuple[tuple[MLAShape, RotaryPlan], ...] = field(default=())
+    # Layers that keep the source's attention.
+    kept: tuple[int, ...] = field(default=())
 
     @property
     def cache_ratio(self) -> float:
+        """Of the layers that are converted."""
         return self.shape.cache_values / self.spec.cache_values
 
+    @property
+    def model_cache_values(self) -> int:
+        """Cached values per token over all layers."""
+        kept, layers = len(self.kept), self.spec.num_hidden_layers
+        if not self.kinds:
+            return kept * self.spec.cache_values + (layers - kept) * self.shape.cache_values
+        converted = [i for i in range(layers) if i not in self.kept]
+        return kept * self.spec.cache_values + sum(self.at(i).shape.cache_values for i in converted)
+
+    def at(self, layer: int) -> Plan:
+        """The plan for one layer alone."""
+        spec = self.spec.at(layer)
+        if not self.kinds:
+            return replace(self, spec=spec)
+        shape, rotary = self.kinds[self.spec.layers[layer]]
+        return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=())
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"model_cache_values": self.model_cache_values}

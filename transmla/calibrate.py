@@ -14,8 +14,9 @@ from torch import Tensor
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
 from transmla.core.absorb import causal_softmax, source_scores
 from transmla.core.fused import attended_heads, fused_attention
-from transmla.decoder import attention_input, run_layer
-from transmla.frontend import FrontEnd, Heads
+from transmla.decoder import attention_input, layer_with, run_layer
+from transmla.families.base import Family
+from transmla.frontend import FrontEnd, Heads, halves_order
 from transmla.native import RMS_NORM_EPS
 
 # Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
@@ -23,8 +24,6 @@ from transmla.native import RMS_NORM_EPS
 QUERY_STRIDE = 4
 DISTANCE_SKIP = 4
 TOKENS_PER_STEP = 4096
-# What is given to this module of a layer is the stream after its attention.
-AFTER_ATTENTION = "post_attention_layernorm"
 # Scores held at once while attention is measured.
 SCORES_PER_STEP = 2**24
 
@@ -67,25 +66,38 @@ class Observations:
 
 
 class SourceLayer:
-    """One decoder layer of the source, its weights replaceable, its attention input observable.
+    """One decoder layer of the source, any one at a time, its attention input observable.
 
     The hidden stream is float32 always. ``half`` multiplies in bfloat16, for a source stored in it.
     """
 
-    def __init__(self, skeleton: Any, spec: AttentionSpec, device: torch.device, *, half: bool = False) -> None:
-        self.spec, self.device, self.half = spec, device, half
-        self.module: Any = skeleton.model.layers[0]
-        self.inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+    def __init__(
+        self, model: Any, family: Family, spec: AttentionSpec, device: torch.device, *, half: bool = False
+    ) -> None:
+        """``model`` is the source's without weights."""
+        self.model, self.family, self.source_spec = model, family, spec
+        self.device, self.half = device, half
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of one layer, keyed relative to it."""
+    def load(self, tensors: dict[str, Tensor], index: int) -> None:
+        """Become layer ``index``, of these tensors, keyed relative to it.
+
+        Raises:
+            TransmlaError: if they are not the layer's.
+        """
         dtype = torch.bfloat16 if self.half else torch.float32
-        placed = {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
-        self.module.load_state_dict(placed, strict=True, assign=True)
-        self.module.requires_grad_(False)
-        spec = self.spec
-        heads = Heads(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, tuple(range(spec.head_dim)))
-        self.front = FrontEnd(self.module.self_attn, heads, ScoreRules())
+        placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.module: Any = layer_with(self.model, index, placed, dtype).to(self.device)
+        for norm in self.module.modules():
+            if isinstance(norm, torch.nn.LayerNorm):
+                # Unlike families' own norms it takes no stream that is more precise than its weights.
+                norm.float()
+        self.spec, kind = self.source_spec.at(index), self.source_spec.kind(index)
+        self.inv_freq = torch.tensor(kind.inv_freq, dtype=torch.float32, device=self.device)
+        attention, spec = self.module.self_attn, self.spec
+        order = halves_order(spec.head_dim, 2 * kind.turned, interleaved=self.family.interleaved)
+        rules = ScoreRules(kind.window, kind.softcap, getattr(attention, "sinks", None))
+        heads = Heads(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, order)
+        self.front = FrontEnd(attention, heads, rules)
 
     def weights(self) -> LayerWeights:
         """The attention weights by head, float32, as maps of ``features``."""
@@ -94,7 +106,7 @@ class SourceLayer:
     @torch.no_grad()
     def features(self, hidden: Tensor) -> Tensor:
         """What the attention's weights read, [N, T, D] → [N, T, F]."""
-        return self.front.features(attention_input(self.module, hidden.to(self.device)))
+        return self._features(attention_input(self.module, hidden.to(self.device)))
 
     def run(self, hidden: Tensor, factors: LayerFactors | None = None, *, through_mlp: bool = True) -> Tensor:
         """The layer's output with the source's attention or ``factors``; [N, T, D] → [N, T, D].
@@ -103,10 +115,10 @@ class SourceLayer:
         """
         attend = partial(self._attend, factors=factors)
         with self._precision():
-            return run_layer(self.module, hidden, attend, until=None if through_mlp else AFTER_ATTENTION)
+            return run_layer(self.module, hidden, attend, until=None if through_mlp else self.family.after_attention)
 
     def _attend(self, x: Tensor, factors: LayerFactors | None) -> Tensor:
-        features, output = self.front.features(x), self.module.self_attn.o_proj
+        features, output = self._features(x), self.module.self_attn.o_proj
         if factors is not None:
             mixed = fused_attention(features, factors)
             return mixed if output.bias is None else mixed + output.bias
@@ -114,6 +126,10 @@ class SourceLayer:
         gain = spec.attention_factor**2
         mixed = attended_heads(q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.front.rules)
         return output(mixed)  # type: ignore[no-any-return]
+
+    def _features(self, x: Tensor) -> Tensor:
+        with self._precision():
+            return self.front.features(x).to(x.dtype)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
@@ -142,10 +158,10 @@ class SourceLayer:
         return Observations(stats, *norms, following)
 
     @torch.no_grad()
-    def follow(self, stream: Tensor, factors: LayerFactors) -> tuple[Tensor, Tensor]:
-        """Run the layer over ``stream`` [N, T, D] with ``factors`` for its attention.
+    def follow(self, stream: Tensor, factors: LayerFactors | None) -> tuple[Tensor, Tensor]:
+        """Run the layer over ``stream`` [N, T, D] with ``factors``, or the source's weights, for its attention.
 
-        Returns E[x xᵀ] [D, D] of the attention's input, and the next stream.
+        Returns E[x xᵀ] [F, F] of the attention's features, and the next stream.
         """
         width = self.front.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
@@ -159,12 +175,12 @@ class SourceLayer:
 
     @contextmanager
     def _observed_norms(self) -> Iterator[tuple[NormRatio, NormRatio]]:
-        """Measure what enters the layer's two norms while it runs."""
+        """Measure what enters the layer's two norms while it runs, where their eps will be another."""
         norms = NormRatio(self.spec.rms_norm_eps), NormRatio(self.spec.rms_norm_eps)
-        modules = self.module.input_layernorm, self.module.post_attention_layernorm
+        names = () if self.source_spec.native_gap else ("input_layernorm", "post_attention_layernorm")
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, norm=norm: norm.add(args[0]))
-            for module, norm in zip(modules, norms, strict=True)
+            self.module.get_submodule(name).register_forward_pre_hook(lambda _, args, norm=norm: norm.add(args[0]))
+            for name, norm in zip(names, norms, strict=False)
         ]
         try:
             yield norms

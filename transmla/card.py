@@ -18,12 +18,12 @@ _TEMPLATE = """---
 # {name}, converted to Multi-head Latent Attention
 
 `{source}` with its {attention} attention factored into MLA by [transmla](https://pypi.org/project/transmla)
-{version}. It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.
+{version}. {format}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -31,9 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 |---|---|---|
 {rows}
 
-Use bfloat16 or float32: in half precision the latent norm underflows.
-
-## How it was made
+{precision}## How it was made
 
 ```
 transmla convert recipe.yaml
@@ -55,15 +53,30 @@ kept aside, KL to the teacher went from {before:.4f} to {after:.4f} nats per tok
 {picture}"""
 
 
+_NATIVE = {
+    "format": "It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.",
+    "trust": "",
+    "precision": "Use bfloat16 or float32: in half precision the latent norm underflows.\n\n",
+}
+_OWN = {
+    "format": "It keeps the classes of its family ({family}); only their attention is another. Its code is in this "
+    "repository, and in transmla: where that is installed, `transmla.load` reads the model without trusting remote "
+    "code, and decodes over the latent itself.",
+    "trust": ", trust_remote_code=True",
+    "precision": "",
+}
+
+
 def cache_rows(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Label, source and MLA of what a token caches, from a plan's plain values."""
     spec, shape = plan["spec"], plan["shape"]
     before = 2 * spec["num_key_value_heads"] * spec["head_dim"]
     after = shape["kv_lora_rank"] + shape["qk_rope_head_dim"]
-    width = spec["num_hidden_layers"] * value_bytes(plan["dtype"])
+    layers, bytes_each = spec["num_hidden_layers"], value_bytes(plan["dtype"])
+    all_layers = plan.get("model_cache_values", after * layers)
     return [
         ("cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"),
-        ("cache bytes per token", f"{before * width:,}", f"{after * width:,}"),
+        ("cache bytes per token", f"{before * layers * bytes_each:,}", f"{all_layers * bytes_each:,}"),
     ]
 
 
@@ -139,6 +152,9 @@ def write_card(
     errors = [layer["relative_error"] for layer in manifest["layers"]]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla"]}
     shown = public_recipe(recipe)
+    words = _NATIVE if manifest["format"] == "native" else _OWN
+    if words is _OWN:
+        metadata["tags"].append("custom_code")
     if recipe.source.count("/") == 1 and shown.source == recipe.source:  # a Hub id
         metadata["base_model"] = recipe.source
     notes = "".join(f"\n- {note}" for note in plan["notes"])
@@ -157,5 +173,6 @@ def write_card(
         max_error=max(errors),
         healing="".join(_healing(folder, told) for told in manifest.get("healing", [])),
         notes=f"\nNotes:\n{notes}\n" if notes else "",
+        **{key: text.format(family=spec["family"]) for key, text in words.items()},
     )
     write_text(folder / CARD, card)

@@ -102,7 +102,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to Multi-head Latent Attention.
 
-    Writes a folder that plain transformers loads, with no custom code. An interrupted run leaves
+    Writes a folder that transformers loads: of the native format with no custom code. An interrupted run leaves
     OUTPUT.partial and continues with --resume.
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
@@ -129,7 +129,7 @@ def verify(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: precision the export is run in.")] = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Check an export: hashes, stock loading, cache = no cache, absorbed = expanded, cache bytes, norms.
+    """Check an export: hashes, loading, cache = no cache, absorbed = expanded, cache bytes, norms.
 
     Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
     """
@@ -317,7 +317,29 @@ def push(
     console.say(result.url)
 
 
+def families(
+    *,
+    markdown: Annotated[bool, typer.Option(help="Print the table as the README holds it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the model families that convert, the format each becomes, and what of it is carried.
+
+    Example: transmla families
+    """
+    from transmla import console, support
+
+    if as_json:
+        print(json.dumps([vars(found) for found in support.supported()], indent=2))
+    elif markdown:
+        print(support.markdown())
+    else:
+        rows = [[f.family, f.format, ", ".join(f.carried), f.models] for f in support.supported()]
+        console.table("families", ["model_type", "format", "its attention has", "models"], rows)
+        console.say(support.notes())
+
+
 VERBS: dict[str, Callable[..., None]] = {
+    "families": families,
     "plan": plan,
     "inspect": inspect,
     "convert": convert,
@@ -345,7 +367,7 @@ def build() -> typer.Typer:
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
         ] = False,
     ) -> None:
-        """Convert pretrained models to Multi-head Latent Attention: a small KV cache, no custom code."""
+        """Convert pretrained models to Multi-head Latent Attention: a small KV cache, fast decoding."""
 
     for name, function in VERBS.items():
         app.command(name, cls=Command)(function)

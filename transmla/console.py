@@ -98,8 +98,9 @@ def show_plan(summary: dict[str, Any]) -> None:
     """The tables of ``transmla plan``."""
     shape, spec = summary["shape"], summary["spec"]
     (_, *values), (_, *size) = cache_rows(summary)
+    target = "DeepSeek-V3" if summary["format"] == "native" else f"{spec['family']} with MLA, format transmla"
     table(
-        f"{spec['family']}, {spec['num_hidden_layers']} layers → DeepSeek-V3 ({summary['dtype']}, {summary['method']})",
+        f"{spec['family']}, {spec['num_hidden_layers']} layers → {target} ({summary['dtype']}, {summary['method']})",
         ["", "source", "MLA"],
         [
             [

@@ -45,6 +45,14 @@ def effort_for(name: str, cache_ratio: float) -> Effort | None:
     return replace(effort, steps=round(effort.steps * effort.hard))
 
 
+def attention_alone(effort: Effort) -> Effort:
+    """The same ``effort`` up to the stream after the attention, one layer at a time.
+
+    For layers with experts: which of them a token takes is no smooth function of the stream.
+    """
+    return replace(effort, through_mlp=False, window=1)
+
+
 def choose_effort(wanted: str, device: torch.device, sequences: int, *, published: bool = False) -> str:
     """The effort that ``auto`` stands for: ``fast`` on a CPU, ``full`` on a GPU.
 

@@ -10,7 +10,7 @@ import torch
 
 from transmla.artifacts import Plan
 from transmla.effort import Effort, effort_for
-from transmla.plan import VLLM_DECODE, VLLM_PREFILL, method_named
+from transmla.plan import NATIVE, OWN, VLLM_DECODE, VLLM_PREFILL, method_named
 
 GPU_GIGABYTES = (24, 80, 141)
 # Share of a GPU's memory that weights and cache may take; the rest is activations and the allocator.
@@ -33,17 +33,24 @@ def attention_parameters(plan: Plan) -> int:
     spec, shape = plan.spec, plan.shape
     heads, width = spec.num_attention_heads, spec.hidden_size
     query = heads * shape.qk_head_dim
-    attention = width * query if shape.q_lora_rank is None else shape.q_lora_rank * (width + query + 1)
-    attention += width * shape.cache_values + shape.kv_lora_rank
-    attention += shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    return attention + heads * shape.v_head_dim * width
+    if spec.normed:
+        # The source's projections stay, queries are read from their own heads, latents from keys and values.
+        inputs = width * spec.features + query * spec.head_dim
+        cached = 2 * spec.num_key_value_heads * spec.head_dim * shape.cache_values
+    else:
+        inputs = width * query if shape.q_lora_rank is None else shape.q_lora_rank * (width + query + 1)
+        cached = width * shape.cache_values
+    expand = shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    norm = shape.kv_lora_rank if plan.format == NATIVE else 0
+    return inputs + cached + norm + expand + heads * shape.v_head_dim * width
 
 
 def parameters(plan: Plan) -> int:
     """Number of weights in the export."""
-    spec, width = plan.spec, plan.spec.hidden_size
-    layer = attention_parameters(plan) + 3 * width * spec.intermediate_size + 2 * width
-    return spec.num_hidden_layers * layer + 2 * spec.vocab_size * width + width
+    spec = plan.spec
+    # A native export writes a tied head once more.
+    head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings and plan.format == NATIVE else 0
+    return spec.num_hidden_layers * attention_parameters(plan) + spec.other_parameters + head
 
 
 def value_bytes(dtype: str) -> int:
@@ -60,7 +67,7 @@ def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
-    layer = 4 * (attention + 3 * width * spec.intermediate_size)
+    layer = 4 * (attention + spec.layer_parameters)
     # float64 copies of the attention, the per-head key targets, and a dozen D×D work matrices
     work = 8 * (2 * attention + 12 * width * width)
     if effort is not None:
@@ -116,19 +123,22 @@ def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
     for gigabytes in GPU_GIGABYTES:
         free = max(0.0, USABLE * gigabytes * 1e9 - weights)
         found[gigabytes] = (
-            int(free / bytes_per_token(plan, plan.spec.cache_values)),
-            int(free / bytes_per_token(plan, plan.shape.cache_values)),
+            int(free / bytes_per_token(plan, plan.spec.cache_values * plan.spec.num_hidden_layers)),
+            int(free / bytes_per_token(plan, plan.model_cache_values)),
         )
     return found
 
 
 def bytes_per_token(plan: Plan, values: int) -> int:
-    """Cache bytes per token over all layers, for ``values`` per token and layer."""
-    return values * plan.spec.num_hidden_layers * value_bytes(plan.dtype)
+    """Cache bytes for ``values`` that all layers together cache of a token."""
+    return values * value_bytes(plan.dtype)
 
 
 def runtimes(plan: Plan) -> list[Runtime]:
     """Which runtimes take the export, and with which kernels."""
+    if plan.format == OWN:
+        code = Runtime("transformers", True, "latent cache; with the code in the export, fast by transmla.load")
+        return [code, *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp"))]
     shape = plan.shape
     rope_type = plan.rope_parameters.get("rope_type", "default")
     plain = rope_type == "default"
@@ -169,8 +179,8 @@ def summary(
         **plan.to_dict(),
         "cache_values": {"before": before, "after": after},
         "cache_bytes_per_token": {
-            "before": bytes_per_token(plan, before),
-            "after": bytes_per_token(plan, after),
+            "before": bytes_per_token(plan, before * plan.spec.num_hidden_layers),
+            "after": bytes_per_token(plan, plan.model_cache_values),
         },
         "cache_ratio": plan.cache_ratio,
         "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},

@@ -44,6 +44,10 @@ class FrontEnd:
         self.attention, self.heads, self.rules = attention, heads, rules
         self.projection, self.bias = read_projections(attention, heads)
         self.normed = hasattr(attention, "q_norm")
+        # A list would be sent to the device at every use; and most families need no other order at all.
+        self.order = None
+        if heads.order != tuple(range(heads.width)):
+            self.order = torch.tensor(heads.order, device=self.projection.device)
 
     @property
     def width(self) -> int:
@@ -60,15 +64,34 @@ class FrontEnd:
         q, k = self._norm(self.attention.q_norm, q), self._norm(self.attention.k_norm, k)
         return torch.cat([q, k, v], -1)
 
+    def blocks(self) -> Tensor | None:
+        """Which part of the attention a feature [F] belongs to: a query head, or (H) keys and values; None for one."""
+        if not self.normed:
+            return None
+        h = self.heads
+        counts = torch.tensor([h.width] * h.queries + [2 * h.groups * h.width], device=self.projection.device)
+        return torch.arange(h.queries + 1, device=counts.device).repeat_interleave(counts)
+
+    def masks(self) -> dict[str, Tensor]:
+        """By the names of factors, where they may read features; empty where that is everywhere."""
+        blocks = self.blocks()
+        if blocks is None:
+            return {}
+        own = torch.arange(self.heads.queries, device=blocks.device)[:, None, None] == blocks
+        shared = blocks == self.heads.queries
+        return {"q_nope": own, "q_pe": own, "latent": shared, "rope": shared}
+
     def heads_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, T, d], keys and values [N, G, T, d], queries and keys in halves, of features [N, T, F]."""
-        h, order = self.heads, list(self.heads.order)
+        h = self.heads
         rows = features
         if not self.normed:
             rows = linear(features[..., : self.projection.shape[1]], self.projection, self.bias)
         counts = [h.queries, h.groups, h.groups]
         q, k, v = rows.unflatten(-1, (-1, h.width)).transpose(1, 2).split(counts, 1)
-        return q[..., order], k[..., order], v
+        if self.order is None:
+            return q, k, v
+        return q.index_select(-1, self.order), k.index_select(-1, self.order), v
 
     def weights(self) -> LayerWeights:
         """Queries, keys and values as maps of the features, float32, channels of queries and keys in halves."""

@@ -29,6 +29,7 @@ _PANELS = {
         "custom_rope",
         "allow_no_saving",
     ),
+    "Format": ("format", "layers"),
     "Method": ("method", "reconstruct", "freqfold", "dtype", "seed", "device"),
     "Source": ("revision", "allow_pickle"),
 }

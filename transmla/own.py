@@ -1,28 +1,54 @@
-"""The own format's layers: factors of any family's attention as the tensors of ``modeling_transmla``."""
+"""The own format: the source family's own classes, factors of any attention as the tensors of ``modeling_transmla``."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transmla.artifacts import LayerFactors, MLAShape
+from transmla.artifacts import LayerFactors, Plan
 from transmla.frontend import FrontEnd
+from transmla.modeling.configuration_transmla import converted_config
 from transmla.modeling.modeling_transmla import NORMED
 
 
-def layer_kind(factors: LayerFactors, shape: MLAShape, attention_factor: float) -> dict[str, Any]:
-    """What the config says of a layer; ``attention_factor`` is the source's, squared in ``factors.rope_gain``."""
+def own_config(source: Any, plan: Plan) -> dict[str, Any]:
+    """The ``config.json`` of the export of a model of the ``source`` config."""
+    source = copy.deepcopy(source)
+    if getattr(source, "quantization_config", None) is not None:
+        del source.quantization_config
+    kinds: list[dict[str, Any]] = []
+    layers: list[int | None] = []
+    for i in range(plan.spec.num_hidden_layers):
+        kind = layer_kind(plan.at(i))
+        if i not in plan.kept and kind not in kinds:
+            kinds.append(kind)
+        layers.append(None if i in plan.kept else kinds.index(kind))
+    fields: dict[str, Any] = converted_config(source, {"layers": layers, "kinds": kinds}).to_dict()
+    return fields | {"dtype": plan.dtype}
+
+
+def layer_kind(plan: Plan) -> dict[str, Any]:
+    """What the config says of a layer of a ``plan`` for it alone."""
+    shape, spec = plan.shape, plan.spec
     return {
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_rope_head_dim": shape.qk_rope_head_dim,
         "qk_nope_head_dim": shape.qk_nope_head_dim,
         "v_head_dim": shape.v_head_dim,
-        "inv_freq": factors.inv_freq.tolist(),
-        "attention_factor": attention_factor,
+        "inv_freq": [spec.inv_freq[slot] for slot in plan.rotary.slots],
+        "attention_factor": spec.attention_factor,
         "latent_norm": False,
     }
+
+
+def restricted(factors: LayerFactors, front: FrontEnd) -> LayerFactors:
+    """``factors`` that read what their heads may: of normed features, a head's queries and all keys and values."""
+    masks = front.masks()
+    return replace(factors, **{name: getattr(factors, name) * mask.to(factors.latent) for name, mask in masks.items()})
 
 
 def layer_tensors(factors: LayerFactors, front: FrontEnd, dtype: torch.dtype) -> dict[str, Tensor]:

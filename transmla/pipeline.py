@@ -40,8 +40,10 @@ from transmla.export import (
     write_tokenizer,
 )
 from transmla.layerwise import Layerwise
+from transmla.modeling.configuration_transmla import write_code
 from transmla.native import native_config
-from transmla.plan import make_plan, method_named
+from transmla.own import own_config
+from transmla.plan import OWN, make_plan, method_named
 from transmla.progress import Reporter, Silent
 from transmla.recipe import Recipe, dump_recipe
 from transmla.source import (
@@ -102,7 +104,7 @@ def convert(
         workspace.save_tokens(tokens)
         layerwise = Layerwise(source, plan, effort, device, seed=recipe.seed)
         _convert_layers(source, layerwise, workspace, progress, tokens, report)
-        _write_rest(source, plan, recipe, workspace, progress, tokenizer, fingerprint)
+        _write_rest(source, layerwise, recipe, workspace, progress, tokenizer, fingerprint)
         workspace.finish()
     return output
 
@@ -154,7 +156,7 @@ def _convert_layers(
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)
-        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {name: embedding.to(layerwise.dtype)})
+        progress["hashes"][workspace.shard_name(0)] = workspace.write_shard(0, {name: layerwise.as_written(embedding)})
         streams = layerwise.start(tokens, embedding)
         del embedding
     report.stage("converting layers", layers)
@@ -172,13 +174,13 @@ def _convert_layers(
             workspace.drop_streams(keep=i + 1)
             saved = time.monotonic()
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
-    progress["final_norm"] = layerwise.final_norm(streams)
+    progress["final_norm"] = layerwise.final_norm(streams) if layerwise.plan.format != OWN else 1.0
     workspace.save_progress(progress)
 
 
 def _write_rest(
     source: Source,
-    plan: Plan,
+    layerwise: Layerwise,
     recipe: Recipe,
     workspace: Workspace,
     progress: dict[str, Any],
@@ -188,17 +190,16 @@ def _write_rest(
     """The last shard, config, tokenizer, recipe, manifest and card."""
     from transformers import GenerationConfig
 
-    names, read = source.family.tensors, source.checkpoint.read
-    dtype, folder = getattr(torch, plan.dtype), workspace.folder
-    head = names["embed"] if plan.spec.tie_word_embeddings else names["head"]
-    last = {
-        names["norm"]: (read(names["norm"]).double() * progress["final_norm"]).to(dtype),
-        names["head"]: read(head).to(dtype),
-    }
+    plan, folder = layerwise.plan, workspace.folder
+    last = _last_tensors(source, layerwise, progress["final_norm"])
     progress["hashes"][workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
     workspace.drop_streams()
     write_index(folder)
-    config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)
+    if plan.format == OWN:
+        config = own_config(source.config, plan)
+        write_code(folder)
+    else:
+        config = native_config(plan.spec, plan.shape, plan.rope_parameters, source.config, plan.dtype)
     write_json(folder / "config.json", config)
     write_tokenizer(
         folder,
@@ -209,7 +210,7 @@ def _write_rest(
     )
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     manifest = {
-        "format": "native",
+        "format": plan.format,
         "plan": plan.to_dict(),
         "source": {
             "name": recipe.source,
@@ -225,6 +226,20 @@ def _write_rest(
     }
     write_json(folder / MANIFEST, manifest)
     write_card(folder, manifest, recipe)
+
+
+def _last_tensors(source: Source, layerwise: Layerwise, correction: float) -> dict[str, Tensor]:
+    """What stands behind the layers: the last norm, corrected, and the head."""
+    names, read = source.family.tensors, source.checkpoint.read
+    if layerwise.plan.format == OWN:
+        layers = tuple(names["layer"].format(i=i) for i in range(source.spec.num_hidden_layers))
+        rest = [n for n in source.checkpoint.shapes if n != names["embed"] and not n.startswith(layers)]
+        return {name: layerwise.as_written(read(name)) for name in rest}
+    head = names["embed"] if source.spec.tie_word_embeddings else names["head"]
+    return {
+        names["norm"]: (read(names["norm"]).double() * correction).to(layerwise.dtype),
+        names["head"]: read(head).to(layerwise.dtype),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -70,6 +70,14 @@ class Recipe(Strict):
         description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU, "
         "off for methods that are there to compare with. --cache-ratio chooses a narrower rotary key for a fit",
     )
+    format: Literal["auto", "native", "transmla"] = Field(
+        "auto",
+        description="native: DeepSeek-V3's, read by any runtime; transmla: the source's own classes with MLA inside, "
+        "for what native cannot say; auto: native where it can",
+    )
+    layers: str | None = Field(
+        None, description="layers to convert, such as 4-28 or 0-3,8; the others keep their attention (format transmla)"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision of the export")
     allow_no_saving: bool = Field(False, description="accept a cache no smaller than the source's")
     allow_pickle: bool = Field(False, description="open pickled (.bin) weights")

@@ -10,7 +10,7 @@ random share of the accumulated error. That is what lets a million weights be fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,7 +69,9 @@ def reconstruct(
     fitted = slice(0, len(source) - held_out(len(source)))
     judged = source[fitted.stop :], converted[fitted.stop :]
     moments = _input_moments(layers, factors, converted[fitted])
-    parameters = _Parameters([Coordinates.of(f, m) for f, m in zip(factors, moments, strict=True)], factors)
+    starts = zip(layers, factors, moments, strict=True)
+    coordinates = [Coordinates.of(f, m, layer.front.blocks()) for layer, f, m in starts]
+    parameters = _Parameters(coordinates, factors, [layer.front.masks() for layer in layers])
     with deterministic():
         problem = _Problem(layers, source[fitted], converted[fitted], effort)
         before = problem.error(factors, *judged)
@@ -83,16 +85,29 @@ def reconstruct(
 
 
 class _Parameters:
-    """What is fitted: all tensors of all layers as one vector, each in units of its own root mean square."""
+    """What is fitted: all tensors of all layers as one vector, each in units of its own root mean square.
 
-    def __init__(self, coordinates: Sequence[Coordinates], factors: Sequence[LayerFactors]) -> None:
+    ``masks`` are nought where a layer's tensor, by its name, stays nought.
+    """
+
+    def __init__(
+        self,
+        coordinates: Sequence[Coordinates],
+        factors: Sequence[LayerFactors],
+        masks: Sequence[Mapping[str, Tensor]],
+    ) -> None:
         self.coordinates = coordinates
         tensors = [c.enter(f) for c, f in zip(coordinates, factors, strict=True)]
         self.shapes = [{name: value.shape for name, value in layer.items()} for layer in tensors]
-        flat = [value.flatten().float() for layer in tensors for value in layer.values()]
-        sizes = [value.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny) for value in flat]
-        self.scale = torch.cat([size.expand(len(value)) for size, value in zip(sizes, flat, strict=True)])
-        self.vector = (torch.cat(flat) / self.scale).requires_grad_()
+        smallest = torch.finfo(torch.float32).tiny
+        flat, scales = [], []
+        for layer, there in zip(tensors, masks, strict=True):
+            for name, value in layer.items():
+                mask = there.get(name, value.new_ones(())).to(value).expand_as(value).flatten().float()
+                flat.append(value.flatten().float() * mask)
+                scales.append((flat[-1].square().sum() / mask.sum()).sqrt().clamp_min(smallest) * mask)
+        self.scale = torch.cat(scales)
+        self.vector = (torch.cat(flat) / self.scale.clamp_min(smallest)).requires_grad_()
 
     def factors(self) -> list[LayerFactors]:
         """The layers that the vector stands for; differentiable."""
@@ -220,7 +235,7 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
     for layer, f in zip(layers[:-1], factors, strict=False):
         moment, stream = layer.follow(stream, f.to(torch.float32))
         yield moment
-    width = stream.shape[-1]
+    width = layers[-1].front.width
     moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
     for _, hidden in steps(stream):
         x = layers[-1].features(hidden).flatten(0, 1)

@@ -17,7 +17,7 @@ from transmla.errors import TransmlaError
 from transmla.families.base import Family
 from transmla.progress import Reporter
 from transmla.recipe import Recipe
-from transmla.spec import check_tensors, describe, family_of, read_config
+from transmla.spec import check_tensors, describe, empty_model, family_of, read_config
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Source:
 
     path: Path
     config: Any
+    # The whole model, without weights.
+    model: Any
     spec: AttentionSpec
     family: Family
     checkpoint: Checkpoint
@@ -51,12 +53,13 @@ def open_source(recipe: Recipe) -> Source:
     known = resolve_source(recipe.source, revision=recipe.revision, weights=False)
     config = read_config(known)
     family = family_of(config)
-    spec = describe(config)
+    model = empty_model(config)
+    spec = describe(config, model)
     path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
     checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
-    check_tensors(checkpoint.shapes, config, family)
+    check_tensors(checkpoint.shapes, config, family, model)
     dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
-    return Source(path, config, spec, family, checkpoint, dtype)
+    return Source(path, config, model, spec, family, checkpoint, dtype)
 
 
 def computes_in_bfloat16(source: Source, device: torch.device) -> bool:

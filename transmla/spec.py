@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from transmla.artifacts import AttentionSpec
+from transmla.artifacts import AttentionSpec, LayerKind
 from transmla.checkpoint import split_gguf
 from transmla.errors import TransmlaError
 from transmla.families.base import Family
+from transmla.modeling.modeling_transmla import refuse_unknown, window_of
 from transmla.registry import lookup
 
 
@@ -25,6 +28,10 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     folder, extra = split_gguf(path)
+    if _is_export(folder):
+        raise TransmlaError(
+            f"'{path}' is converted already", limit="its attention is latent", remedy="convert its source"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
     except Exception as error:  # its readers and validators share no narrower class
@@ -41,85 +48,161 @@ def read_config(path: Path) -> Any:
         ) from error
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether ``folder`` holds an export of the own format."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "transmla"  # type: ignore[no-any-return]
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def family_of(config: Any) -> Family:
-    """The family of ``config``, after it has accepted every attribute of it."""
+    """The family of ``config``, after it has accepted every attribute of it.
+
+    Raises:
+        TransmlaError: for an unknown family, a model of more than text, or what no format carries.
+    """
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        raise TransmlaError(
+            f"'{config.model_type}' is a model of text and more",
+            limit="transmla converts causal language models",
+            remedy=f"save its language model, of model_type '{text.model_type}', by itself, and convert that",
+        )
     family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
     family.check(config)
     return family
 
 
-def skeleton(config: Any) -> Any:
-    """The source's causal LM with a single decoder layer, on the meta device: structure without weights."""
+def empty_model(config: Any) -> Any:
+    """The source's causal LM without weights: parameters on the meta device, buffers as they are.
+
+    Raises:
+        TransmlaError: if transformers cannot build it.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    single = copy.deepcopy(config)
-    single.num_hidden_layers = 1
-    if getattr(single, "quantization_config", None) is not None:
-        del single.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(single, dtype=torch.float32, attn_implementation="sdpa").eval()
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    except (KeyError, ValueError, TypeError) as error:  # an unknown activation, for one
+        raise TransmlaError(
+            f"transformers cannot build a {config.model_type} model from the source's config",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="correct its config.json",
+        ) from error
 
 
-def describe(config: Any) -> AttentionSpec:
-    """What the project needs to know of a source, read off its config.
+def describe(config: Any, model: Any = None) -> AttentionSpec:
+    """What the project needs to know of a source, read off its config and its ``model`` without weights.
 
     Raises:
         TransmlaError: for a family or an attribute that cannot be converted, by name.
     """
     family = family_of(config)
+    model = empty_model(config) if model is None else model
+    layers = model.model.layers
+    attention = layers[0].self_attn
     try:
-        rotary = type(skeleton(config).model.rotary_emb)(config)
-    except (KeyError, ValueError, TypeError) as error:  # an unknown activation, for one
+        found = [_kind(model, i) for i in range(len(layers))]
+    except ValueError as error:
         raise TransmlaError(
-            f"transformers cannot build a {family.name} model from the source's config",
-            limit=f"{type(error).__name__}: {error}",
-            remedy="correct its config.json",
+            f"{family.name}: {error}", limit="nothing is dropped silently", remedy="convert a model without it"
         ) from error
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = tuple(dict.fromkeys(found))
+    outside = [
+        sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("self_attn.")) for layer in layers
+    ]
+    inside = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
+    uniform = len(kinds) == 1 and kinds[0].window is None and kinds[0].softcap is None
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    projection = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
     return AttentionSpec(
         family=family.name,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        hidden_act=config.hidden_act,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 0.0),
+        hidden_act=getattr(config, "hidden_act", ""),
         tie_word_embeddings=bool(config.tie_word_embeddings),
-        rope_parameters=dict(config.rope_parameters),
-        inv_freq=tuple(rotary.inv_freq.double().tolist()),
-        attention_factor=float(rotary.attention_scaling),
-        scaling=head_dim**-0.5,
+        rope_parameters=dict(config.rope_parameters or {}),
+        inv_freq=kinds[0].inv_freq,
+        attention_factor=kinds[0].attention_factor,
+        scaling=kinds[0].scaling,
+        layer_parameters=max(outside),
+        other_parameters=sum(p.numel() for p in model.parameters()) - inside,
+        normed=hasattr(attention, "q_norm"),
+        biased=projection.bias is not None,
+        experts=any(".experts." in name for name, _ in model.named_parameters()),
+        native_gap=family.native(config),
+        kinds=() if uniform else kinds,
+        layers=() if uniform else tuple(kinds.index(kind) for kind in found),
     )
 
 
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Family) -> None:
-    """Compare every tensor the model needs with what the checkpoint holds.
+def _kind(model: Any, layer: int) -> LayerKind:
+    """The kind of a layer, as its family built it.
+
+    Raises:
+        ValueError: naming what latent attention would leave out.
+    """
+    config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[layer].self_attn
+    refuse_unknown(attention, config)
+    types = getattr(config, "layer_types", None)
+    prefix = f"{types[layer]}_" if types and hasattr(rotary, f"{types[layer]}_inv_freq") else ""
+    inv_freq = getattr(rotary, f"{prefix}inv_freq").double()
+    factor = float(getattr(rotary, f"{prefix}attention_scaling"))
+    if not getattr(attention, "use_rope", True):
+        inv_freq, factor = torch.zeros_like(inv_freq), 1.0
+    still = attention.head_dim // 2 - len(inv_freq)
+    if still and factor != 1:
+        raise ValueError("a rotary attention factor on a part of every head is not supported")
+    return LayerKind(
+        inv_freq=(*inv_freq.tolist(), *[0.0] * still),
+        attention_factor=factor,
+        scaling=float(attention.scaling),
+        window=window_of(attention, config, layer),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+    )
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Family, model: Any) -> None:
+    """Compare every tensor that ``model`` needs with what the checkpoint holds.
+
+    Of tensors that transformers stacks from several on disk (experts) only the names are compared, with each other.
 
     Raises:
         TransmlaError: naming the first tensors that are missing or of another shape.
     """
-    state = skeleton(config).state_dict()
-    prefix = family.tensors["layer"].format(i=0)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, tensor in state.items():
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            for i in range(config.num_hidden_layers):
-                wanted[family.tensors["layer"].format(i=i) + rest] = tuple(tensor.shape)
-        elif name != family.tensors["head"] or not config.tie_word_embeddings:
-            wanted[name] = tuple(tensor.shape)
-    missing = [name for name in wanted if name not in shapes]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop(family.tensors["head"], None)
+    stacked = {name.partition(".experts.")[0] + "." for name in wanted if ".experts." in name and name not in shapes}
+    wanted = {name: shape for name, shape in wanted.items() if not name.startswith(tuple(stacked))}
+    missing = [name for name in wanted if name not in shapes] + _missing_experts(shapes, len(stacked))
     if missing:
         raise TransmlaError(
             f"{len(missing)} tensors are missing, the first is '{missing[0]}'",
             limit=f"the config asks for {config.num_hidden_layers} layers of family {family.name}",
             remedy="download the checkpoint again, or correct its config.json",
         )
-    extra = [name for name in shapes if name not in wanted and name != family.tensors["head"]]
+    blocks = tuple(block.rpartition(".mlp")[0] + "." for block in stacked)
+    extra = [
+        name
+        for name in shapes
+        if name not in wanted
+        and name != family.tensors["head"]
+        and not (name.startswith(blocks) and ".self_attn." not in name)
+    ]
     if extra:
         raise TransmlaError(
             f"the model has no place for tensor '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else ""),
@@ -133,3 +216,21 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Fa
                 limit=f"config.json asks for {list(shape)}",
                 remedy="use the config.json that belongs to these weights",
             )
+
+
+def _missing_experts(shapes: Mapping[str, tuple[int, ...]], blocks: int) -> list[str]:
+    """Tensors that some experts on disk have and others lack; there should be ``blocks`` layers of them."""
+    found: dict[str, set[tuple[int, str]]] = {}
+    for name in shapes:
+        match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(.+)", name)
+        if match:
+            found.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    if blocks and len(found) != blocks:
+        return [f"experts of {blocks - len(found)} layers"]
+    numbers, parts = ({part[i] for parts in found.values() for part in parts} for i in (0, 1))
+    wanted = {(number, part) for number in numbers for part in parts}
+    return [
+        f"{block}.experts.{number}.{part}"
+        for block, there in sorted(found.items())
+        for number, part in sorted(wanted - there)
+    ]

@@ -11,6 +11,7 @@ from transmla.artifacts import AttentionSpec, Plan
 from transmla.calibrate import SourceLayer
 from transmla.card import public_name
 from transmla.core.spectrum import Spectrum, spectrum
+from transmla.decoder import embedded
 from transmla.errors import TransmlaError
 from transmla.factorize import factorize
 from transmla.layerwise import relative_error
@@ -26,7 +27,6 @@ from transmla.source import (
     open_source,
     pick_device,
 )
-from transmla.spec import skeleton
 
 # Shares of the source's cache for which the loss is predicted.
 BUDGETS = (0.5, 1 / 3, 0.25, 0.125)
@@ -91,21 +91,20 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
     source.checkpoint.fingerprint()  # refuses weights that are not finite
     device = pick_device(recipe.device)
     half = computes_in_bfloat16(source, device)
-    layer = SourceLayer(skeleton(source.config), source.spec, device, half=half)
-    stream = torch.nn.functional.embedding(tokens, source.checkpoint.read(source.family.tensors["embed"])).float()
+    layer = SourceLayer(source.model, source.family, source.spec, device, half=half)
+    stream = embedded(source.model, tokens, source.checkpoint.read(source.family.tensors["embed"]))
     layers = []
     reporter.stage("surveying layers", source.spec.num_hidden_layers)
     for i in range(source.spec.num_hidden_layers):
-        layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)))
+        layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
         seen = layer.observe(stream)
-        errors = {
-            budget: relative_error(
-                layer, factorize(layer.weights(), seen.stats, plan).to(torch.float32), stream[-held_out(len(stream)) :]
-            )
-            for budget, plan in plans.items()
-        }
+        judged = stream[-held_out(len(stream)) :]
+        errors = {}
+        for budget, plan in plans.items():
+            factors = factorize(layer.weights(), seen.stats, plan.at(i))
+            errors[budget] = relative_error(layer, factors.to(torch.float32), judged)
         exact = seen.stats.to(torch.float64)
-        layers.append(LayerSurvey(spectrum(layer.weights().to(torch.float64), exact, source.spec), errors))
+        layers.append(LayerSurvey(spectrum(layer.weights().to(torch.float64), exact, layer.spec), errors))
         stream = seen.hidden
         reporter.advance(i + 1)
     return Survey(public_name(recipe.source), plans, layers)

@@ -1,4 +1,7 @@
-"""Is an export what it says it is? Loaded by stock transformers, compared with itself and with its plan."""
+"""Is an export what it says it is? Loaded by transformers, compared with itself and with its plan.
+
+A native export is loaded by stock classes; of the own format no code is run but what transmla itself ships.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from transmla.auto import register
 from transmla.checkpoint import open_checkpoint, resolve_source
 from transmla.core.absorb import absorbed_attention
 from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION, write_json
+from transmla.fast import accelerate
 from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
 from transmla.native import RMS_NORM_EPS, export_shape, layer_factors
+from transmla.plan import OWN
 
 # Relative difference of logits or attention outputs that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -80,18 +86,21 @@ class _Promise:
     revision: str | None
     # Whether a healing changed more than the attention.
     retrained: bool = False
+    own: bool = False
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> _Promise:
         try:
             plan, origin = manifest["plan"], manifest["source"]
             spec, shape = plan["spec"], plan["shape"]
+            width, own = int(shape["kv_lora_rank"] + shape["qk_rope_head_dim"]), manifest["format"] == OWN
             return cls(
-                cached=int(shape["kv_lora_rank"] + shape["qk_rope_head_dim"]) * int(spec["num_hidden_layers"]),
+                cached=int(plan["model_cache_values"]) if own else width * int(spec["num_hidden_layers"]),
                 dtype=getattr(torch, plan["dtype"]),
                 tied=bool(spec["tie_word_embeddings"]),
                 revision=origin.get("commit") or origin.get("revision"),
                 retrained=any(told["settings"]["trainable"] == "all" for told in manifest.get("healing", [])),
+                own=own,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TransmlaError(
@@ -112,7 +121,7 @@ def _checks(
     problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
     yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(hashes)} files unchanged")
 
-    model, problem = _load(folder, dtype, device)
+    model, problem = _load(folder, dtype, device, promise)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
     if model is None:
         return
@@ -125,21 +134,30 @@ def _checks(
 
     tokens = _prompt(model)
     yield _cache_equals_full(model, tokens, dtype)
-    yield _absorbed_equals_expanded(model, tokens, dtype)
-    yield _cache_size(model, tokens, promise)
-    yield _headroom(model, tokens)
+    if promise.own:
+        yield _cache_size(model, tokens, promise)
+        yield _accelerated_equals_plain(model, tokens, dtype)
+    else:
+        yield _absorbed_equals_expanded(model, tokens, dtype)
+        yield _cache_size(model, tokens, promise)
+        yield _headroom(model, tokens)
     if source is not None and promise.retrained:
         yield Check("untouched weights", True, "none: a healing trained all of them")
     elif source is not None:
         yield _untouched(folder, source, promise)
 
 
-def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, str]:
+def _load(folder: Path, dtype: torch.dtype, device: str, promise: _Promise) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
+    more = {}
+    if promise.own:
+        register()
+        # Of what families add to their scores, other implementations leave some out.
+        more["attn_implementation"] = "eager"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **more
         )
     except Exception as error:  # whatever a loader raises is the answer to this check
         return None, f"{type(error).__name__}: {error}"
@@ -218,18 +236,33 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def _cache_size(model: Any, tokens: Tensor, promise: _Promise) -> Check:
-    """Bytes that a real cache holds after a forward, per token, against the plan."""
+    """Bytes that a real cache holds after a forward, per token held, against the plan."""
     cache = model(tokens, use_cache=True).past_key_values
-    measured = (
-        sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
-        / tokens.numel()
-    )
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in held)
     planned = promise.cached * model.dtype.itemsize
     return Check(
         "cache size",
         measured == planned,
         f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})",
     )
+
+
+@torch.no_grad()
+def _accelerated_equals_plain(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
+    """Decoding over the latent itself, the last quarter token by token, against expanded keys and values.
+
+    The model stays accelerated.
+    """
+    plain = model(tokens, use_cache=False).logits
+    accelerate(model, backend="torch")
+    first = 3 * tokens.shape[1] // 4
+    out = model(tokens[:, :first], use_cache=True)
+    cache, pieces = out.past_key_values, [out.logits]
+    for i in range(first, tokens.shape[1]):
+        pieces.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    difference = _relative(torch.cat(pieces, 1), plain)
+    return Check("absorbed = expanded", difference <= TOLERANCE[dtype], f"relative difference {difference:.1e}")
 
 
 def _headroom(model: Any, tokens: Tensor) -> Check:
@@ -240,15 +273,22 @@ def _headroom(model: Any, tokens: Tensor) -> Check:
 
 
 def _untouched(folder: Path, source: str, promise: _Promise) -> Check:
-    """Every tensor that is neither attention nor norm equals the source's, bit for bit after the cast."""
+    """Every tensor that the conversion does not change equals the source's, bit for bit after the cast.
+
+    Those are all but the attention, and in a native export the norms.
+    """
     trusted = _allows_pickle(folder)
     path = resolve_source(source, revision=promise.revision, allow_pickle=trusted)
     original, export = open_checkpoint(path, allow_pickle=trusted), open_checkpoint(folder)
-    names = {n: n for n in original.shapes if ".self_attn." not in n and "norm" not in n and n in export.shapes}
-    if promise.tied:  # the export's head is a copy of the source's embedding
+    names = {n: n for n in original.shapes if ".self_attn." not in n}
+    if not promise.own:
+        names = {n: n for n in names if "norm" not in n and n in export.shapes}
+    if promise.tied and not promise.own:  # the export's head is a copy of the source's embedding
         names[HEAD] = EMBEDDING
     changed = [
-        n for n, theirs in names.items() if not torch.equal(export.read(n), original.read(theirs).to(promise.dtype))
+        n
+        for n, theirs in names.items()
+        if n not in export.shapes or not torch.equal(export.read(n), original.read(theirs).to(export.read(n).dtype))
     ]
     detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors bit for bit"
     return Check("untouched weights", bool(names) and not changed, detail)

@@ -30,9 +30,14 @@ class Coordinates:
     grow: Tensor
 
     @classmethod
-    def of(cls, factors: LayerFactors, moment: Tensor) -> Coordinates:
-        """Coordinates for ``factors`` whose attention reads inputs with E[x xᵀ] = ``moment`` [D, D]."""
+    def of(cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None) -> Coordinates:
+        """Coordinates for ``factors`` whose attention reads inputs with E[x xᵀ] = ``moment`` [D, D].
+
+        Maps that read one of the ``blocks`` [D] of the input alone do so in these coordinates too.
+        """
         moment = regularise(moment.double())
+        if blocks is not None:
+            moment = moment * (blocks[:, None] == blocks)
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp_min(values[-1] * 1e-9)
         shrink, grow = ((vectors * values**power) @ vectors.mT for power in (-WHITENING, WHITENING))

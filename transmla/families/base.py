@@ -8,21 +8,64 @@ from typing import Any
 
 from transmla.errors import TransmlaError
 
+# Rotary scalings that do not change with the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def check_common(config: Any) -> None:
+    """Refuse what neither format can carry, by name.
+
+    Raises:
+        TransmlaError: naming the attribute, what is missing for it, and the remedy.
+    """
+    name = config.model_type
+    quantisation = getattr(config, "quantization_config", None)
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method not in (None, "gguf"):
+        raise refuse(
+            name,
+            f"{method} weights are not supported",
+            "factors are computed from float32, float16 or bfloat16",
+            "convert the unquantised checkpoint",
+        )
+    for table in rope_tables(config):
+        rope_type = table.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise refuse(name, f"rope_type '{rope_type}' is not supported", f"supported: {', '.join(ROPE_TYPES)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise refuse(
+            name,
+            f"{config.num_attention_heads} query heads do not divide over {config.num_key_value_heads} key heads",
+            "the number of query heads must be a multiple of the number of key/value heads",
+            "check config.json",
+        )
+
+
+def rope_tables(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of ``config``: one, or one for each kind of layer."""
+    rope = config.rope_parameters or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)]
+    return kinds or [rope]
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family, keyed by the ``model_type`` of its Hugging Face config.
 
-    ``check(config)`` refuses by name what the native export cannot carry. ``tensors`` maps a role to the
-    checkpoint's tensor name; ``{i}`` stands for the layer. ``tiny`` is a config for tests, small enough to
-    build in milliseconds.
+    ``native(config)`` names what DeepSeek-V3's format has no place for, or is None. ``check(config)`` refuses by name
+    what no format can carry. The stream after the attention enters the layer's module ``after_attention``;
+    ``interleaved`` rotary channels stand beside their partners. ``tensors`` maps a role to the checkpoint's tensor
+    name, ``{i}`` for the layer. ``tiny`` is a config for tests, small enough to build in milliseconds, ``told`` what
+    the support table says of the family.
     """
 
     name: str
-    check: Callable[[Any], None]
+    native: Callable[[Any], str | None]
     tiny: Mapping[str, Any]
+    told: str = ""
+    check: Callable[[Any], None] = check_common
+    after_attention: str = "post_attention_layernorm"
+    interleaved: bool = False
     tensors: Mapping[str, str] = field(
         default_factory=lambda: {
             "embed": "model.embed_tokens.weight",
@@ -33,46 +76,40 @@ class Family:
     )
 
 
+def lacks(what: str) -> Callable[[Any], str | None]:
+    """For a family that always has ``what`` DeepSeek-V3's format has no place for."""
+    return lambda config: what
+
+
 def refuse(family: str, what: str, missing: str, remedy: str = "convert a model without it") -> TransmlaError:
-    """The error for a feature the native DeepSeek-V3 format has no place for."""
+    """The error for a feature that cannot be carried."""
     return TransmlaError(f"{family}: {what}", limit=missing, remedy=remedy)
 
 
-def check_llama_like(config: Any) -> None:
-    """Refuse biases and rotary scalings that a dense DeepSeek-V3 cannot express.
-
-    Raises:
-        TransmlaError: naming the attribute, what the format lacks, and the remedy.
-    """
-    name = config.model_type
+def llama_gap(config: Any) -> str | None:
+    """What of a Llama-like ``config`` a dense DeepSeek-V3 cannot express."""
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
-            raise refuse(name, f"{bias}=true is not supported", "the native format has no slot for these biases")
-    quantisation = getattr(config, "quantization_config", None)
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method not in (None, "gguf"):
-        raise refuse(
-            name,
-            f"{method} weights are not supported",
-            "factors are computed from float32, float16 or bfloat16",
-            "convert the unquantised checkpoint",
-        )
+            return bias
     rope = config.rope_parameters or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise refuse(name, f"rope_type '{rope_type}' is not supported", f"supported: {', '.join(ROPE_TYPES)}")
-    if rope_type == "yarn" and rope.get("mscale_all_dim"):
-        raise refuse(
-            name,
-            "yarn with mscale_all_dim is not supported",
-            "DeepSeek-V3 would scale all scores by it once more",
-        )
+    if rope.get("rope_type") == "yarn" and rope.get("mscale_all_dim"):
+        return "yarn with mscale_all_dim"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(name, "partial_rotary_factor is not supported", "every key channel must be rotary in the source")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise refuse(
-            name,
-            f"{config.num_attention_heads} query heads do not divide over {config.num_key_value_heads} key heads",
-            "the number of query heads must be a multiple of the number of key/value heads",
-            "check config.json",
-        )
+        return "partial_rotary_factor"
+    return None
+
+
+# What the tiny configs of most families share.
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 72,  # a multiple of 4, 6 and 9 heads
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+TINY_WINDOW = 8
+TINY_WINDOWS = {"sliding_window": TINY_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

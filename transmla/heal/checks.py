@@ -71,7 +71,13 @@ def check_amount(name: str, tokens: int, settings: Healing) -> None:
 
 
 def check_student(student: Path, manifest: dict[str, Any]) -> None:
-    """The export must be what its conversion wrote."""
+    """The export must be native, and what its conversion wrote."""
+    if manifest.get("format") != "native":
+        raise TransmlaError(
+            f"'{student}' is of the format {manifest.get('format')}",
+            limit="healing takes native exports so far",
+            remedy="convert it with --format native, where the family allows it",
+        )
     problems = check_hashes(student, manifest["hashes"], free=(CARD, MANIFEST, VERIFICATION))
     if problems:
         raise TransmlaError(f"'{student}' is not what was converted", limit=problems[0], remedy="convert it again")

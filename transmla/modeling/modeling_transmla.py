@@ -59,7 +59,7 @@ class TransmlaAttention(nn.Module):
 
     def __init__(self, attention: Any, config: Any, layer_idx: int) -> None:
         nn.Module.__init__(self)
-        _refuse_unknown(attention, config)
+        refuse_unknown(attention, config)
         kind = config.mla["kinds"][config.mla["layers"][layer_idx]]
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.num_key_value_groups, self.head_dim = config.num_attention_heads, 1, attention.head_dim
@@ -68,7 +68,7 @@ class TransmlaAttention(nn.Module):
         self.inv_freq, self.attention_factor = tuple(kind["inv_freq"]), kind["attention_factor"]
         self.scaling, self.is_causal = attention.scaling, attention.is_causal
         self.attention_dropout = attention.attention_dropout
-        self.sliding_window = _window(attention, config, layer_idx)
+        self.sliding_window = window_of(attention, config, layer_idx)
         self.attn_logit_softcapping = getattr(attention, "attn_logit_softcapping", None)
         self.sinks = getattr(attention, "sinks", None)
         # The family's own, which knows what the family adds to its scores.
@@ -170,7 +170,7 @@ class TransmlaAttention(nn.Module):
         return turned
 
 
-def _window(attention: Any, config: Any, layer_idx: int) -> int | None:
+def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
     """How far back a layer looks: some families tell its attention, others leave it to the config."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
@@ -179,13 +179,14 @@ def _window(attention: Any, config: Any, layer_idx: int) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _refuse_unknown(attention: Any, config: Any) -> None:
+def refuse_unknown(attention: Any, config: Any) -> None:
     """Refuse what a family does that this attention would leave out.
 
     Raises:
         ValueError: naming it.
     """
     unknown = {name for name, _ in attention.named_children()} - {*NORMED, "qkv_proj", "o_proj"}
+    unknown |= set() if attention.is_causal else {"attention to the future"}
     unknown |= {"clip_qkv"} if getattr(config, "clip_qkv", None) else set()
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(part for part in rope.values() if isinstance(part, dict))):

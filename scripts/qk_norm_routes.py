@@ -1,0 +1,132 @@
+"""Two ways around the norms of queries and keys, measured: which one conversions take.
+
+    python scripts/qk_norm_routes.py small-qwen3 small-gemma3
+
+A normed key is no linear map of the hidden state, so what is cached cannot be one without loss. Either the latent is
+made from the normed keys and the values (exact before anything is cut; the source's projections stay), or it is
+regressed on the hidden state (fewer weights, and a key norm that is only imitated). Layers are converted in closed form
+on one text, one after the other; perplexity of the converted stream is read on another, beside the source's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import RESULTS, write_result
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from transmla.artifacts import LayerWeights
+from transmla.calibrate import SourceLayer, steps
+from transmla.checkpoint import load_model
+from transmla.core.linalg import regularise
+from transmla.data import load_tokens
+from transmla.decoder import attention_input, embedded
+from transmla.effort import EFFORTS
+from transmla.factorize import factorize
+from transmla.frontend import FrontEnd
+from transmla.plan import make_plan
+from transmla.recipe import parse_recipe
+from transmla.reconstruct import reconstruct
+from transmla.source import load_tokenizer, open_source, pick_device
+
+LENGTH = 256
+
+
+class Regressed(FrontEnd):
+    """Features of the other way: normed queries, and hidden states on which normed keys are regressed."""
+
+    def __init__(self, plain: FrontEnd, inputs: Tensor) -> None:
+        """``inputs`` [n, D] of the attention, to regress on."""
+        vars(self).update(vars(plain))
+        h, d = self.heads, self.heads.width
+        self.queries = h.queries * d
+        key = super().features(inputs)[..., self.queries : self.queries + h.groups * d].double()
+        x = inputs.double()
+        moment = regularise(x.mT @ x)
+        self.keys = torch.linalg.solve(moment, x.mT @ key).mT.float()
+        self.values = self.projection[-h.groups * d :].float()
+
+    @property
+    def width(self) -> int:
+        return self.queries + self.projection.shape[1]
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([super().features(x)[..., : self.queries], x], -1)
+
+    def heads_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().heads_of(super().features(features[..., self.queries :]))
+
+    def weights(self) -> LayerWeights:
+        d, order = self.heads.width, list(self.heads.order)
+        q = pad(torch.eye(self.queries, device=self.keys.device), (0, self.projection.shape[1]))
+        k, v = (pad(rows, (self.queries, 0)).unflatten(0, (-1, d)) for rows in (self.keys, self.values))
+        o = self.attention.o_proj.weight.detach().float().unflatten(1, (self.heads.queries, d)).transpose(0, 1)
+        return LayerWeights(q.unflatten(0, (-1, d))[:, order], k[:, order], v, o, self.rules)
+
+    def blocks(self) -> Tensor:
+        counts = torch.tensor([self.heads.width] * self.heads.queries + [self.projection.shape[1]])
+        return torch.arange(self.heads.queries + 1).repeat_interleave(counts).to(self.projection.device)
+
+
+@torch.no_grad()
+def perplexity(model: Any, hidden: Tensor, tokens: Tensor) -> float:
+    """Of ``tokens`` [N, T] after the last layer's ``hidden`` [N, T, D]."""
+    total = 0.0
+    for start, part in steps(hidden):
+        logits = model.lm_head(model.model.norm(part.to(model.device))).float()[:, :-1]
+        wanted = tokens[start : start + len(part), 1:].to(model.device)
+        total += float(cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+    return float(torch.tensor(total / tokens[:, 1:].numel()).exp())
+
+
+def measure(folder: Path, ratio: float, effort: str, regressed: bool, device: torch.device) -> float:
+    """Perplexity on pydoc's test split of a conversion calibrated on its train split."""
+    recipe = parse_recipe({"source": str(folder), "output": "-", "cache_ratio": ratio, "reconstruct": effort}, "script")
+    source = open_source(recipe)
+    plan, tokenizer = make_plan(source.spec, recipe, source.dtype), load_tokenizer(source.path)
+    texts = [load_tokens("pydoc", tokenizer, split=split, limit=64 * LENGTH) for split in ("train", "test")]
+    train, test = (text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH) for text in texts)
+    embedding = source.checkpoint.read(source.family.tensors["embed"])
+    original, judged = (embedded(source.model, tokens, embedding).to(device) for tokens in (train, test))
+    converted = original
+    layer = SourceLayer(source.model, source.family, source.spec, device)
+    for i in range(source.spec.num_hidden_layers):
+        layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
+        if regressed:
+            layer.front = Regressed(layer.front, attention_input(layer.module, original).flatten(0, 1))
+        seen = layer.observe(original)
+        factors = factorize(layer.weights(), seen.stats, plan.at(i))
+        if effort in EFFORTS:
+            factors = reconstruct([layer], [factors], original, converted, EFFORTS[effort], seed=i).factors[0]
+        factors = factors.to(torch.float32)
+        original, converted, judged = seen.hidden, layer.follow(converted, factors)[1], layer.follow(judged, factors)[1]
+    return perplexity(load_model(source.path, dtype=torch.float32).to(device), judged, test)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, help="of scripts/train_small.py, with normed queries and keys")
+    parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25))
+    parser.add_argument("--reconstruct", nargs="*", default=("off", "fast"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--result", type=Path, default=RESULTS / "qk-norm-routes.json")
+    parser.add_argument("--commit", help="commit to record where git has no history")
+    arguments = parser.parse_args()
+    device, rows = pick_device(arguments.device), []
+    for model in arguments.models:
+        for budget in arguments.budgets:
+            for effort in arguments.reconstruct:
+                found = [measure(model, budget, effort, way, device) for way in (False, True)]
+                names = ("normed keys and values", "regressed on hidden states")
+                told = {name: round(value, 3) for name, value in zip(names, found, strict=True)}
+                rows.append({"model": model.name, "budget": budget, "reconstruct": effort, "perplexity": told})
+                print(f"{model.name}, {budget:.0%}, {effort}: {told}", flush=True)
+                write_result(arguments.result, rows, arguments.commit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""GLM-4: half of a head turns, by neighbouring channels."""
+
+from transmla.families.base import TINY, Family, lacks
+
+FAMILY = Family(
+    name="glm4",
+    native=lacks("partial rotary embedding and GLM's norms"),
+    tiny={**TINY, "partial_rotary_factor": 0.5, "attention_bias": True},
+    told="GLM-4 0414",
+    interleaved=True,
+)

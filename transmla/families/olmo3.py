@@ -1,0 +1,11 @@
+"""OLMo 3: OLMo 2 with windows."""
+
+from transmla.families.base import TINY, TINY_WINDOWS, Family, lacks
+
+FAMILY = Family(
+    name="olmo3",
+    native=lacks("q/k norms, norms behind blocks and windows"),
+    tiny={**TINY, **TINY_WINDOWS},
+    told="OLMo 3",
+    after_attention="mlp",
+)

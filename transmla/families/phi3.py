@@ -1,0 +1,10 @@
+"""Phi-3 and Phi-4: one projection for queries, keys and values; part of a head turns."""
+
+from transmla.families.base import TINY, Family, lacks
+
+FAMILY = Family(
+    name="phi3",
+    native=lacks("Phi's fused projections"),
+    tiny={**TINY, "partial_rotary_factor": 0.5},
+    told="Phi-3, Phi-4; not longrope",
+)

@@ -1,0 +1,10 @@
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts, one of them shared."""
+
+from transmla.families.base import TINY, TINY_EXPERTS, Family, lacks
+
+FAMILY = Family(
+    name="qwen2_moe",
+    native=lacks("biases of queries, keys and values, and Qwen's experts"),
+    tiny={**TINY, **TINY_EXPERTS, "shared_expert_intermediate_size": 32},
+    told="Qwen1.5-MoE, Qwen2-57B-A14B",
+)

@@ -1,0 +1,10 @@
+"""Qwen3-MoE: Qwen3 with experts."""
+
+from transmla.families.base import TINY, TINY_EXPERTS, Family, lacks
+
+FAMILY = Family(
+    name="qwen3_moe",
+    native=lacks("q/k norms and Qwen's experts"),
+    tiny={**TINY, **TINY_EXPERTS},
+    told="Qwen3-30B-A3B, Qwen3-235B-A22B",
+)

@@ -1,0 +1,10 @@
+"""SmolLM3: some layers turn nothing."""
+
+from transmla.families.base import TINY, Family, lacks
+
+FAMILY = Family(
+    name="smollm3",
+    native=lacks("layers without rotary embedding"),
+    tiny={**TINY, "no_rope_layers": [1, 0]},
+    told="SmolLM3",
+)
