@@ -1,0 +1,10 @@
+"""StarCoder2: LayerNorm, biases everywhere, a window."""
+
+from transmla.families.base import TINY, TINY_WINDOW, Family, lacks
+
+FAMILY = Family(
+    name="starcoder2",
+    native=lacks("LayerNorm and biases"),
+    tiny={**TINY, "use_bias": True, "sliding_window": TINY_WINDOW},
+    told="StarCoder2",
+)
