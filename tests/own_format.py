@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from transmla.artifacts import ScoreRules
 from transmla.families.base import TINY, TINY_WINDOW, Family
+from transmla.frontend import FrontEnd, Heads, halves_order
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
 from transmla.registry import scan
@@ -53,6 +55,21 @@ def rotary_table(model: Any, layer: int) -> tuple[Tensor, float]:
     if not getattr(model.model.layers[layer].self_attn, "use_rope", True):
         inv_freq = torch.zeros_like(inv_freq)
     return inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))
+
+
+def front_end(model: Any, layer: int) -> FrontEnd:
+    """The features of a layer's attention, by what its config says; not by ``describe``, which reads the modules."""
+    config, attention = model.config, model.model.layers[layer].self_attn
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[layer] == "sliding_attention"
+    rules = ScoreRules(
+        getattr(config, "sliding_window", None) if slides else None,
+        getattr(attention, "attn_logit_softcapping", None),
+        getattr(attention, "sinks", None),
+    )
+    width, turned = attention.head_dim, 2 * len(rotary_table(model, layer)[0])
+    order = halves_order(width, turned, interleaved=config.model_type in INTERLEAVED)
+    return FrontEnd(attention, Heads(config.num_attention_heads, config.num_key_value_heads, width, order), rules)
 
 
 def uncut(model: Any, source: Path, folder: Path, *, keep: tuple[int, ...] = ()) -> Path:

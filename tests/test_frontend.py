@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from layers import relative
-from own_format import FAMILIES, INTERLEAVED, make_source, rotary_table
+from own_format import FAMILIES, front_end, make_source, rotary_table
 from torch import Tensor
 
-from transmla.artifacts import ScoreRules
 from transmla.core.absorb import source_attention
-from transmla.frontend import FrontEnd, Heads, halves_order
+from transmla.frontend import halves_order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,19 +25,11 @@ def test_the_mathematics_is_the_familys_attention(family: str, tmp_path: Path) -
             with_kwargs=True,
         )
     model(torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(1)))
-    config, types = model.config, getattr(model.config, "layer_types", None)
     for i, (x, wanted) in enumerate(seen):
         attention = model.model.layers[i].self_attn
         inv_freq, factor = rotary_table(model, i)
         d, turned = attention.head_dim, 2 * len(inv_freq)
-        slides = types is None or types[i] == "sliding_attention"
-        rules = ScoreRules(
-            getattr(config, "sliding_window", None) if slides else None,
-            getattr(attention, "attn_logit_softcapping", None),
-            getattr(attention, "sinks", None),
-        )
-        order = halves_order(d, turned, interleaved=family in INTERLEAVED)
-        front = FrontEnd(attention, Heads(config.num_attention_heads, config.num_key_value_heads, d, order), rules)
+        front = front_end(model, i)
         features, weights = front.features(x).double(), front.weights().to(torch.float64)
         assert features.shape[-1] == front.width == weights.q.shape[-1]
         frequencies = torch.cat([inv_freq.double(), torch.zeros((d - turned) // 2, dtype=torch.float64)])

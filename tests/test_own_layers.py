@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from layers import make_spec, measure, relative
-from own_format import FAMILIES, INTERLEAVED, make_source, rotary_table
+from own_format import FAMILIES, front_end, make_source, rotary_table
 
-from transmla.artifacts import MLAShape, Plan, RotaryPlan, ScoreRules
+from transmla.artifacts import MLAShape, Plan, RotaryPlan
 from transmla.core.methods.calibrated import METHOD
 from transmla.decoder import attention_input, run_layer
-from transmla.frontend import FrontEnd, Heads, halves_order
 from transmla.modeling.configuration_transmla import converted_config
 from transmla.modeling.modeling_transmla import attention_class
 from transmla.own import layer_kind, layer_tensors
@@ -24,21 +23,15 @@ def test_the_closed_form_written_and_read_is_the_source(family: str, tmp_path: P
     from dataclasses import replace
 
     model = make_source(family, tmp_path)
-    config, types = model.config, getattr(model.config, "layer_types", None)
+    config = model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     hidden = torch.randn(64, 30, config.hidden_size, generator=torch.Generator().manual_seed(0))
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         inv_freq, factor = rotary_table(model, i)
         d, turned = attention.head_dim, 2 * len(inv_freq)
-        slides = types is None or types[i] == "sliding_attention"
-        rules = ScoreRules(
-            getattr(config, "sliding_window", None) if slides else None,
-            getattr(attention, "attn_logit_softcapping", None),
-            getattr(attention, "sinks", None),
-        )
-        order = halves_order(d, turned, interleaved=family in INTERLEAVED)
-        front = FrontEnd(attention, Heads(heads, groups, d, order), rules)
+        front = front_end(model, i)
+        rules = front.rules
         x = attention_input(layer, hidden)
         features = front.features(x).double()
         frequencies = (*inv_freq.double().tolist(), *[0.0] * ((d - turned) // 2))
