@@ -117,6 +117,8 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     """One point; the step is the median of ``steps`` ones. ``static``: compiled over a static cache, as on GPUs."""
     from transformers import CompileConfig, DynamicCache, StaticCache
 
+    from transmla.modeling.cache import CACHE
+
     device = model.device
     compiled = device.type == "cuda" if static is None else static
     cache: Any
@@ -132,7 +134,7 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     for i in range(WARM_UP + steps):
         positions = torch.full((batch, 1), context + i, device=device)
         began = _now(device)
-        step(token, past_key_values=cache, position_ids=positions, use_cache=True)
+        step(token, position_ids=positions, use_cache=True, **{CACHE: cache})
         times.append(_now(device) - began)
     seconds = statistics.median(times[WARM_UP:])
     return Point(batch, context, prefill, seconds, held, (held + _weights_read(model, batch)) / seconds)
@@ -155,8 +157,10 @@ def _fill(model: Any, cache: Any, batch: int, length: int) -> None:
     """Let ``cache`` hold ``length`` random rows of every layer for ``batch`` sequences."""
     from transformers import DynamicCache
 
+    from transmla.modeling.cache import CACHE
+
     probe: Any = DynamicCache(config=model.config)
-    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=probe)
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: probe})
     for i, layer in enumerate(probe.layers):
         rows = [
             torch.randn(batch, t.shape[1], length, t.shape[-1], dtype=t.dtype, device=t.device) / 8

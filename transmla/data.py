@@ -132,12 +132,14 @@ def sample_self(
 
 
 def _sample_batch(model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    from transmla.modeling.cache import CACHE
+
     # Not model.generate: it merges the checkpoint's own settings (top_k, penalties) into any it is given.
     tokens = torch.full((rows, length), start, dtype=torch.int64, device=model.device)
     cache = None
     for position in range(1, length):
-        output = model(tokens[:, position - 1 : position], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(tokens[:, position - 1 : position], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         probabilities = output.logits[:, -1].float().softmax(dim=-1).to(model.device)
         tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return tokens.cpu()

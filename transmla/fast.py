@@ -119,9 +119,9 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
         input_ids: the prompt [1, P].
 
     Returns:
-        What ``generate`` takes as ``past_key_values``, beside ``input_ids`` [B, P + n] that begin with the prompt
-        (n ≥ 1; shorter ones padded between prompt and continuation, with an ``attention_mask`` that says so). It is
-        spent by one ``generate``; ``copy.deepcopy`` it before to use it again.
+        What ``generate`` takes as ``past_key_values`` (``cache`` from transformers 5.24 on), beside ``input_ids``
+        [B, P + n] that begin with the prompt (n ≥ 1; shorter ones padded between prompt and continuation, with an
+        ``attention_mask`` that says so). It is spent by one ``generate``; ``copy.deepcopy`` it before to use it again.
 
     Raises:
         TransmlaError: for several prompts, or a model that is not accelerated.
@@ -129,6 +129,7 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
     from transformers import DynamicCache
 
     from transmla.modeling.attention import LatentAttention
+    from transmla.modeling.cache import CACHE
     from transmla.modeling.prefix import share
 
     if input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
@@ -155,7 +156,7 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
         for layer in layers:
             layer.packed = False
         with torch.no_grad():
-            model(input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+            model(input_ids.to(model.device), logits_to_keep=1, **{CACHE: cache})
     finally:
         for layer in layers:
             layer.packed = packed

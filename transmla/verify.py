@@ -21,6 +21,7 @@ from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION, write_json
 from transmla.fast import accelerate
 from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
+from transmla.modeling.cache import CACHE
 from transmla.native import RMS_NORM_EPS, export_shape, layer_factors
 from transmla.plan import OWN
 
@@ -187,9 +188,9 @@ def _cache_equals_full(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
     full = model(tokens, use_cache=False).logits
     half = tokens.shape[1] // 2
     out = model(tokens[:, :half], use_cache=True)
-    cache, pieces = out.past_key_values, [out.logits]
+    cache, pieces = out[CACHE], [out.logits]
     for i in range(half, tokens.shape[1]):
-        pieces.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        pieces.append(model(tokens[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits)
     difference = _relative(torch.cat(pieces, 1), full)
     return Check(
         "cached decode = full forward",
@@ -237,7 +238,7 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
 @torch.no_grad()
 def _cache_size(model: Any, tokens: Tensor, promise: _Promise) -> Check:
     """Bytes that a real cache holds after a forward, per token held, against the plan."""
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE]
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in held)
     planned = promise.cached * model.dtype.itemsize
@@ -258,9 +259,9 @@ def _accelerated_equals_plain(model: Any, tokens: Tensor, dtype: torch.dtype) ->
     accelerate(model, backend="torch")
     first = 3 * tokens.shape[1] // 4
     out = model(tokens[:, :first], use_cache=True)
-    cache, pieces = out.past_key_values, [out.logits]
+    cache, pieces = out[CACHE], [out.logits]
     for i in range(first, tokens.shape[1]):
-        pieces.append(model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        pieces.append(model(tokens[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits)
     difference = _relative(torch.cat(pieces, 1), plain)
     return Check("absorbed = expanded", difference <= TOLERANCE[dtype], f"relative difference {difference:.1e}")
 

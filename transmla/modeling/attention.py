@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.modeling.cache import make_room
+from transmla.modeling.cache import CACHE, make_room
 from transmla.modeling.float8 import unpack
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
 from transmla.modeling.rows import Decode, Rows
@@ -46,15 +46,16 @@ class LatentAttention(nn.Module):
     packed: bool = False
     prefix: PrefixLayer | None = None
 
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own forward, over a cache that has room to grow."""
         weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
         if (weight.dtype, weight.device) != self.place:
             self.choose(self)
-        make_room(past_key_values, self.layer_idx, packed=self.packed)
-        self.prefix = prefix_layer(past_key_values, self.layer_idx)
+        cache = kwargs.get(CACHE)
+        make_room(cache, self.layer_idx, packed=self.packed)
+        self.prefix = prefix_layer(cache, self.layer_idx)
         try:
-            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             self.prefix = None
 

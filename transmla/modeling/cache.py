@@ -7,9 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transmla.modeling.float8 import pack
 
+# What models of transformers, and their outputs, call their cache; until 5.23 by the first of these names.
+CACHE = next(name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__)
 # New room is asked for in steps of so many tokens, or of an eighth of what is held, and in whole pages: there are
 # kernels that read nothing else.
 STEP, PAGE = 256, 64

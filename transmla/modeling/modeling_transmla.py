@@ -97,11 +97,13 @@ class TransmlaAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [B, T, D] for hidden states [B, T, D], and attention weights where the implementation has them.
 
-        ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths.
+        ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths. The
+        ``cache`` is called ``past_key_values`` by transformers until 5.23.
         """
         if position_ids is None:
             raise ValueError(
@@ -113,8 +115,9 @@ class TransmlaAttention(nn.Module):
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         kv_c = self.kv_a_layernorm(kv_c)
         q_pe, k_pe = self._turn(position_ids, q_pe, k_pe)
-        if past_key_values is not None:
-            kv_c, k_pe = past_key_values.update(kv_c, k_pe, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx)
         key, value = self.expand_kv(kv_c, k_pe)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         extras = {given: getattr(self, name) for name, given in SCORE_EXTRAS.items()}
