@@ -46,8 +46,8 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
-def source_of(family: str, folder: Path) -> Any:
-    model = make_source(family, folder / "source", vocab_size=128)
+def source_of(family: str, folder: Path, **changes: Any) -> Any:
+    model = make_source(family, folder / "source", vocab_size=128, **changes)
     build_tokenizer(folder / "source", 128)
     return model
 
@@ -86,6 +86,55 @@ def test_cut_it_is_what_its_plan_says(family: str, tmp_path: Path, make_recipe: 
     # SmolLM3's second layer turns nothing, and has a pair of rotary channels that stand still beside a whole latent.
     assert 2 * 40 <= manifest["plan"]["model_cache_values"] <= 2 * 48 + (2 if family == "smollm3" else 0)
     assert "trust_remote_code=True" in (out / "README.md").read_text()
+
+
+def rope(rope_type: str, pairs: int, original: int = 20) -> dict[str, Any]:
+    """Rotary settings of a type, for heads of which ``pairs`` pairs turn; short texts have ``original`` tokens."""
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    factors = {
+        "short_factor": torch.linspace(1, 1.5, pairs).tolist(),
+        "long_factor": torch.linspace(1, 8, pairs).tolist(),
+    }
+    more = {"llama3": llama3, "longrope": factors}.get(rope_type, {})
+    known = {} if rope_type == "linear" else {"original_max_position_embeddings": original}
+    return {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0} | known | more
+
+
+# Heads turn whole, by a half, and in kinds of their own.
+TURNED = {"qwen2": 8, "qwen3": 8, "phi3": 4, "glm4": 4, "gemma3_text": 8}
+SCALED = [("phi3", "longrope"), *((family, "longrope") for family in ("qwen2", "qwen3", "glm4", "gemma3_text"))]
+SCALED += [("qwen2", "linear"), ("qwen3", "llama3"), ("glm4", "yarn"), ("gemma3_text", "yarn")]
+
+
+@pytest.mark.parametrize(("family", "rope_type"), SCALED)
+@torch.no_grad()
+def test_scaled_frequencies_are_the_sources(
+    family: str, rope_type: str, tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    """Also where only a part of every head turns, and on texts longer than those that longrope calls short."""
+    table = rope(rope_type, TURNED[family]) | ({"partial_rotary_factor": 0.5} if TURNED[family] == 4 else {})
+    tables = table
+    if family == "gemma3_text":
+        tables = {"full_attention": table, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}
+    # Phi-3 checks its factors by the hidden size, and has its own word for short.
+    more = {"num_attention_heads": 3, "original_max_position_embeddings": 20} if family == "phi3" else {}
+    model = source_of(family, tmp_path, rope_parameters=tables, max_position_embeddings=256, **more)
+    calibration = {"source": str(tmp_path / "text.txt"), "sequences": 24, "length": 20}
+    out = convert(make_recipe(format="transmla", calibration=calibration, **uncut(model)))
+    transmla.register()
+    export = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert export.model.layers[0].self_attn.frequencies.bits.any()
+    for length in (16, 30):
+        ids = torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(1))
+        theirs, ours = model(ids).logits, export(ids).logits
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max(), length
+    if family == "phi3":
+        # Its own generate() reads the text again where it becomes long.
+        ids, settings = torch.arange(3, 19)[None], {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(export.generate(ids, **settings), model.generate(ids, **settings))
+    if rope_type == "longrope":
+        with pytest.raises(TransmlaError, match="calibration sequences of 24 tokens are longer than 20"):
+            convert(make_recipe(output=str(tmp_path / "far"), calibration=calibration | {"length": 24}))
 
 
 STRANGER = """
@@ -243,19 +292,9 @@ def test_native_is_chosen_where_it_can_say_everything() -> None:
         plan("qwen3", cache_ratio=1.0, allow_no_saving=False)
 
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 6,
-    "long_factor": [2.0] * 6,
-    "original_max_position_embeddings": 64,
-}
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("phi3", {"rope_parameters": LONGROPE, "partial_rotary_factor": 1.0}, "phi3: rope_type 'longrope' is not"),
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not"),
         ("qwen2_moe", {"quantization_config": {"quant_method": "fp8"}}, "fp8 weights are not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "would leave out: attention to the future"),

@@ -20,7 +20,8 @@ class LayerKind:
 
     ``inv_freq`` holds the p rotary frequencies in radians per position as the source runs them, 0 where a channel
     stands still; ``attention_factor`` multiplies its cos and sin (yarn), ``scaling`` its scores; ``window`` and
-    ``softcap`` are those of ``ScoreRules``.
+    ``softcap`` are those of ``ScoreRules``. Where only a part of every head turns, ``turned_factor`` is the attention
+    factor, of queries and keys themselves. Longrope turns texts longer than ``short_length`` by ``long_inv_freq``.
     """
 
     inv_freq: tuple[float, ...]
@@ -28,6 +29,9 @@ class LayerKind:
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    turned_factor: float = 1.0
+    long_inv_freq: tuple[float, ...] | None = None
+    short_length: int | None = None
 
     @property
     def turned(self) -> int:

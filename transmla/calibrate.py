@@ -96,7 +96,8 @@ class SourceLayer:
         attention, spec = self.module.self_attn, self.spec
         order = halves_order(spec.head_dim, 2 * kind.turned, interleaved=self.family.interleaved)
         rules = ScoreRules(kind.window, kind.softcap, getattr(attention, "sinks", None))
-        heads = Heads(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, order)
+        counts = spec.num_attention_heads, spec.num_key_value_heads
+        heads = Heads(*counts, spec.head_dim, order, 2 * kind.turned, kind.turned_factor)
         self.front = FrontEnd(attention, heads, rules)
 
     def weights(self) -> LayerWeights:

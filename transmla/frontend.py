@@ -19,12 +19,17 @@ from transmla.artifacts import LayerWeights, ScoreRules
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of query and key/value heads, their width, and the order [d] that puts a head's channels in halves."""
+    """Numbers of query and key/value heads, their width, and the order [d] that puts a head's channels in halves.
+
+    The first ``turned`` channels of queries and keys count ``factor`` times.
+    """
 
     queries: int
     groups: int
     width: int
     order: tuple[int, ...]
+    turned: int = 0
+    factor: float = 1.0
 
 
 def read_projections(attention: Any, heads: Heads) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +53,10 @@ class FrontEnd:
         self.order = None
         if heads.order != tuple(range(heads.width)):
             self.order = torch.tensor(heads.order, device=self.projection.device)
+        self.scale = None
+        if heads.factor != 1:
+            self.scale = torch.ones(heads.width, device=self.projection.device)
+            self.scale[: heads.turned] = heads.factor
 
     @property
     def width(self) -> int:
@@ -89,6 +98,8 @@ class FrontEnd:
             rows = linear(features[..., : self.projection.shape[1]], self.projection, self.bias)
         counts = [h.queries, h.groups, h.groups]
         q, k, v = rows.unflatten(-1, (-1, h.width)).transpose(1, 2).split(counts, 1)
+        if self.scale is not None:
+            q, k = q * self.scale, k * self.scale
         if self.order is None:
             return q, k, v
         return q.index_select(-1, self.order), k.index_select(-1, self.order), v
@@ -103,6 +114,8 @@ class FrontEnd:
             if self.bias is not None:
                 maps = torch.cat([maps, self.bias.detach().float()[:, None]], 1)
         q, k, v = maps.unflatten(0, (-1, d)).split([h.queries, h.groups, h.groups])
+        if self.scale is not None:
+            q, k = q * self.scale[:, None], k * self.scale[:, None]
         order = list(h.order)
         o = self.attention.o_proj.weight.detach().float().unflatten(1, (h.queries, d)).transpose(0, 1)
         return LayerWeights(q[:, order], k[:, order], v, o, self.rules)

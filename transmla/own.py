@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.artifacts import LayerFactors, Plan
+from transmla.artifacts import LayerFactors, LayerKind, Plan
 from transmla.frontend import FrontEnd
 from transmla.modeling.configuration_transmla import converted_config
 from transmla.modeling.modeling_transmla import NORMED
@@ -23,7 +23,7 @@ def own_config(source: Any, plan: Plan) -> dict[str, Any]:
     kinds: list[dict[str, Any]] = []
     layers: list[int | None] = []
     for i in range(plan.spec.num_hidden_layers):
-        kind = layer_kind(plan.at(i))
+        kind = layer_kind(plan.at(i), plan.spec.kind(i))
         if i not in plan.kept and kind not in kinds:
             kinds.append(kind)
         layers.append(None if i in plan.kept else kinds.index(kind))
@@ -31,18 +31,22 @@ def own_config(source: Any, plan: Plan) -> dict[str, Any]:
     return fields | {"dtype": plan.dtype}
 
 
-def layer_kind(plan: Plan) -> dict[str, Any]:
-    """What the config says of a layer of a ``plan`` for it alone."""
-    shape, spec = plan.shape, plan.spec
-    return {
+def layer_kind(plan: Plan, kind: LayerKind) -> dict[str, Any]:
+    """What the config says of a layer of this ``kind``, and of a ``plan`` for it alone."""
+    shape, slots = plan.shape, plan.rotary.slots
+    told: dict[str, Any] = {
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_rope_head_dim": shape.qk_rope_head_dim,
         "qk_nope_head_dim": shape.qk_nope_head_dim,
         "v_head_dim": shape.v_head_dim,
-        "inv_freq": [spec.inv_freq[slot] for slot in plan.rotary.slots],
-        "attention_factor": spec.attention_factor,
+        "inv_freq": [kind.inv_freq[slot] for slot in slots],
+        "attention_factor": kind.attention_factor,
         "latent_norm": False,
     }
+    if kind.long_inv_freq is not None:
+        told["long_inv_freq"] = [kind.long_inv_freq[slot] for slot in slots]
+        told["original_max_position_embeddings"] = kind.short_length
+    return told
 
 
 def restricted(factors: LayerFactors, front: FrontEnd) -> LayerFactors:

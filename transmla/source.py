@@ -87,7 +87,14 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def check_length(spec: AttentionSpec, length: int) -> None:
-    """A calibration sequence must fit the source's context."""
+    """A calibration sequence must fit the source's context, and of longrope the part with the short frequencies."""
+    short = min((kind.short_length for kind in spec.kinds if kind.short_length is not None), default=length)
+    if length > short:
+        raise TransmlaError(
+            f"calibration sequences of {length} tokens are longer than {short}",
+            limit="that far longrope turns by its short frequencies, which layers are converted with",
+            remedy="lower --calibration-length",
+        )
     if length > spec.max_position_embeddings:
         raise TransmlaError(
             f"calibration sequences of {length} tokens are longer than the source's context",

@@ -118,7 +118,7 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("self_attn.")) for layer in layers
     ]
     inside = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
-    uniform = len(kinds) == 1 and kinds[0].window is None and kinds[0].softcap is None
+    uniform = kinds == (LayerKind(kinds[0].inv_freq, kinds[0].attention_factor, kinds[0].scaling),)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     projection = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
     return AttentionSpec(
@@ -155,23 +155,33 @@ def _kind(model: Any, layer: int) -> LayerKind:
     Raises:
         ValueError: naming what latent attention would leave out.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[layer].self_attn
     refuse_unknown(attention, config)
     types = getattr(config, "layer_types", None)
-    prefix = f"{types[layer]}_" if types and hasattr(rotary, f"{types[layer]}_inv_freq") else ""
+    layer_type = types[layer] if types and hasattr(rotary, f"{types[layer]}_inv_freq") else None
+    prefix, table = (
+        (f"{layer_type}_", config.rope_parameters[layer_type]) if layer_type else ("", config.rope_parameters)
+    )
     inv_freq = getattr(rotary, f"{prefix}inv_freq").double()
-    factor = float(getattr(rotary, f"{prefix}attention_scaling"))
+    factor, long = float(getattr(rotary, f"{prefix}attention_scaling")), None
     if not getattr(attention, "use_rope", True):
-        inv_freq, factor = torch.zeros_like(inv_freq), 1.0
+        inv_freq, factor, table = torch.zeros_like(inv_freq), 1.0, {}
     still = attention.head_dim // 2 - len(inv_freq)
-    if still and factor != 1:
-        raise ValueError("a rotary attention factor on a part of every head is not supported")
+    short_length = table["original_max_position_embeddings"] if table.get("rope_type") == "longrope" else None
+    if short_length is not None:
+        of_type = {"layer_type": layer_type} if layer_type else {}
+        long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=short_length + 1, **of_type)
     return LayerKind(
         inv_freq=(*inv_freq.tolist(), *[0.0] * still),
-        attention_factor=factor,
+        attention_factor=1.0 if still else factor,
         scaling=float(attention.scaling),
         window=window_of(attention, config, layer),
         softcap=getattr(attention, "attn_logit_softcapping", None),
+        turned_factor=factor if still else 1.0,
+        long_inv_freq=None if long is None else (*long.double().tolist(), *[0.0] * still),
+        short_length=short_length,
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transmla.errors import TransmlaError
 
-# Rotary scalings that do not change with the length of the text.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Rotary scalings that do not change with every length of the text.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def check_common(config: Any) -> None:
@@ -92,6 +92,8 @@ def llama_gap(config: Any) -> str | None:
         if getattr(config, bias, False):
             return bias
     rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "longrope":
+        return "longrope"
     if rope.get("rope_type") == "yarn" and rope.get("mscale_all_dim"):
         return "yarn with mscale_all_dim"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

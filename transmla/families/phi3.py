@@ -6,5 +6,5 @@ FAMILY = Family(
     name="phi3",
     native=lacks("Phi's fused projections"),
     tiny={**TINY, "partial_rotary_factor": 0.5},
-    told="Phi-3, Phi-4; not longrope",
+    told="Phi-3, Phi-3.5, Phi-4",
 )

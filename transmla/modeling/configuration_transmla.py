@@ -25,7 +25,8 @@ class TransmlaConfig(PretrainedConfig):  # type: ignore[misc,no-untyped-call]
     gives each layer the index of its kind, or None where the source's attention stayed. ``kinds`` lists
     ``kv_lora_rank``, ``qk_rope_head_dim``, ``qk_nope_head_dim``, ``v_head_dim``, ``inv_freq`` (radians per position of
     the qk_rope_head_dim / 2 rotary slots), ``attention_factor`` (of cosines and sines) and ``latent_norm`` (whether
-    the latent has an RMSNorm).
+    the latent has an RMSNorm); those of longrope also ``long_inv_freq`` and ``original_max_position_embeddings``,
+    behind which it holds.
     """
 
     model_type = MODEL_TYPE

@@ -37,6 +37,35 @@ class LatentRMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(kv_c.dtype)
 
 
+class Frequencies(nn.Module):
+    """What rotary slots turn by: frequencies of their own, as a ``kind`` of layers in a config lists them.
+
+    Longrope has two tables, and takes the long one for all positions once one of them lies behind ``short_length``.
+    """
+
+    def __init__(self, kind: dict[str, Any]) -> None:
+        super().__init__()
+        short = kind["inv_freq"]
+        self.listed = [short, kind["long_inv_freq"]] if "long_inv_freq" in kind else [short]
+        self.short_length, self.factor = kind.get("original_max_position_embeddings"), kind["attention_factor"]
+        # Integers: what casts a model must leave these as they are, or far positions turn by wrong angles.
+        self.bits: Tensor
+        self.register_buffer("bits", torch.empty(len(self.listed), len(short), dtype=torch.int32), persistent=False)
+        self.fill()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Put the frequencies where they belong: no checkpoint holds them."""
+        self.bits.copy_(torch.tensor(self.listed, dtype=torch.float32).view(torch.int32))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, T, d_r/2] of ``positions`` [B, T]."""
+        tables = self.bits.view(torch.float32)
+        inv_freq = tables[0] if len(tables) == 1 else torch.where(positions.max() < self.short_length, *tables)
+        angles = positions[:, None, :, None].float() * inv_freq
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
 class PerHead(nn.Linear):
     """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d]."""
 
@@ -65,7 +94,7 @@ class TransmlaAttention(nn.Module):
         self.num_heads, self.num_key_value_groups, self.head_dim = config.num_attention_heads, 1, attention.head_dim
         self.kv_lora_rank, self.qk_rope_head_dim = kind["kv_lora_rank"], kind["qk_rope_head_dim"]
         self.qk_nope_head_dim, self.v_head_dim = kind["qk_nope_head_dim"], kind["v_head_dim"]
-        self.inv_freq, self.attention_factor = tuple(kind["inv_freq"]), kind["attention_factor"]
+        self.frequencies = Frequencies(kind)
         self.scaling, self.is_causal = attention.scaling, attention.is_causal
         self.attention_dropout = attention.attention_dropout
         self.sliding_window = window_of(attention, config, layer_idx)
@@ -162,10 +191,7 @@ class TransmlaAttention(nn.Module):
 
     def _turn(self, positions: Tensor, *rows: Tensor) -> list[Tensor]:
         """Rotary embedding of ``rows`` [B, ·, T, d_r] in halves layout, by this layer's own frequencies."""
-        # float32, or far positions turn by wrong angles.
-        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None, :, None].float() * inv_freq
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        cos, sin = self.frequencies(positions)
         turned = []
         for row in rows:
             real, imaginary = row.float().chunk(2, -1)
@@ -193,8 +219,8 @@ def refuse_unknown(attention: Any, config: Any) -> None:
     unknown |= {"clip_qkv"} if getattr(config, "clip_qkv", None) else set()
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        # Their frequencies change with the length of the text.
-        unknown |= {f"rope_type {name}" for name in ("dynamic", "longrope") if table.get("rope_type") == name}
+        # Its frequencies change with every length of the text.
+        unknown |= {"rope_type dynamic"} if table.get("rope_type") == "dynamic" else set()
         unknown |= {"llama_4_scaling_beta"} if table.get("llama_4_scaling_beta") else set()
     if unknown:
         raise ValueError(
@@ -230,6 +256,16 @@ class _Converted:
             if config.mla["layers"][i] is not None:
                 plain: Any = type(layer.self_attn)
                 layer.self_attn = attention_class(plain)(layer.self_attn, config, i)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of any model of transformers."""
+        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        # It was built without values, and no checkpoint holds frequencies.
+        for module in (found[0] if isinstance(found, tuple) else found).modules():
+            if isinstance(module, Frequencies):
+                module.fill()
+        return found
 
     def __reduce__(self) -> Any:
         """Pickled by its family: its class is made when it is needed."""
