@@ -50,9 +50,11 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         return Case(*(convert(t, dtype) for t in (self.q_latent, self.q_pe, self.kv_c, self.k_pe)))
 
-    def decoded(self, kernel: ModuleType, mask: Tensor | None = None, **rows: Tensor) -> Any:
+    def decoded(
+        self, kernel: ModuleType, mask: Tensor | None = None, softcap: float | None = None, **rows: Tensor
+    ) -> Any:
         held = Rows(self.kv_c, self.k_pe, **rows)
-        return kernel.decode(self.q_latent, self.q_pe, held, scaling=SCALING, mask=mask)
+        return kernel.decode(self.q_latent, self.q_pe, held, scaling=SCALING, mask=mask, softcap=softcap)
 
 
 def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,6 +155,14 @@ def test_new_tokens_see_what_is_before_them(kernel: ModuleType, new: int) -> Non
 def test_without_mask_and_lengths_everything_is_seen(kernel: ModuleType, new: int) -> None:
     """As the sequences behind a shared prefix see it."""
     compare(kernel, case(new=new, total=45, batch=1, heads=5))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_soft_capped_scores(kernel: ModuleType, softcap: float) -> None:
+    """Scores of about one, so that the first cap binds and the second hardly does; with a mask and without."""
+    c = case(new=2, total=70, heads=5)
+    compare(kernel, c, falls_back=True, softcap=softcap)
+    compare(kernel, c, falls_back=True, softcap=softcap, mask=padded_mask(c))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

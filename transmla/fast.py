@@ -21,9 +21,6 @@ FLOAT8 = "float8_e4m3fn"
 def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = None, **kwargs: Any) -> Any:
     """Load a causal language model with MLA for fast decoding.
 
-    Layers whose family adds to its scores (soft-caps, sinks) keep their own attention, over keys and values that are
-    expanded from the latent at every step.
-
     Args:
         path: an export, a checkpoint folder or a Hub id: any MLA model that transformers runs.
         backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.

@@ -13,7 +13,7 @@ from transmla.kernels import Backend, backends
 from transmla.modeling.rows import Rows
 
 _SCHEMA = (
-    "(Tensor q_latent, Tensor q_pe, float scaling, Tensor? mask, "
+    "(Tensor q_latent, Tensor q_pe, float scaling, Tensor? mask, float? softcap, "
     "Tensor kv_c, Tensor k_pe, Tensor? scale, Tensor? lengths, Tensor? block_table) -> (Tensor, Tensor)"
 )
 
@@ -27,13 +27,14 @@ class Compilable:
         self.operator = _operator(name)
 
     def __call__(
-        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if torch.compiler.is_compiling():
             parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
-            return self.operator(q_latent, q_pe, scaling, mask, *parts)
+            return self.operator(q_latent, q_pe, scaling, mask, softcap, *parts)
         with _on(q_latent.device):
-            return self.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+            return self.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
 
     def __reduce__(self) -> Any:
         return Compilable, (self.name,)
@@ -54,10 +55,10 @@ def _operator(name: str) -> Any:
     decode = backends()[name].decode
 
     def run(
-        q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, *rows: Tensor
+        q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, *rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         with _on(q_latent.device):
-            return decode(q_latent, q_pe, Rows(*rows), scaling=scaling, mask=mask)
+            return decode(q_latent, q_pe, Rows(*rows), scaling=scaling, mask=mask, softcap=softcap)
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)

@@ -2,8 +2,8 @@
 
 Its plan needs the lengths on the host: rows all of one length are planned once for all layers of a step (behind a
 shared prefix, twice a layer); lengths and pages given as tensors are read back at every call. A step with a mask
-(padding on the left, a static cache) and one that is being captured into a CUDA graph go to the kernels of this
-package.
+(padding on the left, a static cache) or a soft-cap and one that is being captured into a CUDA graph go to the kernels
+of this package.
 """
 
 from __future__ import annotations
@@ -107,16 +107,17 @@ def planner(device: torch.device) -> Planner:
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the latent rows; shapes as ``Decode`` says."""
     new, heads = q_latent.shape[1:3]
     # A plan is made on the host, which a graph's capture forbids.
-    told = mask is None and not torch.cuda.is_current_stream_capturing()
+    told = mask is None and softcap is None and not torch.cuda.is_current_stream_capturing()
     straddles = rows.lengths is not None and new > 1 and TILE % heads > 0
     if not told or straddles or rows.total == 0 or _pages(rows) is None:
         other = hopper if _is_hopper(q_latent.device) else triton_decode
-        return other.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+        return other.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
     plans = planner(q_latent.device)
     return plans.run(q_latent, q_pe, plans.plan(q_latent, rows, q_pe.shape[-1], scaling))
 

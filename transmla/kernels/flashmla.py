@@ -1,6 +1,7 @@
 """FlashMLA's dense decode for Hopper, where its shape is met: 512 + 64 in bfloat16, pages of 64 tokens.
 
-It takes no mask: a step that needs one (padding on the left, a static cache) goes to the `hopper` kernel.
+It takes no mask and no soft-cap: a step that needs one (padding on the left, a static cache) goes to the `hopper`
+kernel.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ def _library() -> Any:
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the latent rows; shapes as ``Decode`` says."""
-    pages = None if mask is not None else rows.paged(PAGE)
+    pages = None if mask is not None or softcap is not None else rows.paged(PAGE)
     if pages is None or not _together(pages):
-        return masked.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+        return masked.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
     library, size = _library(), RANK + WIDTH
     output, lse = library.flash_mla_with_kvcache(
         torch.cat([q_latent, q_pe], -1),

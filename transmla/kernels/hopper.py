@@ -29,20 +29,21 @@ VALUE_REGISTERS = 160
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
-    8 bits, Triton takes over.
+    8 bits and soft-capped scores, Triton takes over.
     """
     kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
     rank_block, tokens, stages = _tiles(rank)
     fetched = _reachable(kv_c, tokens, page) and _reachable(k_pe, tokens, page)
-    if not fetched or total == 0 or rows.scale is not None:
-        return triton_decode.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+    if not fetched or total == 0 or rows.scale is not None or softcap is not None:
+        return triton_decode.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
     queries, width = new * heads, q_pe.shape[-1]
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
     blocks = math.ceil(queries / ROWS)

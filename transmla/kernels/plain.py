@@ -10,8 +10,9 @@ from transmla.modeling.rows import Rows
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Multi-query attention to the latent rows; shapes as ``Decode`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
@@ -30,6 +31,8 @@ def decode(
     exact = torch.promote_types(kv_c.dtype, torch.float32)
     scores = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
     scores = (scores.to(exact) * scaling).view(batch, new, heads, total)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
     lse = scores.logsumexp(-1)

@@ -45,6 +45,7 @@ if triton is not None:
         out,
         lse,
         scale,
+        cap,
         heads,
         rows,
         total,
@@ -73,6 +74,7 @@ if triton is not None:
         MASKED: tl.constexpr,
         RAGGED: tl.constexpr,
         SCALED: tl.constexpr,
+        CAPPED: tl.constexpr,
         PRECISION: tl.constexpr,
         STAGES: tl.constexpr,
         LOG: tl.constexpr,
@@ -129,6 +131,9 @@ if triton is not None:
             if SCALED:
                 scores = scores * unit[None, :]
             scores = tl.dot(qr, tl.trans(pe), scores, input_precision=PRECISION) * scale
+            if CAPPED:
+                # cap · tanh(s / cap), by a function that does not overflow.
+                scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
             seen = there[None, :]
             if MASKED:
                 place = batch * mask_batch + token[:, None] * mask_query + keys[None, :].to(tl.int64) * mask_token
@@ -159,15 +164,16 @@ if triton is not None:
 
 
 def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows may lie apart; if their values do, they are copied. Rows of 8 bits are read from Ada and Hopper on; other
     devices decode them in PyTorch.
     """
     if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
-        return plain.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask)
+        return plain.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
     kv_c, k_pe, page, total = _dense(rows.kv_c), _dense(rows.k_pe), rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
@@ -191,6 +197,7 @@ def decode(
         parts,
         part_lse,
         scaling * math.log2(math.e),
+        (softcap or 0.0) * math.log2(math.e),
         heads,
         queries,
         total,
@@ -219,6 +226,7 @@ def decode(
         MASKED=mask is not None,
         RAGGED=lengths is not None,
         SCALED=rows.scale is not None,
+        CAPPED=softcap is not None,
         PRECISION="ieee",
         STAGES=stages,
         LOG=math.log(2) if splits == 1 else 1.0,

@@ -111,8 +111,9 @@ def latent_attention(
     are not MLA come here too, and get SDPA; or their family's own attention, if it adds to the scores.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    plain = all(kwargs.get(name) is None for name in _CHANGES_SCORES)
     if not isinstance(module, LatentAttention):
-        if not _plain_scores(kwargs):
+        if not plain:
             return _by_family(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     rows = _rows(module, key, value, query.dtype)
@@ -120,12 +121,13 @@ def latent_attention(
     if module.prefix is not None:
         _see_all_of(module.prefix, query, attention_mask)
         if absorbable:
-            return _behind_prefix(module, module.prefix, query, rows, attention_mask, scaling), None
+            found = _behind_prefix(module, module.prefix, query, rows, attention_mask, scaling, kwargs)
+            return _with_sinks(*found, kwargs), None
         rows = module.prefix.whole(rows)
     elif absorbable and _pays(module, query, key, attention_mask):
-        return _decoded(module, query, rows, attention_mask, scaling)[0], None
+        return _with_sinks(*_decoded(module, query, rows, attention_mask, scaling, kwargs), kwargs), None
     keys, values = module.expanded(*(part[:, None] for part in rows.full()))
-    if not _plain_scores(kwargs):
+    if not plain:
         return _by_family(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # Fused kernels want one width.
     query, keys, wide = one_width(query, keys, values)
@@ -148,7 +150,7 @@ def _pays(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
     """Whether attending to the latent gives what expanding it does."""
-    if not _plain_scores(extras):
+    if extras.get("position_bias") is not None:
         return False
     if mask is not None and mask.dtype != torch.bool:
         return False
@@ -159,12 +161,14 @@ def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, ex
     return type(reader) is nn.Linear and reader.bias is None and reader.weight.device == query.device
 
 
-# What some families add to the scores.
+# What some families add to the scores: biases, a cap, and the scores [H] of a key that has no value (sinks).
 _CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
 
 
-def _plain_scores(extras: dict[str, Any]) -> bool:
-    return all(extras.get(name) is None for name in _CHANGES_SCORES)
+def _with_sinks(output: Tensor, lse: Tensor, extras: dict[str, Any]) -> Tensor:
+    """Attention [B, n, H, d_v] whose scores sum to exp(``lse``) [B, n, H], once the sinks have had their share."""
+    sinks = extras.get("s_aux")
+    return output if sinks is None else output * torch.sigmoid(lse - sinks.to(lse))[..., None].to(output.dtype)
 
 
 def _by_family(
@@ -182,19 +186,19 @@ def _by_family(
 
 
 def _decoded(
-    module: Any, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None
+    module: Any, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None, extras: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, n, H, d_v] and log-sum-exps [B, n, H] over the latent."""
     d_n, d_v, rank = module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
     w_uk, w_uv = module.kv_b_proj.weight.view(-1, d_n + d_v, rank).split([d_n, d_v], 1)
     q_nope, q_pe = query.split([d_n, query.shape[-1] - d_n], -1)
     q_latent, q_pe = torch.einsum("bhnd,hdr->bnhr", q_nope, w_uk), q_pe.transpose(1, 2)
-    found = []
+    found, scale = [], scaling or module.scaling
     for start in range(0, q_latent.shape[1], PIECE):
         part = slice(start, start + PIECE)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
         tokens = q_latent[:, part], q_pe[:, part]
-        found.append(module.decode(*tokens, rows, scaling=scaling or module.scaling, mask=own))
+        found.append(module.decode(*tokens, rows, scaling=scale, mask=own, softcap=extras.get("softcap")))
     mixed, lse = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
 
@@ -216,14 +220,15 @@ def _behind_prefix(
     rows: Rows,
     mask: Tensor | None,
     scaling: float | None,
-) -> Tensor:
-    """Attention to a prefix that all sequences share and to each one's own rows."""
+    extras: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Attention to a prefix that all sequences share and to each one's own rows, and its log-sum-exp."""
     batch, heads, new, width = query.shape
     own = None if mask is None else mask[..., layer.shared :]
-    right, right_lse = _decoded(module, query, rows, own, scaling)
+    right, right_lse = _decoded(module, query, rows, own, scaling, extras)
     # To the prefix, the queries of all sequences are those of one.
     together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
-    if expanding_pays(module, batch * new):
+    if extras.get("softcap") is None and expanding_pays(module, batch * new):
         if layer.expanded is None:
             # Made one width now, lest every step do it again.
             keys, values = one_width(*module.expanded(*layer.prefix))
@@ -231,8 +236,10 @@ def _behind_prefix(
         output, lse = attend(together, *layer.expanded, scaling=scaling or module.scaling)
         left, left_lse = output[..., : module.v_head_dim].transpose(1, 2), lse.transpose(1, 2)
     else:
-        left, left_lse = _decoded(module, together, Rows(*(part[:, 0] for part in layer.prefix)), None, scaling)
-    return merge(left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads), right, right_lse)
+        shared = Rows(*(part[:, 0] for part in layer.prefix))
+        left, left_lse = _decoded(module, together, shared, None, scaling, extras)
+    left, left_lse = left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads)
+    return merge(left, left_lse, right, right_lse), torch.logaddexp(left_lse, right_lse)
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention)

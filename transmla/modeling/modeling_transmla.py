@@ -61,7 +61,9 @@ class Frequencies(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, 1, T, d_r/2] of ``positions`` [B, T]."""
         tables = self.bits.view(torch.float32)
-        inv_freq = tables[0] if len(tables) == 1 else torch.where(positions.max() < self.short_length, *tables)
+        inv_freq = tables[0]
+        if self.short_length is not None:
+            inv_freq = torch.where(positions.max() < self.short_length, inv_freq, tables[1])
         angles = positions[:, None, :, None].float() * inv_freq
         return angles.cos() * self.factor, angles.sin() * self.factor
 

@@ -83,9 +83,11 @@ class Decode(Protocol):
 
     Returns the mean of the latents under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
     ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere. Where ``rows``
-    has lengths, the new tokens are the last of each sequence, and each sees those up to itself.
+    has lengths, the new tokens are the last of each sequence, and each sees those up to itself. ``softcap``: scores s
+    become softcap · tanh(s / softcap).
     """
 
     def __call__(
-        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
