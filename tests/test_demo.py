@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from transmla.after import evaluate_export
 from transmla.effort import EFFORTS
@@ -29,7 +26,7 @@ CONVERSIONS = {"closed": ("calibrated", "off"), "baseline": ("transmla", "off"),
 def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """KL to the source on held-out text after conversions with little calibration text, all of one shape."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch, threads(2):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], steps=12))
         for name, (method, reconstruct) in CONVERSIONS.items():
             changes = {
@@ -48,16 +45,6 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
             found[name] = evaluate_export(folder, recipe, Silent())["kl"]
             assert all(check.passed for check in verify(folder))
     return found
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_readme_names_the_recipe() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -84,8 +85,9 @@ def test_what_was_killed_is_continued(kind: str, arguments: list[str], tmp_path:
             break
         time.sleep(0.002)
     for process in (*psutil.Process(begun.pid).children(recursive=True), begun):
-        process.kill()
-        process.wait()
+        with suppress(psutil.NoSuchProcess):  # one that ends with those before it
+            process.kill()
+            process.wait()
     assert not output.exists(), "it ended before it could be killed"
     assert json.loads(file.read_text())["step"] >= 4, (tmp_path / "log").read_text()[-3000:]
     heal(start(), [*arguments, "--resume"], output)

@@ -308,4 +308,7 @@ def load_model(path: Path, *, dtype: torch.dtype | str, **kwargs: Any) -> Any:
         # From 5.2x on transformers keeps GGUF weights packed unless told otherwise.
         extra["quantization_config"] = gguf_config(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **kwargs)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # Until 5.22 other attention was the default, and left the caps out.
+        model.set_attn_implementation("eager")
     return model.eval()

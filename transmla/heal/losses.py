@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,10 +38,10 @@ class Distiller(nn.Module):
         with torch.no_grad():
             theirs = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=deep)
         ours = trunk(self.student)(tokens, use_cache=False, output_hidden_states=deep)
-        heads = _head(self.student), _head(self.teacher[0])
+        heads = Head.of(self.student), Head.of(self.teacher[0])
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1).flatten()
         states = ours.last_hidden_state.flatten(0, 1), theirs.last_hidden_state.flatten(0, 1)
-        size = max(1, min(len(targets), CHUNK_VALUES // heads[0].weight.shape[0]))
+        size = max(1, min(len(targets), CHUNK_VALUES // heads[0].projection.weight.shape[0]))
         sums = torch.zeros(3, device=tokens.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -68,12 +69,12 @@ class Distiller(nn.Module):
                 layer.compile()
         self._chunk = torch.compile(self._chunk)  # type: ignore[method-assign]
 
-    def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Any, Any]) -> Tensor:
+    def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Head, Head]) -> Tensor:
         """Sums over a chunk of positions [3]: what the KL adds to the loss, cross-entropy, and the KL itself."""
         warmth = self.temperature if self.training else 1.0
-        student = _logits(heads[0], mine)
+        student = heads[0].logits(mine)
         with torch.no_grad():
-            log_q = (_logits(heads[1], other) / warmth).log_softmax(-1)
+            log_q = (heads[1].logits(other) / warmth).log_softmax(-1)
         kl = kl_div((student / warmth).log_softmax(-1), log_q, reduction="sum", log_target=True)
         missed = torch.zeros_like(kl)
         if self.cross_entropy:
@@ -82,19 +83,31 @@ class Distiller(nn.Module):
         return torch.stack([warmth**2 * kl, missed, kl.detach()])
 
 
-def _logits(head: Any, states: Tensor) -> Tensor:
-    """In float32; FSDP2's parameters may be of another dtype than what reaches them."""
-    logits: Tensor = head(states.to(head.weight.dtype))
-    return logits.float()
+@dataclass(frozen=True)
+class Head:
+    """The head of a causal LM, and what its family does to logits: Granite divides them, Gemma caps them."""
+
+    projection: Any
+    divisor: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = whole.config
+        return cls(
+            whole.lm_head, getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+        )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Of hidden states [..., D], in float32; FSDP2's parameters may be of another dtype than what reaches them."""
+        logits: Tensor = self.projection(states.to(self.projection.weight.dtype)).float() / self.divisor
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def trunk(model: Any) -> Any:
     """The model without its head."""
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
-
-
-def _head(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).lm_head
 
 
 def _relative(mine: Tensor, other: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """An export in its natural coordinates: latents of their own size, without the norms that do nothing, and balanced.
 
-An export scales its latents down until their norm is a constant (``core/norm_identity.py``). Rows of one tensor then
-differ in size by many orders of magnitude, which no optimiser's step fits; so healing takes the scale and the norm out,
-balances what is left (``balance.py``), and puts a scale and a norm back at the end.
+A native export scales its latents down until their norm is a constant (``core/norm_identity.py``). Rows of one tensor
+then differ in size by many orders of magnitude, which no optimiser's step fits; so healing takes the scale and the norm
+out, balances what is left (``balance.py``), and puts a scale and a norm back at the end. Those of the own format are
+only balanced: their latents have no norm, or one that they learned.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from transmla.core.norm_identity import norm_identity
 from transmla.heal.balance import balance
+from transmla.modeling.modeling_transmla import TransmlaAttention
 from transmla.native import RMS_NORM_EPS
 
 # (projection, norm, reader) of the latents that a layer may have.
@@ -54,14 +56,15 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def enter(model: nn.Module) -> None:
     """Take scale and norm out of an export's latents (float32), and balance it, in place; what it computes stays."""
+    own = any(isinstance(module, TransmlaAttention) for module in model.modules())
     for _, attention in attentions(model):
         for projection, norm, _ in _LATENTS:
-            if getattr(attention, norm, None) is not None:
+            if not own and getattr(attention, norm, None) is not None:
                 weight = getattr(attention, norm).weight
                 rows = getattr(attention, projection).weight[: len(weight)]
                 rows.mul_((weight / RMS_NORM_EPS**0.5)[:, None])
                 setattr(attention, norm, Latent(len(weight)))
-        balance(attention)
+        balance(attention, interleaved=not own)
 
 
 def watch(model: nn.Module, *, watching: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transmla.auto import register
 from transmla.checkpoint import load_model, open_checkpoint, resolve_source
 from transmla.export import MANIFEST, Workspace, disk_errors
 from transmla.fingerprint import export_fingerprint, read_manifest
@@ -199,8 +200,7 @@ def _measure(model: Any, reading: Reading) -> None:
 
 def _load_student(student: Path) -> Any:
     """An export in float32 and natural coordinates."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    register()
+    model = load_model(student, dtype=torch.float32)
     natural.enter(model)
     return model
