@@ -26,7 +26,6 @@ def sharded(settings: Healing, output: Path) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["DeepseekV3DecoderLayer"],
         reshard_after_forward=True,
         state_dict_type="full_state_dict",
         cpu_ram_efficient_loading=False,

@@ -95,8 +95,13 @@ def test_what_was_killed_is_continued(kind: str, arguments: list[str], tmp_path:
     assert found == wanted
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
-def test_all_processes_go_back_when_one_has_no_numbers(kind: str, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "form"), [("ddp", "native"), ("fsdp", "transmla"), ("deepspeed", "native")])
+def test_all_processes_go_back_when_one_has_no_numbers(
+    kind: str, form: str, arguments: list[str], tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    """FSDP2 over an export of the own format, whose layers are the family's."""
+    if form == "transmla":
+        arguments[0] = str(convert(make_recipe(Path(arguments[2]), "own", cache_ratio=0.5, format=form)))
     heal(on_two(f"{kind}-sick"), [*arguments, "--precision", "no"], tmp_path / "healed")
     told = json.loads((tmp_path / "healed" / "transmla.json").read_text())["healing"][-1]
     assert told["rollbacks"] == 1

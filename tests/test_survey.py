@@ -83,6 +83,7 @@ def inspect(
 
     def call(*options: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["transmla", "inspect", "source", *calibration, *options])
+        capsys.readouterr()  # what libraries said while the source was made
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code or 0), *capsys.readouterr()
@@ -110,6 +111,13 @@ def test_json_holds_every_layer(inspect: Run) -> None:
     errors = [budget["mean_error"] for budget in found["budgets"]]
     assert all(0 < error < 2 for error in errors)
     assert errors == sorted(errors)
+
+
+def test_layers_that_are_kept_have_no_error(inspect: Run) -> None:
+    _, out, _ = inspect("--json", "--layers", "1")
+    errors = [layer["errors"] for layer in json.loads(out)["layers"]]
+    assert errors[0] == errors[2] == [0.0] * len(errors[1])
+    assert min(errors[1]) > 0
 
 
 @pytest.mark.parametrize(("report", "says"), [("report.pdf", ".png or .html"), ("nowhere/report.png", "no folder")])

@@ -14,11 +14,12 @@ import torch
 from transmla.auto import register
 from transmla.bench import Bench, bench
 from transmla.card import write_card
-from transmla.checkpoint import load_model, resolve_source
+from transmla.checkpoint import load_model
 from transmla.data import load_tokens
 from transmla.errors import TransmlaError
 from transmla.evaluate import check_stride, evaluate
 from transmla.fast import accelerate
+from transmla.locate import resolve_source
 from transmla.progress import Reporter
 from transmla.recipe import Evaluation, Recipe
 from transmla.source import load_tokenizer, pick_device

@@ -239,9 +239,23 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
                 shutil.copyfile(source / name, folder / name)
         if (source / "chat_templates").is_dir():
             shutil.copytree(source / "chat_templates", folder / "chat_templates", dirs_exist_ok=True)
+        _keep_class(folder, tokenizer)
     else:
         tokenizer.save_pretrained(folder)
         generation.save_pretrained(folder)
+
+
+def _keep_class(folder: Path, tokenizer: Any) -> None:
+    """Name the class of ``tokenizer`` in ``folder``, where transformers would take another for a model of this type."""
+    from transformers import AutoTokenizer
+
+    from transmla.auto import register
+
+    register()
+    if type(AutoTokenizer.from_pretrained(folder)) is not type(tokenizer):
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_json(file, settings | {"tokenizer_class": type(tokenizer).__name__})
 
 
 def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:

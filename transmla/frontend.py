@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from transmla.artifacts import LayerWeights, ScoreRules
+from transmla.modeling.modeling_transmla import has_bias
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,13 @@ class Heads:
     factor: float = 1.0
 
 
-def read_projections(attention: Any, heads: Heads) -> tuple[Tensor, Tensor | None]:
+def read_projections(attention: Any) -> tuple[Tensor, Tensor | None]:
     """Weights [(H + 2G)·d, D] and biases [(H + 2G)·d] of queries, keys and values of a family's ``attention``."""
     if hasattr(attention, "qkv_proj"):
         return attention.qkv_proj.weight, attention.qkv_proj.bias
     parts = attention.q_proj, attention.k_proj, attention.v_proj
-    biases = [part.bias for part in parts]
-    together = None if biases[0] is None else torch.cat(biases)
-    return torch.cat([part.weight for part in parts]), together
+    bias = torch.cat([part.bias for part in parts]) if has_bias(attention) else None
+    return torch.cat([part.weight for part in parts]), bias
 
 
 class FrontEnd:
@@ -47,7 +47,7 @@ class FrontEnd:
 
     def __init__(self, attention: Any, heads: Heads, rules: ScoreRules) -> None:
         self.attention, self.heads, self.rules = attention, heads, rules
-        self.projection, self.bias = read_projections(attention, heads)
+        self.projection, self.bias = read_projections(attention)
         self.normed = hasattr(attention, "q_norm")
         # A list would be sent to the device at every use; and most families need no other order at all.
         self.order = None

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec
+from transmla.auto import register
 from transmla.calibrate import bfloat16_pays
-from transmla.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_source, split_gguf
+from transmla.checkpoint import Checkpoint, load_model, open_checkpoint, split_gguf
 from transmla.data import load_blocks, sample_self
 from transmla.errors import TransmlaError
 from transmla.families.base import Family
+from transmla.locate import resolve_source
 from transmla.progress import Reporter
 from transmla.recipe import Recipe
 from transmla.spec import check_tensors, describe, empty_model, family_of, read_config
@@ -76,6 +78,8 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder, extra = split_gguf(path)
+    # An export's config would ask whether its code may be run.
+    register()
     try:
         return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -15,7 +15,7 @@ from transmla.artifacts import AttentionSpec, LayerKind
 from transmla.checkpoint import split_gguf
 from transmla.errors import TransmlaError
 from transmla.families.base import Family
-from transmla.modeling.modeling_transmla import refuse_unknown, window_of
+from transmla.modeling.modeling_transmla import has_bias, refuse_unknown, window_of
 from transmla.registry import lookup
 
 
@@ -120,7 +120,6 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
     inside = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     uniform = kinds == (LayerKind(kinds[0].inv_freq, kinds[0].attention_factor, kinds[0].scaling),)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-    projection = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
     return AttentionSpec(
         family=family.name,
         hidden_size=config.hidden_size,
@@ -141,7 +140,7 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         layer_parameters=max(outside),
         other_parameters=sum(p.numel() for p in model.parameters()) - inside,
         normed=hasattr(attention, "q_norm"),
-        biased=projection.bias is not None,
+        biased=has_bias(attention),
         experts=any(".experts." in name for name, _ in model.named_parameters()),
         native_gap=family.native(config),
         kinds=() if uniform else kinds,

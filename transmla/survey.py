@@ -79,7 +79,7 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
     """Run the source over the recipe's calibration text and measure every layer.
 
     The recipe's method is the one whose loss is predicted, its first phase alone and before any reconstruction;
-    its widths are each budget's own.
+    its widths are each budget's own. Layers that keep the source's attention have no error.
 
     Raises:
         TransmlaError: for bad input, and where no budget has a shape that fits.
@@ -101,6 +101,9 @@ def survey(recipe: Recipe, reporter: Reporter) -> Survey:
         judged = stream[-held_out(len(stream)) :]
         errors = {}
         for budget, plan in plans.items():
+            if i in plan.kept:
+                errors[budget] = 0.0
+                continue
             factors = factorize(layer.weights(), seen.stats, plan.at(i))
             errors[budget] = relative_error(layer, factors.to(torch.float32), judged)
         exact = seen.stats.to(torch.float64)

@@ -15,12 +15,13 @@ import yaml
 from torch import Tensor
 
 from transmla.auto import register
-from transmla.checkpoint import open_checkpoint, resolve_source
+from transmla.checkpoint import open_checkpoint
 from transmla.core.absorb import absorbed_attention
 from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION, write_json
 from transmla.fast import accelerate
 from transmla.fingerprint import check_hashes, export_fingerprint, read_manifest
+from transmla.locate import resolve_source
 from transmla.modeling.cache import CACHE
 from transmla.native import RMS_NORM_EPS, export_shape, layer_factors
 from transmla.plan import OWN

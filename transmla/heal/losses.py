@@ -27,6 +27,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = [teacher]
+        # What is sharded layer by layer, where the file for accelerate does not say.
+        self._no_split_modules = list(student._no_split_modules or ())
         self.kl, self.cross_entropy, self.hidden, self.temperature = kl, cross_entropy, hidden, temperature
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

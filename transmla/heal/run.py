@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transmla.auto import register
-from transmla.checkpoint import load_model, open_checkpoint, resolve_source
+from transmla.checkpoint import load_model, open_checkpoint
 from transmla.export import MANIFEST, Workspace, disk_errors
 from transmla.fingerprint import export_fingerprint, read_manifest
 from transmla.heal import natural
@@ -26,6 +26,7 @@ from transmla.heal.processes import configure, kind, make_accelerator
 from transmla.heal.settings import Healing
 from transmla.heal.state import State, Store, run_key, summary
 from transmla.heal.text import Reading, open_texts
+from transmla.locate import resolve_source
 from transmla.progress import Reporter, Silent
 from transmla.source import load_tokenizer
 

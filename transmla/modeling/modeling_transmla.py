@@ -107,7 +107,7 @@ class TransmlaAttention(nn.Module):
 
         heads, cached = self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
         wide = self.qk_nope_head_dim + self.qk_rope_head_dim
-        biased = (attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj).bias is not None
+        biased = has_bias(attention)
         self.q_b_proj: PerHead | None = None
         if hasattr(attention, "q_norm"):
             for name in NORMED:
@@ -199,6 +199,11 @@ class TransmlaAttention(nn.Module):
             real, imaginary = row.float().chunk(2, -1)
             turned.append(torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(row.dtype))
         return turned
+
+
+def has_bias(attention: Any) -> bool:
+    """Whether a family's queries, keys and values have biases."""
+    return (attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj).bias is not None
 
 
 def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
