@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tokenizer
-from own_format import FAMILIES, make_source
+from own_format import COMMON, FAMILIES, make_source
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pipeline import Killed, KilledAtLayer, files
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import transmla
 from transmla import support
 from transmla.errors import TransmlaError
-from transmla.families.base import Family
+from transmla.families.base import Family, rope_tables
 from transmla.pipeline import convert
 from transmla.plan import make_plan
 from transmla.recipe import Recipe, parse_recipe
@@ -100,10 +100,7 @@ def rope(rope_type: str, pairs: int, original: int = 20) -> dict[str, Any]:
     return {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0} | known | more
 
 
-# Heads turn whole, by a half, and in kinds of their own.
-TURNED = {"qwen2": 8, "qwen3": 8, "phi3": 4, "glm4": 4, "gemma3_text": 8}
-SCALED = [("phi3", "longrope"), *((family, "longrope") for family in ("qwen2", "qwen3", "glm4", "gemma3_text"))]
-SCALED += [("qwen2", "linear"), ("qwen3", "llama3"), ("glm4", "yarn"), ("gemma3_text", "yarn")]
+SCALED = [(found.family, kind) for found in support.supported() for kind in found.rope_types if kind != "default"]
 
 
 @pytest.mark.parametrize(("family", "rope_type"), SCALED)
@@ -112,13 +109,16 @@ def test_scaled_frequencies_are_the_sources(
     family: str, rope_type: str, tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
     """Also where only a part of every head turns, and on texts longer than those that longrope calls short."""
-    table = rope(rope_type, TURNED[family]) | ({"partial_rotary_factor": 0.5} if TURNED[family] == 4 else {})
-    tables = table
-    if family == "gemma3_text":
-        tables = {"full_attention": table, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}
     # Phi-3 checks its factors by the hidden size, and has its own word for short.
     more = {"num_attention_heads": 3, "original_max_position_embeddings": 20} if family == "phi3" else {}
-    model = source_of(family, tmp_path, rope_parameters=tables, max_position_embeddings=256, **more)
+    given = AutoConfig.for_model(family, **(FAMILIES[family] | COMMON | more))
+    for table in rope_tables(given):
+        pairs = round(COMMON["head_dim"] * table.get("partial_rotary_factor", 1.0)) // 2
+        kept = {name: table[name] for name in ("rope_theta", "partial_rotary_factor") if name in table}
+        table.clear()
+        table.update(rope(rope_type, pairs) | kept)
+    settings = {"rope_parameters": given.rope_parameters, "max_position_embeddings": 256, **more}
+    model = source_of(family, tmp_path, **settings)
     calibration = {"source": str(tmp_path / "text.txt"), "sequences": 24, "length": 20}
     out = convert(make_recipe(format="transmla", calibration=calibration, **uncut(model)))
     transmla.register()
@@ -130,8 +130,8 @@ def test_scaled_frequencies_are_the_sources(
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max(), length
     if family == "phi3":
         # Its own generate() reads the text again where it becomes long.
-        ids, settings = torch.arange(3, 19)[None], {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(export.generate(ids, **settings), model.generate(ids, **settings))
+        ids, asked = torch.arange(3, 19)[None], {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(export.generate(ids, **asked), model.generate(ids, **asked))
     if rope_type == "longrope":
         with pytest.raises(TransmlaError, match="calibration sequences of 24 tokens are longer than 20"):
             convert(make_recipe(output=str(tmp_path / "far"), calibration=calibration | {"length": 24}))

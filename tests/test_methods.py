@@ -14,8 +14,8 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.absorb import expanded_attention
 from transmla.core.methods.common import Method
-from transmla.plan import check_fold
 from transmla.registry import scan
+from transmla.slots import check_fold
 
 METHODS = scan("transmla.core.methods", "METHOD")
 PAIRS = WIDTH // 2

@@ -6,15 +6,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from transmla.artifacts import AttentionSpec, LayerKind, MLAShape, Plan, RotaryPlan
+from transmla.artifacts import AttentionSpec, MLAShape, Plan, RotaryPlan
 from transmla.core.methods.common import Method
-from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
-from transmla.native import custom_table, rotary_table
 from transmla.recipe import Recipe
 from transmla.registry import lookup
+from transmla.slots import choose_fold, choose_slots, native_slots, own_slots
 
 DEFAULT_CACHE_RATIO = 0.5
 RANK_MULTIPLE = 16
@@ -158,49 +155,11 @@ def _own_plan(spec: AttentionSpec, recipe: Recipe, method: Method, kept: tuple[i
     )
 
 
-def own_slots(kind: LayerKind, width: int) -> tuple[int, ...]:
-    """Source frequency of every rotary slot: evenly spread, or each repeated; the export carries its own table.
-
-    Raises:
-        TransmlaError: for a width that is neither.
-    """
-    count = width // 2
-    if width % 2 == 0 and count and kind.turned % count == 0:
-        return tuple(range(0, kind.turned, kind.turned // count))
-    if width % 2 == 0 and count and count % kind.turned == 0:
-        return tuple(i for i in range(kind.turned) for _ in range(count // kind.turned))
-    raise TransmlaError(
-        f"qk_rope_head_dim {width} does not fit the source's {kind.turned} rotary frequencies",
-        limit="they are spread evenly over the rotary key, or all repeated in it",
-        remedy=f"use a divisor of {2 * kind.turned} that is even, or a multiple",
-    )
-
-
-def choose_fold(recipe: Recipe, method: Method, slots: tuple[int, ...], pairs: int) -> int:
-    """How many neighbouring frequencies are concentrated together."""
-    stride = max(1, pairs // len(set(slots)))
-    repeated = len(set(slots)) < len(slots)
-    preferred = 1 if repeated else method.freqfold(stride)
-    fold = recipe.freqfold or (stride if pairs % preferred else preferred)
-    check_fold(fold, stride, pairs)
-    return fold
-
-
 def export_dtype(wanted: str, source: str) -> str:
     """bfloat16 or float32; half precision is not offered: it underflows in the latent norm, and factors overflow it."""
     if wanted != "auto":
         return wanted
     return "float32" if source == "float32" else "bfloat16"
-
-
-def check_fold(fold: int, stride: int, pairs: int) -> None:
-    """Every fold must hold a slot, and folds must tile the frequencies."""
-    if fold % stride or pairs % fold:
-        raise TransmlaError(
-            f"freqfold {fold} does not fit the source's {pairs} rotary frequencies",
-            limit=f"it must be a multiple of {stride} that divides {pairs}",
-            remedy="choose another --freqfold, or leave it out",
-        )
 
 
 def full_rank(spec: AttentionSpec) -> int:
@@ -276,7 +235,7 @@ def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, turned: int | 
     while budget - width < RANK_MULTIPLE and width % 4 == 0:
         width //= 2
     # Some tables (yarn) exist at full width alone.
-    while turned is None and width < spec.head_dim and _slots(spec, width) is None:
+    while turned is None and width < spec.head_dim and native_slots(spec, width) is None:
         width *= 2
     return width
 
@@ -295,43 +254,6 @@ def _vllm_shape(rank: int, d_r: int, d_n: int, d_v: int, *, by_budget: bool) -> 
     # A budget is kept when a kernel fits inside it; an explicit rank is never cut.
     chosen = max(smaller) if smaller and by_budget else min(larger)
     return chosen, d_r, *min(heads)
-
-
-def choose_slots(spec: AttentionSpec, width: int, *, custom: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Source frequency of every rotary slot, and the ``rope_parameters`` that make the runtime agree.
-
-    Raises:
-        TransmlaError: if the runtime's table for this width is not a subset of the source's.
-    """
-    source = torch.tensor(spec.inv_freq, dtype=torch.float64)
-    if width % 2:
-        raise TransmlaError(
-            f"qk_rope_head_dim {width} is odd",
-            limit="rotary coordinates come in pairs",
-            remedy=f"use an even divisor of {spec.head_dim}",
-        )
-    if custom and width > spec.head_dim and width % spec.head_dim == 0:
-        slots = tuple(i for i in range(len(source)) for _ in range(width // spec.head_dim))
-        return slots, custom_table(spec, source[list(slots)])
-    found = _slots(spec, width)
-    if found is None:
-        rope_type = spec.rope_parameters.get("rope_type", "default")
-        widths = [w for w in (spec.head_dim // k for k in (1, 2, 4, 8)) if w % 2 == 0]
-        raise TransmlaError(
-            f"qk_rope_head_dim {width} gives rotary frequencies the source does not have",
-            limit=f"a runtime computes its own table; with rope_type '{rope_type}' and head width "
-            f"{spec.head_dim} only {'the full width' if rope_type == 'yarn' else 'divisors'} match",
-            remedy=f"use {spec.head_dim}" if rope_type == "yarn" else f"use one of {widths}",
-        )
-    return found, dict(spec.rope_parameters)
-
-
-def _slots(spec: AttentionSpec, width: int) -> tuple[int, ...] | None:
-    """Source frequency of every slot of the runtime's own table for ``width``, or None if they do not match."""
-    table, factor = rotary_table(spec, width, spec.rope_parameters)
-    if abs(factor - spec.attention_factor) > 1e-6:
-        return None
-    return match_slots(table, torch.tensor(spec.inv_freq, dtype=torch.float64))
 
 
 def _notes(spec: AttentionSpec, shape: MLAShape, rope_parameters: dict[str, Any]) -> list[str]:
