@@ -2,6 +2,7 @@
 
     python scripts/decode_bench.py llama-3-8b --batch 32 --context 16384 --roles ours source
     python scripts/decode_bench.py llama-2-7b --batch 224 --context 8192 --roles ours
+    python scripts/decode_bench.py gemma-2-9b --roles growing dynamic --backend auto
 
 Roles: `ours` is the MLA model of --shape under transmla.accelerate; `stock` the same model as transformers runs it;
 `source` the model it would be converted from, over a static cache with flash attention that reads all of the cache
@@ -21,24 +22,40 @@ import torch
 from provenance import RESULTS, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from transmla.bench import measure, prefill_seconds
 from transmla.fast import accelerate
+from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig
+from transmla.modeling.modeling_transmla import model_class
 from transmla.native import native_config
-from transmla.plan import make_plan
+from transmla.own import own_config
+from transmla.plan import OWN, make_plan
 from transmla.recipe import parse_recipe
 from transmla.spec import describe
 
-WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
-MODELS = {
-    "llama-3-8b": {**WIDE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
-    "llama-2-7b": {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
-    "tiny": {
-        "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 256, "vocab_size": 128, "max_position_embeddings": 4096,
-    },
+QWEN3 = {
+    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 40960,
 }  # fmt: skip
+GEMMA2 = {
+    "hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+    "intermediate_size": 14336, "vocab_size": 256000, "max_position_embeddings": 8192, "sliding_window": 4096,
+}  # fmt: skip
+WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
+TINY = {
+    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 256, "vocab_size": 128, "max_position_embeddings": 4096,
+}  # fmt: skip
+# (family, what its config says)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3-8b": ("llama", {**WIDE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}),
+    "llama-2-7b": ("llama", {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}),
+    "qwen3-8b": ("qwen3", QWEN3),
+    "gemma-2-9b": ("gemma2", GEMMA2),
+    "tiny": ("llama", TINY),
+    "tiny-gemma2": ("gemma2", TINY | {"head_dim": 64, "sliding_window": 64}),
+}
 
 
 def whole_cache(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
@@ -56,7 +73,9 @@ AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
     """A model with random weights in bfloat16, set up for its role."""
-    source = LlamaConfig(**MODELS[name], rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    family, settings = MODELS[name]
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    source = AutoConfig.for_model(family, **settings, pad_token_id=0, rope_parameters=rope)
     if role in ("source", "dynamic"):
         config: Any = source
     else:
@@ -66,9 +85,15 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         )
         spec = describe(source)
         plan = make_plan(spec, recipe, "bfloat16")
-        config = DeepseekV3Config(**native_config(spec, plan.shape, plan.rope_parameters, source, plan.dtype))
+        if plan.format == OWN:
+            config = TransmlaConfig.from_dict(own_config(source, plan))
+        else:
+            config = DeepseekV3Config(**native_config(spec, plan.shape, plan.rope_parameters, source, plan.dtype))
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        if config.model_type == MODEL_TYPE:
+            model: Any = model_class(family, head=True)._from_config(config, dtype=torch.bfloat16).eval()
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if role in ("ours", "growing"):
         accelerate(model, backend=backend)
     if role == "source":

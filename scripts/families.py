@@ -4,47 +4,64 @@
     python scripts/families.py small-qwen3
 
 Each is converted to the own format by TransMLA's published method, by the closed form, and with every layer fitted;
-calibrated on `pydoc`'s train split, measured on its test split.
+calibrated on `pydoc`'s train split, measured on its test split. What was fitted the longest is then healed, on that
+split and on what the source says.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
+from healing import cleared
 from provenance import RESULTS, write_result
 
 from transmla.after import evaluate_models
+from transmla.heal.run import heal
+from transmla.heal.settings import Healing
 from transmla.pipeline import convert
 from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
 
+LENGTH = 256
 # Method and reconstruction, from the baseline to the default.
 WAYS = (("transmla", "off"), ("calibrated", "off"), ("calibrated", "fast"), ("calibrated", "full"))
 
 
-def measure(model: Path, budget: float, method: str, effort: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity and KL of one conversion."""
-    output = arguments.work / f"{model.name}-{budget:.3f}-{method}-{effort}"
-    for left in (output, output.with_name(output.name + ".partial")):
-        shutil.rmtree(left, ignore_errors=True)
-    calibration = {"source": "pydoc", "split": "train", "sequences": arguments.sequences, "length": 256}
+def converted(model: Path, budget: float, method: str, effort: str, arguments: argparse.Namespace) -> Path:
+    """One conversion."""
+    output = cleared(arguments.work / f"{model.name}-{budget:.3f}-{method}-{effort}")
+    calibration = {"source": "pydoc", "split": "train", "sequences": arguments.sequences, "length": LENGTH}
     named = {"source": str(model), "output": str(output), "format": "transmla", "device": arguments.device}
     chosen = {"cache_ratio": budget, "method": method, "reconstruct": effort, "calibration": calibration}
-    convert(parse_recipe(named | chosen, "families.py"))
-    settings = Evaluation(text="pydoc", window=256, max_windows=64)
-    found = evaluate_models(str(output), str(model), settings, device=arguments.device, reporter=Silent())
-    row = {"model": model.name, "budget": budget, "method": method, "reconstruct": effort}
-    return row | {name: round(found[name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
+    return convert(parse_recipe(named | chosen, "families.py"))
+
+
+def healed(export: Path, model: Path, arguments: argparse.Namespace) -> Path:
+    """The export after a healing of its attention."""
+    sizes = {"length": LENGTH, "batch": 16, "self_tokens": arguments.heal // 2, "max_tokens": arguments.heal}
+    named = {
+        "student": str(export),
+        "teacher": str(model),
+        "output": str(cleared(export.with_name(f"{export.name}-healed"))),
+    }
+    return heal(Healing.model_validate(named | sizes | {"data": ("pydoc", "self"), "held_out": 8}))
+
+
+def measured(export: Path, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Perplexities and KL."""
+    settings = Evaluation(text="pydoc", window=LENGTH, max_windows=64)
+    found = evaluate_models(str(export), str(model), settings, device=arguments.device, reporter=Silent())
+    return {name: round(found[name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="of scripts/train_small.py")
     parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25))
-    parser.add_argument("--sequences", type=int, default=64, help="of 256 tokens, to convert with")
+    parser.add_argument("--sequences", type=int, default=64, help=f"of {LENGTH} tokens, to convert with")
+    parser.add_argument("--heal", type=int, default=1_000_000, help="tokens to heal with; 0: do not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("families-work"))
     parser.add_argument("--result", type=Path, default=RESULTS / "families.json")
@@ -53,14 +70,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
         for budget in arguments.budgets:
-            for method, effort in WAYS:
-                rows.append(measure(model, budget, method, effort, arguments))
-                row = rows[-1]
-                print(
-                    f"{row['model']}, {budget:.0%}, {method}, {effort}: "
-                    f"{row['baseline_perplexity']:.2f} -> {row['perplexity']:.2f}, KL {row['kl']:.4f}",
-                    flush=True,
-                )
+            export = model
+            for method, effort in (*WAYS, *([("healed", "full")] if arguments.heal else [])):
+                if method == "healed":
+                    export = healed(export, model, arguments)
+                else:
+                    export = converted(model, budget, method, effort, arguments)
+                row = {"model": model.name, "budget": budget, "method": method, "reconstruct": effort}
+                rows.append(row | measured(export, model, arguments))
+                print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
                 write_result(arguments.result, rows, arguments.commit)
 
 
