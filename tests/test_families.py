@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_scaled_frequencies_are_the_sources(
     """Also where only a part of every head turns, and on texts longer than those that longrope calls short."""
     # Phi-3 checks its factors by the hidden size, and has its own word for short.
     more = {"num_attention_heads": 3, "original_max_position_embeddings": 20} if family == "phi3" else {}
-    given = AutoConfig.for_model(family, **(FAMILIES[family] | COMMON | more))
+    given = copy.deepcopy(AutoConfig.for_model(family, **(FAMILIES[family] | COMMON | more)))
     for table in rope_tables(given):
         pairs = round(COMMON["head_dim"] * table.get("partial_rotary_factor", 1.0)) // 2
         kept = {name: table[name] for name in ("rope_theta", "partial_rotary_factor") if name in table}

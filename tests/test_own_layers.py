@@ -54,7 +54,7 @@ def test_the_closed_form_written_and_read_is_the_source(family: str, tmp_path: P
         mass = torch.rand(heads, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
         stats = measure(features, mass / mass.sum(-1, keepdim=True))
         factors = METHOD.factorize(front.weights().to(torch.float64), stats, plan)
-        kind = layer_kind(replace(plan, shape=replace(shape, kv_lora_rank=len(factors.latent))))
+        kind = layer_kind(replace(plan, shape=replace(shape, kv_lora_rank=len(factors.latent))), spec.kind(i))
         export = converted_config(config, {"layers": [0] * len(model.model.layers), "kinds": [kind]})
         export._attn_implementation = "eager"
         made = attention_class(type(attention))(attention, export, i)

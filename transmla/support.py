@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,21 @@ class Support:
 def supported() -> list[Support]:
     """All families of the registry."""
     families: dict[str, Family] = scan("transmla.families", "FAMILY")
-    return [_support(family) for family in families.values()]
+    with _quiet():
+        return [_support(family) for family in families.values()]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of configs that are no model's."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def notes() -> str:
@@ -70,7 +86,8 @@ def _rope_types(family: Family, width: int) -> Iterator[str]:
 
     known: dict[str, Any] = {"factor": 2.0, "original_max_position_embeddings": 128}
     for rope_type in ROPE_TYPES:
-        config = _tiny(family)
+        # A copy: configs of some versions share their defaults.
+        config = copy.deepcopy(_tiny(family))
         for table in rope_tables(config):
             pairs = round(width * table.get("partial_rotary_factor", 1.0)) // 2
             more: dict[str, dict[str, Any]] = {
