@@ -88,10 +88,10 @@ def joint_readout(
         remaining = cross[head // group] * phase - base @ turned[rank:]
         level = turned.diagonal().real * RIDGE
         level = level + level.mean().clamp_min(torch.finfo(level.dtype).tiny)
-        ridged = turned + torch.diag(level).to(dtype)
-        solved = torch.linalg.solve(ridged, remaining, left=False)
+        ridged = torch.linalg.lu_factor(turned + torch.diag(level).to(dtype))
+        solved = torch.linalg.lu_solve(*ridged, remaining, left=False)
         # Once more for what the ridge held back: of what is well determined, nearly all.
-        solved = solved + torch.linalg.solve(ridged, remaining - solved @ turned, left=False)
+        solved = solved + torch.linalg.lu_solve(*ridged, remaining - solved @ turned, left=False)
         coefficients.append(torch.cat([solved[:, :rank], solved[:, rank:] + base], 1))
     stacked = torch.stack(coefficients)
     return stacked[..., :rank], stacked[..., rank:]
