@@ -13,6 +13,7 @@ import torch
 from conftest import build_model
 from torch import Tensor
 
+from transmla import reconstruct as fits
 from transmla.artifacts import LayerFactors, Plan
 from transmla.calibrate import SourceLayer
 from transmla.effort import EFFORTS, HARD, Effort, choose_effort, effort_for
@@ -129,6 +130,21 @@ def test_the_better_iterate_is_kept(rate: float) -> None:
         assert fit.after == fit.before
     else:  # only rounded on its way through the coordinates
         assert fit.after == pytest.approx(fit.before, rel=1e-4)
+
+
+def test_what_failed_is_tried_once_more_gently(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, real, rates = Case(), fits._descend, []
+
+    def ruinous(problem: Any, parameters: Any, effort: Effort, seed: int) -> None:
+        real(problem, parameters, effort, seed)
+        if not rates:
+            parameters.vector.data.mul_(100)
+        rates.append(effort.rate)
+
+    monkeypatch.setattr(fits, "_descend", ruinous)
+    fit = case.fit(case.closed_form())
+    assert rates == [SHORT.rate, pytest.approx(SHORT.rate * fits.GENTLY)]
+    assert fit.after < fit.before
 
 
 def test_equal_seeds_give_equal_bits() -> None:

@@ -72,8 +72,9 @@ class PerHead(nn.Linear):
     """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Batched over heads."""
-        return torch.einsum("...hd,hnd->...hn", x, self.weight.unflatten(0, (x.shape[-2], -1)))
+        """One product for each head, of all tokens together."""
+        heads, tokens = self.weight.unflatten(0, (x.shape[-2], -1)), x.shape[:-2]
+        return (x.flatten(0, -3).transpose(0, 1) @ heads.mT).transpose(0, 1).unflatten(0, tokens)
 
 
 class TransmlaAttention(nn.Module):
@@ -145,7 +146,9 @@ class TransmlaAttention(nn.Module):
         q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         kv_c = self.kv_a_layernorm(kv_c)
-        q_pe, k_pe = self._turn(position_ids, q_pe, k_pe)
+        # Turned together: a step is many small operations, and each one costs its launch.
+        turned = self._turn(position_ids, torch.cat([q_pe, k_pe], 1))
+        q_pe, k_pe = turned.split([self.num_heads, 1], 1)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx)
@@ -191,14 +194,11 @@ class TransmlaAttention(nn.Module):
             return norm(x)  # type: ignore[no-any-return]
         return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)  # type: ignore[no-any-return]
 
-    def _turn(self, positions: Tensor, *rows: Tensor) -> list[Tensor]:
+    def _turn(self, positions: Tensor, rows: Tensor) -> Tensor:
         """Rotary embedding of ``rows`` [B, ·, T, d_r] in halves layout, by this layer's own frequencies."""
         cos, sin = self.frequencies(positions)
-        turned = []
-        for row in rows:
-            real, imaginary = row.float().chunk(2, -1)
-            turned.append(torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(row.dtype))
-        return turned
+        real, imaginary = rows.float().chunk(2, -1)
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(rows.dtype)
 
 
 def has_bias(attention: Any) -> bool:
