@@ -17,7 +17,7 @@ from own_format import COMMON, FAMILIES, make_source
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pipeline import Killed, KilledAtLayer, files
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import transmla
 from transmla import support
@@ -87,6 +87,24 @@ def test_cut_it_is_what_its_plan_says(family: str, tmp_path: Path, make_recipe: 
     # SmolLM3's second layer turns nothing, and has a pair of rotary channels that stand still beside a whole latent.
     assert 2 * 40 <= manifest["plan"]["model_cache_values"] <= 2 * 48 + (2 if family == "smollm3" else 0)
     assert "trust_remote_code=True" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FOUND)
+@torch.no_grad()
+def test_nothing_cut_is_the_source_where_the_latent_is_not_all_of_the_hidden_state(
+    family: str, tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    """Wider than all keys and values that do not turn; judged on tokens that the calibration text holds."""
+    model = source_of(family, tmp_path, hidden_size=144)
+    recipe = make_recipe(format="transmla", **uncut(model))
+    assert recipe.kv_lora_rank < min(model.config.hidden_size, 2 * 3 * COMMON["head_dim"] + 1)
+    out = convert(recipe)
+    transmla.register()
+    export = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    text = (tmp_path / "text.txt").read_text()[:60]
+    ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"].view(2, 30)
+    theirs, ours = model(ids).logits, export(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 def rope(rope_type: str, pairs: int, original: int = 20) -> dict[str, Any]:

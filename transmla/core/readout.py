@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transmla.core.linalg import regress
 from transmla.core.phase import characteristic
 
 # Relative ridge: slots that turn alike, or hardly at all, are nearly collinear with each other and with c.
@@ -28,7 +29,8 @@ class Distances:
     """Characteristic functions of one layer's heads at the frequencies that matter.
 
     ``channel`` [H, p] at θ_f, ``slot`` [H, s] at θ_s, ``channel_slot`` [H, p, s] at θ_f − θ_s,
-    ``slot_slot`` [H, s, s] at θ_s − θ_t; ``own`` [p, s] marks a slot that turns with the channel itself.
+    ``slot_slot`` [H, s, s] at θ_s − θ_t; ``own`` [p, s] marks a slot that turns with the channel itself, ``still`` [p]
+    a channel that never turns.
     """
 
     channel: Tensor
@@ -36,6 +38,7 @@ class Distances:
     channel_slot: Tensor
     slot_slot: Tensor
     own: Tensor
+    still: Tensor
 
     @classmethod
     def measure(cls, distance_mass: Tensor, frequencies: Tensor, slots: Tensor) -> Distances:
@@ -46,6 +49,7 @@ class Distances:
             characteristic(distance_mass, frequencies[:, None] - slots),
             characteristic(distance_mass, slots[:, None] - slots),
             frequencies[:, None] == slots,
+            frequencies == 0,
         )
 
 
@@ -62,8 +66,9 @@ def joint_readout(
         moment: E[x xᵀ] [D, D] of the attended tokens.
         distances: of the layer's H heads.
 
-    The solve is for the correction to ``mix`` on each channel's own slots, so that keys the slots hold
-    completely are read back exactly, whatever the ridge.
+    The solve is for the correction to ``mix`` on each channel's own slots, and to the latent's plain regression of
+    channels that never turn, so that keys the slots or the latent hold completely are read back exactly, whatever
+    the ridge.
     """
     heads, rank = distances.channel.shape[0], latent.shape[0]
     group = heads // kappa.shape[0]
@@ -72,6 +77,9 @@ def joint_readout(
     gram = features @ moment.to(dtype) @ features.mH
     cross = kappa @ moment.to(dtype) @ features.mH
     ones = torch.ones(rank, rank, dtype=dtype, device=z.device)
+    unturned = kappa.new_zeros(*kappa.shape[:2], rank)
+    if rank and bool(distances.still.any()):
+        unturned[:, distances.still] = regress(kappa[:, distances.still], latent.to(dtype), moment.to(dtype))
     coefficients = []
     for head in range(heads):
         slot = distances.slot[head]
@@ -84,14 +92,14 @@ def joint_readout(
         )
         turned = gram * pairs
         phase = torch.cat([distances.channel[head][:, None].expand(-1, rank), distances.channel_slot[head]], 1)
-        base = torch.where(distances.own, mix[:, head // group].mT, 0)
-        remaining = cross[head // group] * phase - base @ turned[rank:]
+        base = torch.cat([unturned[head // group], torch.where(distances.own, mix[:, head // group].mT, 0)], 1)
+        remaining = cross[head // group] * phase - base @ turned
         level = turned.diagonal().real * RIDGE
         level = level + level.mean().clamp_min(torch.finfo(level.dtype).tiny)
         ridged = torch.linalg.lu_factor(turned + torch.diag(level).to(dtype))
         solved = torch.linalg.lu_solve(*ridged, remaining, left=False)
         # Once more for what the ridge held back: of what is well determined, nearly all.
         solved = solved + torch.linalg.lu_solve(*ridged, remaining - solved @ turned, left=False)
-        coefficients.append(torch.cat([solved[:, :rank], solved[:, rank:] + base], 1))
+        coefficients.append(solved + base)
     stacked = torch.stack(coefficients)
     return stacked[..., :rank], stacked[..., rank:]

@@ -47,6 +47,8 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     kept = concentrate(kappa, attended, weight, plan.rotary)
     nothing = attended.new_zeros(0, attended.shape[0])
     _, alone = joint_readout(kappa, nothing, kept.z, kept.mix, attended, distances)
+    # What never turns is the same key for all heads; less what each would read from slots it were one for each.
+    alone = alone * ~distances.still[:, None]
     still = distances.channel[..., None] * kappa.repeat_interleave(group, 0)
     key = to_halves(still - (alone * distances.slot[:, None]) @ kept.z)
 
