@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL_HEALING, build_tokenizer
 from own_format import FAMILIES, make_source, uncut
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import transmla
 from transmla.errors import TransmlaError
-from transmla.heal import natural
+from transmla.families.base import TINY
+from transmla.heal import natural, run
+from transmla.heal.checks import check_models
 from transmla.heal.losses import Head
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
@@ -101,6 +105,32 @@ def test_it_heals_and_leaves_an_export(
     assert kl["after"] < 0.9 * kl["before"]
     assert [check for check in verify(folder, source=str(tmp_path / "source")) if not check.passed] == []
     assert "## Healing" in (folder / "README.md").read_text()
+
+
+def test_the_student_learns_without_dropout(tmp_path: Path) -> None:
+    source = make_source("starcoder2", tmp_path / "source", attention_dropout=0.5, residual_dropout=0.5)
+    student = run._load_student(uncut(source, tmp_path / "source", tmp_path / "export")).train()
+    ids = torch.arange(3, 20)[None]
+    assert student(ids).logits.equal(student(ids).logits)
+    assert student.config.attention_dropout == 0.5
+
+
+def test_a_head_that_does_more_is_refused() -> None:
+    config = AutoConfig.for_model("cohere", vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(TransmlaError, match="the teacher, 'cohere', does more to its logits than its head"):
+        check_models(make(), model, SETTINGS)
+    several = SimpleNamespace(config=AutoConfig.for_model("gemma3"))
+    with pytest.raises(TransmlaError, match="the teacher, 'gemma3', is a model of text and more"):
+        check_models(make(), several, SETTINGS)
+
+
+def make() -> Any:
+    tiny = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **tiny)).eval()
+
+
+SETTINGS = Healing(student="s", teacher="t", output="o")
 
 
 def test_experts_are_not_trained(healed: Healed) -> None:

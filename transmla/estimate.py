@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from transmla.artifacts import Plan
+from transmla.artifacts import AttentionSpec, Plan
 from transmla.effort import Effort, effort_for
 from transmla.plan import NATIVE, OWN, VLLM_DECODE, VLLM_PREFILL, method_named
 
@@ -68,17 +68,23 @@ def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 
     width, d = spec.hidden_size, spec.head_dim
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
     layer = 4 * (attention + spec.layer_parameters)
-    # float64 copies of the attention, the per-head key targets, and a dozen D×D work matrices
-    work = 8 * (2 * attention + 12 * width * width)
+    # float64 copies of the attention's maps, the per-head key targets, and a dozen work matrices of the features
+    work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
     if effort is not None:
         # the drift between the streams; of each layer of a window the source's stream behind it, the activations of a
         # step, and weights, gradients and Adam's two moments
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         activations = 4 * effort.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
-        fit = effort.window * (activations + 4 * 4 * 2 * attention)
+        fit = effort.window * (activations + 4 * 4 * 2 * _maps(spec))
         work = max(work, 4 * tokens * width + fit) + (effort.window - 1) * (4 * tokens * width + layer)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
     return BASE_MEMORY + held + _stream_bytes(plan, tokens, effort) + max(layer + work, embedding)
+
+
+def _maps(spec: AttentionSpec) -> int:
+    """Number of weights of an attention as maps of its features (``frontend``), and of its output projection."""
+    heads = spec.num_attention_heads
+    return spec.head_dim * ((heads + 2 * spec.num_key_value_heads) * spec.features + heads * spec.hidden_size)
 
 
 def _stream_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
@@ -95,7 +101,8 @@ def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
     mlp = 3 * width * spec.intermediate_size
     forward = 2 * tokens * (attention + mlp + width * width)
-    factor = 30 * width**3 + 8 * width**2 * d * (spec.num_attention_heads + spec.num_key_value_heads)
+    features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
+    factor = 30 * features**3 + 8 * features**2 * d * heads
     if effort is not None:
         # the source once, the export forwards and twice backwards; its MLP has no weights to learn
         weights = 5 * attention + (3 * mlp if effort.through_mlp else 0)
@@ -117,16 +124,35 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 
 
 def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
-    """Tokens of cache one GPU holds beside the export's weights, (before, after), by its gigabytes."""
-    weights = parameters(plan) * value_bytes(plan.dtype)
+    """Tokens of one sequence whose cache a GPU holds beside the export's weights, (before, after), by its gigabytes."""
+    weights, layers = parameters(plan) * value_bytes(plan.dtype), range(plan.spec.num_hidden_layers)
+    windows = [plan.spec.kind(i).window for i in layers]
+    before = [plan.spec.cache_values] * len(layers)
+    after = [plan.spec.cache_values if i in plan.kept else plan.at(i).shape.cache_values for i in layers]
     found = {}
     for gigabytes in GPU_GIGABYTES:
-        free = max(0.0, USABLE * gigabytes * 1e9 - weights)
-        found[gigabytes] = (
-            int(free / bytes_per_token(plan, plan.spec.cache_values * plan.spec.num_hidden_layers)),
-            int(free / bytes_per_token(plan, plan.model_cache_values)),
-        )
+        free = int(max(0.0, USABLE * gigabytes * 1e9 - weights) / value_bytes(plan.dtype))
+        found[gigabytes] = _longest(free, before, windows), _longest(free, after, windows)
     return found
+
+
+def _longest(free: int, values: list[int], windows: list[int | None]) -> int:
+    """Tokens for which ``free`` values last, where layers cache so many a token, no further back than their windows.
+
+    Where all layers have windows and these fit, the longest window.
+    """
+    tokens = 0
+    for seen in (*sorted({window for window in windows if window is not None}), None):
+        # What grows up to here, and what has stopped growing before.
+        growing = sum(v for v, window in zip(values, windows, strict=True) if window is None or window > tokens)
+        stopped = sum(v * (w or 0) for v, w in zip(values, windows, strict=True) if w is not None and w <= tokens)
+        if not growing:
+            break
+        reached = (free - stopped) // growing
+        if seen is None or reached < seen:
+            return max(tokens, reached)
+        tokens = seen
+    return tokens
 
 
 def bytes_per_token(plan: Plan, values: int) -> int:

@@ -140,6 +140,13 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
             remedy="load it with transmla.load, or pass it to transmla.accelerate",
         )
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    kept = model.config.num_hidden_layers - len(layers)
+    if kept:
+        raise TransmlaError(
+            f"{kept} layers of {type(model).__name__} kept the source's attention",
+            limit="a shared prefix is held by latent layers alone",
+            remedy="give generate() the whole prompts, or convert all layers",
+        )
     packed = layers[0].packed
     cache = DynamicCache(config=model.config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):

@@ -139,6 +139,12 @@ def _own_plan(spec: AttentionSpec, recipe: Recipe, method: Method, kept: tuple[i
             made.append((still, RotaryPlan((0,), 1)))
     first = next(i for i, kind in enumerate(kinds) if kind.turned == widest)
     notes = [f"format transmla: {_reason(spec, kept)}"]
+    windows = [window for i in range(spec.num_hidden_layers) if (window := spec.kind(i).window) is not None]
+    if windows:
+        notes.append(
+            f"{len(windows)} of {spec.num_hidden_layers} layers cache no more than {max(windows)} tokens back: what "
+            "their conversion saves is bounded too"
+        )
     if kept:
         notes.append(f"{len(kept)} of {spec.num_hidden_layers} layers keep the source's attention and cache")
     return Plan(

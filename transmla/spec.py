@@ -111,7 +111,9 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         found = [_kind(model, i) for i in range(len(layers))]
     except ValueError as error:
         raise TransmlaError(
-            f"{family.name}: {error}", limit="nothing is dropped silently", remedy="convert a model without it"
+            f"{family.name}: {str(error).partition(';')[0]}",
+            limit="nothing is dropped silently",
+            remedy="convert a model without it",
         ) from error
     kinds = tuple(dict.fromkeys(found))
     outside = [

@@ -31,7 +31,11 @@ def check_common(config: Any) -> None:
     for table in rope_tables(config):
         rope_type = table.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
-            raise refuse(name, f"rope_type '{rope_type}' is not supported", f"supported: {', '.join(ROPE_TYPES)}")
+            # Up to there dynamic changes nothing.
+            short = "if texts fit max_position_embeddings, set rope_type 'default' in its config.json"
+            remedy = {"remedy": short} if rope_type == "dynamic" else {}
+            limit = f"supported: {', '.join(ROPE_TYPES)}"
+            raise refuse(name, f"rope_type '{rope_type}' is not supported", limit, **remedy)
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse(
             name,

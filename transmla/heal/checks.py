@@ -7,9 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transmla.errors import TransmlaError
 from transmla.export import CARD, MANIFEST, VERIFICATION
 from transmla.fingerprint import check_hashes
+from transmla.heal.losses import Head, trunk
 from transmla.heal.processes import uses_deepspeed
 from transmla.heal.settings import Healing
 
@@ -70,6 +73,20 @@ def check_amount(name: str, tokens: int, settings: Healing) -> None:
         )
 
 
+@torch.no_grad()
+def _check_head(role: str, model: Any) -> None:
+    """The head alone must give the model's own logits: some families do more to them than ``Head`` knows."""
+    tokens = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
+    wanted = model(tokens, use_cache=False).logits.float()
+    found = Head.of(model).logits(trunk(model)(tokens, use_cache=False).last_hidden_state)
+    if (found - wanted).abs().max() > 0.05 * wanted.abs().max():
+        raise TransmlaError(
+            f"the {role}, '{model.config.model_type}', does more to its logits than its head",
+            limit="healing computes them in pieces, and knows Granite's divisor and Gemma's caps",
+            remedy="take the source, or a larger model of its family",
+        )
+
+
 def check_student(student: Path, manifest: dict[str, Any]) -> None:
     """The export must be what its conversion wrote."""
     problems = check_hashes(student, manifest["hashes"], free=(CARD, MANIFEST, VERIFICATION))
@@ -88,7 +105,15 @@ def check_tokenizers(ours: Any, theirs: Any) -> None:
 
 
 def check_models(student: Any, teacher: Any, settings: Healing) -> None:
-    """Their vocabularies, widths and contexts must allow what is asked for."""
+    """Their heads, vocabularies, widths and contexts must allow what is asked for."""
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not hasattr(model.config, "vocab_size"):
+            raise TransmlaError(
+                f"the {role}, '{model.config.model_type}', is a model of text and more",
+                limit="healing compares causal language models",
+                remedy="save its language model by itself, and name that",
+            )
+        _check_head(role, model)
     if settings.trainable == "all" and any(".experts." in name for name, _ in student.named_parameters()):
         raise TransmlaError(
             "--trainable all does not reach experts",

@@ -33,6 +33,8 @@ from transmla.source import load_tokenizer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Where modules of transformers and torch hold their rates of dropout.
+DROPOUTS = ("attention_dropout", "residual_dropout", "dropout", "p")
 # Batches on which latents are measured, beside what was kept aside.
 MEASURED = 4
 # A run of fewer steps or minutes ends before compiled code has paid for itself.
@@ -200,8 +202,12 @@ def _measure(model: Any, reading: Reading) -> None:
 
 
 def _load_student(student: Path) -> Any:
-    """An export in float32 and natural coordinates."""
+    """An export in float32 and natural coordinates, without dropout: its teacher has none."""
     register()
     model = load_model(student, dtype=torch.float32)
+    for module in model.modules():
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     natural.enter(model)
     return model

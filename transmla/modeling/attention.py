@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.cache import CACHE, make_room
 from transmla.modeling.float8 import unpack
+from transmla.modeling.modeling_transmla import TransmlaAttention, attention_class
 from transmla.modeling.prefix import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
 from transmla.modeling.rows import Decode, Rows
 
@@ -61,7 +62,9 @@ class LatentAttention(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickled by the family's class: this one is made when it is needed."""
-        return _bare, (type(self).__mro__[2],), self.__dict__
+        plain = type(self).__mro__[2]
+        own = issubclass(plain, TransmlaAttention)
+        return _bare, (plain.__mro__[2] if own else plain, own), self.__dict__
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """The latent and the rotary key as they are, for ``latent_attention`` to decide."""
@@ -78,9 +81,10 @@ def latent_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(f"Latent{plain.__name__}", (LatentAttention, plain), {})
 
 
-def _bare(plain: Any) -> Any:
-    """An instance of the latent twin of ``plain`` without its state."""
-    latent: Any = latent_class(plain)
+def _bare(plain: Any, own: bool) -> Any:
+    """An instance of the latent twin of ``plain``, or of its class in the ``own`` format, without its state."""
+    made: Any = attention_class(plain) if own else plain
+    latent: Any = latent_class(made)
     return latent.__new__(latent)
 
 

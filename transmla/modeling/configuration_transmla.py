@@ -64,13 +64,14 @@ def _bare(family: str) -> Any:
     return found.__new__(found)
 
 
-def write_code(folder: Path) -> None:
-    """Put what ``AUTO_MAP`` names into ``folder``: this file and the model's."""
+def write_code(folder: Path, beside: Path = Path(__file__).parent) -> None:
+    """Put what ``AUTO_MAP`` names into ``folder``, as far as it is ``beside``: this file and the model's.
+
+    Where a checkpoint's code was fetched for its config alone, the model's is elsewhere; models save it themselves.
+    """
     for name in ("configuration_transmla.py", "modeling_transmla.py"):
-        file = Path(__file__).with_name(name)
-        # Where a checkpoint's code was fetched for its config alone, the model's is not there.
-        if file.is_file():
-            shutil.copy(file, folder)
+        if (beside / name).is_file():
+            shutil.copy(beside / name, folder)
 
 
 @cache

@@ -6,17 +6,19 @@ With its config, this file is all the code that an export of the own format brin
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from .configuration_transmla import TransmlaConfig, config_class
+from .configuration_transmla import TransmlaConfig, config_class, write_code
 
 # What a family's attention adds to its scores: the attribute that holds it, and its name in attention functions.
 SCORE_EXTRAS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap", "sinks": "s_aux"}
@@ -68,8 +70,17 @@ class Frequencies(nn.Module):
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
-class PerHead(nn.Linear):
-    """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d]."""
+class PerHead(nn.Module):
+    """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d].
+
+    No ``nn.Linear``: adapters and quantisers would take it for one map of all heads.
+    """
+
+    bias = None
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """One product for each head, of all tokens together."""
@@ -100,6 +111,7 @@ class TransmlaAttention(nn.Module):
         self.frequencies = Frequencies(kind)
         self.scaling, self.is_causal = attention.scaling, attention.is_causal
         self.attention_dropout = attention.attention_dropout
+        self.residual_dropout = getattr(attention, "residual_dropout", 0.0)
         self.sliding_window = window_of(attention, config, layer_idx)
         self.attn_logit_softcapping = getattr(attention, "attn_logit_softcapping", None)
         self.sinks = getattr(attention, "sinks", None)
@@ -113,7 +125,7 @@ class TransmlaAttention(nn.Module):
         if hasattr(attention, "q_norm"):
             for name in NORMED:
                 self.add_module(name, getattr(attention, name))
-            self.q_b_proj = PerHead(self.head_dim, heads * wide, bias=False)
+            self.q_b_proj = PerHead(self.head_dim, heads * wide)
             self.kv_a_proj_with_mqa = nn.Linear(2 * config.num_key_value_heads * self.head_dim, cached, bias=False)
         else:
             self.q_proj = nn.Linear(config.hidden_size, heads * wide, bias=biased)
@@ -166,7 +178,8 @@ class TransmlaAttention(nn.Module):
             **{name: extra for name, extra in extras.items() if extra is not None},
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+        output = self.o_proj(output.reshape(*hidden_states.shape[:2], -1))
+        return dropout(output, self.residual_dropout, self.training), weights
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v] of all heads, from [B, 1, T, r] and [B, 1, T, d_r]."""
@@ -207,7 +220,12 @@ def has_bias(attention: Any) -> bool:
 
 
 def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
-    """How far back a layer looks: some families tell its attention, others leave it to the config."""
+    """How far back a layer looks: some families tell its attention, others leave it to the config.
+
+    A family whose configs have no such field does not look at one.
+    """
+    if not hasattr(type(config), "sliding_window"):
+        return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
     types = getattr(config, "layer_types", None)
@@ -254,25 +272,35 @@ def _bare_model(family: str, head: bool) -> Any:
     return found.__new__(found)
 
 
+def _initialise(decoder: Any, module: Any) -> None:
+    """What transformers calls for every module that no checkpoint gave its values."""
+    if isinstance(module, Frequencies):
+        module.fill()
+    elif isinstance(module, PerHead):
+        nn.init.normal_(module.weight, std=decoder.config.initializer_range)
+    else:
+        type(decoder)._init_weights(decoder, module)
+
+
 class _Converted:
     """Mixed in before a family's model: built as it is, then latent attention put into its layers."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        for i, layer in enumerate(self.get_decoder().layers):  # type: ignore[attr-defined]
+        decoder: Any = self.get_decoder()  # type: ignore[attr-defined]
+        # The decoder's own class knows nothing of what is new in its layers.
+        decoder._init_weights = partial(_initialise, decoder)
+        for i, layer in enumerate(decoder.layers):
             if config.mla["layers"][i] is not None:
                 plain: Any = type(layer.self_attn)
                 layer.self_attn = attention_class(plain)(layer.self_attn, config, i)
+        decoder.init_weights()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of any model of transformers."""
-        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        # It was built without values, and no checkpoint holds frequencies.
-        for module in (found[0] if isinstance(found, tuple) else found).modules():
-            if isinstance(module, Frequencies):
-                module.fill()
-        return found
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of any model of transformers, with the code that reads it."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_code(Path(save_directory), Path(__file__).parent)
 
     def __reduce__(self) -> Any:
         """Pickled by its family: its class is made when it is needed."""
