@@ -78,6 +78,13 @@ from transmla.source import load_tokenizer, open_source, pick_device
 #   64 x 1,024   0.056   0.279;  with half / as many sequences with 15 % random tokens: 0.056 / 0.056   0.263 / 0.267
 #   32 x 2,048   0.054   0.302   kept: less perplexity (22.12, not 22.31);  cut together from 512s: 0.052   0.294
 #
+# 16 + 80 through the pipeline, 600 steps, held-out articles and pydoc's train split (commit 213f261, one H200): what meets
+# in a product made equally large, as healing does, does not help here.
+#   as it is                                       0.228   1.127    kept
+#   rotary slots of one size                       0.235   1.181
+#   queries and keys balanced row by row           0.240   1.208
+#   a rate for each row instead of each tensor     0.246   1.228
+#
 # Through the pipeline, WikiText-2 test, 32 + 160: 600 steps 21.67 in 78 s, 450 21.72 in 60 to 63 s, 400 21.79 in 54 s;
 # 600 steps and three times the text 21.57. 16 + 112 in closed form with ranks of 64 to 160 by layer under one total,
 # given greedily by the KL that each costs on held-out text: 1.17 -> 1.10. A native cache has one width: not kept.
