@@ -78,8 +78,8 @@ from transmla.source import load_tokenizer, open_source, pick_device
 #   64 x 1,024   0.056   0.279;  with half / as many sequences with 15 % random tokens: 0.056 / 0.056   0.263 / 0.267
 #   32 x 2,048   0.054   0.302   kept: less perplexity (22.12, not 22.31);  cut together from 512s: 0.052   0.294
 #
-# 16 + 80 through the pipeline, 600 steps, held-out articles and pydoc's train split (commit 213f261, one H200): what meets
-# in a product made equally large, as healing does, does not help here.
+# 16 + 80 through the pipeline, 600 steps, held-out articles and pydoc's train split (commit 213f261, one H200): what
+# meets in a product made equally large, as healing does, does not help here.
 #   as it is                                       0.228   1.127    kept
 #   rotary slots of one size                       0.235   1.181
 #   queries and keys balanced row by row           0.240   1.208

@@ -33,7 +33,9 @@ class Healing(Strict):
     accumulate: PositiveInt = Field(1, description="parts that a step is computed in, to save memory")
 
     trainable: Literal["attention", "all", "lora"] = Field(
-        "attention", description="what may change; lora: low-rank updates of the attention, merged at the end"
+        "attention",
+        description="what may change; lora: low-rank updates of the attention's linear layers, merged at the end; all: "
+        "everything, where there are no experts",
     )
     lora_rank: PositiveInt = Field(32, description="rank of those updates")
     learning_rate: PositiveFloat | None = Field(
