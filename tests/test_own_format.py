@@ -14,7 +14,7 @@ import pytest
 import torch
 from own_format import COMMON, FAMILIES, WINDOW, make_source, uncut
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 import transmla
 from transmla.errors import TransmlaError
@@ -333,6 +333,27 @@ def test_adapters_and_gradients_are_as_with_any_model(texts: dict[str, torch.Ten
     # of each head's own queries.
     assert len(grown) == 9 * len(model.model.layers)
     assert not any("q_b_proj" in name for name in grown)
+
+
+def test_trainer_learns_saves_and_goes_on(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = make_source("qwen3", tmp_path / "source")
+    model = TransmlaForCausalLM.from_pretrained(uncut(source, tmp_path / "source", tmp_path / "export"))
+    rows = [{"input_ids": row, "labels": row} for row in texts["input_ids"]]
+    given = {"save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+
+    def trainer(model: Any, steps: int, checkpointing: bool) -> Trainer:
+        more = {"max_steps": steps, "gradient_checkpointing": checkpointing}
+        return Trainer(model, TrainingArguments(str(tmp_path / "run"), **given, **more), train_dataset=rows)
+
+    first = trainer(model, 4, False)
+    first.train()
+    losses = [point["loss"] for point in first.state.log_history if "loss" in point]
+    assert losses[-1] < losses[0]
+    again = TransmlaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    assert again(**texts).logits.equal(model.eval()(**texts).logits)
+    last = trainer(again, 6, True)
+    last.train(resume_from_checkpoint=True)
+    assert last.state.global_step == 6
 
 
 def test_a_learned_latent_norm_is_part_of_the_cache(texts: dict[str, torch.Tensor], tmp_path: Path) -> None:

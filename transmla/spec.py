@@ -163,7 +163,7 @@ def _kind(model: Any, layer: int) -> LayerKind:
     types = getattr(config, "layer_types", None)
     layer_type = types[layer] if types and hasattr(rotary, f"{types[layer]}_inv_freq") else None
     prefix = f"{layer_type}_" if layer_type else ""
-    table = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    table = (config.rope_parameters[layer_type] if layer_type else config.rope_parameters) or {}
     inv_freq = getattr(rotary, f"{prefix}inv_freq").double()
     factor, long = float(getattr(rotary, f"{prefix}attention_scaling")), None
     if not getattr(attention, "use_rope", True):
