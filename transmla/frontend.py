@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from transmla.artifacts import LayerWeights, ScoreRules
-from transmla.modeling.modeling_transmla import has_bias
+from transmla.modeling.modeling_transmla import has_bias, norm_heads
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FrontEnd:
             return x if self.bias is None else pad(x, (0, 1), value=1.0)
         h, d = self.heads, self.heads.width
         q, k, v = linear(x, self.projection, self.bias).split([h.queries * d, h.groups * d, h.groups * d], -1)
-        q, k = self._norm(self.attention.q_norm, q), self._norm(self.attention.k_norm, k)
+        q, k = norm_heads(self.attention.q_norm, q, d), norm_heads(self.attention.k_norm, k, d)
         return torch.cat([q, k, v], -1)
 
     def blocks(self) -> Tensor | None:
@@ -119,12 +119,6 @@ class FrontEnd:
         order = list(h.order)
         o = self.attention.o_proj.weight.detach().float().unflatten(1, (h.queries, d)).transpose(0, 1)
         return LayerWeights(q[:, order], k[:, order], v, o, self.rules)
-
-    def _norm(self, norm: Any, x: Tensor) -> Tensor:
-        """A family's ``norm`` of all heads [..., heads · d] together, or of each."""
-        if norm.weight.numel() == x.shape[-1]:
-            return norm(x)  # type: ignore[no-any-return]
-        return norm(x.unflatten(-1, (-1, self.heads.width))).flatten(-2)  # type: ignore[no-any-return]
 
 
 def halves_order(width: int, turned: int, *, interleaved: bool) -> tuple[int, ...]:

@@ -197,21 +197,25 @@ class TransmlaAttention(nn.Module):
         query = self.q_proj(x)
         if self.q_b_proj is None:
             return query.unflatten(-1, heads), self.kv_a_proj_with_mqa(x)
-        query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, self.k_proj(x))
+        query, key = (
+            norm_heads(self.q_norm, query, self.head_dim),
+            norm_heads(self.k_norm, self.k_proj(x), self.head_dim),
+        )
         cached = self.kv_a_proj_with_mqa(torch.cat([key, self.v_proj(x)], -1))
         return self.q_b_proj(query.unflatten(-1, heads)), cached
-
-    def _norm(self, norm: Any, x: Tensor) -> Tensor:
-        """A family's ``norm`` of all heads [B, T, heads · d] together, or of each."""
-        if norm.weight.numel() == x.shape[-1]:
-            return norm(x)  # type: ignore[no-any-return]
-        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)  # type: ignore[no-any-return]
 
     def _turn(self, positions: Tensor, rows: Tensor) -> Tensor:
         """Rotary embedding of ``rows`` [B, ·, T, d_r] in halves layout, by this layer's own frequencies."""
         cos, sin = self.frequencies(positions)
         real, imaginary = rows.float().chunk(2, -1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(rows.dtype)
+
+
+def norm_heads(norm: Any, x: Tensor, width: int) -> Tensor:
+    """A family's ``norm`` of all heads [..., heads · ``width``] together, or of each."""
+    if norm.weight.numel() == x.shape[-1]:
+        return norm(x)  # type: ignore[no-any-return]
+    return norm(x.unflatten(-1, (-1, width))).flatten(-2)  # type: ignore[no-any-return]
 
 
 def has_bias(attention: Any) -> bool:
