@@ -24,15 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
-from transmla.bench import measure, prefill_seconds
-from transmla.fast import accelerate
+from transmla.evaluate.bench import measure, prefill_seconds
+from transmla.formats.base import OWN
+from transmla.formats.native import native_config
+from transmla.formats.transmla import own_config
 from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig
 from transmla.modeling.modeling_transmla import model_class
-from transmla.native import native_config
-from transmla.own import own_config
-from transmla.plan import OWN, make_plan
+from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
-from transmla.spec import describe
+from transmla.runtime.load import accelerate
+from transmla.source.describe import describe
 
 QWEN3 = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,

@@ -18,12 +18,12 @@ from typing import Any
 
 from provenance import RESULTS, write_result
 
-from transmla.after import evaluate_models
+from transmla.convert.pipeline import convert
+from transmla.evaluate.compare import evaluate_models
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
-from transmla.pipeline import convert
-from transmla.progress import Silent
 from transmla.recipe import Evaluation, parse_recipe
+from transmla.reporter import Silent
 
 BUDGETS = (0.5, 1 / 3, 0.25, 0.125)
 

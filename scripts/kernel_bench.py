@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from transmla.bench import copy_bandwidth
 from transmla.errors import TransmlaError
-from transmla.kernels import Backend, DecodeShape, backends, choose_backend, flashinfer, plain
-from transmla.modeling.prefix import attend, merge, one_width
-from transmla.modeling.rows import Rows
+from transmla.evaluate.bench import copy_bandwidth
+from transmla.kernels import Backend, DecodeShape, backends, choose_backend, flashinfer
+from transmla.kernels import reference as plain
+from transmla.kernels.rows import Rows
+from transmla.runtime.prefix_cache import attend, merge, one_width
 
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
 SCALING = 0.1

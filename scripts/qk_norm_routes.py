@@ -20,18 +20,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from transmla.artifacts import LayerWeights
-from transmla.calibrate import SourceLayer, steps
-from transmla.checkpoint import load_model
+from transmla.convert.factorize import factorize
+from transmla.convert.reconstruct import reconstruct
+from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.linalg import regularise
-from transmla.data import load_tokens
-from transmla.decoder import attention_input, embedded
-from transmla.effort import EFFORTS
-from transmla.factorize import factorize
-from transmla.frontend import FrontEnd
-from transmla.plan import make_plan
+from transmla.plan.effort import EFFORTS
+from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
-from transmla.reconstruct import reconstruct
-from transmla.source import load_tokenizer, open_source, pick_device
+from transmla.source.attention_view import FrontEnd
+from transmla.source.decoder_layer import attention_input, embedded
+from transmla.source.device import pick_device
+from transmla.source.load import load_model, load_tokenizer
+from transmla.source.open_source import open_source
+from transmla.source.text import load_tokens
 
 LENGTH = 256
 

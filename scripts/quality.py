@@ -20,12 +20,14 @@ import torch
 from provenance import RESULTS, peak_bytes, reset_peak, write_result
 from torch import Tensor
 
-from transmla.after import evaluate_models
-from transmla.pipeline import convert
-from transmla.plan import method_named
-from transmla.progress import Silent
+from transmla.convert.pipeline import convert
+from transmla.core.methods.base import method_named
+from transmla.evaluate.compare import evaluate_models
 from transmla.recipe import Evaluation, parse_recipe
-from transmla.source import load_tokenizer, open_source, pick_device
+from transmla.reporter import Silent
+from transmla.source.device import pick_device
+from transmla.source.load import load_tokenizer
+from transmla.source.open_source import open_source
 
 # How the fit came to be what it is: perplexity on held-out validation text, 300 steps of 16 x 512 tokens on 128 x 512,
 # one H200, before the project had the code (the fit's first form is commit ece2d63).

@@ -1,5 +1,6 @@
-"""``python -m transmla``."""
+"""``python -m transmla``; on several processes ``accelerate launch -m transmla heal …``."""
 
 from transmla.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

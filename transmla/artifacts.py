@@ -283,3 +283,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"model_cache_values": self.model_cache_values}
+
+
+def value_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transmla.artifacts import LayerWeights
+
 
 def regularise(moment: Tensor, relative: float = 1e-6) -> Tensor:
     """Add ``relative`` times the mean diagonal, so that directions never seen keep a finite metric."""
@@ -50,3 +52,19 @@ def orthonormal_rows(basis: Tensor) -> tuple[Tensor, Tensor]:
     """``basis`` [r, D] as T·R with orthonormal rows R: returns R [r, D] and T [r, r]."""
     columns, triangle = torch.linalg.qr(basis.mT)
     return columns.mT, triangle.mT
+
+
+def channel_norm(weight: Tensor, moment: Tensor) -> Tensor:
+    """Root mean square [..., n] of every output channel of ``weight`` [..., n, D] under ``moment`` [D, D]."""
+    return ((weight @ moment) * weight).sum(-1).clamp_min(0).sqrt()
+
+
+def balance(rest: Tensor, weights: LayerWeights, moment: Tensor) -> Tensor:
+    """The factor that gives ``rest``, what the rotary channels left of the keys, the values' mean channel norm.
+
+    Neither counts as less than a thousandth of the keys or values it comes from: rounding errors are all that is
+    left where the rotary key holds everything, and they may claim no latent.
+    """
+    keys, values = channel_norm(weights.k, moment).mean(), channel_norm(weights.v, moment).mean()
+    left = torch.maximum(channel_norm(rest, moment).mean(), keys * 1e-3).clamp_min(1e-30)
+    return torch.maximum(values, left * 1e-3) / left

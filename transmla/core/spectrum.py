@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerStats, LayerWeights
-from transmla.core.linalg import regularise, sqrtm_pair
-from transmla.core.methods.common import balance
+from transmla.core.linalg import balance, regularise, sqrtm_pair
 from transmla.core.phase import characteristic
 from transmla.core.rope import to_complex, to_halves
 

@@ -1,4 +1,4 @@
-"""``accelerate launch -m transmla.heal DIR --teacher …``: the same command on many processes."""
+"""The old name of ``-m transmla heal``: ``accelerate launch -m transmla.heal DIR …``."""
 
 import sys
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from transmla.errors import TransmlaError
-from transmla.export import CARD, MANIFEST, VERIFICATION
-from transmla.fingerprint import check_hashes
+from transmla.export.manifest import CARD, MANIFEST, VERIFICATION, check_hashes
+from transmla.heal.distributed import uses_deepspeed
 from transmla.heal.losses import Head, trunk
-from transmla.heal.processes import uses_deepspeed
 from transmla.heal.settings import Healing
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
+from transmla.heal.batches import Reading
+from transmla.heal.distributed import gather
 from transmla.heal.optimiser import highest_rate, set_rates
-from transmla.heal.processes import gather
+from transmla.heal.resume import State, Store
 from transmla.heal.settings import Healing
-from transmla.heal.state import State, Store
-from transmla.heal.text import Reading
-from transmla.progress import Reporter
+from transmla.reporter import Reporter
 
 # A loss that is no number sends the run back to its last state, at half the rate, so many times.
 MOST_ROLLBACKS = 5

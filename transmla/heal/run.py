@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from transmla.auto import register
-from transmla.checkpoint import load_model, open_checkpoint
-from transmla.export import MANIFEST, Workspace, disk_errors
-from transmla.fingerprint import export_fingerprint, read_manifest
-from transmla.heal import natural
+from transmla.export.files import disk_errors
+from transmla.export.manifest import MANIFEST, export_fingerprint, read_manifest
+from transmla.export.workspace import Workspace
+from transmla.heal import natural_coordinates as natural
+from transmla.heal.batches import Reading, open_texts
 from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
-from transmla.heal.finish import write_export
+from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
-from transmla.heal.processes import configure, kind, make_accelerator
+from transmla.heal.resume import State, Store, run_key, summary
 from transmla.heal.settings import Healing
-from transmla.heal.state import State, Store, run_key, summary
-from transmla.heal.text import Reading, open_texts
-from transmla.locate import resolve_source
-from transmla.progress import Reporter, Silent
-from transmla.source import load_tokenizer
+from transmla.heal.write_export import write_export
+from transmla.modeling.transformers_api import register
+from transmla.reporter import Reporter, Silent
+from transmla.source.checkpoint import open_checkpoint
+from transmla.source.load import load_model, load_tokenizer
+from transmla.source.locate import resolve_source
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

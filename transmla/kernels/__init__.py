@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transmla.modeling.rows import Decode
+from transmla.kernels.rows import Decode
 from transmla.registry import lookup, scan
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, hopper, triton_decode
-from transmla.modeling.rows import Rows
+from transmla.kernels.rows import Rows
 
 OLDEST = (8, 0)
 # Latents that its kernel for Hopper takes, and those of the one for other GPUs.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32
 from transmla.kernels import hopper as masked
-from transmla.modeling.rows import Rows
+from transmla.kernels.rows import Rows
 
 RANK, WIDTH, PAGE = 512, 64, 64
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
 from transmla.kernels.hopper_kernel import ROWS, gluon
+from transmla.kernels.rows import Rows
 from transmla.kernels.splits import best_splits, merge_splits, result_room
-from transmla.modeling.rows import Rows
 
 if gluon is not None:
     from triton.experimental.gluon.language import NVMMASharedLayout

@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape, as_int32, plain
+from transmla.kernels import Backend, DecodeShape, as_int32
+from transmla.kernels import reference as plain
+from transmla.kernels.rows import Rows
 from transmla.kernels.splits import best_splits, merge_splits, result_room
-from transmla.modeling.rows import Rows
 
 try:
     import triton

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.concentrate import concentrate
-from transmla.core.linalg import latent_basis, regress, regularise
-from transmla.core.methods.common import Method, assemble, balance, source_frequencies
+from transmla.core.linalg import balance, latent_basis, regress, regularise
+from transmla.core.methods.base import Method, assemble, source_frequencies
 from transmla.core.readout import Distances, joint_readout
 from transmla.core.rope import to_complex, to_halves
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
-from transmla.core.linalg import latent_basis, regularise
-from transmla.core.methods.common import Method, balance
+from transmla.core.linalg import balance, latent_basis, regularise
+from transmla.core.methods.base import Method
 from transmla.core.methods.transmla import read_out, rotate_keys
 from transmla.core.rope import to_complex
 

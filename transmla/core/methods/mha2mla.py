@@ -11,7 +11,7 @@ import torch
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.linalg import latent_basis, regularise
-from transmla.core.methods.common import Method
+from transmla.core.methods.base import Method
 from transmla.core.methods.transmla import read_out, rotate_keys
 from transmla.core.rope import to_complex
 

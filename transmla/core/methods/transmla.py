@@ -12,8 +12,8 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan, RotaryPlan
 from transmla.core.concentrate import Concentration, concentrate, slots_by_fold
-from transmla.core.linalg import latent_basis, orthonormal_rows, regress, regularise
-from transmla.core.methods.common import Method, assemble, balance, source_frequencies
+from transmla.core.linalg import balance, latent_basis, orthonormal_rows, regress, regularise
+from transmla.core.methods.base import Method, assemble, source_frequencies
 from transmla.core.rope import to_complex, to_halves
 
 

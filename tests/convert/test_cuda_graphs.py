@@ -1,0 +1,58 @@
+"""Steps replayed from a CUDA graph do what they do one by one; what is changed for them is put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transmla.convert.cuda_graphs import beside, deterministic, repeat, wait_beside
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+
+
+@needs_gpu
+def test_a_replayed_graph_does_what_its_steps_do() -> None:
+    device = torch.device("cuda")
+    eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
+    for _ in range(10):
+        eager.mul_(0.9).add_(1)
+    repeat(lambda: (graph.mul_(0.9).add_(1), None)[1], 10, device)
+    assert torch.equal(eager, graph)
+
+
+@needs_gpu
+def test_work_beside_is_seen_after_waiting() -> None:
+    device = torch.device("cuda")
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    values = torch.arange(1 << 20, device=device, dtype=torch.float64)
+
+    def advance() -> None:
+        with beside(device):
+            squares = (values * values).sum()
+        plain = values.sum()
+        wait_beside(device)
+        total.add_(squares - plain)
+
+    repeat(advance, 7, device)
+    assert total == 7 * ((values * values).sum() - values.sum())
+
+
+def test_without_a_gpu_the_steps_are_simply_taken() -> None:
+    seen: list[int] = []
+    repeat(lambda: seen.append(len(seen)), 5, torch.device("cpu"))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_the_callers_settings_come_back() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        with deterministic():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)

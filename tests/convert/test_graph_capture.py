@@ -1,0 +1,71 @@
+"""A step of a fit is one CUDA graph on a GPU: nothing in it may come from the host, or ask for anything there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.uncut_exports import FAMILIES, make_source
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transmla.convert.factorize import factorize
+from transmla.convert.reconstruct import _Parameters, _Problem
+from transmla.convert.source_layer import SourceLayer
+from transmla.core.fit_coordinates import Coordinates
+from transmla.plan.effort import EFFORTS, attention_alone
+from transmla.plan.make_plan import make_plan
+from transmla.recipe import parse_recipe
+from transmla.source.describe import describe, empty_model, family_of
+
+# Constants that are made on the host, values that are read there, shapes that depend on values.
+OF_THE_HOST = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+
+
+class Seen(TorchDispatchMode):
+    """Notes what of ``OF_THE_HOST`` runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.found |= {name for part in OF_THE_HOST if part in name}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_a_fit_never_asks_the_host(family: str, tmp_path: Path) -> None:
+    model = make_source(family, tmp_path)
+    config = model.config
+    spec, empty = describe(config), empty_model(config)
+    plan = make_plan(spec, parse_recipe({"source": "s", "output": "o", "cache_ratio": 0.5}, "test"), "float32")
+    effort = attention_alone(EFFORTS["full"]) if spec.experts else EFFORTS["full"]
+    layers = []
+    for i in range(effort.window):
+        layers.append(SourceLayer(empty, family_of(config), spec, torch.device("cpu")))
+        layers[-1].load({name: t.detach() for name, t in model.model.layers[i].state_dict().items()}, i)
+    stream = torch.randn(32, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    factors, coordinates, following = [], [], stream
+    for i, layer in enumerate(layers):
+        seen = layer.observe(following)
+        factors.append(factorize(layer.weights(), seen.stats, plan.at(i)))
+        moment = seen.stats.second_moment
+        coordinates.append(Coordinates.of(factors[-1], moment, layer.front.blocks()))
+        following = seen.hidden
+    parameters = _Parameters(coordinates, factors, [layer.front.masks() for layer in layers])
+    problem = _Problem(layers, stream, stream, effort)
+    few = stream[:2]
+    with Seen() as mode:
+        errors, energies = problem.losses(parameters.factors(), few, few + 0.1)
+        (errors / energies).mean().backward()
+    assert mode.found == set()
+
+
+def test_it_would_notice() -> None:
+    with Seen() as mode:
+        torch.arange(4.0)[[1, 0]]
+        float(torch.ones(1))
+    assert {"lift_fresh", "_local_scalar_dense"} <= mode.found

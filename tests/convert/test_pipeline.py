@@ -1,0 +1,384 @@
+"""A conversion survives being killed, is repeatable to the byte, and never needs the whole model at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.interrupted import Killed, KilledAtLayer, files
+from helpers.tiny_sources import build_model, build_tokenizer
+from safetensors.torch import load_file, save_file
+
+from transmla.convert.pipeline import convert
+from transmla.errors import TransmlaError
+from transmla.evaluate.verify import verify
+from transmla.export import push as hub
+from transmla.export import workspace as export
+from transmla.plan.effort import EFFORTS, Effort
+from transmla.recipe import Recipe, parse_recipe
+from transmla.source.checkpoint import open_checkpoint
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def recipe(**settings: Any) -> Recipe:
+    """A recipe over paths relative to the working directory, so that equal runs write equal files."""
+    calibration = {"source": "text.txt", "sequences": 4, "length": 32, **settings.pop("calibration", {})}
+    values = {"source": "source", "output": "out", "calibration": calibration, "device": "cpu"}
+    return parse_recipe(values | settings, "test")
+
+
+def write_source(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> None:
+    build_model(**config).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    build_tokenizer(folder)
+
+
+def write_text(file: Path) -> None:
+    picks = torch.randint(0, len(LETTERS), (2000,), generator=torch.Generator().manual_seed(1))
+    file.write_text(" ".join(LETTERS[i] for i in picks))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """Threads only slow matrices this small, and subprocesses must sum in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, its calibration text and the export of an unbroken run."""
+    folder = tmp_path_factory.mktemp("original")
+    write_source(folder / "source")
+    write_text(folder / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        convert(recipe())
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory that sees the same source and text under the same names."""
+    for name in ("source", "text.txt"):
+        (tmp_path / name).symlink_to(original / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused_as_unfinished() -> None:
+    partial = Path("out.partial")
+    assert not Path("out").exists()
+    with pytest.raises(TransmlaError, match="no finished conversion"):
+        list(verify(partial))
+    with pytest.raises(TransmlaError, match="no finished conversion"):
+        hub.push(partial, "org/name", dry_run=True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_run_killed_after_any_layer_resumes_to_the_same_bytes(place: Path, original: Path, layer: int) -> None:
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(layer))
+    refused_as_unfinished()
+    assert json.loads(Path("out.partial/progress.json").read_text())["next_layer"] == layer
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+    assert not Path("out.partial").exists()
+
+
+def kill_at(call: str, index: int, *, after: bool) -> Callable[..., Any]:
+    """``Path.call`` that dies at its ``index``-th use, before or after its work is done."""
+    real, seen = getattr(Path, call), iter(range(10**6))
+
+    def dying(self: Path, *args: Any, **kwargs: Any) -> Any:
+        last = next(seen) == index
+        if last and not after:
+            raise Killed
+        result = real(self, *args, **kwargs)
+        if last:
+            raise Killed
+        return result
+
+    return dying
+
+
+@pytest.mark.parametrize(
+    ("call", "after"), [("replace", False), ("replace", True), ("unlink", False), ("unlink", True)]
+)
+def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
+    place: Path, original: Path, call: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file reaches its name by ``replace`` and leaves by ``unlink``: die at each of them in turn."""
+    wanted, deaths = files(original / "out"), 0
+    while True:
+        monkeypatch.setattr(Path, call, kill_at(call, deaths, after=after))
+        try:
+            convert(recipe())
+        except Killed:
+            deaths += 1
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+            monkeypatch.chdir(place)
+        if not Path("out").exists():  # the last replace gives the folder its name
+            refused_as_unfinished()
+            convert(recipe(), resume=True)
+        assert files(place / "out") == wanted, f"died at {call} {deaths}"
+        shutil.rmtree(place / "out")
+    assert deaths >= (15 if call == "replace" else 4)
+
+
+SIGKILL = """
+import os, signal, sys
+from transmla.pipeline import convert
+from transmla.recipe import Recipe
+from transmla.progress import Silent
+class Reporter(Silent):
+    def advance(self, done, note=""):
+        if note.startswith("error"): os.kill(os.getpid(), signal.SIGKILL)
+convert(Recipe.model_validate_json(sys.argv[1]), reporter=Reporter())
+"""
+
+
+def test_a_process_shot_dead_resumes_to_the_same_bytes(place: Path, original: Path) -> None:
+    """It dies before the streams were saved for the first time, and loses that work."""
+    done = subprocess.run([sys.executable, "-c", SIGKILL, recipe().model_dump_json()], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    refused_as_unfinished()
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_fit_of_several_layers_resumes_to_the_same_bytes(
+    place: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a window made of the layers ahead survives too."""
+    monkeypatch.setitem(EFFORTS, "full", Effort(steps=12, tokens=64, rate=5e-3, through_mlp=True, window=window))
+    Path("source").unlink()
+    write_source(Path("source"), num_hidden_layers=4)
+    settings: dict[str, Any] = {"reconstruct": "full", "kv_lora_rank": 12, "qk_rope_head_dim": 4}
+    convert(recipe(**settings))
+    wanted = files(place / "out")
+    changed = [layer["held_out_after"] < layer["held_out_before"] for layer in manifest(wanted)["layers"]]
+    assert any(changed[:-1])
+    shutil.rmtree("out")
+    for layer in (1, 3):
+        with pytest.raises(Killed):
+            convert(recipe(**settings), resume=layer > 1, reporter=KilledAtLayer(layer))
+    convert(recipe(**settings), resume=True)
+    assert files(place / "out") == wanted
+
+
+def test_layers_finished_since_the_last_save_are_done_again(
+    place: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after the first layer, killed after the second: its shard is there, and is written again."""
+    clock = iter([0.0, 30.0, 30.0, 31.0])
+    monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 20.0)
+    monkeypatch.setattr("transmla.convert.pipeline.time.monotonic", lambda: next(clock))
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(2))
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert json.loads(Path("out.partial/progress.json").read_text())["next_layer"] == 1
+    assert Path("out.partial/model-00003-of-00004.safetensors").is_file()
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+
+
+def manifest(exported: dict[str, bytes]) -> Any:
+    return json.loads(exported["transmla.json"])
+
+
+def test_resuming_twice_is_as_good(place: Path, original: Path) -> None:
+    for layer, resume in ((1, False), (2, True)):
+        with pytest.raises(Killed):
+            convert(recipe(), resume=resume, reporter=KilledAtLayer(layer))
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"cache_ratio": 0.4}, {"method": "transmla"}, {"calibration": {"sequences": 5}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_resuming_with_another_setting_is_refused(place: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    before = files(place / "out.partial")
+    with pytest.raises(TransmlaError, match="begun with other weights, settings or versions"):
+        convert(recipe(**change), resume=True)
+    assert files(place / "out.partial") == before
+
+
+def test_resuming_with_other_weights_is_refused(place: Path, original: Path) -> None:
+    Path("source").unlink()
+    shutil.copytree(original / "source", "source")
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    weights = load_file("source/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+    save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TransmlaError, match="begun with other weights"):
+        convert(recipe(), resume=True)
+
+
+def test_a_damaged_hidden_stream_is_noticed(place: Path) -> None:
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    (stream,) = Path("out.partial").glob("stream-*.safetensors")
+    data = bytearray(stream.read_bytes())
+    data[-1] ^= 1
+    stream.write_bytes(bytes(data))
+    with pytest.raises(TransmlaError, match="is damaged"):
+        convert(recipe(), resume=True)
+
+
+def test_the_seed_decides_every_byte_of_a_self_calibrated_run(place: Path) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        convert(recipe(calibration={"source": "self"}, seed=seed))
+        found.append(files(place / "out"))
+        shutil.rmtree("out")
+    shard = "model-00002-of-00004.safetensors"
+    assert found[0] == found[1]
+    assert found[0][shard] != found[2][shard]
+
+
+def test_a_self_calibrated_run_resumes_without_sampling_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"calibration": {"source": "self"}}
+    convert(recipe(**settings))
+    wanted = files(place / "out")
+    shutil.rmtree("out")
+    with pytest.raises(Killed):
+        convert(recipe(**settings), reporter=KilledAtLayer(1))
+    monkeypatch.setattr("transmla.convert.calibration_text.sample_self", None)
+    convert(recipe(**settings), resume=True)
+    assert files(place / "out") == wanted
+
+
+def test_nothing_is_overwritten(place: Path) -> None:
+    Path("out").mkdir()
+    Path("out/mine").write_text("mine")
+    with pytest.raises(TransmlaError, match="not empty"):
+        convert(recipe())
+    assert files(place / "out") == {"mine": b"mine"}
+    Path("out/mine").unlink()
+    with pytest.raises(Killed):  # an empty folder is no obstacle
+        convert(recipe(), reporter=KilledAtLayer(1))
+    before = files(place / "out.partial")
+    with pytest.raises(TransmlaError, match=r"unfinished run is in 'out.partial'.*--resume"):
+        convert(recipe())
+    assert files(place / "out.partial") == before
+
+
+def test_a_source_of_many_shards_gives_the_same_bytes(place: Path, original: Path) -> None:
+    Path("source").unlink()
+    write_source(place / "source", shard="20KB")
+    assert len(list(Path("source").glob("model-*.safetensors"))) > 5
+    convert(recipe())
+    assert files(place / "out") == files(original / "out")
+
+
+@pytest.mark.parametrize("shard", [1, 2, 3, 4])
+@pytest.mark.parametrize("error", ["os", "safetensors"])
+def test_a_full_disk_says_how_to_go_on(
+    place: Path, original: Path, shard: int, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    full = OSError(errno.ENOSPC, "No space left on device") if error == "os" else SafetensorError("No space left")
+    write = export.write_tensors
+
+    def fill(path: Path, tensors: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        if path.name.startswith(f"model-0000{shard}"):
+            raise full
+        write(path, tensors, **kwargs)
+
+    monkeypatch.setattr(export, "write_tensors", fill)
+    with pytest.raises(TransmlaError, match=r"disk .* is full; .* kept; .*--resume"):
+        convert(recipe())
+    refused_as_unfinished()
+    monkeypatch.setattr(export, "write_tensors", write)
+    convert(recipe(), resume=True)
+    assert files(place / "out") == files(original / "out")
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TransmlaError, match=r"has 0\.0 GB free"):
+        convert(recipe())
+    assert not Path("out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "exported"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],
+)
+def test_the_export_keeps_the_precision_of_its_source(place: Path, stored: torch.dtype, exported: torch.dtype) -> None:
+    Path("source").unlink()
+    write_source(place / "source", dtype=stored)
+    opened = open_checkpoint(convert(recipe(calibration={"source": "self"})))
+    assert {opened.read(name).dtype for name in opened.shapes} == {exported}
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == str(exported).removeprefix("torch.")
+    assert all(check.passed for check in verify(Path("out"), source="source"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_written_whether_tied_or_not(place: Path, tied: bool) -> None:
+    Path("source").unlink()
+    write_source(place / "source", tie_word_embeddings=tied)
+    source, opened = open_checkpoint(Path("source")), open_checkpoint(convert(recipe()))
+    assert ("lm_head.weight" in source.shapes) is not tied
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert torch.equal(opened.read("lm_head.weight"), source.read(head))
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+MEMORY = """
+import sys
+from transmla.pipeline import convert
+from transmla.recipe import Recipe
+convert(Recipe.model_validate_json(sys.argv[1]))
+# Not ru_maxrss: a child inherits its parent's.
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's high-water mark")
+def test_peak_memory_grows_with_a_layer_and_not_with_the_model(tmp_path: Path) -> None:
+    """12 more layers of 8 MB: the peak, mapped pages included, moves by less than two of them."""
+    write_text(tmp_path / "text.txt")
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    peaks = {}
+    for layers in (4, 16):
+        folder = tmp_path / f"source-{layers}"
+        write_source(folder, shard="20MB", layout="mqa", intermediate_size=2400, num_hidden_layers=layers, **wide)
+        argument = recipe(source=str(folder), output=f"out-{layers}").model_dump_json()
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, argument],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[layers] = int(done.stdout.split()[-1]) * 1024
+    assert peaks[16] - peaks[4] < 16e6

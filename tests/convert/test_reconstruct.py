@@ -1,0 +1,283 @@
+"""A fit never makes a layer worse on text it has not seen, repeats itself, and takes degenerate layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from helpers.tiny_sources import build_model
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, Plan
+from transmla.convert import reconstruct as fits
+from transmla.convert.factorize import factorize
+from transmla.convert.pipeline import convert
+from transmla.convert.reconstruct import JITTER, _Problem, held_out, reconstruct
+from transmla.convert.source_layer import SourceLayer
+from transmla.errors import TransmlaError
+from transmla.plan.effort import EFFORTS, HARD, Effort, choose_effort, effort_for
+from transmla.plan.make_plan import make_plan
+from transmla.recipe import Effort as RecipeEffort
+from transmla.recipe import Recipe, parse_recipe, read_recipe
+from transmla.source.describe import describe, empty_model, family_of
+
+SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
+LENGTH = 32
+
+
+class Case:
+    """One layer of a tiny model, its closed form at a third of the cache, and streams that enter it."""
+
+    def __init__(
+        self,
+        layout: str = "gqa",
+        spoil: Callable[[dict[str, Tensor]], None] | None = None,
+        number: int = 0,
+        device: str = "cpu",
+        half: bool = False,
+        **recipe: Any,
+    ):
+        model = build_model(layout=layout)
+        config = model.config
+        spec = describe(config)
+        self.layer = SourceLayer(empty_model(config), family_of(config), spec, torch.device(device), half=half)
+        tensors = {name: t.detach().clone() for name, t in model.model.layers[number].state_dict().items()}
+        if spoil:
+            spoil(tensors)
+        self.layer.load(tensors, number)
+        generator = torch.Generator().manual_seed(3)
+        mix = torch.randn(spec.hidden_size, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
+        self.source = torch.randn(64, LENGTH, spec.hidden_size, generator=generator) @ mix
+        self.converted = self.source + 0.1 * torch.randn(self.source.shape, generator=generator)
+        values = {
+            "source": "x",
+            "output": "y",
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "allow_no_saving": True,
+            **recipe,
+        }
+        self.plan: Plan = make_plan(spec, parse_recipe(values, "test"), "float32")
+
+    def closed_form(self) -> LayerFactors:
+        seen = self.layer.observe(self.source)
+        return factorize(self.layer.weights(), seen.stats, self.plan)
+
+    def fit(self, factors: LayerFactors, effort: Effort = SHORT, seed: int = 0) -> Any:
+        return reconstruct([self.layer], [factors], self.source, self.converted, effort, seed=seed)
+
+
+def judge(case: Case, factors: LayerFactors) -> float:
+    """Relative error on the held-out sequences, from the layer's own outputs."""
+    n = held_out(len(case.source))
+    source, converted = case.source[-n:], case.converted[-n:]
+    with torch.no_grad():
+        wanted, got = (
+            case.layer.run(s, f, through_mlp=False) for s, f in ((source, None), (converted, factors.to(torch.float32)))
+        )
+    share = 1 / wanted.square().mean(-1, keepdim=True)
+    return float(((got - wanted) ** 2 * share).sum() / ((wanted - source) ** 2 * share).sum())
+
+
+def tensors(f: LayerFactors) -> list[Tensor]:
+    return [value for value in vars(f).values() if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("through_mlp", [False, True])
+@pytest.mark.parametrize("layout", ["mha", "gqa9", "mqa"])
+def test_a_fit_lowers_the_error_on_held_out_text(layout: str, through_mlp: bool) -> None:
+    case = Case(layout)
+    factors = case.closed_form()
+    before = [t.clone() for t in tensors(factors)]
+    fit = case.fit(factors, replace(SHORT, through_mlp=through_mlp))
+    assert fit.after[0] < 0.95 * fit.before[0]
+    assert all(torch.equal(a, b) for a, b in zip(tensors(factors), before, strict=True))
+
+
+def test_layers_fitted_together_lower_their_common_error() -> None:
+    """Two layers that both move, for less error than when each is fitted for itself."""
+    case, after = Case(), Case(number=1)
+    entering = case.layer.observe(case.source).hidden
+    after.source = entering
+    first, second = case.closed_form(), after.closed_form()
+    fit = reconstruct([case.layer, after.layer], [first, second], case.source, case.converted, SHORT, seed=0)
+    assert sum(fit.after) < 0.95 * sum(fit.before)
+    assert all(not torch.equal(a.latent, b.latent) for a, b in zip(fit.factors, (first, second), strict=True))
+
+    def follow(factors: LayerFactors) -> Tensor:
+        return case.layer.follow(case.converted, factors.to(torch.float32))[1]
+
+    alone = case.fit(first).factors[0]
+    apart = reconstruct([after.layer], [second], entering, follow(alone), SHORT, seed=0)
+    ended = reconstruct([after.layer], [fit.factors[1]], entering, follow(fit.factors[0]), SHORT, seed=0)
+    assert ended.before[0] < apart.before[0]
+    assert ended.after[0] < apart.after[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e3, float("inf")])
+def test_the_better_iterate_is_kept(rate: float) -> None:
+    """A step size that does nothing, ruins the layer, or leaves no number in it."""
+    case = Case()
+    factors = case.closed_form()
+    fit = case.fit(factors, replace(SHORT, rate=rate))
+    if rate:
+        assert fit.factors[0] is factors
+        assert fit.after == fit.before
+    else:  # only rounded on its way through the coordinates
+        assert fit.after == pytest.approx(fit.before, rel=1e-4)
+
+
+def test_what_failed_is_tried_once_more_gently(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, real, rates = Case(), fits._descend, []
+
+    def ruinous(problem: Any, parameters: Any, effort: Effort, seed: int) -> None:
+        real(problem, parameters, effort, seed)
+        if not rates:
+            parameters.vector.data.mul_(100)
+        rates.append(effort.rate)
+
+    monkeypatch.setattr(fits, "_descend", ruinous)
+    fit = case.fit(case.closed_form())
+    assert rates == [SHORT.rate, pytest.approx(SHORT.rate * fits.GENTLY)]
+    assert fit.after < fit.before
+
+
+def test_equal_seeds_give_equal_bits() -> None:
+    case = Case()
+    factors = case.closed_form()
+    first, again, other = (tensors(case.fit(factors, seed=seed).factors[0]) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own kernels")
+@pytest.mark.parametrize("half", [False, True])
+def test_equal_seeds_give_equal_bits_on_a_gpu(half: bool) -> None:
+    case = Case(device="cuda", half=half)
+    factors = case.closed_form()
+    first, again = (tensors(case.fit(factors, replace(SHORT, through_mlp=True)).factors[0]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_compressed_queries_are_fitted_too() -> None:
+    case = Case(q_lora_rank=12)
+    factors = case.closed_form()
+    fit = case.fit(factors)
+    assert fit.after[0] < fit.before[0]
+    assert fit.factors[0].q_latent is not None
+    assert factors.q_latent is not None
+    assert not torch.equal(fit.factors[0].q_latent, factors.q_latent)
+
+
+def dead_head(t: dict[str, Tensor]) -> None:
+    for name in ("q", "k", "v"):
+        t[f"self_attn.{name}_proj.weight"][:8] = 0
+
+
+def constant_channel(t: dict[str, Tensor]) -> None:
+    t["self_attn.k_proj.weight"][3] = 0
+    t["input_layernorm.weight"][2:] = 0
+
+
+@pytest.mark.parametrize("spoil", [dead_head, constant_channel])
+def test_degenerate_layers_stay_finite(spoil: Callable[[dict[str, Tensor]], None]) -> None:
+    case = Case(spoil=spoil)
+    fit = case.fit(case.closed_form())
+    assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
+    judged = judge(case, fit.factors[0])
+    assert judged == pytest.approx(fit.after[0], rel=1e-3)
+    assert judged <= judge(case, case.closed_form()) * 1.0001
+
+
+def test_an_input_of_rank_one_stays_finite() -> None:
+    case = Case()
+    case.source = case.source[..., :1] * torch.ones(case.source.shape[-1])
+    case.converted = case.source.clone()
+    fit = case.fit(case.closed_form())
+    assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
+
+
+def test_effort_by_device_and_text() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_effort("auto", device, 2) for device in (cpu, gpu)] == ["fast", "full"]
+    assert choose_effort("auto", gpu, 1) == "off"
+    assert choose_effort("off", gpu, 64) == "off"
+    with pytest.raises(TransmlaError, match="at least 2"):
+        choose_effort("full", cpu, 1)
+
+
+@pytest.mark.parametrize("method", ["calibrated", "transmla"])
+def test_convert_records_what_the_fit_did(
+    method: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    source = make_source(num_hidden_layers=3)
+    plain = convert(make_recipe(source, "plain", method=method, reconstruct="off"))
+    fitted = convert(make_recipe(source, "fitted", method=method, reconstruct="fast"))
+    manifests = [json.loads((folder / "transmla.json").read_text()) for folder in (plain, fitted)]
+    assert [m["reconstruct"] for m in manifests] == ["off", "fast"]
+    assert all("held_out_after" not in layer for layer in manifests[0]["layers"])
+    pairs = [(layer["held_out_before"], layer["held_out_after"]) for layer in manifests[1]["layers"]]
+    assert all(after <= before for before, after in pairs)
+    assert any(after < before for before, after in pairs)
+
+
+def test_one_sequence_is_refused_by_name_only(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    source = make_source()
+    with pytest.raises(TransmlaError, match="one calibration sequence"):
+        convert(make_recipe(source, reconstruct="fast", calibration={"sequences": 1}))
+    folder = convert(make_recipe(source, reconstruct="auto", calibration={"sequences": 1}))
+    assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
+
+
+def test_published_methods_are_left_as_they_are() -> None:
+    gpu = torch.device("cuda")
+    assert choose_effort("auto", gpu, 64, published=True) == "off"
+    assert choose_effort("full", gpu, 64, published=True) == "full"
+
+
+def test_a_recipe_may_say_off_without_quotes(tmp_path: Path) -> None:
+    """YAML takes a bare ``off`` for false."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("source: s\noutput: o\nreconstruct: off\n")
+    assert read_recipe(file, {}).reconstruct == "off"
+
+
+def test_tokens_given_directly_decide(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:
+    """One sequence of them cannot be fitted on, whatever the recipe says."""
+    tokens = torch.arange(60)[None]
+    folder = convert(make_recipe(make_source(), reconstruct="auto"), calibration=tokens)
+    assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
+
+
+def test_inputs_are_made_of_the_calibration_text() -> None:
+    """Every token stands where it stood, moved by no more than a share of itself; the drift goes with it."""
+    case = Case()
+    problem = _Problem([case.layer], case.source, case.converted, SHORT)
+    rows = torch.tensor([[3, 8], [5, 5]])
+    source, converted = problem.inputs(rows, torch.tensor([10]), torch.tensor([0.0, 1.0]), torch.tensor([3, 40]))
+    pieces = torch.stack([torch.cat([case.source[3, :10], case.source[8, 10:]]), case.source[5]])
+    moved = (source - pieces).norm(dim=-1)
+    assert bool((moved <= JITTER * pieces.norm(dim=-1) * 1.001).all())
+    assert bool((moved[:, 1:] > 0).any())
+    assert torch.equal(converted[0], source[0])
+    assert torch.allclose(converted[1] - source[1], case.converted[5] - case.source[5], atol=1e-5)
+
+
+def test_efforts_are_those_that_can_be_asked_for() -> None:
+    (choices,) = (arg for arg in get_args(RecipeEffort) if get_args(arg))
+    assert {"auto", "off", *EFFORTS} == set(get_args(choices))
+
+
+def test_a_hard_budget_is_fitted_for_longer() -> None:
+    easy, hard = effort_for("full", HARD), effort_for("full", HARD - 0.01)
+    assert easy == EFFORTS["full"]
+    assert hard is not None
+    assert hard.steps == 1.5 * EFFORTS["full"].steps
+    assert effort_for("off", 0.5) is None

@@ -1,0 +1,70 @@
+"""The fused attention and the coordinates of the fit say what the plain twins say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.random_layer import LAYOUTS, make_layer, make_plan, relative
+
+from transmla.artifacts import LayerFactors, MLAShape
+from transmla.convert.factorize import factorize
+from transmla.core.factors import orthonormal_latents, pad_factors
+from transmla.core.fit_coordinates import Coordinates
+from transmla.core.fused_attention import fused_attention
+from transmla.core.linalg import regularise
+from transmla.core.reference_attention import expanded_attention
+
+SHAPES = [MLAShape(10, 4, 8, 8), MLAShape(24, 4, 13, 11, None, 10), MLAShape(10, 4, 8, 24, 14)]
+
+
+def make_factors(layout: str, shape: MLAShape, attention_factor: float = 1.0) -> tuple[torch.Tensor, LayerFactors]:
+    layer = make_layer(layout, attention_factor=attention_factor)
+    plan = replace(make_plan(layer.spec, "calibrated", (0, 2), 10, 2), shape=shape)
+    return layer.x, pad_factors(factorize(layer.weights, layer.stats, plan), shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_equals_expanded(layout: str, shape: MLAShape) -> None:
+    x, factors = make_factors(layout, shape, attention_factor=1.2)
+    assert relative(fused_attention(x, factors), expanded_attention(x, factors)) <= 1e-12
+
+
+def test_bfloat16_inputs_keep_their_angles() -> None:
+    """Neither positions beyond 256 nor most frequencies are bfloat16 numbers; rotations must not be made of them."""
+    _, factors = make_factors("gqa", SHAPES[0])
+    factors = replace(factors, inv_freq=torch.tensor([1.0, 0.3333], dtype=torch.float64))
+    x = torch.randn(1, 700, factors.latent.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    half = factors.to(torch.bfloat16)
+    exact = expanded_attention(x.double(), replace(half.to(torch.float64), inv_freq=factors.inv_freq))
+    assert relative(fused_attention(x, half).double()[:, 512:], exact[:, 512:]) <= 0.03
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
+def test_coordinates_describe_the_same_layer(shape: MLAShape) -> None:
+    x, factors = make_factors("gqa9", shape)
+    moment = x.flatten(0, 1).mT @ x.flatten(0, 1) / x[..., 0].numel()
+    coordinates = Coordinates.of(factors, moment)
+    entered = {name: tensor.float() for name, tensor in coordinates.enter(factors).items()}
+    back = coordinates.leave(entered)
+    assert relative(expanded_attention(x.float(), back), expanded_attention(x, factors)) <= 1e-4
+    white = entered["latent"].double() @ coordinates.shrink.double()
+    covariance = white @ regularise(moment) @ white.mT
+    assert relative(covariance, torch.eye(len(covariance), dtype=covariance.dtype)) <= 1e-4
+    orthonormal = orthonormal_latents(back.to(torch.float64))
+    assert relative(expanded_attention(x, orthonormal), expanded_attention(x, factors)) <= 1e-4
+    for rows in (orthonormal.latent, orthonormal.q_latent):
+        if rows is not None:
+            assert relative(rows @ rows.mT, torch.eye(len(rows), dtype=rows.dtype)) <= 1e-12
+
+
+def test_coordinates_survive_degenerate_inputs() -> None:
+    """Channels never seen, and a latent that nothing reaches."""
+    x, factors = make_factors("gqa", SHAPES[0])
+    x = x.clone()
+    x[..., 5:] = 0
+    moment = x.flatten(0, 1).mT @ x.flatten(0, 1) / x[..., 0].numel()
+    entered = Coordinates.of(factors, moment).enter(factors)
+    assert all(bool(tensor.isfinite().all()) for tensor in entered.values())

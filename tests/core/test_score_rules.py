@@ -1,0 +1,58 @@
+"""Windows, soft-caps and sinks are what the families that have them compute."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.random_layer import relative
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
+
+from transmla.artifacts import ScoreRules
+from transmla.core.fused_attention import attend
+from transmla.core.reference_attention import causal_softmax
+
+HEADS, LENGTH, WINDOW, SCALING = 4, 24, 7, 0.3
+SINKS = torch.tensor([2.0, -3.0, 0.0, 5.0], dtype=torch.float64)
+CASES = {
+    "plain": ScoreRules(),
+    "window": ScoreRules(window=WINDOW),
+    "softcap": ScoreRules(softcap=1.5),
+    "softcap and window": ScoreRules(window=WINDOW, softcap=1.5),
+    "sinks": ScoreRules(sinks=SINKS),
+    "sinks and window": ScoreRules(window=WINDOW, sinks=SINKS),
+}
+
+
+def families_own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: ScoreRules) -> torch.Tensor:
+    """By Gemma 2's attention, or gpt-oss's where there are sinks."""
+    mask = torch.full((LENGTH, LENGTH), float("-inf"), dtype=q.dtype).triu(1)
+    if rules.window is not None:
+        mask = mask + torch.full_like(mask, float("-inf")).tril(-rules.window)
+    module: Any = SimpleNamespace(num_key_value_groups=1, training=False, sinks=rules.sinks, head_dim=q.shape[-1])
+    if rules.sinks is not None:
+        return gpt_oss(module, q, k, v, mask[None, None], scaling=SCALING)[0].transpose(1, 2)
+    return gemma2(module, q, k, v, mask[None, None], scaling=SCALING, softcap=rules.softcap)[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("rules", CASES.values(), ids=CASES)
+def test_both_twins_are_the_families_own(rules: ScoreRules) -> None:
+    torch.manual_seed(0)
+    q, k = (3 * torch.randn(2, HEADS, LENGTH, 8, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, HEADS, LENGTH, 5, dtype=torch.float64)
+    wanted = families_own(q, k, v, rules)
+    assert relative(causal_softmax(q @ k.mT * SCALING, rules=rules) @ v, wanted) < 1e-6  # families use float32 inside
+    slow = causal_softmax(q @ k.mT * SCALING, rules=rules) @ v
+    assert relative(attend(q, k, v, scaling=SCALING, rules=rules), slow) < 1e-12
+
+
+@pytest.mark.parametrize("rules", CASES.values(), ids=CASES)
+def test_some_queries_of_some_heads_are_as_among_all(rules: ScoreRules) -> None:
+    torch.manual_seed(1)
+    scores, at = 3 * torch.randn(2, HEADS, LENGTH, LENGTH, dtype=torch.float64), torch.tensor([3, 17, 23])
+    whole = causal_softmax(scores, rules=rules)
+    part = causal_softmax(scores[:, 1:3, at], at, rules.heads(slice(1, 3)))
+    assert torch.equal(part, whole[:, 1:3, at])

@@ -1,0 +1,195 @@
+"""What a healing is made of: coordinates, losses, rates, text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from transmla.convert.pipeline import convert
+from transmla.heal import natural_coordinates as natural
+from transmla.heal.batches import Text
+from transmla.heal.distributed import unwrapped
+from transmla.heal.losses import Distiller
+from transmla.heal.optimiser import choose_trainable, highest_rate, make_optimiser, set_rates
+from transmla.heal.settings import Healing
+from transmla.recipe import Recipe
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_natural_coordinates_are_the_same_model(
+    rank: int | None, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    folder = convert(make_recipe(make_source(), cache_ratio=0.5, q_lora_rank=rank, dtype="float32"))
+    model, tokens = load(folder), torch.randint(0, 128, (2, 20))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        natural.enter(model)
+        natural.watch(model, watching=True)
+        found = model(tokens).logits
+        natural.watch(model, watching=False)
+    assert torch.allclose(found, wanted, atol=1e-3)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    back = load(folder)
+    unknown = back.load_state_dict(natural.leave(model, weights, torch.float32), strict=True)
+    assert not unknown.unexpected_keys
+    with torch.no_grad():
+        assert torch.allclose(back(tokens).logits, wanted, atol=1e-3)
+
+
+def parts(attention: Any) -> dict[str, torch.Tensor]:
+    """Queries, keys and values by head, latents, and pairs of rotary rows, of an export's attention."""
+    plain, rank = attention.qk_nope_head_dim, attention.kv_lora_rank
+    projection = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
+    queries = projection.weight.detach().view(attention.num_heads, attention.qk_head_dim, -1)
+    reading = attention.kv_b_proj.weight.detach().view(attention.num_heads, -1, rank)
+    cached = attention.kv_a_proj_with_mqa.weight.detach()
+    return {
+        "q_nope": queries[:, :plain],
+        "q_pe": queries[:, plain:].unflatten(1, (-1, 2)),
+        "keys": reading[:, :plain],
+        "values": reading[:, plain:],
+        "latents": cached[:rank],
+        "pe": cached[rank:].unflatten(0, (-1, 2)),
+    }
+
+
+def size(x: torch.Tensor, *dims: int) -> torch.Tensor:
+    return x.square().mean(dims or None).sqrt()
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_what_meets_is_equally_large_in_natural_coordinates(
+    rank: int | None, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    model = load(convert(make_recipe(make_source(), cache_ratio=0.5, q_lora_rank=rank)))
+    _, before = next(natural.attentions(model))
+    unlike = parts(before)
+    assert size(unlike["latents"]) < 1e-3 * size(unlike["pe"])
+    natural.enter(model)
+    for _, attention in natural.attentions(model):
+        found = parts(attention)
+        for one, other in (("q_nope", "q_pe"), ("keys", "values"), ("latents", "pe")):
+            assert float(size(found[one])) == pytest.approx(float(size(found[other])), rel=1e-3)
+        # Whatever meets in a product is equally large on both sides, but for one factor.
+        for ratio in (
+            size(found["q_nope"], 2) / size(found["keys"], 2),
+            size(found["q_pe"], 0, 2, 3) / size(found["pe"], 1, 2),
+        ):
+            assert float(ratio.max()) == pytest.approx(float(ratio.min()), rel=1e-3)
+
+
+def test_a_row_that_is_nothing_stays_nothing(pair: tuple[Path, Path]) -> None:
+    model, tokens = load(pair[1]), torch.randint(0, 128, (2, 20))
+    with torch.no_grad():
+        for _, attention in natural.attentions(model):
+            found = parts(attention)
+            found["keys"][0, 3] = 0
+            found["pe"][1] = 0
+            found["q_pe"][:, 2] = 0
+        wanted = model(tokens).logits
+        natural.enter(model)
+        assert torch.allclose(model(tokens).logits, wanted, atol=1e-3)
+
+
+def test_names_survive_what_accelerate_puts_between() -> None:
+    name = "module._orig_mod.student.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight"
+    assert unwrapped(name) == "student.model.layers.0.self_attn.q_proj.weight"
+
+
+class TestLosses:
+    """Against the formulas, written out."""
+
+    def test_of_logits(self, pair: tuple[Path, Path]) -> None:
+        student, teacher = load(pair[1]), load(pair[0])
+        tokens = torch.randint(0, 128, (2, 9))
+        with torch.no_grad():
+            ours, theirs = (m(tokens).logits.double().flatten(0, 1) for m in (student, teacher))
+            made = Distiller(student, teacher, kl=0.7, cross_entropy=0.2, hidden=0.0, temperature=2.0)
+            total, kl = made(tokens)
+            cool = made.eval()(tokens)[1]
+        p, q = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
+        wanted = (q.exp() * (q - p)).sum(-1).mean()
+        words = ours.log_softmax(-1).view(2, 9, -1)[:, :-1].gather(-1, tokens[:, 1:, None])
+        assert float(kl) == pytest.approx(float(wanted), rel=1e-4)
+        assert float(total) == pytest.approx(0.7 * 4 * float(wanted) - 0.2 * float(words.mean()), rel=1e-4)
+        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        assert float(cool) == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
+
+    def test_chunks_change_nothing(self, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        student, teacher = load(pair[1]), load(pair[0])
+        made = Distiller(student, teacher, kl=1.0, cross_entropy=0.5, hidden=0.3, temperature=1.0)
+        tokens, found = torch.randint(0, 128, (2, 9)), []
+        for values in (2**28, 128 * 5):
+            monkeypatch.setattr("transmla.heal.losses.CHUNK_VALUES", values)
+            student.zero_grad()
+            loss, _ = made(tokens)
+            loss.backward()
+            found.append((loss.detach(), student.model.layers[0].self_attn.o_proj.weight.grad.clone()))
+        assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
+        assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+
+    def test_a_model_is_its_own_best_student(self, pair: tuple[Path, Path]) -> None:
+        teacher = load(pair[0])
+        loss, kl = Distiller(teacher, teacher, kl=1.0, cross_entropy=0.0, hidden=1.0, temperature=1.0)(
+            torch.randint(0, 128, (2, 9))
+        )
+        assert abs(float(loss)) < 1e-6
+        assert abs(float(kl)) < 1e-6
+
+
+def settings(**changes: Any) -> Healing:
+    return Healing(student="", teacher="", output="", **changes)
+
+
+def test_rates_are_in_units_of_a_tensors_size(pair: tuple[Path, Path]) -> None:
+    model = choose_trainable(load(pair[1]), settings(trainable="all"))
+    optimiser = make_optimiser(model, settings(trainable="all", other_rate=0.5), fused=False)
+    units = {id(p): group["unit"] for group in optimiser.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        wanted = float(size(parameter.detach())) * (1.0 if "self_attn" in name else 0.5)
+        assert units[id(parameter)] == pytest.approx(wanted, rel=0.1)
+    assert len(optimiser.param_groups) < len(units)
+    rates = [set_rates(optimiser, p, 100, 1e-3, 0.1) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
+    assert rates[0] < rates[1] < rates[2] < 1e-3
+    assert rates[2] > rates[3] > rates[4]
+    assert all(group["lr"] == group["unit"] * rates[4] for group in optimiser.param_groups)
+
+
+def test_the_rise_takes_ten_steps_at_least() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)])
+    for group in optimiser.param_groups:
+        group["unit"] = 1.0
+    rise = [set_rates(optimiser, 0.5, step, 1.0, 0.1) for step in range(12)]
+    assert rise[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rise[9] == rise[11] == set_rates(optimiser, 0.5, 0, 1.0, 0.0)
+
+
+def test_a_student_far_away_takes_long_steps() -> None:
+    assert highest_rate(settings(learning_rate=1e-5), 0.1) == 1e-5
+    rates = [highest_rate(settings(), kl) for kl in (0.0, 0.1, 0.4, 1.0, 10.0)]
+    assert rates[0] == 0
+    assert rates[2] == pytest.approx(2 * rates[1])
+    assert rates[3] == rates[4]
+    assert highest_rate(settings(batch=8), 0.1) == pytest.approx(rates[1] / 2)
+    assert highest_rate(settings(batch=64), 0.1) == rates[1]
+
+
+def test_a_text_is_read_whole_before_it_is_read_again() -> None:
+    stream = Text("stream", torch.arange(1000), length=10, held_out=5, seed=0)
+    assert stream.sequences == 94
+    seen = torch.cat([stream[i] for i in range(94)])
+    assert len(seen.unique()) == 940
+    assert int(seen.max()) < 950
+    assert sorted(stream.held_out.flatten().tolist()) == list(range(950, 1000))
+    assert not torch.equal(stream[0], stream[94])
+    rows = Text("rows", torch.arange(80).view(8, 10), length=10, held_out=2, seed=0)
+    assert sorted(int(rows[i][0]) for i in range(6)) == list(range(0, 60, 10))

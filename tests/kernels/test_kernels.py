@@ -1,0 +1,316 @@
+"""Every decode kernel against its plain twin in float64: odd shapes, poisoned memory, strided and paged caches.
+
+Without a GPU the kernels run in Triton's interpreter, on few and small shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers.mla_models import prompt, tiny
+from torch import Tensor
+
+from transmla.core.reference_attention import causal_softmax
+from transmla.kernels import DecodeShape, hopper, triton_decode
+from transmla.kernels import reference as plain
+from transmla.kernels.custom_op import Compilable
+from transmla.kernels.rows import Rows
+from transmla.kernels.splits import CPU_UNITS, best_splits
+from transmla.runtime.latent_attention import LatentAttention
+from transmla.runtime.load import accelerate
+from transmla.runtime.packed_rows import pack, unpack
+
+if triton_decode.triton is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+KERNELS = [triton_decode]
+if GPU and hopper.refuses(DecodeShape(8, 512, 64, torch.bfloat16, DEVICE)) is None:
+    KERNELS.append(hopper)
+# The interpreter's bfloat16 products are wrong, so bfloat16 is a GPU's to test.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SCALING = 0.11
+
+
+@dataclass
+class Case:
+    """Queries and a cache, whose rows lie in one buffer as the latent cache keeps them."""
+
+    q_latent: Tensor
+    q_pe: Tensor
+    kv_c: Tensor
+    k_pe: Tensor
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return Case(*(convert(t, dtype) for t in (self.q_latent, self.q_pe, self.kv_c, self.k_pe)))
+
+    def decoded(
+        self, kernel: ModuleType, mask: Tensor | None = None, softcap: float | None = None, **rows: Tensor
+    ) -> Any:
+        held = Rows(self.kv_c, self.k_pe, **rows)
+        return kernel.decode(self.q_latent, self.q_pe, held, scaling=SCALING, mask=mask, softcap=softcap)
+
+
+def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same part of the same buffer in another dtype."""
+    return t._base.to(dtype).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def case(
+    batch: int = 2, new: int = 1, heads: int = 3, total: int = 150, rank: int = 32, width: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> Case:  # fmt: skip
+    generator = torch.Generator().manual_seed(batch + 7 * total + rank)
+    queries = torch.randn(batch, new, heads, rank + width, generator=generator) * 2
+    rows = torch.randn(batch, total + 5, rank + width, generator=generator)
+    queries, rows = queries.to(DEVICE, dtype), rows.to(DEVICE, dtype)
+    rows[:, total:] = float("nan")
+    rows = rows[:, :total]
+    return Case(queries[..., :rank], queries[..., rank:], rows[..., :rank], rows[..., rank:])
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Memory that is not written stays NaN."""
+    return lambda *shape, **settings: allocate(*shape, **settings).fill_(float("nan"))
+
+
+def compare(kernel: ModuleType, c: Case, *, falls_back: bool = False, **extra: Any) -> None:
+    """A kernel's outputs, written into poisoned memory, against the twin's in float64."""
+    dtype = c.kv_c.dtype
+    if dtype not in kernel.DTYPES:
+        dtype = kernel.DTYPES[0]
+        c = c.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        if kernel is hopper and not falls_back:
+            patch.setattr(triton_decode, "decode", None)
+        found = c.decoded(kernel, **extra)
+    wanted = c.to(torch.float64).decoded(plain, **extra)
+    for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
+        blind = theirs == float("-inf")
+        assert torch.equal(blind, ours == float("-inf")), name
+        difference = (ours.double() - theirs).masked_fill(blind, 0).abs().max()
+        assert difference < TOLERANCE[dtype] * max(1.0, float(theirs.masked_fill(blind, 0).abs().max())), name
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.BACKEND.name)
+def kernel(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+@pytest.fixture(params=[1, 3, *([40] if GPU else [])], ids="{} splits".format, autouse=True)
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the cache whole, and cut into splits of which some are empty."""
+    for module in (triton_decode, hopper):
+        monkeypatch.setattr(module, "best_splits", lambda *_: request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("total", [1, 2, 31, 64, 150, *([1024, 4097] if GPU else [])])
+def test_lengths(kernel: ModuleType, total: int, dtype: torch.dtype) -> None:
+    compare(kernel, case(total=total, dtype=dtype))
+
+
+@pytest.mark.skipif(not GPU, reason="large")
+@pytest.mark.parametrize("page", [0, 64])
+@pytest.mark.parametrize("new", [1, 3])
+def test_the_widest_rows_masked_and_paged(kernel: ModuleType, new: int, page: int) -> None:
+    c = case(new=new, total=320, batch=2, heads=70, rank=512, width=64, dtype=torch.float16)
+    if not page:
+        compare(kernel, c, mask=padded_mask(c))
+        return
+    pages = torch.cat([c.kv_c, c.k_pe], -1).reshape(10, 64, 576)
+    table = torch.arange(10, dtype=torch.int32, device=DEVICE).view(2, 5)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :512], pages[..., 512:])
+    lengths = torch.tensor([320, 70], dtype=torch.int32, device=DEVICE)
+    compare(kernel, paged, lengths=lengths, block_table=table)
+
+
+@pytest.mark.parametrize(("rank", "width"), [(16, 8), (48, 16), (96, 32), (160, 32), (448, 64), (512, 64)])
+def test_ranks(kernel: ModuleType, rank: int, width: int) -> None:
+    for dtype in DTYPES:
+        compare(kernel, case(rank=rank, width=width, total=70, batch=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [1, 9, 17, *([32, 128] if GPU else [])])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_heads_and_batches(kernel: ModuleType, heads: int, batch: int) -> None:
+    compare(kernel, case(heads=heads, batch=batch, total=40))
+
+
+@pytest.mark.parametrize("new", range(1, 9))
+def test_new_tokens_see_what_is_before_them(kernel: ModuleType, new: int) -> None:
+    c = case(new=new, total=45, batch=3, heads=5)
+    compare(kernel, c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_without_mask_and_lengths_everything_is_seen(kernel: ModuleType, new: int) -> None:
+    """As the sequences behind a shared prefix see it."""
+    compare(kernel, case(new=new, total=45, batch=1, heads=5))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_soft_capped_scores(kernel: ModuleType, softcap: float) -> None:
+    """Scores of about one, so that the first cap binds and the second hardly does; with a mask and without."""
+    c = case(new=2, total=70, heads=5)
+    compare(kernel, c, falls_back=True, softcap=softcap)
+    compare(kernel, c, falls_back=True, softcap=softcap, mask=padded_mask(c))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_of_any_integer_type(kernel: ModuleType, dtype: torch.dtype) -> None:
+    compare(kernel, case(total=45), lengths=torch.tensor([45, 7], dtype=dtype, device=DEVICE))
+
+
+def test_empty_and_short_sequences(kernel: ModuleType) -> None:
+    """A private suffix of no token yet; one of one token."""
+    c = case(total=140, batch=3)
+    c.kv_c[0], c.kv_c[1, 1:] = float("nan"), float("nan")
+    compare(kernel, c, lengths=torch.tensor([0, 1, 140], dtype=torch.int32, device=DEVICE))
+
+
+def padded_mask(c: Case) -> Tensor:
+    """[B, 1, n, T]: causal at the end of the cache, with padding on the left and an unused tail."""
+    batch, new, total = c.q_latent.shape[0], c.q_latent.shape[1], c.kv_c.shape[1]
+    keys = torch.arange(total, device=DEVICE)
+    used = total - 18
+    seen = keys <= used - new + torch.arange(new, device=DEVICE)[:, None]
+    starts = torch.arange(batch, device=DEVICE)[:, None, None, None] * (used // 4)
+    return seen[None, None] & (keys >= starts)
+
+
+@pytest.mark.parametrize("total", [21, 200])
+@pytest.mark.parametrize("new", [1, 3])
+def test_masks_hide_padding_and_an_unused_tail(kernel: ModuleType, new: int, total: int) -> None:
+    c = case(new=new, total=total, batch=3)
+    c.kv_c[:, total - 15 :], c.k_pe[:, total - 15 :] = 0, 0
+    compare(kernel, c, mask=padded_mask(c))
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_mask_and_lengths(kernel: ModuleType, new: int) -> None:
+    c = case(new=new, total=90, batch=3)
+    lengths = torch.tensor([90, 33, new], dtype=torch.int32, device=DEVICE)
+    compare(kernel, c, mask=(torch.arange(90, device=DEVICE) != 1)[None, None, None], lengths=lengths)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
+    c = case(total=96, batch=2, new=2, heads=5, dtype=torch.float16)
+    rows = pack(c.kv_c, c.k_pe)
+    if page:
+        rows = rows.reshape(12, page, -1)
+    table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6) if page else None
+    lengths = torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)
+    held = replace(unpack(rows, 32, 16, torch.float16), lengths=lengths, block_table=table)
+    found = kernel.decode(c.q_latent, c.q_pe, held, scaling=SCALING)
+    kv_c, k_pe = (part.double() for part in held.full())
+    exact = replace(held, kv_c=kv_c, k_pe=k_pe, scale=None)
+    wanted = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, scaling=SCALING)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_and_tables_that_lie_apart(kernel: ModuleType, dtype: torch.dtype) -> None:
+    c = case(total=96, batch=3, dtype=torch.float16)
+    columns = torch.tensor([[96, 5], [40, 5], [7, 5]], dtype=dtype, device=DEVICE)
+    compare(kernel, c, lengths=columns[:, 0])
+    compare(kernel, c, lengths=columns[1:2, 0].expand(3))
+    pages = torch.cat([c.kv_c, c.k_pe], -1).reshape(6, 48, 48)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
+    table = torch.arange(6, dtype=dtype, device=DEVICE).view(2, 3).T
+    compare(kernel, paged, falls_back=True, lengths=columns[:, 0], block_table=table)
+
+
+def test_values_that_lie_apart(kernel: ModuleType) -> None:
+    c = case(total=40, dtype=torch.float16)
+    apart = Case(c.q_latent, c.q_pe, c.kv_c.mT.contiguous().mT, c.k_pe)
+    found, wanted = apart.decoded(kernel)[0], c.decoded(kernel)[0]
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
+    c = case(total=90, batch=3)
+    compare(kernel, c, mask=(torch.arange(90, device=DEVICE) % 3 > 0)[None, None, None])
+
+
+def test_a_mask_that_hides_everything_from_one_sequence(kernel: ModuleType) -> None:
+    c = case(total=90, batch=2)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    compare(kernel, c, mask=mask)
+
+
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("new", [1, 2])
+def test_paged_caches(kernel: ModuleType, new: int, page: int) -> None:
+    total = 3 * page
+    c = case(total=total, batch=3, new=new, dtype=torch.float16)
+    lengths = torch.tensor([total, page + 2, 2], dtype=torch.int32, device=DEVICE)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = order.view(3, 3).to(torch.int32)
+    pages = torch.full((11, page, 48), float("nan"), device=DEVICE, dtype=torch.float16)
+    behind = torch.arange(total, device=DEVICE)[None, :, None] >= lengths[:, None, None]
+    rows = torch.cat([c.kv_c, c.k_pe], -1).masked_fill(behind, 0)
+    pages[order] = rows.view(9, page, 48)
+    paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
+    compare(kernel, paged, falls_back=page == 16, lengths=lengths, block_table=table)
+    ours = paged.decoded(kernel, lengths=lengths, block_table=table)[0]
+    flat = c.decoded(kernel, lengths=lengths)[0]
+    assert torch.allclose(ours, flat, atol=1e-3)
+
+
+@pytest.mark.skipif(not GPU, reason="a buffer of 6 GB")
+def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
+    """Offsets beyond 2³¹ elements."""
+    rows = torch.zeros(3, 2**30 // 48 + 1, 48, dtype=torch.float16, device=DEVICE)
+    c = case(total=100, batch=3, dtype=torch.float16)
+    part = rows[:, -100:]
+    part[..., :32], part[..., 32:] = c.kv_c, c.k_pe
+    compare(kernel, Case(c.q_latent, c.q_pe, part[..., :32], part[..., 32:]))
+
+
+def test_splits_fill_the_device_and_leave_each_some_work() -> None:
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else CPU_UNITS
+    counts = [best_splits(programs, 4096, DEVICE) for programs in (1, 2, units, 10 * units)]
+    assert all(0.9 * units < n * splits <= units for n, splits in zip((1, 2, units), counts[:3], strict=True))
+    assert counts[2:] == [1, 1]
+    assert best_splits(1, 0, DEVICE) == best_splits(1, 1, DEVICE) == 1
+
+
+def test_the_twin_is_attention() -> None:
+    """Its own result from softmax and sums, written out."""
+    c = case(total=12, new=12, batch=2, dtype=torch.float64)
+    scores = torch.einsum("bnhr,btr->bhnt", c.q_latent, c.kv_c) + torch.einsum("bnhr,btr->bhnt", c.q_pe, c.k_pe)
+    wanted = torch.einsum("bhnt,btr->bnhr", causal_softmax(scores * SCALING), c.kv_c)
+    lengths = torch.tensor([12, 12], device=DEVICE)
+    mask = torch.ones(12, 12, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    for extra in ({"lengths": lengths}, {"mask": mask}):
+        found, lse = c.decoded(plain, **extra)
+        assert torch.allclose(found, wanted, atol=1e-12)
+        visible = (scores * SCALING).masked_fill(~mask, float("-inf"))
+        assert torch.allclose(lse, visible.logsumexp(-1).transpose(1, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_generate_gives_the_same_tokens(kernel: ModuleType, settings: dict[str, Any]) -> None:
+    dtype = torch.float32 if torch.float32 in kernel.DTYPES else kernel.DTYPES[0]
+    model = tiny(first_k_dense_replace=2).to(DEVICE, dtype)
+    inputs = {name: t.to(DEVICE) for name, t in prompt().items()}
+    settings = {"max_new_tokens": 8, "do_sample": False, **settings}
+    accelerate(model, backend="torch")
+    wanted = model.generate(**inputs, **settings)
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.decode = Compilable(kernel.BACKEND.name)
+    assert torch.equal(model.generate(**inputs, **settings), wanted)

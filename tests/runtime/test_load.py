@@ -1,0 +1,261 @@
+"""An accelerated model says what it said before, whatever generate() does with it; nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.mla_models import FAMILIES, PROMPT, prompt, tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+
+import transmla
+from transmla.convert.pipeline import convert
+from transmla.errors import TransmlaError
+from transmla.kernels import DecodeShape, backends, choose_backend
+from transmla.kernels.custom_op import Compilable
+from transmla.recipe import Recipe
+from transmla.runtime.latent_attention import LatentAttention, crossover
+from transmla.runtime.latent_cache import LatentLayer, latent_bytes
+
+
+def count_decodes(model: Any) -> list[int]:
+    """Lengths of the cache at every call of the backend from now on."""
+    seen: list[int] = []
+    for layer in model.modules():
+        if isinstance(layer, LatentAttention):
+
+            def counted(*args: Any, decode: Any = layer.decode, **kwargs: Any) -> Any:
+                seen.append(args[2].total)
+                return decode(*args, **kwargs)
+
+            layer.decode = counted
+    return seen
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "static cache": {"cache_implementation": "static"},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_gives_the_same_tokens(family: str, way: str) -> None:
+    model = tiny(family)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **WAYS[way]}
+    inputs = prompt()
+    if way == "prompt lookup":  # one sequence at a time, and one that repeats itself
+        inputs = {name: t[1:].repeat(1, 2) for name, t in inputs.items()}
+
+    def generate() -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(**inputs, **settings)
+
+    wanted = generate()
+    transmla.accelerate(model)
+    decoded = count_decodes(model)
+    assert torch.equal(generate(), wanted)
+    assert bool(decoded) == (way != "no cache")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_token_by_token_equals_the_full_forward(dtype: torch.dtype) -> None:
+    model = transmla.accelerate(tiny(first_k_dense_replace=2).to(dtype))  # experts know no float64
+    tokens = prompt(0)["input_ids"]
+    full = model(tokens, use_cache=False).logits
+    cache, pieces = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, stop in ((0, 7), (7, 8), (8, 12), (12, 13), (13, 20)):  # several new tokens at once, too
+            pieces.append(model(tokens[:, start:stop], past_key_values=cache).logits)
+    difference = (torch.cat(pieces, 1) - full).norm() / full.norm()
+    assert difference < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 3e-2)
+
+
+def test_the_cache_holds_latents_only_and_grows_in_place() -> None:
+    model = transmla.accelerate(tiny())
+    cache = DynamicCache(config=model.config)
+    tokens = torch.randint(2, 96, (2, 30))
+    with torch.no_grad():
+        model(tokens[:, :10], past_key_values=cache)
+        rows = [layer.rows for layer in cache.layers]
+        for i in range(10, 30):
+            model(tokens[:, i : i + 1], past_key_values=cache)
+    assert all(type(layer) is LatentLayer for layer in cache.layers)
+    assert all(layer.rows is before for layer, before in zip(cache.layers, rows, strict=True))
+    assert latent_bytes(cache) == 2 * 30 * (16 + 8) * model.config.num_hidden_layers * 4
+
+
+def test_a_cache_filled_before_goes_on() -> None:
+    model = tiny()
+    tokens = prompt(0)["input_ids"]
+    with torch.no_grad():
+        wanted = model(tokens, use_cache=False).logits[:, -1]
+        cache = model(tokens[:, :-1], use_cache=True).past_key_values
+        transmla.accelerate(model)
+        found = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_training_gives_the_same_gradients() -> None:
+    model = tiny().train()
+    tokens = prompt(0)["input_ids"]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    wanted = gradients()
+    transmla.accelerate(model)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for found, expected in zip(gradients(), wanted, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_flow_through_a_cache_that_is_kept() -> None:
+    """Two pieces of one sequence, the second reading the first's latents, with a graph over both."""
+    found = []
+    for change in (lambda model: model, transmla.accelerate):
+        model = change(tiny())
+        tokens = prompt(0)["input_ids"]
+        cache = DynamicCache(config=model.config)
+        model(tokens[:, :12], past_key_values=cache)
+        model(tokens[:, 12:13], past_key_values=cache).logits.square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*found[::-1], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_expanding_begins_where_it_costs_less() -> None:
+    class Shape:
+        kv_lora_rank, qk_nope_head_dim, v_head_dim = 512, 128, 128
+
+    assert round(crossover(Shape)) == 171  # the figure of DeepSeek's own shape
+    Shape.kv_lora_rank = 128
+    assert crossover(Shape) == float("inf")
+
+
+def test_a_model_without_mla_is_refused(make_source: Callable[..., Path]) -> None:
+    with pytest.raises(TransmlaError, match="no MLA layer"):
+        transmla.load(make_source())
+    with pytest.raises(TransmlaError, match="cannot load"):
+        transmla.load("/nowhere/at/all")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(TransmlaError, match=r"unknown backend 'cuda'.*torch"):
+        transmla.accelerate(tiny(), backend="cuda")
+
+
+def test_a_backend_that_cannot_is_named_once_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    shape = DecodeShape(4, 16, 8, torch.float32, torch.device("cpu"))
+    unable = [name for name, backend in backends().items() if backend.refuses(shape)]
+    for name in unable:
+        with caplog.at_level(logging.WARNING):
+            assert choose_backend(name, shape).name == "torch"
+        assert name in caplog.text
+        caplog.clear()
+
+
+def test_a_model_that_moves_is_served_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt()
+    layer = model.model.layers[0].self_attn
+    asked: list[DecodeShape] = []
+    monkeypatch.setattr(
+        "transmla.runtime.load._serving", lambda wanted, shape: asked.append(shape) or backends()["torch"]
+    )
+    model.generate(**inputs, max_new_tokens=2)
+    assert asked == []
+    model.double().generate(**inputs, max_new_tokens=2)
+    assert {shape.dtype for shape in asked} == {torch.float64}
+    assert layer.place[0] == torch.float64
+    assert layer.prefix is None
+
+
+def test_masks_of_numbers_are_added_as_stock_does() -> None:
+    model, tokens = tiny(), prompt(0)["input_ids"]
+    mask = torch.zeros(2, 1, 1, PROMPT + 1)
+    mask[..., 3:9] = -2.5
+    found = []
+    for change in (lambda _: None, transmla.accelerate):
+        change(model)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+            found.append(model(tokens[:, :1], past_key_values=cache, attention_mask=mask).logits)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
+    model = tiny()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    untouched = tiny()
+    transmla.accelerate(transmla.accelerate(model))
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(again.model.layers[0].self_attn) is type(untouched.model.layers[0].self_attn)
+    assert all(torch.equal(t, before[name]) for name, t in again.state_dict().items())
+    inputs = prompt()
+    assert torch.equal(
+        again.generate(**inputs, max_new_tokens=8, do_sample=False),
+        untouched.generate(**inputs, max_new_tokens=8, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_say_the_same(copied: Callable[[Any], Any]) -> None:
+    model, inputs = transmla.accelerate(tiny()), prompt()
+    twin = copied(model)
+    decoded = count_decodes(twin)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(twin.generate(**inputs, **settings), model.generate(**inputs, **settings))
+    assert decoded
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["traced", "one operator"])
+def test_a_step_compiles_to_one_graph(by_hand: bool) -> None:
+    model, tokens = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt(0)["input_ids"]
+    if by_hand:
+        for module in model.modules():
+            if isinstance(module, LatentAttention):
+                module.decode = Compilable("torch")
+    graphs: list[Any] = []
+    caches = [StaticCache(config=model.config, max_cache_len=PROMPT + 4) for _ in range(2)]
+    step = torch.compile(model.forward, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens, past_key_values=cache)
+        for _ in range(2):
+            compiled = step(tokens[:, :1], past_key_values=caches[0]).logits
+            assert torch.allclose(compiled, model(tokens[:, :1], past_key_values=caches[1]).logits, atol=1e-5)
+    assert len(graphs) == 1
+    called = [node.target for node in graphs[0].graph.nodes]
+    assert [str(target) for target in called].count("transmla.decode_torch.default") == (2 if by_hand else 0)
+
+
+def test_an_export_loads_and_talks(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:
+    folder = convert(make_recipe(make_source(), cache_ratio=0.5))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = transmla.load(folder, dtype="auto", backend="torch")
+    tokens = torch.randint(2, 96, (1, 9))
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **settings), stock.generate(tokens, **settings))
+    from transformers import AutoTokenizer
+
+    writer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert len(writer("the cat", max_new_tokens=4)[0]["generated_text"]) > len("the cat")

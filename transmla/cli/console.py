@@ -1,0 +1,256 @@
+"""What the command line shows: progress bars, tables, one-line errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from transmla.convert.inspect import Survey
+from transmla.evaluate.bench import Bench
+from transmla.evaluate.verify import Check
+from transmla.export.card import cache_rows
+
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+# Columns on a progress bar that an attention error or the like may take.
+NOTE_WIDTH = 20
+
+
+class Bars:
+    """A ``Reporter`` that draws one progress bar per stage on standard error."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            # Of all columns only the bar shrinks on a narrow screen.
+            BarColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, max_width=NOTE_WIDTH)),
+            console=err,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # Off a terminal the bars are printed once, here; after a failure its one line is to stand alone.
+        self.progress.live.transient = kind is not None and not err.is_terminal
+        self.progress.live.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self.task = self.progress.add_task(name, total=total, note="")
+
+    def advance(self, done: int, note: str | int = "") -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
+
+    def message(self, text: str) -> None:
+        self.progress.console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line of plain text on standard output, brackets and all."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a small table; the first column is text, the others are right-aligned."""
+    drawn = Table(title=escape(title), title_justify="left")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    out.print(drawn)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def show_plan(summary: dict[str, Any]) -> None:
+    """The tables of ``transmla plan``."""
+    shape, spec = summary["shape"], summary["spec"]
+    (_, *values), (_, *size) = cache_rows(summary)
+    target = "DeepSeek-V3" if summary["format"] == "native" else f"{spec['family']} with MLA, format transmla"
+    table(
+        f"{spec['family']}, {spec['num_hidden_layers']} layers → {target} ({summary['dtype']}, {summary['method']})",
+        ["", "source", "MLA"],
+        [
+            [
+                "attention",
+                f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv × {spec['head_dim']}",
+                f"latent {shape['kv_lora_rank']} + rotary {shape['qk_rope_head_dim']}",
+            ],
+            [
+                "head widths (nope, rope, v)",
+                f"{spec['head_dim']}",
+                f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}",
+            ],
+            ["cache values per token, layer", *values],
+            ["cache bytes per token", *size],
+            *[
+                [f"tokens on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
+                for gb, held in summary["contexts"].items()
+            ],
+        ],
+    )
+    table(
+        "who runs it",
+        ["runtime", "takes it", "how"],
+        [[r["name"], "yes" if r["accepts"] else "no", r["note"]] for r in summary["runtimes"]],
+    )
+    say(
+        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
+        f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
+        " calibration sampling not counted)"
+    )
+    for note in summary["notes"]:
+        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+
+
+def show_survey(survey: Survey) -> None:
+    """The tables of ``transmla inspect``."""
+    budgets = list(survey.plans)
+    rows = []
+    for i, layer in enumerate(survey.layers):
+        spectrum = layer.spectrum
+        rows.append(
+            [
+                str(i),
+                str(spectrum.rank_for(0.9)),
+                str(spectrum.rank_for(0.99)),
+                f"{float((spectrum.rotary * spectrum.one_head).sum()):.0%}",
+                f"{float((spectrum.rotary * spectrum.shared).sum()):.0%}",
+                f"{float((spectrum.rotary * spectrum.constant).sum()):.0%}",
+                *(f"{layer.errors[budget]:.3f}" for budget in budgets),
+            ]
+        )
+    shares = [f"{survey.plans[budget].cache_ratio:.1%}" for budget in budgets]
+    table(
+        f"{survey.source}: what a layer holds, and the closed form's error by share of the cache",
+        ["layer", "r 90 %", "r 99 %", "one head", "shared", "const", *shares],
+        rows,
+    )
+    say(
+        "r: latent that holds so much of keys and values without position; one head, shared: rotary energy that one"
+        " channel a frequency holds, of the best head or mixed from all; const: rotary energy a constant holds"
+    )
+    table(
+        "mean error by budget",
+        ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
+        [
+            [
+                f"{plan.cache_ratio:.1%}",
+                str(plan.shape.kv_lora_rank),
+                str(plan.shape.qk_rope_head_dim),
+                f"{survey.mean_error(budget):.4f}",
+            ]
+            for budget, plan in survey.plans.items()
+        ],
+    )
+
+
+def show_check(check: Check) -> None:
+    mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+    out.print(f"{mark}  {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
+
+
+def show_evaluation(result: dict[str, Any], text: str) -> None:
+    """Perplexity, and the distance from the baseline if there was one."""
+    rows = [["perplexity", f"{result['perplexity']:.3f}"]]
+    if result["baseline_perplexity"] is not None:
+        rows = [
+            ["perplexity, baseline", f"{result['baseline_perplexity']:.3f}"],
+            *rows,
+            ["KL(baseline ‖ model), nats per token", f"{result['kl']:.4f}"],
+            ["same top-1 token", f"{result['top1_agreement']:.1%}"],
+        ]
+    rows.append(["seconds", f"{result['seconds']:.1f}"])
+    table(
+        f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}",
+        ["", "value"],
+        rows,
+    )
+
+
+def show_bench(found: dict[str, Bench]) -> None:
+    """Speeds by batch and context; with a baseline, its own and the ratio."""
+    ours, theirs = found["model"], found.get("baseline")
+    before = {} if theirs is None else {(point.batch, point.context): point for point in theirs.points}
+    rows = []
+    for point in ours.points:
+        other = before.get((point.batch, point.context))
+        row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
+        if other is not None:
+            speeds = other.tokens_per_second, point.tokens_per_second / other.tokens_per_second
+            row += [f"{speeds[0]:,.1f}", f"{speeds[1]:.2f}"]
+        elif theirs is not None:
+            row += ["–", "–"]
+        row += [
+            f"{point.step_seconds * 1e3:,.1f}",
+            f"{point.prefill_seconds:,.2f}",
+            gigabytes(point.cache_bytes),
+            f"{point.bytes_per_second / ours.copy_bytes_per_second:.0%}",
+        ]
+        rows.append(row)
+    compared = [] if theirs is None else ["base", "ratio"]
+    table(
+        f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}",
+        ["batch", "tokens", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
+        rows,
+    )
+    say(
+        "prompt: reading one sequence; of copy: cache and weights over a step, against what a copy reads and writes"
+        f" here, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
+    )
+
+
+def show_healing(told: dict[str, Any]) -> None:
+    """The table that closes a healing."""
+    kl = told["held_out_kl"]
+    table(
+        f"healed on {', '.join(told['settings']['data'])}, {told['tokens']:,} tokens in {duration(told['seconds'])}",
+        ["", "before", "after"],
+        [["KL to the teacher on what was kept aside", f"{kl['before']:.4f}", f"{kl['after']:.4f}"]],
+    )
+
+
+def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """The table that closes a conversion whose recipe has an ``eval`` section."""
+    table(
+        f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
+        ["", "source", "MLA"],
+        [
+            *map(list, cache_rows(manifest["plan"])),
+            ["perplexity", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"],
+            ["KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"],
+            ["same top-1 token", "–", f"{evaluation['top1_agreement']:.1%}"],
+        ],
+    )

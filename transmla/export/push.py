@@ -1,0 +1,225 @@
+"""Push a verified export to the Hugging Face Hub, in one commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from transmla.errors import TransmlaError
+from transmla.export.manifest import (
+    CARD,
+    MANIFEST,
+    VERIFICATION,
+    check_hashes,
+    export_files,
+    export_fingerprint,
+    read_json,
+    read_manifest,
+    stays_behind,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CORRECT = "correct that, then push again"
+RETRY = "run the same `transmla push` again: large files already on the Hub are not sent twice"
+
+
+@dataclass(frozen=True)
+class PushFile:
+    """A file to upload: its path relative to the folder, with forward slashes, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was pushed, or would be: `commit` is the new commit's id, None after a dry run."""
+
+    repo_id: str
+    url: str
+    commit: str | None
+    files: tuple[PushFile, ...]
+    dry_run: bool
+
+
+def list_files(folder: Path) -> list[PushFile]:
+    """The files of `folder` that a push uploads, sorted by path.
+
+    Hidden files and folders, temporary files and Python's bytecode stay behind.
+    Raises TransmlaError when the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise TransmlaError(f"{folder} is not a folder", remedy="pass one that `transmla convert` wrote")
+    return [PushFile(path, (folder / path).stat().st_size) for path in export_files(folder)]
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    dry_run: bool = False,
+) -> PushResult:
+    """Upload a finished, verified and unchanged export to the model repository `repo_id`, in one commit.
+
+    The repository, and the branch `revision`, are made when missing. `private` makes a new repository
+    private; without it the Hub's own default holds. `token` and `endpoint` default to what
+    huggingface_hub is set up with. A dry run makes every check on the folder and touches no network.
+
+    Raises TransmlaError when the folder, the repository id or the token is not fit for a push, and when the
+    Hub refuses the upload or cannot be reached; a push that was cut short completes when run again.
+    """
+    from huggingface_hub import HfApi
+
+    _check_repo_id(repo_id)
+    # The client quotes a header it cannot send in its error, so such a token must not reach it.
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise TransmlaError("the token is malformed", limit="it is one ASCII word", remedy="check --token")
+    files = _checked_files(folder)
+    api = HfApi(endpoint=endpoint.rstrip("/") if endpoint else None, token=token)
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    commit = None
+    if not dry_run:
+        with _hub_errors(repo_id, revision):
+            _ensure_repo(api, repo_id, private=private)
+            if revision is not None and not api.revision_exists(repo_id, revision):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = _upload(api, folder, files, repo_id, revision, commit_message)
+    return PushResult(repo_id, url, commit, tuple(files), dry_run)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("It has no namespace.")
+    except HFValidationError as error:
+        raise TransmlaError(
+            f"{repo_id!r} is not a repository id",
+            limit=_line(error),
+            remedy="write it as NAMESPACE/NAME, for example my-user/my-model-mla",
+        ) from error
+
+
+def _checked_files(folder: Path) -> list[PushFile]:
+    """The files to upload, once they are known to be those of a finished and verified conversion."""
+    files = list_files(folder)
+    hashes = read_manifest(folder / MANIFEST)["hashes"]
+    verified = read_json(folder / VERIFICATION) or {}
+    if verified.get("passed") is not True or verified.get("fingerprint") != export_fingerprint(hashes):
+        raise TransmlaError(
+            f"{folder} is not verified",
+            limit=f"only an export whose {VERIFICATION} is for these very files is pushed",
+            remedy=f"run `transmla verify {folder}`",
+        )
+    problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
+    problems += [f"{path} would not be uploaded" for path in sorted(hashes) if stays_behind(PurePosixPath(path))]
+    if problems:
+        raise TransmlaError(
+            f"{folder} is not what was verified: {', '.join(problems)}",
+            limit=f"every file must match its hash in {MANIFEST}",
+            remedy="restore the files, or run `transmla convert` again",
+        )
+    return files
+
+
+def _ensure_repo(api: HfApi, repo_id: str, *, private: bool) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    # Looked up first because a token may write to a repository without the right to create one.
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        # None, not False: False would override an organisation whose repositories are private by default.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        return
+    if private and not info.private:
+        raise TransmlaError(
+            f"{repo_id} exists and is public",
+            limit="--private holds only for a repository that the push creates",
+            remedy="make it private in its settings on the Hub, or push to another one",
+        )
+
+
+def _upload(
+    api: HfApi,
+    folder: Path,
+    files: list[PushFile],
+    repo_id: str,
+    revision: str | None,
+    commit_message: str | None,
+) -> str:
+    from huggingface_hub import CommitOperationAdd
+
+    # Not upload_folder, which splits a large folder into several commits: readers would see half a model.
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=folder / file.path) for file in files],
+        commit_message=commit_message or "Upload a model converted by transmla",
+        revision=revision,
+    )
+    return commit.oid
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    # The client's HTTP library is httpx in huggingface_hub 1 and httpx2 in 2; errors names its base for both.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _explain(error, repo_id, revision) from error
+
+
+def _explain(error: BaseException, repo_id: str, revision: str | None) -> TransmlaError:
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    # The client wraps what stopped one file's upload in a RuntimeError that names only the file.
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, HfHubHTTPError):
+        if isinstance(error, ValueError):
+            return TransmlaError(f"the push to {repo_id} was refused: {_line(error)}", remedy=CORRECT)
+        return TransmlaError(
+            f"the push to {repo_id} was cut short: {_line(error)}", remedy=f"check the network and {RETRY}"
+        )
+
+    status = error.response.status_code
+    answer = f"HTTP {status}: {_line(error.server_message or error.response.reason_phrase)}"
+    if status in (401, 403):
+        return TransmlaError(
+            f"the Hub refused the token for {repo_id} ({answer})",
+            limit="a push needs a token with write access",
+            remedy="log in with `hf auth login`, or pass one with --token",
+        )
+    if isinstance(error, RevisionNotFoundError) or (revision is not None and status == 400):
+        return TransmlaError(
+            f"{repo_id} cannot take a commit at revision {revision} ({answer})",
+            remedy="pass the name of a branch as the revision",
+        )
+    if status == 404:
+        return TransmlaError(
+            f"the Hub does not know {repo_id}, or hides it from this token ({answer})",
+            remedy="check the name and the token's access",
+        )
+    if status in (408, 429) or status >= 500:
+        return TransmlaError(f"the Hub did not complete the push to {repo_id} ({answer})", remedy=RETRY)
+    return TransmlaError(f"the push to {repo_id} was refused ({answer})", remedy=CORRECT)
+
+
+def _line(message: object) -> str:
+    return " ".join(str(message).split())

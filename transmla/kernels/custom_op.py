@@ -1,0 +1,69 @@
+"""Decode kernels as operators that torch.compile takes for one step, without looking inside."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.kernels import Backend, backends
+from transmla.kernels.rows import Rows
+
+_SCHEMA = (
+    "(Tensor q_latent, Tensor q_pe, float scaling, Tensor? mask, float? softcap, "
+    "Tensor kv_c, Tensor k_pe, Tensor? scale, Tensor? lengths, Tensor? block_table) -> (Tensor, Tensor)"
+)
+
+
+class Compilable:
+    """The ``decode`` of the backend called ``name``, as one operator in compiled code; elsewhere nothing is between."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.decode = backends()[name].decode
+        self.operator = _operator(name)
+
+    def __call__(
+        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if torch.compiler.is_compiling():
+            parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
+            return self.operator(q_latent, q_pe, scaling, mask, softcap, *parts)
+        with _on(q_latent.device):
+            return self.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+
+    def __reduce__(self) -> Any:
+        return Compilable, (self.name,)
+
+
+def compilable(backend: Backend) -> Any:
+    """What a model calls to decode with ``backend``."""
+    return Compilable(backend.name) if backend.by_hand else backend.decode
+
+
+def _on(device: torch.device) -> Any:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _operator(name: str) -> Any:
+    decode = backends()[name].decode
+
+    def run(
+        q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, *rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with _on(q_latent.device):
+            return decode(q_latent, q_pe, Rows(*rows), scaling=scaling, mask=mask, softcap=softcap)
+
+    def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
+        return torch.empty_like(q_latent, memory_format=torch.contiguous_format), lse
+
+    operator = torch.library.custom_op(f"transmla::decode_{name}", run, mutates_args=(), schema=_SCHEMA)
+    operator.register_fake(shapes)
+    return getattr(torch.ops.transmla, f"decode_{name}").default

@@ -1,0 +1,49 @@
+"""Decoding in plain PyTorch: the twin that every kernel is compared with, on any device and in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transmla.kernels import Backend, DecodeShape
+from transmla.kernels.rows import Rows
+
+
+def decode(
+    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Multi-query attention to the latent rows; shapes as ``Decode`` says.
+
+    A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
+    """
+    batch, new, heads, rank = q_latent.shape
+    (kv_c, k_pe), total, lengths = rows.full(), rows.total, rows.lengths
+    if rows.block_table is not None:
+        kv_c, k_pe = (pages[rows.block_table.long()].flatten(1, 2) for pages in (kv_c, k_pe))
+    if lengths is not None:
+        ends = lengths[:, None] - new + 1 + torch.arange(new, device=lengths.device)
+        there = (torch.arange(total, device=lengths.device) < ends[..., None])[:, None]
+        mask = there if mask is None else mask & there
+        # What lies behind the end may be anything, and zero times anything must be zero.
+        held = torch.arange(total, device=lengths.device) < lengths[:, None]
+        kv_c = kv_c.masked_fill(~held[..., None], 0)
+    exact = torch.promote_types(kv_c.dtype, torch.float32)
+    scores = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
+    scores = (scores.to(exact) * scaling).view(batch, new, heads, total)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp_min(torch.finfo(exact).min)[..., None]).exp()
+    mixed = weights.to(kv_c.dtype).flatten(1, 2) @ kv_c
+    return mixed.view(batch, new, heads, rank), lse
+
+
+def refuses(shape: DecodeShape) -> str | None:
+    """Nothing."""
+    return None
+
+
+BACKEND = Backend("torch", "plain PyTorch, any device", preference=0, refuses=refuses, decode=decode)

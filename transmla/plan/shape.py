@@ -1,0 +1,113 @@
+"""Choose the widths of an export from the cache ratio or from explicit settings."""
+
+from __future__ import annotations
+
+from transmla.artifacts import AttentionSpec, MLAShape
+from transmla.errors import TransmlaError
+from transmla.formats.runtimes import VLLM_DECODE, VLLM_PREFILL
+from transmla.plan.rotary_slots import native_slots
+from transmla.recipe import Recipe
+
+DEFAULT_CACHE_RATIO = 0.5
+RANK_MULTIPLE = 16
+
+
+def export_dtype(wanted: str, source: str) -> str:
+    """bfloat16 or float32; half precision is not offered: it underflows in the latent norm, and factors overflow it."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if source == "float32" else "bfloat16"
+
+
+def full_rank(spec: AttentionSpec) -> int:
+    """Rank of the keys and values of all heads, as maps of what the attention reads."""
+    return min(2 * spec.num_key_value_heads * spec.head_dim, spec.features)
+
+
+def choose_shape(spec: AttentionSpec, recipe: Recipe, *, turned: int | None = None) -> MLAShape:
+    """The widths asked for, or those that fit ``cache_ratio``.
+
+    ``turned`` pairs of a head's channels turn, for an export that carries its own frequencies.
+    """
+    full = full_rank(spec)
+    fixed = recipe.kv_lora_rank is not None or recipe.qk_rope_head_dim is not None
+    if fixed and recipe.cache_ratio is not None:
+        raise TransmlaError(
+            "both a cache ratio and explicit widths were given",
+            limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim itself",
+            remedy="give one or the other",
+        )
+    budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
+    ratio = recipe.cache_ratio or DEFAULT_CACHE_RATIO
+    d_r = recipe.qk_rope_head_dim or (
+        64 if recipe.pad_for else _rotary_width(spec, ratio, budget, turned, fitted=recipe.reconstruct != "off")
+    )
+    rank = recipe.kv_lora_rank or (budget - d_r) // RANK_MULTIPLE * RANK_MULTIPLE
+    if rank <= 0:
+        raise TransmlaError(
+            f"a cache of {budget} values per token and layer cannot hold a rotary key of {d_r}",
+            limit=f"the latent needs at least {RANK_MULTIPLE} more",
+            remedy=f"raise --cache-ratio to {(d_r + RANK_MULTIPLE) / spec.cache_values:.3f} or lower"
+            " --qk-rope-head-dim",
+        )
+    if rank > full and not (recipe.pad_for or recipe.kv_lora_rank is None):
+        raise TransmlaError(
+            f"kv_lora_rank {rank} is larger than the full rank of the keys and values",
+            limit=f"at most {full} = min(2 × {spec.num_key_value_heads} heads × {spec.head_dim}, hidden size)",
+            remedy="lower --kv-lora-rank, or pass --pad-for vllm to pad with zeros",
+        )
+    d_n = recipe.qk_nope_head_dim or spec.head_dim
+    d_v = recipe.v_head_dim or spec.head_dim
+    latent_rank = min(rank, full)
+    if recipe.pad_for == "vllm":
+        rank, d_r, d_n, d_v = _vllm_shape(rank, d_r, d_n, d_v, by_budget=recipe.kv_lora_rank is None)
+        latent_rank = min(rank, full)
+    else:
+        rank = latent_rank
+    for name, width in (("qk_nope_head_dim", d_n), ("v_head_dim", d_v)):
+        if width < spec.head_dim:
+            raise TransmlaError(
+                f"{name} {width} is smaller than the source's head width {spec.head_dim}",
+                limit="these widths can be padded, not cut",
+                remedy=f"use at least {spec.head_dim}",
+            )
+    if recipe.q_lora_rank is not None and recipe.q_lora_rank > spec.hidden_size:
+        raise TransmlaError(
+            f"q_lora_rank {recipe.q_lora_rank} is larger than the full rank of the queries",
+            limit=f"at most {spec.hidden_size}, the hidden size",
+            remedy="lower --q-lora-rank, or leave it out",
+        )
+    return MLAShape(rank, d_r, d_n, d_v, recipe.q_lora_rank, latent_rank)
+
+
+def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, turned: int | None, *, fitted: bool) -> int:
+    """What turns of the source's head width, a half or a quarter of it; narrower only if nothing else fits.
+
+    A fitted layer makes do with fewer rotary channels and has more use for a wide latent (SmolLM2-135M, error of
+    single layers on validation text: 32 + 160 beats 64 + 128 by a third, 16 + 112 beats 32 + 96 by a tenth).
+    """
+    wide, middle = (1.0, 0.4) if fitted else (0.5, 0.2)
+    widest = spec.head_dim if turned is None else 2 * turned
+    width = widest // (1 if ratio >= wide else 2 if ratio >= middle else 4)
+    while budget - width < RANK_MULTIPLE and width % 4 == 0:
+        width //= 2
+    # Some tables (yarn) exist at full width alone.
+    while turned is None and width < spec.head_dim and native_slots(spec, width) is None:
+        width *= 2
+    return width
+
+
+def _vllm_shape(rank: int, d_r: int, d_n: int, d_v: int, *, by_budget: bool) -> tuple[int, int, int, int]:
+    ranks = [r for r, rope in VLLM_DECODE if rope == d_r]
+    larger = [r for r in ranks if r >= rank]
+    smaller = [r for r in ranks if r <= rank]
+    heads = [(n, v) for n, rope, v in VLLM_PREFILL if rope == d_r and n >= d_n and v >= d_v]
+    if not heads or not (larger or (smaller and by_budget)):
+        raise TransmlaError(
+            f"no fast vLLM kernel takes rank {rank}, rope {d_r}, nope {d_n}, value {d_v}",
+            limit="decode takes 256+64 and 512+64, prefill heads of at most 192+64 and values of 256",
+            remedy="set --qk-rope-head-dim 64, or drop --pad-for",
+        )
+    # A budget is kept when a kernel fits inside it; an explicit rank is never cut.
+    chosen = max(smaller) if smaller and by_budget else min(larger)
+    return chosen, d_r, *min(heads)

@@ -1,0 +1,220 @@
+"""Source checkpoints, read lazily: a Hugging Face folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+from transmla.source.load import load_model
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = ("F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """Tensors by name without loading the model: shapes are known at once, values are read on demand.
+
+    Args:
+        folder: what the tokenizer and config load from (a local folder).
+        shapes: shape of every tensor.
+        read: returns one tensor by name.
+        gguf: file name inside ``folder`` when the source is a GGUF file, which is held whole in memory.
+        size: bytes of all tensors on disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        *,
+        size: int,
+        gguf: str | None = None,
+    ) -> None:
+        self.folder, self.read, self.size, self.gguf = folder, read, size, gguf
+        # Old Llama checkpoints also store their rotary tables, which the config already says.
+        self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+    def layer(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under ``prefix``, keyed without it."""
+        return {name.removeprefix(prefix): self.read(name) for name in self.shapes if name.startswith(prefix)}
+
+    def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
+        """Hash of every tensor's name, dtype, shape and bytes; refuses NaN and Inf on the way.
+
+        Raises:
+            TransmlaError: if a tensor holds a value that is not finite.
+        """
+        digest = hashlib.sha256()
+        for done, name in enumerate(sorted(self.shapes), start=1):
+            tensor = self.read(name).contiguous()
+            low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise TransmlaError(
+                    f"tensor '{name}' holds NaN or Inf",
+                    limit="weights must be finite",
+                    remedy="download the checkpoint again, or repair it",
+                )
+            crc = zlib.crc32(tensor.view(torch.uint8).numpy().data) if tensor.numel() else 0
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc}\n".encode())
+            if progress:
+                progress(done, len(self.shapes))
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint without reading its weights (a GGUF file is read whole).
+
+    Raises:
+        TransmlaError: no weights there, a shard missing or cut off, or a pickle that was not asked for.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not (path / "config.json").is_file():
+        raise TransmlaError(
+            f"no config.json in '{path}'",
+            limit="a checkpoint folder holds config.json and safetensors",
+            remedy="check SOURCE",
+        )
+    if (path / _INDEX).is_file():
+        shards = sorted(set(_weight_map(path / _INDEX).values()))
+    elif (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        return _open_pickle(path, allow_pickle)
+    return _open_safetensors(path, shards)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TransmlaError(
+            f"'{index}' is not a valid shard index", limit=str(error), remedy="download it again"
+        ) from error
+
+
+def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        file = folder / shard
+        if not file.is_file():
+            raise TransmlaError(
+                f"shard '{shard}' is missing from '{folder}'",
+                limit=f"the index names {len(shards)} shards",
+                remedy="download it again",
+            )
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise TransmlaError(
+                f"shard '{shard}' is corrupt or cut off", limit=str(error), remedy="download it again"
+            ) from error
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in _DTYPES:
+                raise TransmlaError(
+                    f"tensor '{name}' is stored as {view.get_dtype()}",
+                    limit="weights must be float32, float16 or bfloat16",
+                    remedy="convert the unquantised checkpoint",
+                )
+            where[name] = file
+            shapes[name] = tuple(view.get_shape())
+
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: the pages read of a mapped file stay resident until its last tensor goes.
+        with safe_open(where[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    return Checkpoint(folder, shapes, read, size=size)
+
+
+def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
+    found = [name for name in _PICKLES if (folder / name).is_file()]
+    if not found:
+        raise TransmlaError(
+            f"no weights in '{folder}'",
+            limit=f"expected model.safetensors or {_INDEX}",
+            remedy="check SOURCE",
+        )
+    if not allow:
+        raise TransmlaError(
+            f"'{folder}' holds pickled weights ({found[0]})",
+            limit="a pickle can run code when it is opened",
+            remedy="convert it to safetensors, or pass --allow-pickle if you trust it",
+        )
+    index = folder / _PICKLES[1]
+    files = sorted(set(_weight_map(index).values())) if index.is_file() else [_PICKLES[0]]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(folder / file)
+            tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=mapped)
+        except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, EOFError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TransmlaError(
+                f"'{file}' cannot be opened as pickled weights",
+                limit=f"{type(error).__name__}: {reason}",
+                remedy="download it again",
+            ) from error
+    return _in_memory(folder, tensors)
+
+
+def _in_memory(folder: Path, tensors: Mapping[str, Tensor], gguf: str | None = None) -> Checkpoint:
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return Checkpoint(folder, shapes, tensors.__getitem__, size=size, gguf=gguf)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    if importlib.util.find_spec("gguf") is None:
+        raise TransmlaError(
+            "reading a GGUF file needs the 'gguf' package",
+            limit="it is not installed",
+            remedy='pip install "transmla[demo]"',
+        )
+    try:
+        _refuse_lost_scaling(path)
+        model = load_model(path, dtype=torch.bfloat16)
+    except TransmlaError:
+        raise
+    except Exception as error:  # the readers underneath raise whatever the bytes make them raise
+        raise TransmlaError(
+            f"'{path.name}' cannot be read as GGUF",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="download it again",
+        ) from error
+    tied = model.config.tie_word_embeddings
+    tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    return _in_memory(path.parent, tensors, path.name)
+
+
+def _refuse_lost_scaling(path: Path) -> None:
+    """transformers reads the rope scaling of a GGUF file as none at all: a silently different model."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
+    kind = "none" if scaling is None else str(scaling.contents())
+    if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise TransmlaError(
+            f"'{path.name}' scales its rotary frequencies",
+            limit="transformers does not read that from a GGUF file",
+            remedy="convert the original checkpoint folder",
+        )

@@ -1,0 +1,183 @@
+"""From a Hugging Face config to an ``AttentionSpec``, and the check that the tensors agree with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.artifacts import AttentionSpec, LayerKind
+from transmla.errors import TransmlaError
+from transmla.families.base import Family
+from transmla.modeling.modeling_transmla import has_bias, refuse_unknown, window_of
+from transmla.registry import lookup
+from transmla.source.load import split_gguf
+
+
+def read_config(path: Path) -> Any:
+    """The config of a source, as transformers reads it.
+
+    Raises:
+        TransmlaError: an unreadable config, or one that needs ``trust_remote_code``.
+    """
+    from transformers import AutoConfig
+
+    folder, extra = split_gguf(path)
+    if _is_export(folder):
+        raise TransmlaError(
+            f"'{path}' is converted already", limit="its attention is latent", remedy="convert its source"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+    except Exception as error:  # its readers and validators share no narrower class
+        if "trust_remote_code" in str(error):
+            raise TransmlaError(
+                f"'{path}' needs code of its own (trust_remote_code)",
+                limit="transmla runs no code from a checkpoint",
+                remedy="convert a model whose class ships with transformers",
+            ) from error
+        raise TransmlaError(
+            f"cannot read the config of '{path}'",
+            limit=str(error) or type(error).__name__,
+            remedy="check SOURCE",
+        ) from error
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether ``folder`` holds an export of the own format."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "transmla"  # type: ignore[no-any-return]
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def family_of(config: Any) -> Family:
+    """The family of ``config``, after it has accepted every attribute of it.
+
+    Raises:
+        TransmlaError: for an unknown family, a model of more than text, or what no format carries.
+    """
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        raise TransmlaError(
+            f"'{config.model_type}' is a model of text and more",
+            limit="transmla converts causal language models",
+            remedy=f"save its language model, of model_type '{text.model_type}', by itself, and convert that",
+        )
+    family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
+    family.check(config)
+    return family
+
+
+def empty_model(config: Any) -> Any:
+    """The source's causal LM without weights: parameters on the meta device, buffers as they are.
+
+    Raises:
+        TransmlaError: if transformers cannot build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    except (KeyError, ValueError, TypeError) as error:  # an unknown activation, for one
+        raise TransmlaError(
+            f"transformers cannot build a {config.model_type} model from the source's config",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="correct its config.json",
+        ) from error
+
+
+def describe(config: Any, model: Any = None) -> AttentionSpec:
+    """What the project needs to know of a source, read off its config and its ``model`` without weights.
+
+    Raises:
+        TransmlaError: for a family or an attribute that cannot be converted, by name.
+    """
+    family = family_of(config)
+    model = empty_model(config) if model is None else model
+    layers = model.model.layers
+    attention = layers[0].self_attn
+    try:
+        found = [_kind(model, i) for i in range(len(layers))]
+    except ValueError as error:
+        raise TransmlaError(
+            f"{family.name}: {str(error).partition(';')[0]}",
+            limit="nothing is dropped silently",
+            remedy="convert a model without it",
+        ) from error
+    kinds = tuple(dict.fromkeys(found))
+    outside = [
+        sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("self_attn.")) for layer in layers
+    ]
+    inside = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
+    uniform = kinds == (LayerKind(kinds[0].inv_freq, kinds[0].attention_factor, kinds[0].scaling),)
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    return AttentionSpec(
+        family=family.name,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 0.0),
+        hidden_act=getattr(config, "hidden_act", ""),
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        rope_parameters=dict(config.rope_parameters or {}),
+        inv_freq=kinds[0].inv_freq,
+        attention_factor=kinds[0].attention_factor,
+        scaling=kinds[0].scaling,
+        layer_parameters=max(outside),
+        other_parameters=sum(p.numel() for p in model.parameters()) - inside,
+        normed=hasattr(attention, "q_norm"),
+        biased=has_bias(attention),
+        experts=any(".experts." in name for name, _ in model.named_parameters()),
+        native_gap=family.native(config),
+        kinds=() if uniform else kinds,
+        layers=() if uniform else tuple(kinds.index(kind) for kind in found),
+    )
+
+
+def _kind(model: Any, layer: int) -> LayerKind:
+    """The kind of a layer, as its family built it.
+
+    Raises:
+        ValueError: naming what latent attention would leave out.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[layer].self_attn
+    refuse_unknown(attention, config)
+    types = getattr(config, "layer_types", None)
+    layer_type = types[layer] if types and hasattr(rotary, f"{types[layer]}_inv_freq") else None
+    prefix = f"{layer_type}_" if layer_type else ""
+    table = (config.rope_parameters[layer_type] if layer_type else config.rope_parameters) or {}
+    inv_freq = getattr(rotary, f"{prefix}inv_freq").double()
+    factor, long = float(getattr(rotary, f"{prefix}attention_scaling")), None
+    if not getattr(attention, "use_rope", True):
+        inv_freq, factor, table = torch.zeros_like(inv_freq), 1.0, {}
+    still = attention.head_dim // 2 - len(inv_freq)
+    short_length = table["original_max_position_embeddings"] if table.get("rope_type") == "longrope" else None
+    if short_length is not None:
+        of_type = {"layer_type": layer_type} if layer_type else {}
+        long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=short_length + 1, **of_type)
+    return LayerKind(
+        inv_freq=(*inv_freq.tolist(), *[0.0] * still),
+        attention_factor=1.0 if still else factor,
+        scaling=float(attention.scaling),
+        window=window_of(attention, config, layer),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+        turned_factor=factor if still else 1.0,
+        long_inv_freq=None if long is None else (*long.double().tolist(), *[0.0] * still),
+        short_length=short_length,
+    )

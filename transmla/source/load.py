@@ -1,0 +1,69 @@
+"""Load whole models and tokenizers through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from transmla.errors import TransmlaError
+from transmla.modeling.transformers_api import register
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint folder or GGUF file.
+
+    Raises:
+        TransmlaError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder, extra = split_gguf(path)
+    # An export's config would ask whether its code may be run.
+    register()
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TransmlaError(
+            f"no tokenizer in '{folder}'",
+            limit="calibration, evaluation and the export itself need one",
+            remedy="add tokenizer.json and tokenizer_config.json to that folder",
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode for the while; each module gets its own training flag back."""
+    training = [] if model is None else [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and ``from_pretrained`` arguments for a path that may be a GGUF file."""
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+
+
+def load_model(path: Path, *, dtype: torch.dtype | str, **kwargs: Any) -> Any:
+    """Any causal LM, whole, through transformers; a GGUF file is de-quantised."""
+    import transformers
+
+    folder, extra = split_gguf(path)
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if extra and gguf_config is not None:
+        # From 5.2x on transformers keeps GGUF weights packed unless told otherwise.
+        extra["quantization_config"] = gguf_config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **kwargs)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # Until 5.22 other attention was the default, and left the caps out.
+        model.set_attn_implementation("eager")
+    return model.eval()
