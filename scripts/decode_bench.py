@@ -22,14 +22,11 @@ import torch
 from provenance import RESULTS, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DeepseekV3Config
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from transmla.evaluate.bench import measure, prefill_seconds
-from transmla.formats.base import OWN
-from transmla.formats.native import native_config
-from transmla.formats.transmla import own_config
-from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig
-from transmla.modeling.modeling_transmla import model_class
+from transmla.formats.base import format_named
+from transmla.modeling.transformers_api import register
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.runtime.load import accelerate
@@ -86,15 +83,11 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         )
         spec = describe(source)
         plan = make_plan(spec, recipe, "bfloat16")
-        if plan.format == OWN:
-            config = TransmlaConfig.from_dict(own_config(source, plan))
-        else:
-            config = DeepseekV3Config(**native_config(spec, plan.shape, plan.rope_parameters, source, plan.dtype))
+        written = format_named(plan.format).config(source, plan)
+        register()
+        config = type(AutoConfig.for_model(written["model_type"])).from_dict(written)
     with torch.device(device):
-        if config.model_type == MODEL_TYPE:
-            model: Any = model_class(family, head=True)._from_config(config, dtype=torch.bfloat16).eval()
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if role in ("ours", "growing"):
         accelerate(model, backend=backend)
     if role == "source":

@@ -3,9 +3,9 @@
     python scripts/train_small.py qwen3 small-qwen3
     python scripts/families.py small-qwen3
 
-Each is converted to the own format by TransMLA's published method, by the closed form, and with every layer fitted;
-calibrated on `pydoc`'s train split, measured on its test split. What was fitted the longest is then healed, on that
-split and on what the source says.
+Each is converted to the transmla format by TransMLA's published method, by the closed form, and with every layer
+fitted; calibrated on `pydoc`'s train split, measured on its test split. The longest fit is then healed, on that split
+and on text sampled from the source.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LENGTH = 256
 WAYS = (("transmla", "off"), ("calibrated", "off"), ("calibrated", "fast"), ("calibrated", "full"))
 
 
-def converted(model: Path, budget: float, method: str, effort: str, arguments: argparse.Namespace) -> Path:
+def converted(model: Path, budget: float, method: str, fit: str, arguments: argparse.Namespace) -> Path:
     """One conversion."""
-    output = cleared(arguments.work / f"{model.name}-{budget:.3f}-{method}-{effort}")
+    output = cleared(arguments.work / f"{model.name}-{budget:.3f}-{method}-{fit}")
     calibration = {"source": "pydoc", "split": "train", "sequences": arguments.sequences, "length": LENGTH}
     named = {"source": str(model), "output": str(output), "format": "transmla", "device": arguments.device}
-    chosen = {"cache_ratio": budget, "method": method, "reconstruct": effort, "calibration": calibration}
+    chosen = {"cache_ratio": budget, "method": method, "reconstruct": fit, "calibration": calibration}
     return convert(parse_recipe(named | chosen, "families.py"))
 
 
@@ -71,12 +71,12 @@ def main() -> None:
     for model in arguments.models:
         for budget in arguments.budgets:
             export = model
-            for method, effort in (*WAYS, *([("healed", "full")] if arguments.heal else [])):
+            for method, fit in (*WAYS, *([("healed", "full")] if arguments.heal else [])):
                 if method == "healed":
                     export = healed(export, model, arguments)
                 else:
-                    export = converted(model, budget, method, effort, arguments)
-                row = {"model": model.name, "budget": budget, "method": method, "reconstruct": effort}
+                    export = converted(model, budget, method, fit, arguments)
+                row = {"model": model.name, "budget": budget, "method": method, "reconstruct": fit}
                 rows.append(row | measured(export, model, arguments))
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
                 write_result(arguments.result, rows, arguments.commit)

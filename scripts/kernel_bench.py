@@ -29,7 +29,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.bench import copy_bandwidth
 from transmla.kernels import Backend, DecodeShape, backends, choose_backend, flashinfer
 from transmla.kernels import reference as plain
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 from transmla.runtime.prefix_cache import attend, merge, one_width
 
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
@@ -110,12 +110,12 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
             step = q_latent, q_pe, rows
 
             def call(backend: Backend = backend, step: Any = step, mask: Tensor | None = mask) -> Any:
-                return backend.decode(*step, scaling=SCALING, mask=mask)
+                return backend.decode(*step, Scores(SCALING, mask))
 
             if name in VENDORS:
                 call = VENDORS[name](q_latent, q_pe, Rows(rows.kv_c, rows.k_pe))
             first = Rows(*(part.float() for part in cache[:1].split([rank, width], -1)))
-            wanted = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, scaling=SCALING)[0]
+            wanted = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, Scores(SCALING))[0]
             error = (call()[0][:1].float() - wanted).abs().max() / wanted.abs().max()
             seconds = replay_seconds(call, 5 if batch * context >= 2**20 else 20)
             yield {
@@ -145,7 +145,7 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
         def latent(queries: int, sequences: int, tokens: int) -> Callable[[], Any]:
             cache, q = rows(sequences, tokens, rank + width), rows(sequences, queries, heads, rank + width) / 8
             held = Rows(*cache.split([rank, width], -1))
-            return lambda: decode(*q.split([rank, width], -1), held, scaling=SCALING)
+            return lambda: decode(*q.split([rank, width], -1), held, Scores(SCALING))
 
         query, own = rows(1, heads, batch, HEAD + width) / 8, latent(1, batch, SUFFIX)
         keys, values = one_width(rows(1, heads, PREFIX, HEAD + width), rows(1, heads, PREFIX, HEAD))

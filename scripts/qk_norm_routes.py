@@ -24,10 +24,10 @@ from transmla.convert.factorize import factorize
 from transmla.convert.reconstruct import reconstruct
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.linalg import regularise
-from transmla.plan.effort import EFFORTS
+from transmla.plan.fit_settings import FITS
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
-from transmla.source.attention_view import FrontEnd
+from transmla.source.attention_view import AttentionView
 from transmla.source.decoder_layer import attention_input, embedded
 from transmla.source.device import pick_device
 from transmla.source.load import load_model, load_tokenizer
@@ -37,10 +37,10 @@ from transmla.source.text import load_tokens
 LENGTH = 256
 
 
-class Regressed(FrontEnd):
+class Regressed(AttentionView):
     """Features of the other way: normed queries, and hidden states on which normed keys are regressed."""
 
-    def __init__(self, plain: FrontEnd, inputs: Tensor) -> None:
+    def __init__(self, plain: AttentionView, inputs: Tensor) -> None:
         """``inputs`` [n, D] of the attention, to regress on."""
         vars(self).update(vars(plain))
         h, d = self.heads, self.heads.width
@@ -84,9 +84,9 @@ def perplexity(model: Any, hidden: Tensor, tokens: Tensor) -> float:
     return float(torch.tensor(total / tokens[:, 1:].numel()).exp())
 
 
-def measure(folder: Path, ratio: float, effort: str, regressed: bool, device: torch.device) -> float:
+def measure(folder: Path, ratio: float, fit: str, regressed: bool, device: torch.device) -> float:
     """Perplexity on pydoc's test split of a conversion calibrated on its train split."""
-    recipe = parse_recipe({"source": str(folder), "output": "-", "cache_ratio": ratio, "reconstruct": effort}, "script")
+    recipe = parse_recipe({"source": str(folder), "output": "-", "cache_ratio": ratio, "reconstruct": fit}, "script")
     source = open_source(recipe)
     plan, tokenizer = make_plan(source.spec, recipe, source.dtype), load_tokenizer(source.path)
     texts = [load_tokens("pydoc", tokenizer, split=split, limit=64 * LENGTH) for split in ("train", "test")]
@@ -98,13 +98,14 @@ def measure(folder: Path, ratio: float, effort: str, regressed: bool, device: to
     for i in range(source.spec.num_hidden_layers):
         layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
         if regressed:
-            layer.front = Regressed(layer.front, attention_input(layer.module, original).flatten(0, 1))
+            layer.view = Regressed(layer.view, attention_input(layer.module, original).flatten(0, 1))
         seen = layer.observe(original)
         factors = factorize(layer.weights(), seen.stats, plan.at(i))
-        if effort in EFFORTS:
-            factors = reconstruct([layer], [factors], original, converted, EFFORTS[effort], seed=i).factors[0]
+        if fit in FITS:
+            factors = reconstruct([layer], [factors], original, converted, FITS[fit], seed=i).factors[0]
         factors = factors.to(torch.float32)
-        original, converted, judged = seen.hidden, layer.follow(converted, factors)[1], layer.follow(judged, factors)[1]
+        converted, judged = (layer.run_stream(stream, factors)[1] for stream in (converted, judged))
+        original = seen.hidden
     return perplexity(load_model(source.path, dtype=torch.float32).to(device), judged, test)
 
 
@@ -120,12 +121,12 @@ def main() -> None:
     device, rows = pick_device(arguments.device), []
     for model in arguments.models:
         for budget in arguments.budgets:
-            for effort in arguments.reconstruct:
-                found = [measure(model, budget, effort, way, device) for way in (False, True)]
+            for fit in arguments.reconstruct:
+                found = [measure(model, budget, fit, way, device) for way in (False, True)]
                 names = ("normed keys and values", "regressed on hidden states")
                 told = {name: round(value, 3) for name, value in zip(names, found, strict=True)}
-                rows.append({"model": model.name, "budget": budget, "reconstruct": effort, "perplexity": told})
-                print(f"{model.name}, {budget:.0%}, {effort}: {told}", flush=True)
+                rows.append({"model": model.name, "budget": budget, "reconstruct": fit, "perplexity": told})
+                print(f"{model.name}, {budget:.0%}, {fit}: {told}", flush=True)
                 write_result(arguments.result, rows, arguments.commit)
 
 

@@ -220,7 +220,7 @@ def main() -> None:
     for index, row in enumerate(ROWS):
         if arguments.only and index not in arguments.only:
             continue
-        for seed in arguments.seeds if method_named(row.method).published else [None]:
+        for seed in arguments.seeds if method_named(row.method).baseline else [None]:
             rows.append(measure(arguments, row, seed))
             print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
             write_result(arguments.result, rows, arguments.commit)

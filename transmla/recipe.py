@@ -16,7 +16,7 @@ class Strict(BaseModel):
 
 
 # YAML reads a bare `off` as false.
-Effort = Annotated[
+Reconstruct = Annotated[
     Literal["auto", "off", "fast", "full"], BeforeValidator(lambda value: "off" if value is False else value)
 ]
 
@@ -65,16 +65,12 @@ class Recipe(Strict):
     q_lora_rank: PositiveInt | None = Field(None, description="compress queries to this rank")
     pad_for: Literal["vllm"] | None = Field(None, description="round to a shape with fast kernels")
     freqfold: PositiveInt | None = Field(None, description="frequencies concentrated together")
-    reconstruct: Effort = Field(
+    reconstruct: Reconstruct = Field(
         "auto",
         description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU, "
         "off for methods that are there to compare with. --cache-ratio chooses a narrower rotary key for a fit",
     )
-    format: Literal["auto", "native", "transmla"] = Field(
-        "auto",
-        description="native: DeepSeek-V3's, read by any runtime; transmla: the source's own classes with MLA inside, "
-        "for what native cannot say; auto: native where it can",
-    )
+    format: str = Field("auto", description="export format")
     layers: str | None = Field(
         None, description="layers to convert, such as 4-28 or 0-3,8; the others keep their attention (format transmla)"
     )

@@ -10,7 +10,7 @@ import pytest
 from transmla.convert.pipeline import convert
 from transmla.evaluate.compare import evaluate_export
 from transmla.evaluate.verify import verify
-from transmla.plan.effort import EFFORTS
+from transmla.plan.fit_settings import FITS
 from transmla.recipe import read_recipe
 from transmla.reporter import Silent
 
@@ -27,7 +27,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """KL to the source on held-out text after conversions with little calibration text, all of one shape."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], steps=12))
+        patch.setitem(FITS, "fast", replace(FITS["fast"], steps=12))
         for name, (method, reconstruct) in CONVERSIONS.items():
             changes = {
                 "output": str(tmp_path_factory.mktemp("demo") / name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transmla.convert.cuda_graphs import beside, deterministic, repeat, wait_beside
+from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 
@@ -16,7 +16,7 @@ def test_a_replayed_graph_does_what_its_steps_do() -> None:
     eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
     for _ in range(10):
         eager.mul_(0.9).add_(1)
-    repeat(lambda: (graph.mul_(0.9).add_(1), None)[1], 10, device)
+    run_steps(lambda: (graph.mul_(0.9).add_(1), None)[1], 10, device)
     assert torch.equal(eager, graph)
 
 
@@ -27,19 +27,19 @@ def test_work_beside_is_seen_after_waiting() -> None:
     values = torch.arange(1 << 20, device=device, dtype=torch.float64)
 
     def advance() -> None:
-        with beside(device):
+        with side_stream(device):
             squares = (values * values).sum()
         plain = values.sum()
-        wait_beside(device)
+        wait_for_side_stream(device)
         total.add_(squares - plain)
 
-    repeat(advance, 7, device)
+    run_steps(advance, 7, device)
     assert total == 7 * ((values * values).sum() - values.sum())
 
 
 def test_without_a_gpu_the_steps_are_simply_taken() -> None:
     seen: list[int] = []
-    repeat(lambda: seen.append(len(seen)), 5, torch.device("cpu"))
+    run_steps(lambda: seen.append(len(seen)), 5, torch.device("cpu"))
     assert seen == [0, 1, 2, 3, 4]
 
 

@@ -11,10 +11,10 @@ from helpers.uncut_exports import FAMILIES, make_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transmla.convert.factorize import factorize
-from transmla.convert.reconstruct import _Parameters, _Problem
+from transmla.convert.reconstruct import FitParameters, FitProblem
 from transmla.convert.source_layer import SourceLayer
 from transmla.core.fit_coordinates import Coordinates
-from transmla.plan.effort import EFFORTS, attention_alone
+from transmla.plan.fit_settings import fit_settings
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.source.describe import describe, empty_model, family_of
@@ -42,9 +42,10 @@ def test_a_step_of_a_fit_never_asks_the_host(family: str, tmp_path: Path) -> Non
     config = model.config
     spec, empty = describe(config), empty_model(config)
     plan = make_plan(spec, parse_recipe({"source": "s", "output": "o", "cache_ratio": 0.5}, "test"), "float32")
-    effort = attention_alone(EFFORTS["full"]) if spec.experts else EFFORTS["full"]
+    fit = fit_settings("full", 0.5, experts=spec.experts)
+    assert fit is not None
     layers = []
-    for i in range(effort.window):
+    for i in range(fit.window):
         layers.append(SourceLayer(empty, family_of(config), spec, torch.device("cpu")))
         layers[-1].load({name: t.detach() for name, t in model.model.layers[i].state_dict().items()}, i)
     stream = torch.randn(32, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -53,10 +54,10 @@ def test_a_step_of_a_fit_never_asks_the_host(family: str, tmp_path: Path) -> Non
         seen = layer.observe(following)
         factors.append(factorize(layer.weights(), seen.stats, plan.at(i)))
         moment = seen.stats.second_moment
-        coordinates.append(Coordinates.of(factors[-1], moment, layer.front.blocks()))
+        coordinates.append(Coordinates.of(factors[-1], moment, layer.view.blocks()))
         following = seen.hidden
-    parameters = _Parameters(coordinates, factors, [layer.front.masks() for layer in layers])
-    problem = _Problem(layers, stream, stream, effort)
+    parameters = FitParameters(coordinates, factors, [layer.view.masks() for layer in layers])
+    problem = FitProblem(layers, stream, stream, fit)
     few = stream[:2]
     with Seen() as mode:
         errors, energies = problem.losses(parameters.factors(), few, few + 0.1)

@@ -23,7 +23,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export import push as hub
 from transmla.export import workspace as export
-from transmla.plan.effort import EFFORTS, Effort
+from transmla.plan.fit_settings import FITS, FitSettings
 from transmla.recipe import Recipe, parse_recipe
 from transmla.source.checkpoint import open_checkpoint
 
@@ -145,9 +145,9 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
 
 SIGKILL = """
 import os, signal, sys
-from transmla.pipeline import convert
+from transmla.convert.pipeline import convert
 from transmla.recipe import Recipe
-from transmla.progress import Silent
+from transmla.reporter import Silent
 class Reporter(Silent):
     def advance(self, done, note=""):
         if note.startswith("error"): os.kill(os.getpid(), signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_a_fit_of_several_layers_resumes_to_the_same_bytes(
     place: Path, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a window made of the layers ahead survives too."""
-    monkeypatch.setitem(EFFORTS, "full", Effort(steps=12, tokens=64, rate=5e-3, through_mlp=True, window=window))
+    monkeypatch.setitem(FITS, "full", FitSettings(steps=12, tokens=64, rate=5e-3, through_mlp=True, window=window))
     Path("source").unlink()
     write_source(Path("source"), num_hidden_layers=4)
     settings: dict[str, Any] = {"reconstruct": "full", "kv_lora_rank": 12, "qk_rope_head_dim": 4}
@@ -355,7 +355,7 @@ def test_the_head_is_written_whether_tied_or_not(place: Path, tied: bool) -> Non
 
 MEMORY = """
 import sys
-from transmla.pipeline import convert
+from transmla.convert.pipeline import convert
 from transmla.recipe import Recipe
 convert(Recipe.model_validate_json(sys.argv[1]))
 # Not ru_maxrss: a child inherits its parent's.

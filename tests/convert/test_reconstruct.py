@@ -17,16 +17,15 @@ from transmla.artifacts import LayerFactors, Plan
 from transmla.convert import reconstruct as fits
 from transmla.convert.factorize import factorize
 from transmla.convert.pipeline import convert
-from transmla.convert.reconstruct import JITTER, _Problem, held_out, reconstruct
+from transmla.convert.reconstruct import JITTER, FitProblem, held_out, reconstruct
 from transmla.convert.source_layer import SourceLayer
 from transmla.errors import TransmlaError
-from transmla.plan.effort import EFFORTS, HARD, Effort, choose_effort, effort_for
+from transmla.plan.fit_settings import FITS, SMALL_CACHE, FitSettings, choose_fit, fit_settings
 from transmla.plan.make_plan import make_plan
-from transmla.recipe import Effort as RecipeEffort
-from transmla.recipe import Recipe, parse_recipe, read_recipe
+from transmla.recipe import Recipe, Reconstruct, parse_recipe, read_recipe
 from transmla.source.describe import describe, empty_model, family_of
 
-SHORT = Effort(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
+SHORT = FitSettings(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
 LENGTH = 32
 
 
@@ -68,8 +67,8 @@ class Case:
         seen = self.layer.observe(self.source)
         return factorize(self.layer.weights(), seen.stats, self.plan)
 
-    def fit(self, factors: LayerFactors, effort: Effort = SHORT, seed: int = 0) -> Any:
-        return reconstruct([self.layer], [factors], self.source, self.converted, effort, seed=seed)
+    def fit(self, factors: LayerFactors, settings: FitSettings = SHORT, seed: int = 0) -> Any:
+        return reconstruct([self.layer], [factors], self.source, self.converted, settings, seed=seed)
 
 
 def judge(case: Case, factors: LayerFactors) -> float:
@@ -110,7 +109,7 @@ def test_layers_fitted_together_lower_their_common_error() -> None:
     assert all(not torch.equal(a.latent, b.latent) for a, b in zip(fit.factors, (first, second), strict=True))
 
     def follow(factors: LayerFactors) -> Tensor:
-        return case.layer.follow(case.converted, factors.to(torch.float32))[1]
+        return case.layer.run_stream(case.converted, factors.to(torch.float32))[1]
 
     alone = case.fit(first).factors[0]
     apart = reconstruct([after.layer], [second], entering, follow(alone), SHORT, seed=0)
@@ -132,18 +131,18 @@ def test_the_better_iterate_is_kept(rate: float) -> None:
         assert fit.after == pytest.approx(fit.before, rel=1e-4)
 
 
-def test_what_failed_is_tried_once_more_gently(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, real, rates = Case(), fits._descend, []
+def test_a_failed_fit_is_tried_again_at_a_lower_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, real, rates = Case(), fits.descend, []
 
-    def ruinous(problem: Any, parameters: Any, effort: Effort, seed: int) -> None:
-        real(problem, parameters, effort, seed)
+    def ruinous(problem: Any, parameters: Any, settings: FitSettings, seed: int) -> None:
+        real(problem, parameters, settings, seed)
         if not rates:
             parameters.vector.data.mul_(100)
-        rates.append(effort.rate)
+        rates.append(settings.rate)
 
-    monkeypatch.setattr(fits, "_descend", ruinous)
+    monkeypatch.setattr(fits, "descend", ruinous)
     fit = case.fit(case.closed_form())
-    assert rates == [SHORT.rate, pytest.approx(SHORT.rate * fits.GENTLY)]
+    assert rates == [SHORT.rate, pytest.approx(SHORT.rate * fits.RETRY_RATE)]
     assert fit.after < fit.before
 
 
@@ -202,13 +201,13 @@ def test_an_input_of_rank_one_stays_finite() -> None:
     assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
 
 
-def test_effort_by_device_and_text() -> None:
+def test_the_fit_follows_device_and_text() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [choose_effort("auto", device, 2) for device in (cpu, gpu)] == ["fast", "full"]
-    assert choose_effort("auto", gpu, 1) == "off"
-    assert choose_effort("off", gpu, 64) == "off"
+    assert [choose_fit("auto", device, 2) for device in (cpu, gpu)] == [("fast", ""), ("full", "")]
+    assert choose_fit("auto", gpu, 1) == ("off", "one calibration sequence")
+    assert choose_fit("off", gpu, 64) == ("off", "--reconstruct off")
     with pytest.raises(TransmlaError, match="at least 2"):
-        choose_effort("full", cpu, 1)
+        choose_fit("full", cpu, 1)
 
 
 @pytest.mark.parametrize("method", ["calibrated", "transmla"])
@@ -236,10 +235,10 @@ def test_one_sequence_is_refused_by_name_only(
     assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
 
 
-def test_published_methods_are_left_as_they_are() -> None:
+def test_baseline_methods_are_left_as_they_are() -> None:
     gpu = torch.device("cuda")
-    assert choose_effort("auto", gpu, 64, published=True) == "off"
-    assert choose_effort("full", gpu, 64, published=True) == "full"
+    assert choose_fit("auto", gpu, 64, baseline="care") == ("off", "method care is a baseline")
+    assert choose_fit("full", gpu, 64, baseline="care") == ("full", "")
 
 
 def test_a_recipe_may_say_off_without_quotes(tmp_path: Path) -> None:
@@ -259,7 +258,7 @@ def test_tokens_given_directly_decide(make_source: Callable[..., Path], make_rec
 def test_inputs_are_made_of_the_calibration_text() -> None:
     """Every token stands where it stood, moved by no more than a share of itself; the drift goes with it."""
     case = Case()
-    problem = _Problem([case.layer], case.source, case.converted, SHORT)
+    problem = FitProblem([case.layer], case.source, case.converted, SHORT)
     rows = torch.tensor([[3, 8], [5, 5]])
     source, converted = problem.inputs(rows, torch.tensor([10]), torch.tensor([0.0, 1.0]), torch.tensor([3, 40]))
     pieces = torch.stack([torch.cat([case.source[3, :10], case.source[8, 10:]]), case.source[5]])
@@ -270,14 +269,14 @@ def test_inputs_are_made_of_the_calibration_text() -> None:
     assert torch.allclose(converted[1] - source[1], case.converted[5] - case.source[5], atol=1e-5)
 
 
-def test_efforts_are_those_that_can_be_asked_for() -> None:
-    (choices,) = (arg for arg in get_args(RecipeEffort) if get_args(arg))
-    assert {"auto", "off", *EFFORTS} == set(get_args(choices))
+def test_fits_are_those_that_can_be_asked_for() -> None:
+    (choices,) = (arg for arg in get_args(Reconstruct) if get_args(arg))
+    assert {"auto", "off", *FITS} == set(get_args(choices))
 
 
-def test_a_hard_budget_is_fitted_for_longer() -> None:
-    easy, hard = effort_for("full", HARD), effort_for("full", HARD - 0.01)
-    assert easy == EFFORTS["full"]
+def test_a_small_cache_is_fitted_for_longer() -> None:
+    easy, hard = fit_settings("full", SMALL_CACHE), fit_settings("full", SMALL_CACHE - 0.01)
+    assert easy == FITS["full"]
     assert hard is not None
-    assert hard.steps == 1.5 * EFFORTS["full"].steps
-    assert effort_for("off", 0.5) is None
+    assert hard.steps == 1.5 * FITS["full"].steps
+    assert fit_settings("off", 0.5) is None

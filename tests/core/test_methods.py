@@ -14,7 +14,7 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.methods.base import Method
 from transmla.core.reference_attention import expanded_attention
-from transmla.plan.rotary_slots import check_fold
+from transmla.plan.freqfold import check_fold
 from transmla.registry import scan
 
 METHODS = scan("transmla.core.methods", "METHOD")

@@ -19,7 +19,7 @@ from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export import push as hub
-from transmla.export.manifest import file_sha256
+from transmla.export.hashes import file_sha256
 from transmla.recipe import parse_recipe
 
 SHARD = "model-00002-of-00004.safetensors"  # layer 0
@@ -31,8 +31,8 @@ CHECKS = [
     "loads",
     "finite",
     "cached decode = full forward",
-    "absorbed = expanded",
     "cache size",
+    "absorbed = expanded",
     "latent norm is an identity",
 ]
 
@@ -303,7 +303,7 @@ def test_the_source_is_read_at_the_commit_it_was_converted_from(
 
     monkeypatch.setattr("transmla.evaluate.verify.resolve_source", resolve)
     for commit in ("0" * 40, None):
-        origin = {"name": "org/name", "revision": "main", "commit": commit}
+        origin = {"name": "org/name", "revision": "main", "commit": commit, "fingerprint": "0" * 64}
         edit_json(folder / "transmla.json", source=origin)
         assert failures(folder, source=str(pristine / "source")) == []
     assert seen == ["0" * 40, "main"]

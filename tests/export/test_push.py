@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, http_backoff
 
 from transmla.errors import TransmlaError
-from transmla.export.manifest import check_hashes, export_fingerprint, file_sha256
+from transmla.export.hashes import check_hashes, export_fingerprint, file_sha256
 from transmla.export.push import PushFile, PushResult, list_files, push
 
 REPO_ID = "someone/model-mla"

@@ -24,10 +24,10 @@ from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.families.base import Family, rope_tables
+from transmla.plan import family_table as support
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe, parse_recipe
 from transmla.registry import scan
-from transmla.source import family_table as support
 from transmla.source.describe import describe, family_of
 
 FOUND: dict[str, Family] = scan("transmla.families", "FAMILY")
@@ -266,7 +266,7 @@ def test_a_source_run_in_half_precision_converts(
     family: str, tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs; with a padding token that no text holds."""
-    monkeypatch.setattr("transmla.source.bfloat16_pays", lambda device: True)
+    monkeypatch.setattr("transmla.source.is_fast_in_bfloat16", lambda device: True)
     model = make_source(family, tmp_path / "half", vocab_size=128, pad_token_id=127)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
     build_tokenizer(tmp_path / "source", 128)

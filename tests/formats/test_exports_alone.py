@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transmla.convert.pipeline import convert
 from transmla.export.card import public_recipe
-from transmla.export.manifest import file_sha256
+from transmla.export.hashes import file_sha256
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe, dump_recipe, parse_recipe, read_recipe
 from transmla.source.checkpoint import Checkpoint, open_checkpoint

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transmla.convert.pipeline import convert
 from transmla.core.rope import to_complex, to_halves
 from transmla.errors import TransmlaError
-from transmla.export.manifest import MANIFEST
+from transmla.export.hashes import MANIFEST
 from transmla.registry import scan
 from transmla.source.describe import describe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.random_layer import make_spec, measure, relative
-from helpers.uncut_exports import FAMILIES, front_end, make_source, rotary_table
+from helpers.uncut_exports import FAMILIES, attention_view, make_source, rotary_table
 
 from transmla.artifacts import MLAShape, Plan, RotaryPlan
 from transmla.core.methods.calibrated import METHOD
@@ -30,7 +30,7 @@ def test_the_closed_form_written_and_read_is_the_source(family: str, tmp_path: P
         attention = layer.self_attn
         inv_freq, factor = rotary_table(model, i)
         d, turned = attention.head_dim, 2 * len(inv_freq)
-        front = front_end(model, i)
+        front = attention_view(model, i)
         rules = front.rules
         x = attention_input(layer, hidden)
         features = front.features(x).double()

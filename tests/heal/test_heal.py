@@ -273,14 +273,14 @@ def test_text_of_the_teacher_is_sampled_once(
 def test_what_does_not_verify_is_not_published(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = natural.leave
+    real = natural.to_export
 
     def spoiled(*args: Any) -> dict[str, Tensor]:
         found = real(*args)
         name = next(name for name in found if "kv_a_layernorm" in name)
         return found | {name: found[name] * math.nan}
 
-    monkeypatch.setattr(run.natural, "leave", spoiled)
+    monkeypatch.setattr(run.natural, "to_export", spoiled)
     with pytest.raises(TransmlaError, match="does not pass 'finite'"):
         heal(make_healing())
     assert not (tmp_path / "healed").exists()

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transmla.convert.pipeline import convert
+from transmla.formats.base import format_named
 from transmla.heal import natural_coordinates as natural
-from transmla.heal.batches import Text
+from transmla.heal.batches import TokenStream
 from transmla.heal.distributed import unwrapped
 from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import choose_trainable, highest_rate, make_optimiser, set_rates
@@ -32,14 +33,16 @@ def test_natural_coordinates_are_the_same_model(
     model, tokens = load(folder), torch.randint(0, 128, (2, 20))
     with torch.no_grad():
         wanted = model(tokens).logits
-        natural.enter(model)
-        natural.watch(model, watching=True)
+        natural.to_natural(model, format_named("native"))
+        natural.measure_latents(model, watching=True)
         found = model(tokens).logits
-        natural.watch(model, watching=False)
+        natural.measure_latents(model, watching=False)
     assert torch.allclose(found, wanted, atol=1e-3)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     back = load(folder)
-    unknown = back.load_state_dict(natural.leave(model, weights, torch.float32), strict=True)
+    unknown = back.load_state_dict(
+        natural.to_export(model, weights, format_named("native"), torch.float32), strict=True
+    )
     assert not unknown.unexpected_keys
     with torch.no_grad():
         assert torch.allclose(back(tokens).logits, wanted, atol=1e-3)
@@ -74,7 +77,7 @@ def test_what_meets_is_equally_large_in_natural_coordinates(
     _, before = next(natural.attentions(model))
     unlike = parts(before)
     assert size(unlike["latents"]) < 1e-3 * size(unlike["pe"])
-    natural.enter(model)
+    natural.to_natural(model, format_named("native"))
     for _, attention in natural.attentions(model):
         found = parts(attention)
         for one, other in (("q_nope", "q_pe"), ("keys", "values"), ("latents", "pe")):
@@ -96,7 +99,7 @@ def test_a_row_that_is_nothing_stays_nothing(pair: tuple[Path, Path]) -> None:
             found["pe"][1] = 0
             found["q_pe"][:, 2] = 0
         wanted = model(tokens).logits
-        natural.enter(model)
+        natural.to_natural(model, format_named("native"))
         assert torch.allclose(model(tokens).logits, wanted, atol=1e-3)
 
 
@@ -184,12 +187,12 @@ def test_a_student_far_away_takes_long_steps() -> None:
 
 
 def test_a_text_is_read_whole_before_it_is_read_again() -> None:
-    stream = Text("stream", torch.arange(1000), length=10, held_out=5, seed=0)
+    stream = TokenStream("stream", torch.arange(1000), length=10, held_out=5, seed=0)
     assert stream.sequences == 94
     seen = torch.cat([stream[i] for i in range(94)])
     assert len(seen.unique()) == 940
     assert int(seen.max()) < 950
     assert sorted(stream.held_out.flatten().tolist()) == list(range(950, 1000))
     assert not torch.equal(stream[0], stream[94])
-    rows = Text("rows", torch.arange(80).view(8, 10), length=10, held_out=2, seed=0)
+    rows = TokenStream("rows", torch.arange(80).view(8, 10), length=10, held_out=2, seed=0)
     assert sorted(int(rows[i][0]) for i in range(6)) == list(range(0, 60, 10))

@@ -19,6 +19,7 @@ from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.families.base import TINY
+from transmla.formats.base import format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal import run
 from transmla.heal.checks import check_models
@@ -83,13 +84,16 @@ def test_natural_coordinates_are_the_same_model(family: str, tmp_path: Path) -> 
                 attention.q_proj.bias.unflatten(0, (attention.num_heads, -1))[:, [wide, wide + half]] *= 1e3
     ids = torch.arange(3, 20)[None]
     wanted = model(ids).logits
-    natural.enter(model)
+    natural.to_natural(model, format_named("transmla"))
     assert (model(ids).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
     for _, attention in natural.attentions(model):
         rows = attention.kv_a_proj_with_mqa.weight[attention.kv_lora_rank :].square().mean(1).sqrt()
         assert rows.max() < 30 * rows.min()
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    assert all(torch.equal(weights[name], t) for name, t in natural.leave(model, weights, torch.float32).items())
+    assert all(
+        torch.equal(weights[name], t)
+        for name, t in natural.to_export(model, weights, format_named("transmla"), torch.float32).items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,9 @@ def test_it_heals_and_leaves_an_export(
 
 def test_the_student_learns_without_dropout(tmp_path: Path) -> None:
     source = make_source("starcoder2", tmp_path / "source", attention_dropout=0.5, residual_dropout=0.5)
-    student = run._load_student(uncut(source, tmp_path / "source", tmp_path / "export")).train()
+    student = run.load_student(
+        uncut(source, tmp_path / "source", tmp_path / "export"), format_named("transmla")
+    ).train()
     ids = torch.arange(3, 20)[None]
     assert student(ids).logits.equal(student(ids).logits)
     assert student.config.attention_dropout == 0.5

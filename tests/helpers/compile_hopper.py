@@ -35,7 +35,7 @@ NUMBERS = [
 
 def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, masked: bool) -> dict[str, Any]:
     """Shared memory in bytes, and the assembler's words, of one specialisation."""
-    columns, tokens, stages = hopper._tiles(rank)
+    columns, tokens, stages = hopper.choose_tiles(rank)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
         **dict.fromkeys(("q_latent", "q_pe"), f"*{dtype}"),

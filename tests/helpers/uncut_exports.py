@@ -20,7 +20,7 @@ from transmla.families.base import TINY, TINY_WINDOW, Family
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
 from transmla.registry import scan
-from transmla.source.attention_view import FrontEnd, Heads, halves_order
+from transmla.source.attention_view import AttentionView, Heads, halves_order
 
 COMMON = {**TINY, "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "pad_token_id": 0}
 COMMON |= {"bos_token_id": 1, "eos_token_id": 2}
@@ -57,7 +57,7 @@ def rotary_table(model: Any, layer: int) -> tuple[Tensor, float]:
     return inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
-def front_end(model: Any, layer: int) -> FrontEnd:
+def attention_view(model: Any, layer: int) -> AttentionView:
     """The features of a layer's attention, by what its config says; not by ``describe``, which reads the modules."""
     config, attention = model.config, model.model.layers[layer].self_attn
     types = getattr(config, "layer_types", None)
@@ -69,7 +69,7 @@ def front_end(model: Any, layer: int) -> FrontEnd:
     )
     width, turned = attention.head_dim, 2 * len(rotary_table(model, layer)[0])
     order = halves_order(width, turned, interleaved=config.model_type in INTERLEAVED)
-    return FrontEnd(attention, Heads(config.num_attention_heads, config.num_key_value_heads, width, order), rules)
+    return AttentionView(attention, Heads(config.num_attention_heads, config.num_key_value_heads, width, order), rules)
 
 
 def uncut(model: Any, source: Path, folder: Path, *, keep: tuple[int, ...] = ()) -> Path:

@@ -19,7 +19,7 @@ from transmla.core.reference_attention import causal_softmax
 from transmla.kernels import DecodeShape, hopper, triton_decode
 from transmla.kernels import reference as plain
 from transmla.kernels.custom_op import Compilable
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 from transmla.kernels.splits import CPU_UNITS, best_splits
 from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.load import accelerate
@@ -55,7 +55,7 @@ class Case:
         self, kernel: ModuleType, mask: Tensor | None = None, softcap: float | None = None, **rows: Tensor
     ) -> Any:
         held = Rows(self.kv_c, self.k_pe, **rows)
-        return kernel.decode(self.q_latent, self.q_pe, held, scaling=SCALING, mask=mask, softcap=softcap)
+        return kernel.decode(self.q_latent, self.q_pe, held, Scores(SCALING, mask, softcap))
 
 
 def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,10 +212,10 @@ def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
     table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6) if page else None
     lengths = torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)
     held = replace(unpack(rows, 32, 16, torch.float16), lengths=lengths, block_table=table)
-    found = kernel.decode(c.q_latent, c.q_pe, held, scaling=SCALING)
+    found = kernel.decode(c.q_latent, c.q_pe, held, Scores(SCALING))
     kv_c, k_pe = (part.double() for part in held.full())
     exact = replace(held, kv_c=kv_c, k_pe=k_pe, scale=None)
-    wanted = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, scaling=SCALING)
+    wanted = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, Scores(SCALING))
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transmla.kernels import reference as plain
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -24,7 +24,7 @@ def test_rows_that_lie_as_pages(given: bool) -> None:
     assert pages.paged(32) is pages
     assert pages.paged(16) is None
     told = Rows(kv_c, k_pe, lengths=pages.lengths)
-    found, wanted = (plain.decode(q_latent, q_pe, r, scaling=0.11)[0] for r in (pages, told))
+    found, wanted = (plain.decode(q_latent, q_pe, r, Scores(0.11))[0] for r in (pages, told))
     assert torch.allclose(found, wanted, atol=1e-12)
     assert given or pages.lengths.tolist() == [91] * 3
 

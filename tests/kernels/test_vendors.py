@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transmla.kernels import DecodeShape, flashinfer, flashmla, hopper
 from transmla.kernels import reference as plain
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = DecodeShape(32, 512, 64, torch.bfloat16, DEVICE)
@@ -37,9 +37,9 @@ def compare(vendor: ModuleType, rows: Rows, new: int, batch: int, monkeypatch: p
     q_latent, q_pe = queries.split([512, 64], -1)
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "decode", None)
-        found = vendor.decode(q_latent, q_pe, rows, scaling=SCALING)
+        found = vendor.decode(q_latent, q_pe, rows, Scores(SCALING))
     exact = Rows(rows.kv_c.double(), rows.k_pe.double(), None, rows.lengths, rows.block_table)
-    wanted = plain.decode(q_latent.double(), q_pe.double(), exact, scaling=SCALING)
+    wanted = plain.decode(q_latent.double(), q_pe.double(), exact, Scores(SCALING))
     for ours, theirs in zip(found, wanted, strict=True):
         blind = theirs == float("-inf")
         assert torch.equal(blind, ours == float("-inf"))
@@ -74,6 +74,6 @@ def test_a_mask_is_served_by_hopper(vendor: ModuleType) -> None:
     q = torch.randn(2, 1, SHAPE.heads, 576, device=DEVICE, dtype=torch.bfloat16)
     mask = torch.arange(128, device=DEVICE)[None, None, None] < 100
     q_latent, q_pe = q.split([512, 64], -1)
-    found = vendor.decode(q_latent, q_pe, Rows(kv_c, k_pe), scaling=SCALING, mask=mask)[0]
-    wanted = hopper.decode(q_latent, q_pe, Rows(kv_c, k_pe), scaling=SCALING, mask=mask)[0]
+    found = vendor.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
+    wanted = hopper.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
     assert torch.equal(found, wanted)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from transmla.families.base import TINY
-from transmla.plan.estimate import _longest, memory_bytes
+from transmla.plan.estimate import longest_context, memory_bytes
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.source.describe import describe
@@ -26,7 +26,7 @@ from transmla.source.describe import describe
     ],
 )
 def test_layers_with_windows_stop_growing(free: int, windows: list[int | None], tokens: int) -> None:
-    assert _longest(free, [10, 10], windows) == tokens
+    assert longest_context(free, [10, 10], windows) == tokens
     held = sum(10 * min(tokens, window or tokens) for window in windows)
     assert held <= free
 

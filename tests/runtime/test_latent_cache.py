@@ -12,7 +12,7 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import transmla
-from transmla.runtime.latent_cache import STEP, LatentLayer, make_room
+from transmla.runtime.latent_cache import STEP, LatentLayer, grow_in_place
 
 
 def grown(length: int, layer: Any) -> Any:
@@ -58,6 +58,6 @@ def test_other_caches_stay_as_they_are() -> None:
     model = transmla.accelerate(tiny())
     cache = StaticCache(config=model.config, max_cache_len=32)
     kinds = [type(layer) for layer in cache.layers]
-    make_room(cache, 0)
-    make_room(None, 0)
+    grow_in_place(cache, 0)
+    grow_in_place(None, 0)
     assert [type(layer) for layer in cache.layers] == kinds

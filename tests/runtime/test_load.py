@@ -177,7 +177,7 @@ def test_a_model_that_moves_is_served_where_it_is(monkeypatch: pytest.MonkeyPatc
     layer = model.model.layers[0].self_attn
     asked: list[DecodeShape] = []
     monkeypatch.setattr(
-        "transmla.runtime.load._serving", lambda wanted, shape: asked.append(shape) or backends()["torch"]
+        "transmla.runtime.load.choose_for_device", lambda wanted, shape: asked.append(shape) or backends()["torch"]
     )
     model.generate(**inputs, max_new_tokens=2)
     assert asked == []
@@ -227,10 +227,10 @@ def test_copies_say_the_same(copied: Callable[[Any], Any]) -> None:
     assert decoded
 
 
-@pytest.mark.parametrize("by_hand", [False, True], ids=["traced", "one operator"])
-def test_a_step_compiles_to_one_graph(by_hand: bool) -> None:
+@pytest.mark.parametrize("opaque_to_compile", [False, True], ids=["traced", "one operator"])
+def test_a_step_compiles_to_one_graph(opaque_to_compile: bool) -> None:
     model, tokens = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt(0)["input_ids"]
-    if by_hand:
+    if opaque_to_compile:
         for module in model.modules():
             if isinstance(module, LatentAttention):
                 module.decode = Compilable("torch")
@@ -245,7 +245,7 @@ def test_a_step_compiles_to_one_graph(by_hand: bool) -> None:
             assert torch.allclose(compiled, model(tokens[:, :1], past_key_values=caches[1]).logits, atol=1e-5)
     assert len(graphs) == 1
     called = [node.target for node in graphs[0].graph.nodes]
-    assert [str(target) for target in called].count("transmla.decode_torch.default") == (2 if by_hand else 0)
+    assert [str(target) for target in called].count("transmla.decode_torch.default") == (2 if opaque_to_compile else 0)
 
 
 def test_an_export_loads_and_talks(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:

@@ -15,7 +15,7 @@ import transmla
 from transmla.errors import TransmlaError
 from transmla.runtime import latent_attention as attention
 from transmla.runtime import prefix_cache as prefix
-from transmla.runtime.prefix_cache import attend, expanding_pays, merge, share
+from transmla.runtime.prefix_cache import attend, expanding_is_cheaper, merge, share
 
 SHARED, OWN = 11, 4
 
@@ -125,10 +125,10 @@ def test_few_queries_leave_the_prefix_a_latent() -> None:
     class Shape:
         kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 512, 128, 64, 128
 
-    assert not expanding_pays(Shape, 32)
-    assert expanding_pays(Shape, 64)
+    assert not expanding_is_cheaper(Shape, 32)
+    assert expanding_is_cheaper(Shape, 64)
     Shape.kv_lora_rank = 96  # expanding saves no product
-    assert not expanding_pays(Shape, 10**6)
+    assert not expanding_is_cheaper(Shape, 10**6)
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.random_layer import relative
-from helpers.uncut_exports import FAMILIES, front_end, make_source, rotary_table
+from helpers.uncut_exports import FAMILIES, attention_view, make_source, rotary_table
 from torch import Tensor
 
 from transmla.core.reference_attention import source_attention
@@ -29,7 +29,7 @@ def test_the_mathematics_is_the_familys_attention(family: str, tmp_path: Path) -
         attention = model.model.layers[i].self_attn
         inv_freq, factor = rotary_table(model, i)
         d, turned = attention.head_dim, 2 * len(inv_freq)
-        front = front_end(model, i)
+        front = attention_view(model, i)
         features, weights = front.features(x).double(), front.weights().to(torch.float64)
         assert features.shape[-1] == front.width == weights.q.shape[-1]
         frequencies = torch.cat([inv_freq.double(), torch.zeros((d - turned) // 2, dtype=torch.float64)])

@@ -17,7 +17,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from transmla.convert.inspect import Survey
+from transmla.artifacts import Plan
+from transmla.convert.inspect import Inspection
 from transmla.evaluate.bench import Bench
 from transmla.evaluate.verify import Check
 from transmla.export.card import cache_rows
@@ -94,24 +95,23 @@ def duration(seconds: float) -> str:
     )
 
 
-def show_plan(summary: dict[str, Any]) -> None:
+def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     """The tables of ``transmla plan``."""
-    shape, spec = summary["shape"], summary["spec"]
-    (_, *values), (_, *size) = cache_rows(summary)
-    target = "DeepSeek-V3" if summary["format"] == "native" else f"{spec['family']} with MLA, format transmla"
+    shape, spec = plan.shape, plan.spec
+    (_, *values), (_, *size) = cache_rows(plan)
     table(
-        f"{spec['family']}, {spec['num_hidden_layers']} layers → {target} ({summary['dtype']}, {summary['method']})",
+        f"{spec.family}, {spec.num_hidden_layers} layers → {summary['target']} ({plan.dtype}, {plan.method})",
         ["", "source", "MLA"],
         [
             [
                 "attention",
-                f"{spec['num_attention_heads']} q / {spec['num_key_value_heads']} kv × {spec['head_dim']}",
-                f"latent {shape['kv_lora_rank']} + rotary {shape['qk_rope_head_dim']}",
+                f"{spec.num_attention_heads} q / {spec.num_key_value_heads} kv × {spec.head_dim}",
+                f"latent {shape.kv_lora_rank} + rotary {shape.qk_rope_head_dim}",
             ],
             [
                 "head widths (nope, rope, v)",
-                f"{spec['head_dim']}",
-                f"{shape['qk_nope_head_dim']}, {shape['qk_rope_head_dim']}, {shape['v_head_dim']}",
+                f"{spec.head_dim}",
+                f"{shape.qk_nope_head_dim}, {shape.qk_rope_head_dim}, {shape.v_head_dim}",
             ],
             ["cache values per token, layer", *values],
             ["cache bytes per token", *size],
@@ -131,15 +131,15 @@ def show_plan(summary: dict[str, Any]) -> None:
         f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
         " calibration sampling not counted)"
     )
-    for note in summary["notes"]:
+    for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 
 
-def show_survey(survey: Survey) -> None:
+def show_inspection(inspection: Inspection) -> None:
     """The tables of ``transmla inspect``."""
-    budgets = list(survey.plans)
+    budgets = list(inspection.plans)
     rows = []
-    for i, layer in enumerate(survey.layers):
+    for i, layer in enumerate(inspection.layers):
         spectrum = layer.spectrum
         rows.append(
             [
@@ -152,9 +152,9 @@ def show_survey(survey: Survey) -> None:
                 *(f"{layer.errors[budget]:.3f}" for budget in budgets),
             ]
         )
-    shares = [f"{survey.plans[budget].cache_ratio:.1%}" for budget in budgets]
+    shares = [f"{inspection.plans[budget].cache_ratio:.1%}" for budget in budgets]
     table(
-        f"{survey.source}: what a layer holds, and the closed form's error by share of the cache",
+        f"{inspection.source}: what a layer holds, and the closed form's error by share of the cache",
         ["layer", "r 90 %", "r 99 %", "one head", "shared", "const", *shares],
         rows,
     )
@@ -170,9 +170,9 @@ def show_survey(survey: Survey) -> None:
                 f"{plan.cache_ratio:.1%}",
                 str(plan.shape.kv_lora_rank),
                 str(plan.shape.qk_rope_head_dim),
-                f"{survey.mean_error(budget):.4f}",
+                f"{inspection.mean_error(budget):.4f}",
             ]
-            for budget, plan in survey.plans.items()
+            for budget, plan in inspection.plans.items()
         ],
     )
 
@@ -242,13 +242,13 @@ def show_healing(told: dict[str, Any]) -> None:
     )
 
 
-def show_before_after(manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
+def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:
     """The table that closes a conversion whose recipe has an ``eval`` section."""
     table(
         f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
         ["", "source", "MLA"],
         [
-            *map(list, cache_rows(manifest["plan"])),
+            *map(list, cache_rows(plan)),
             ["perplexity", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"],
             ["KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"],
             ["same top-1 token", "–", f"{evaluation['top1_agreement']:.1%}"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from transmla.convert.inspect import Survey
+from transmla.convert.inspect import Inspection
 from transmla.evaluate.figures import _figure, check_picture
 
 _PAGE = """<!doctype html>
@@ -30,14 +30,14 @@ _TEXT = (
 )
 
 
-def write_picture(survey: Survey, path: Path) -> None:
+def write_picture(inspection: Inspection, path: Path) -> None:
     """Write ``path`` as a PNG, or as one self-contained HTML page.
 
     Raises:
         TransmlaError: for another suffix, a folder that is not there, or without matplotlib.
     """
     check_picture(path)
-    image = _draw(survey)
+    image = _draw(inspection)
     if path.suffix == ".png":
         path.write_bytes(image)
         return
@@ -45,12 +45,12 @@ def write_picture(survey: Survey, path: Path) -> None:
         "<tr><th>cache</th><th>kv_lora_rank</th><th>qk_rope_head_dim</th><th>mean error</th></tr>",
         *(
             f"<tr><td>{plan.cache_ratio:.1%}</td><td>{plan.shape.kv_lora_rank}</td>"
-            f"<td>{plan.shape.qk_rope_head_dim}</td><td>{survey.mean_error(budget):.4f}</td></tr>"
-            for budget, plan in survey.plans.items()
+            f"<td>{plan.shape.qk_rope_head_dim}</td><td>{inspection.mean_error(budget):.4f}</td></tr>"
+            for budget, plan in inspection.plans.items()
         ),
     ]
     page = _PAGE.format(
-        title=html.escape(f"{survey.source} under MLA"),
+        title=html.escape(f"{inspection.source} under MLA"),
         text=_TEXT,
         table="\n".join(rows),
         image=base64.b64encode(image).decode(),
@@ -58,31 +58,31 @@ def write_picture(survey: Survey, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _draw(survey: Survey) -> bytes:
+def _draw(inspection: Inspection) -> bytes:
     figure = _figure(13, 9)
     (decay, errors), (energy, phase) = figure.subplots(2, 2)
-    _draw_decay(decay, survey)
-    _draw_errors(errors, survey)
-    _draw_rotary(energy, survey)
+    _draw_decay(decay, inspection)
+    _draw_errors(errors, inspection)
+    _draw_rotary(energy, inspection)
     shown = phase.imshow(
-        torch.stack([layer.spectrum.phase for layer in survey.layers]).cpu(), aspect="auto", vmin=0, vmax=1
+        torch.stack([layer.spectrum.phase for layer in inspection.layers]).cpu(), aspect="auto", vmin=0, vmax=1
     )
     figure.colorbar(shown, ax=phase, label="|φ|")
     phase.set(title="phase: 1 = RoPE can be a constant, 0 = it cannot", xlabel="frequency, fast → slow", ylabel="layer")
-    figure.suptitle(f"{survey.source} under MLA")
+    figure.suptitle(f"{inspection.source} under MLA")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def _draw_decay(axes: Any, survey: Survey) -> None:
+def _draw_decay(axes: Any, inspection: Inspection) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["viridis"]
-    for i, layer in enumerate(survey.layers):
+    for i, layer in enumerate(inspection.layers):
         left = (1 - layer.spectrum.joint.cumsum(0)).clamp_min(1e-6).cpu()
-        axes.semilogy(range(1, len(left) + 1), left, color=colours(i / len(survey.layers)), linewidth=0.8)
-    for plan in survey.plans.values():
+        axes.semilogy(range(1, len(left) + 1), left, color=colours(i / len(inspection.layers)), linewidth=0.8)
+    for plan in inspection.plans.values():
         axes.axvline(plan.shape.kv_lora_rank, color="grey", linewidth=0.8, linestyle=":")
         axes.text(plan.shape.kv_lora_rank, 1.0, f" {plan.cache_ratio:.0%}", fontsize=8, va="top")
     axes.set(
@@ -93,17 +93,17 @@ def _draw_decay(axes: Any, survey: Survey) -> None:
     )
 
 
-def _draw_errors(axes: Any, survey: Survey) -> None:
-    for budget, plan in survey.plans.items():
+def _draw_errors(axes: Any, inspection: Inspection) -> None:
+    for budget, plan in inspection.plans.items():
         label = f"{plan.cache_ratio:.1%}: {plan.shape.kv_lora_rank} + {plan.shape.qk_rope_head_dim}"
-        axes.plot([layer.errors[budget] for layer in survey.layers], label=label, marker=".", linewidth=1)
+        axes.plot([layer.errors[budget] for layer in inspection.layers], label=label, marker=".", linewidth=1)
     axes.set(title="error of the attention output, closed form", xlabel="layer", ylabel="relative squared error")
     axes.set_ylim(bottom=0)
     axes.legend(title="cache: latent + rotary")
 
 
-def _draw_rotary(axes: Any, survey: Survey) -> None:
-    spectra = [layer.spectrum for layer in survey.layers]
+def _draw_rotary(axes: Any, inspection: Inspection) -> None:
+    spectra = [layer.spectrum for layer in inspection.layers]
     energy = torch.stack([s.rotary for s in spectra])
     mean = energy.mean(0).cpu()
     shared = (energy * torch.stack([s.shared for s in spectra])).mean(0).cpu()

@@ -32,30 +32,14 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
     from transmla.cli import console
-    from transmla.core.methods.base import method_named
-    from transmla.plan import estimate
-    from transmla.plan.effort import choose_effort
-    from transmla.plan.make_plan import make_plan
-    from transmla.source.device import pick_device
-    from transmla.source.open_source import computes_in_bfloat16, open_source
+    from transmla.convert.prepare import prepare, summarise
 
-    recipe = _recipe(source, options | {"output": options.get("output") or "unused"})
-    opened = open_source(recipe)
-    device = pick_device(recipe.device)
-    published = method_named(recipe.method).published
-    chosen_effort = choose_effort(recipe.reconstruct, device, recipe.calibration.sequences, published=published)
-    recipe = recipe.model_copy(update={"reconstruct": chosen_effort})
-    tokens = recipe.calibration.sequences * recipe.calibration.length
-    held = opened.checkpoint.size if opened.checkpoint.gguf else 0
-    # On the CPU a half-precision source is widened to sample from, unless the CPU multiplies bfloat16.
-    widened = 2 if opened.dtype != "float32" and not computes_in_bfloat16(opened, device) else 1
-    sampled = opened.checkpoint.size * widened if recipe.calibration.source == "self" else 0
-    chosen = make_plan(opened.spec, recipe, opened.dtype)
-    result = estimate.summary(chosen, tokens, device, recipe.reconstruct, held=held, sampled=sampled)
+    prepared = prepare(_recipe(source, options | {"output": options.get("output") or "unused"}))
+    result = summarise(prepared)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        console.show_plan(result)
+        console.show_plan(prepared.plan, result)
 
 
 @with_recipe_options
@@ -74,18 +58,18 @@ def inspect(
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """
     from transmla.cli import console, inspect_report
-    from transmla.convert.inspect import survey
+    from transmla.convert.inspect import inspect_source
     from transmla.evaluate import figures as picture
 
     recipe = _recipe(source, options | {"output": "unused"})
     if report:
         picture.check_picture(report)
     with console.Bars() as bars:
-        found = survey(recipe, bars)
+        found = inspect_source(recipe, bars)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        console.show_survey(found)
+        console.show_inspection(found)
     if report:
         inspect_report.write_picture(found, report)
         console.err.print(f"wrote {report}", highlight=False, markup=False)
@@ -110,6 +94,7 @@ def convert(
     from transmla.convert import pipeline
     from transmla.evaluate.compare import evaluate_export
     from transmla.evaluate.perplexity import check_stride
+    from transmla.export.manifest import Manifest
 
     recipe = _recipe(source, options | {"output": output})
     if recipe.eval:
@@ -118,7 +103,7 @@ def convert(
         folder = pipeline.convert(recipe, resume=resume, reporter=bars)
         evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
     if evaluation:
-        console.show_before_after(json.loads((folder / "transmla.json").read_text()), evaluation)
+        console.show_before_after(Manifest.read(folder).plan, evaluation)
     console.say(f"wrote {folder}; next: transmla verify {folder}")
 
 
@@ -136,8 +121,8 @@ def verify(
     import torch
 
     from transmla.cli import console
-    from transmla.evaluate.verify import TOLERANCE
     from transmla.evaluate.verify import verify as run
+    from transmla.formats.model_checks import TOLERANCE
     from transmla.source.device import pick_device
 
     precision = getattr(torch, dtype, None)
@@ -276,6 +261,7 @@ def heal(
     from accelerate import PartialState
 
     from transmla.cli import console
+    from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
     from transmla.heal.settings import Healing
     from transmla.recipe import parse_section
@@ -287,7 +273,7 @@ def heal(
         healed = run(settings, resume=resume, reporter=bars)
     if not PartialState().is_main_process:
         return
-    console.show_healing(json.loads((healed / "transmla.json").read_text())["healing"][-1])
+    console.show_healing(Manifest.read(healed).healing[-1])
     console.say(f"wrote {healed}; next: transmla eval {healed} --baseline {teacher}")
 
 
@@ -329,7 +315,7 @@ def families(
     Example: transmla families
     """
     from transmla.cli import console
-    from transmla.source import family_table as support
+    from transmla.plan import family_table as support
 
     if as_json:
         print(json.dumps([vars(found) for found in support.supported()], indent=2))

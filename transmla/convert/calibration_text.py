@@ -13,7 +13,7 @@ from transmla.recipe import Recipe
 from transmla.reporter import Reporter
 from transmla.source.device import pick_device
 from transmla.source.load import load_model
-from transmla.source.open_source import Source, computes_in_bfloat16
+from transmla.source.open_source import Source, runs_in_bfloat16
 from transmla.source.self_text import sample_self
 from transmla.source.text import load_blocks
 
@@ -55,7 +55,7 @@ def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: R
             )
         return blocks
     device = pick_device(recipe.device)
-    dtype = torch.bfloat16 if computes_in_bfloat16(source, device) else torch.float32
+    dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
     report.stage("sampling calibration text", want.sequences)
     model = load_model(source.path, dtype=dtype).to(device)
     return sample_self(

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 EAGER = 3
 
 
-def repeat(advance: Callable[[], None], times: int, device: torch.device) -> None:
+def run_steps(advance: Callable[[], None], times: int, device: torch.device) -> None:
     """Call ``advance`` ``times`` times; on a GPU all but the first few as one CUDA graph, replayed."""
     if device.type != "cuda" or times <= EAGER:
         for _ in range(times):
@@ -34,8 +34,8 @@ def repeat(advance: Callable[[], None], times: int, device: torch.device) -> Non
             graph.replay()
 
 
-def beside(device: torch.device) -> AbstractContextManager[Any]:
-    """Work that a GPU does at the same time as what follows, until ``wait_beside``; elsewhere, just work."""
+def side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Work that a GPU does at the same time as what follows, until ``wait_for_side_stream``; elsewhere, just work."""
     if device.type != "cuda":
         return nullcontext()
     side = _stream(device, "side")
@@ -43,8 +43,8 @@ def beside(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(side)
 
 
-def wait_beside(device: torch.device) -> None:
-    """Let what follows see all that was done ``beside``."""
+def wait_for_side_stream(device: torch.device) -> None:
+    """Let what follows see all that was done ``side_stream``."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_stream(device, "side"))
 

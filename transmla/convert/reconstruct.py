@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors
-from transmla.convert.cuda_graphs import beside, deterministic, repeat, wait_beside
+from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates
-from transmla.plan.effort import Effort
+from transmla.plan.fit_settings import FitSettings
 
 # What the rate is multiplied by for a second try. A small Mixtral's fast fits all failed at 5e-3 and all succeeded at
 # 1e-3: a KL of 0.51 and 0.25 at half the cache (one H200, pydoc's test split).
-GENTLY = 0.2
+RETRY_RATE = 0.2
 # Share of the calibration sequences that only judge the fit.
 HELD_OUT = 1 / 32
 # An input is cut together from pieces of about so many tokens, and a token moved by at most this share of its length.
@@ -55,7 +55,7 @@ def reconstruct(
     factors: Sequence[LayerFactors],
     source: Tensor,
     converted: Tensor,
-    effort: Effort,
+    fit: FitSettings,
     *,
     seed: int,
 ) -> Reconstruction:
@@ -64,8 +64,8 @@ def reconstruct(
     Args:
         layers: consecutive source layers, their weights loaded.
         factors: where to start, for each layer; never changed.
-        source, converted: streams [N, T, D] that enter the first layer in the source and in the export, N ≥ 2.
-        effort: how long to fit.
+        source, converted: streams [N, T, D] that to_coordinates the first layer in the source and in the export, N ≥ 2.
+        fit: how long to fit.
         seed: of everything drawn; equal seeds give equal factors.
 
     Returns the factors with the smaller error on the held-out sequences, summed over the layers. A fit that is not
@@ -75,14 +75,14 @@ def reconstruct(
     judged = source[fitted.stop :], converted[fitted.stop :]
     moments = _input_moments(layers, factors, converted[fitted])
     starts = zip(layers, factors, moments, strict=True)
-    coordinates = [Coordinates.of(f, m, layer.front.blocks()) for layer, f, m in starts]
-    masks = [layer.front.masks() for layer in layers]
+    coordinates = [Coordinates.of(f, m, layer.view.blocks()) for layer, f, m in starts]
+    masks = [layer.view.masks() for layer in layers]
     with deterministic():
-        problem = _Problem(layers, source[fitted], converted[fitted], effort)
+        problem = FitProblem(layers, source[fitted], converted[fitted], fit)
         before = problem.error(factors, *judged)
-        for share in (1.0, GENTLY):
-            parameters = _Parameters(coordinates, factors, masks)
-            _descend(problem, parameters, replace(effort, rate=effort.rate * share), seed)
+        for share in (1.0, RETRY_RATE):
+            parameters = FitParameters(coordinates, factors, masks)
+            descend(problem, parameters, replace(fit, rate=fit.rate * share), seed)
             with torch.no_grad():
                 found = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
             after = problem.error(found, *judged)
@@ -92,7 +92,7 @@ def reconstruct(
     return Reconstruction(tuple(factors), before, before)
 
 
-class _Parameters:
+class FitParameters:
     """What is fitted: all tensors of all layers as one vector, each in units of its own root mean square.
 
     ``masks`` are nought where a layer's tensor, by its name, stays nought.
@@ -105,7 +105,7 @@ class _Parameters:
         masks: Sequence[Mapping[str, Tensor]],
     ) -> None:
         self.coordinates = coordinates
-        tensors = [c.enter(f) for c, f in zip(coordinates, factors, strict=True)]
+        tensors = [c.to_coordinates(f) for c, f in zip(coordinates, factors, strict=True)]
         self.shapes = [{name: value.shape for name, value in layer.items()} for layer in tensors]
         smallest = torch.finfo(torch.float32).tiny
         flat, scales = [], []
@@ -121,21 +121,21 @@ class _Parameters:
         """The layers that the vector stands for; differentiable."""
         pieces = iter((self.vector * self.scale).split([shape.numel() for s in self.shapes for shape in s.values()]))
         return [
-            c.leave({name: next(pieces).view(shape) for name, shape in shapes.items()})
+            c.to_factors({name: next(pieces).view(shape) for name, shape in shapes.items()})
             for c, shapes in zip(self.coordinates, self.shapes, strict=True)
         ]
 
 
-class _Problem:
+class FitProblem:
     """The inputs that layers are fitted on, and the error they make on them."""
 
-    def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, effort: Effort) -> None:
-        self.layers, self.through_mlp = layers, effort.through_mlp
+    def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, fit: FitSettings) -> None:
+        self.layers, self.through_mlp = layers, fit.through_mlp
         self.device = layers[0].device
         self.source = source.to(self.device)
         self.drift = (converted - source).to(self.device)
         self.positions = torch.arange(source.shape[1], device=self.device)
-        self.rows = max(1, min(effort.tokens // source.shape[1], len(source)))
+        self.rows = max(1, min(fit.tokens // source.shape[1], len(source)))
 
     def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error and energy [layers] over the tokens of two inputs [N, T, D], each token by its own energy.
@@ -143,14 +143,14 @@ class _Problem:
         The energy is that of what a layer adds to the stream, in the same measure.
         """
         # These layers are too small to fill a GPU: source and export run at the same time.
-        with beside(self.device), torch.no_grad():
+        with side_stream(self.device), torch.no_grad():
             wanted = self._run(source, [None] * len(self.layers))
             # The next norm divides every token by its length: so does the error.
             shares = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in wanted]
             added = [after - before for before, after in pairwise([source, *wanted])]
             energies = [(add * share).square().mean() for add, share in zip(added, shares, strict=True)]
         got = self._run(converted, factors)
-        wait_beside(self.device)
+        wait_for_side_stream(self.device)
         errors = [((g - w) * share).square().mean() for g, w, share in zip(got, wanted, shares, strict=True)]
         return torch.stack(errors), torch.stack(energies)
 
@@ -193,11 +193,11 @@ class _Problem:
         return moved, moved + drift * shares[:, None, None]
 
 
-def _descend(problem: _Problem, parameters: _Parameters, effort: Effort, seed: int) -> None:
+def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, seed: int) -> None:
     """Adam over ``parameters``, which are changed in place."""
     device = problem.device
-    tables = [table.to(device) for table in _draw(problem, effort, seed)]
-    rates = torch.tensor([_schedule(step, effort.steps) * effort.rate for step in range(effort.steps)], device=device)
+    tables = [table.to(device) for table in _draw(problem, fit, seed)]
+    rates = torch.tensor([_schedule(step, fit.steps) * fit.rate for step in range(fit.steps)], device=device)
     # Gradients are of the order of the relative error; eps only keeps dead weights still.
     optimizer = torch.optim.Adam(
         [parameters.vector],
@@ -218,18 +218,18 @@ def _descend(problem: _Problem, parameters: _Parameters, effort: Effort, seed: i
         optimizer.step()
         step.add_(1)
 
-    repeat(advance, effort.steps, device)
+    run_steps(advance, fit.steps, device)
 
 
-def _draw(problem: _Problem, effort: Effort, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Everything random about a fit, for all its steps: the arguments of ``_Problem.inputs``."""
+def _draw(problem: FitProblem, fit: FitSettings, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything random about a fit, for all its steps: the arguments of ``FitProblem.inputs``."""
     generator = torch.Generator().manual_seed(seed)
     count, length = problem.source.shape[:2]
     pieces = max(2, length // PIECE)
-    rows = torch.randint(count, (effort.steps, problem.rows, pieces), generator=generator)
-    cuts = torch.randint(1, length, (effort.steps, pieces - 1), generator=generator)
-    shares = torch.rand(effort.steps, problem.rows, generator=generator)
-    shifts = torch.randint(1, problem.rows * length, (effort.steps, 2), generator=generator)
+    rows = torch.randint(count, (fit.steps, problem.rows, pieces), generator=generator)
+    cuts = torch.randint(1, length, (fit.steps, pieces - 1), generator=generator)
+    shares = torch.rand(fit.steps, problem.rows, generator=generator)
+    shifts = torch.randint(1, problem.rows * length, (fit.steps, 2), generator=generator)
     return rows, cuts, shares, shifts
 
 
@@ -241,9 +241,9 @@ def _schedule(step: int, total: int) -> float:
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:
     """E[x xᵀ] [D, D] of every attention's input, for the ``stream`` [N, T, D] that enters the first layer."""
     for layer, f in zip(layers[:-1], factors, strict=False):
-        moment, stream = layer.follow(stream, f.to(torch.float32))
+        moment, stream = layer.run_stream(stream, f.to(torch.float32))
         yield moment
-    width = layers[-1].front.width
+    width = layers[-1].view.width
     moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
     for _, hidden in steps(stream):
         x = layers[-1].features(hidden).flatten(0, 1)

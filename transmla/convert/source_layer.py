@@ -15,8 +15,7 @@ from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWei
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family
-from transmla.formats.native import RMS_NORM_EPS
-from transmla.source.attention_view import FrontEnd, Heads, halves_order
+from transmla.source.attention_view import AttentionView, Heads, halves_order
 from transmla.source.decoder_layer import attention_input, layer_with, run_layer
 
 # Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
@@ -30,16 +29,17 @@ SCORES_PER_STEP = 2**24
 
 @dataclass
 class NormRatio:
-    """Running mean and spread of sqrt((m + eps_target)/(m + eps_source)) over tokens, m = mean(x²)."""
+    """Running mean and spread of sqrt((m + target_eps)/(m + eps)) over tokens, m = mean(x²)."""
 
     eps: float
+    target_eps: float
     total: float = 0.0
     squares: float = 0.0
     count: int = 0
 
     def add(self, x: Tensor) -> None:
         mean_square = x.square().mean(-1).double()
-        ratio = ((mean_square + RMS_NORM_EPS) / (mean_square + self.eps)).sqrt()
+        ratio = ((mean_square + self.target_eps) / (mean_square + self.eps)).sqrt()
         self.total += float(ratio.sum())
         self.squares += float(ratio.square().sum())
         self.count += ratio.numel()
@@ -72,9 +72,17 @@ class SourceLayer:
     """
 
     def __init__(
-        self, model: Any, family: Family, spec: AttentionSpec, device: torch.device, *, half: bool = False
+        self,
+        model: Any,
+        family: Family,
+        spec: AttentionSpec,
+        device: torch.device,
+        *,
+        half: bool = False,
+        norm_eps: float | None = None,
     ) -> None:
-        """``model`` is the source's without weights."""
+        """``model`` is the source's without weights; ``norm_eps`` the eps of the export's norms, if it is another."""
+        self.norm_eps = norm_eps
         self.model, self.family, self.source_spec = model, family, spec
         self.device, self.half = device, half
 
@@ -98,11 +106,11 @@ class SourceLayer:
         rules = ScoreRules(kind.window, kind.softcap, getattr(attention, "sinks", None))
         counts = spec.num_attention_heads, spec.num_key_value_heads
         heads = Heads(*counts, spec.head_dim, order, 2 * kind.turned, kind.turned_factor)
-        self.front = FrontEnd(attention, heads, rules)
+        self.view = AttentionView(attention, heads, rules)
 
     def weights(self) -> LayerWeights:
         """The attention weights by head, float32, as maps of ``features``."""
-        return self.front.weights()
+        return self.view.weights()
 
     @torch.no_grad()
     def features(self, hidden: Tensor) -> Tensor:
@@ -123,14 +131,14 @@ class SourceLayer:
         if factors is not None:
             mixed = fused_attention(features, factors)
             return mixed if output.bias is None else mixed + output.bias
-        spec, (q, k, v) = self.spec, self.front.heads_of(features)
+        spec, (q, k, v) = self.spec, self.view.heads_of(features)
         gain = spec.attention_factor**2
-        mixed = attended_heads(q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.front.rules)
+        mixed = attended_heads(q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.view.rules)
         return output(mixed)  # type: ignore[no-any-return]
 
     def _features(self, x: Tensor) -> Tensor:
         with self._precision():
-            return self.front.features(x).to(x.dtype)
+            return self.view.features(x).to(x.dtype)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
@@ -138,7 +146,7 @@ class SourceLayer:
     @torch.no_grad()
     def observe(self, stream: Tensor) -> Observations:
         """Run the layer over ``stream`` [N, T, D] step by step; returns what was seen and the next stream."""
-        width, length = self.front.width, stream.shape[1]
+        width, length = self.view.width, stream.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
@@ -159,12 +167,12 @@ class SourceLayer:
         return Observations(stats, *norms, following)
 
     @torch.no_grad()
-    def follow(self, stream: Tensor, factors: LayerFactors | None) -> tuple[Tensor, Tensor]:
+    def run_stream(self, stream: Tensor, factors: LayerFactors | None) -> tuple[Tensor, Tensor]:
         """Run the layer over ``stream`` [N, T, D] with ``factors``, or the source's weights, for its attention.
 
         Returns E[x xᵀ] [F, F] of the attention's features, and the next stream.
         """
-        width = self.front.width
+        width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
         following = torch.empty_like(stream)
         for start, hidden in steps(stream):
@@ -177,8 +185,9 @@ class SourceLayer:
     @contextmanager
     def _observed_norms(self) -> Iterator[tuple[NormRatio, NormRatio]]:
         """Measure what enters the layer's two norms while it runs, where their eps will be another."""
-        norms = NormRatio(self.spec.rms_norm_eps), NormRatio(self.spec.rms_norm_eps)
-        names = () if self.source_spec.native_gap else ("input_layernorm", "post_attention_layernorm")
+        eps = self.spec.rms_norm_eps
+        norms = NormRatio(eps, self.norm_eps or eps), NormRatio(eps, self.norm_eps or eps)
+        names = () if self.norm_eps is None else ("input_layernorm", "post_attention_layernorm")
         hooks = [
             self.module.get_submodule(name).register_forward_pre_hook(lambda _, args, norm=norm: norm.add(args[0]))
             for name, norm in zip(names, norms, strict=False)

@@ -43,7 +43,7 @@ class Coordinates:
         shrink, grow = ((vectors * values**power) @ vectors.mT for power in (-WHITENING, WHITENING))
         return cls(factors.to(torch.float32), moment, shrink.float(), grow.float())
 
-    def enter(self, factors: LayerFactors) -> dict[str, Tensor]:
+    def to_coordinates(self, factors: LayerFactors) -> dict[str, Tensor]:
         """The tensors of ``factors`` to fit, by name, in these coordinates."""
         f = factors.to(torch.float64)
         root, inverse = self._roots(f.latent)
@@ -64,7 +64,7 @@ class Coordinates:
             tensors[name] = tensors[name] @ self.grow.double()
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
-    def leave(self, tensors: dict[str, Tensor]) -> LayerFactors:
+    def to_factors(self, tensors: dict[str, Tensor]) -> LayerFactors:
         """The layer that ``tensors`` stand for; differentiable."""
         plain = {name: tensors[name] @ self.shrink for name in self._readers()}
         return replace(self.origin, **(tensors | plain))  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def channel_norm(weight: Tensor, moment: Tensor) -> Tensor:
     return ((weight @ moment) * weight).sum(-1).clamp_min(0).sqrt()
 
 
-def balance(rest: Tensor, weights: LayerWeights, moment: Tensor) -> Tensor:
+def match_channel_norms(rest: Tensor, weights: LayerWeights, moment: Tensor) -> Tensor:
     """The factor that gives ``rest``, what the rotary channels left of the keys, the values' mean channel norm.
 
     Neither counts as less than a thousandth of the keys or values it comes from: rounding errors are all that is

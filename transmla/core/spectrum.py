@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerStats, LayerWeights
-from transmla.core.linalg import balance, regularise, sqrtm_pair
+from transmla.core.linalg import match_channel_norms, regularise, sqrtm_pair
 from transmla.core.phase import characteristic
 from transmla.core.rope import to_complex, to_halves
 
@@ -43,7 +43,7 @@ def spectrum(weights: LayerWeights, stats: LayerStats, spec: AttentionSpec) -> S
     kappa, query = to_complex(weights.k), to_complex(weights.q)
 
     still = to_halves(phi[..., None] * kappa.repeat_interleave(spec.group_size, 0))
-    scale = balance(still, weights, attended) / spec.group_size**0.5
+    scale = match_channel_norms(still, weights, attended) / spec.group_size**0.5
     target = torch.cat([(still * scale).flatten(0, 1), weights.v.flatten(0, 1)])
     root, _ = sqrtm_pair(attended)
     joint = torch.linalg.eigvalsh(root @ (target.mT @ target) @ root).flip(0).clamp_min(0)

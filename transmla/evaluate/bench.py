@@ -117,7 +117,7 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     """One point; the step is the median of ``steps`` ones. ``static``: compiled over a static cache, as on GPUs."""
     from transformers import CompileConfig, DynamicCache, StaticCache
 
-    from transmla.modeling.transformers_api import CACHE
+    from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
     device = model.device
     compiled = device.type == "cuda" if static is None else static
@@ -134,7 +134,7 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     for i in range(WARM_UP + steps):
         positions = torch.full((batch, 1), context + i, device=device)
         began = _now(device)
-        step(token, position_ids=positions, use_cache=True, **{CACHE: cache})
+        step(token, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
         times.append(_now(device) - began)
     seconds = statistics.median(times[WARM_UP:])
     return Point(batch, context, prefill, seconds, held, (held + _weights_read(model, batch)) / seconds)
@@ -157,10 +157,10 @@ def _fill(model: Any, cache: Any, batch: int, length: int) -> None:
     """Let ``cache`` hold ``length`` random rows of every layer for ``batch`` sequences."""
     from transformers import DynamicCache
 
-    from transmla.modeling.transformers_api import CACHE
+    from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
     probe: Any = DynamicCache(config=model.config)
-    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: probe})
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_ARGUMENT: probe})
     for i, layer in enumerate(probe.layers):
         rows = [
             torch.randn(batch, t.shape[1], length, t.shape[-1], dtype=t.dtype, device=t.device) / 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.bench import Bench, bench
 from transmla.evaluate.perplexity import check_stride, evaluate
 from transmla.export.card import write_card
+from transmla.export.manifest import Manifest
+from transmla.formats.base import format_named
 from transmla.modeling.transformers_api import register
 from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
@@ -51,7 +52,7 @@ def evaluate_models(
     other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, place)
     loaded = _load(path, dtype, place)
     windows = max(1, (len(tokens) - settings.window) // stride + 1)
-    reporter.stage("evaluating", min(windows, settings.max_windows or windows))
+    reporter.stage("eval_mode", min(windows, settings.max_windows or windows))
     result = evaluate(
         loaded,
         tokens,
@@ -75,7 +76,8 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
         revision=recipe.revision,
         reporter=reporter,
     )
-    write_card(folder, json.loads((folder / "transmla.json").read_text()), recipe, result)
+    manifest = Manifest.read(folder)
+    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec), result)
     return result
 
 

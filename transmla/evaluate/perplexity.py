@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from transmla.errors import TransmlaError
-from transmla.source.load import evaluating
+from transmla.source.load import eval_mode
 
 # Positions whose logits are held in float32 at once: 256 x 128k words are 128 MiB.
 CHUNK = 256
@@ -85,7 +85,7 @@ def evaluate(
     windows = tokens.unfold(0, window, stride)[:max_windows]
     started = time.perf_counter()
     sums = _Sums()
-    with evaluating(model), evaluating(baseline):
+    with eval_mode(model), eval_mode(baseline):
         for first, last in _batches(len(windows), batch_size, overlapping=stride < window):
             skip = window - 1 - stride if first > 0 and stride < window else 0
             _score(sums, model, baseline, windows[first:last], skip)

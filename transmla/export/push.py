@@ -10,15 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from transmla.errors import TransmlaError
-from transmla.export.manifest import (
+from transmla.export.hashes import (
     CARD,
     MANIFEST,
     VERIFICATION,
     check_hashes,
     export_files,
     export_fingerprint,
+    finished_hashes,
     read_json,
-    read_manifest,
     stays_behind,
 )
 
@@ -117,7 +117,7 @@ def _check_repo_id(repo_id: str) -> None:
 def _checked_files(folder: Path) -> list[PushFile]:
     """The files to upload, once they are known to be those of a finished and verified conversion."""
     files = list_files(folder)
-    hashes = read_manifest(folder / MANIFEST)["hashes"]
+    hashes = finished_hashes(folder)
     verified = read_json(folder / VERIFICATION) or {}
     if verified.get("passed") is not True or verified.get("fingerprint") != export_fingerprint(hashes):
         raise TransmlaError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,28 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.export.files import write_json, write_tensors
-from transmla.export.manifest import _CALIBRATION, PROGRESS, file_sha256
+from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256
+
+
+@dataclass
+class Progress:
+    """How far an unfinished conversion got.
+
+    Attributes:
+        key: hash of everything that a resumed run must share with this one.
+        next_layer: first layer that is not written, or whose streams are not saved.
+        layers: the manifest's records of the layers so far.
+        hashes: SHA-256 of the shards so far.
+        checksum: of the saved streams.
+        final_norm: correction of the last norm, once all layers are written.
+    """
+
+    key: str
+    next_layer: int = 0
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    checksum: int = 0
+    final_norm: float | None = None
 
 
 class Workspace:
@@ -45,22 +67,22 @@ class Workspace:
                 remedy="continue it with --resume, or delete it",
             )
 
-    def open(self, key: str) -> dict[str, Any]:
+    def open(self, key: str) -> Progress:
         """Create or reopen the folder; returns the progress so far.
 
         Raises:
-            TransmlaError: an unfinished run with another key.
+            TransmlaError: if another run left its work there: one with another ``key``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for cut_off in self.folder.glob("*.tmp"):
             cut_off.unlink()
         file = self.folder / PROGRESS
         if not file.is_file():
-            progress: dict[str, Any] = {"key": key, "next_layer": 0, "layers": [], "hashes": {}}
-            write_json(file, progress)
+            progress = Progress(key)
+            self.save_progress(progress)
             return progress
-        progress = json.loads(file.read_text())
-        if progress["key"] != key:
+        progress = Progress(**json.loads(file.read_text()))
+        if progress.key != key:
             raise TransmlaError(
                 f"'{self.folder}' was begun with other weights, settings or versions",
                 limit="a resumed conversion must end in the same bytes",
@@ -72,23 +94,23 @@ class Workspace:
         """Bytes that an unfinished run has written."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
-    def save_progress(self, progress: dict[str, Any]) -> None:
-        write_json(self.folder / PROGRESS, progress)
+    def save_progress(self, progress: Progress) -> None:
+        """Write how far the run got."""
+        write_json(self.folder / PROGRESS, asdict(progress))
 
     def tokens(self) -> Tensor | None:
         """The calibration tokens of an earlier run, if they were written."""
         from safetensors.torch import load_file
 
-        file = self.folder / _CALIBRATION
+        file = self.folder / CALIBRATION
         return load_file(file)["tokens"] if file.is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
-        write_tensors(self.folder / _CALIBRATION, {"tokens": tokens})
+        write_tensors(self.folder / CALIBRATION, {"tokens": tokens})
 
     def save_streams(self, layer: int, streams: dict[str, Tensor]) -> int:
         """Keep what enters ``layer``; returns its checksum."""
         # Streams are large and short-lived; their checksum tells whether they survived.
-        streams = {name: tensor.cpu() for name, tensor in streams.items()}
         write_tensors(self._streams(layer), streams, sync=False)
         return _checksum(streams)
 
@@ -129,7 +151,7 @@ class Workspace:
     def finish(self) -> None:
         """Remove what only a resume needs, and give the folder its name."""
         # Progress goes last: without it a resumed run would take whatever tokens it finds.
-        for file in (*self.folder.glob("stream-*"), self.folder / _CALIBRATION, self.folder / PROGRESS):
+        for file in (*self.folder.glob("stream-*"), self.folder / CALIBRATION, self.folder / PROGRESS):
             file.unlink(missing_ok=True)
         if self.output.exists():
             self.output.rmdir()

@@ -59,14 +59,14 @@ class Family:
     ``native(config)`` names what DeepSeek-V3's format has no place for, or is None. ``check(config)`` refuses by name
     what no format can carry. The stream after the attention enters the layer's module ``after_attention``;
     ``interleaved`` rotary channels stand beside their partners. ``tensors`` maps a role to the checkpoint's tensor
-    name, ``{i}`` for the layer. ``tiny`` is a config for tests, small enough to build in milliseconds, ``told`` what
-    the support table says of the family.
+    name, ``{i}`` for the layer. ``tiny`` is a config for tests, small enough to build in milliseconds, ``models`` its
+    entry in the support table.
     """
 
     name: str
     native: Callable[[Any], str | None]
     tiny: Mapping[str, Any]
-    told: str = ""
+    models: str = ""
     check: Callable[[Any], None] = check_common
     after_attention: str = "post_attention_layernorm"
     interleaved: bool = False

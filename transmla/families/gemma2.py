@@ -6,6 +6,6 @@ FAMILY = Family(
     name="gemma2",
     native=lacks("soft-capped scores, windows and Gemma's norms"),
     tiny={**TINY, **TINY_WINDOWS, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
-    told="Gemma 2",
+    models="Gemma 2",
     after_attention="pre_feedforward_layernorm",
 )

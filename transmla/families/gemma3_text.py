@@ -6,6 +6,6 @@ FAMILY = Family(
     name="gemma3_text",
     native=lacks("q/k norms, windows and Gemma's norms"),
     tiny={**TINY, **TINY_WINDOWS, "query_pre_attn_scalar": 24},
-    told="Gemma 3, text",
+    models="Gemma 3, text",
     after_attention="pre_feedforward_layernorm",
 )

@@ -6,6 +6,6 @@ FAMILY = Family(
     name="glm4",
     native=lacks("partial rotary embedding and GLM's norms"),
     tiny={**TINY, "partial_rotary_factor": 0.5, "attention_bias": True},
-    told="GLM-4 0414",
+    models="GLM-4 0414",
     interleaved=True,
 )

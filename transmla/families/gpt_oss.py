@@ -6,5 +6,5 @@ FAMILY = Family(
     name="gpt_oss",
     native=lacks("sinks, biases, windows and gpt-oss's experts"),
     tiny={**TINY, **TINY_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
-    told="gpt-oss, in bfloat16",
+    models="gpt-oss, in bfloat16",
 )

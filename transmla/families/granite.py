@@ -6,5 +6,5 @@ FAMILY = Family(
     name="granite",
     native=lacks("multipliers of residuals"),
     tiny={**TINY, "attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    told="Granite 3",
+    models="Granite 3",
 )

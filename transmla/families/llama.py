@@ -6,5 +6,5 @@ FAMILY = Family(
     name="llama",
     native=llama_gap,
     tiny={**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    told="Llama 1/2/3, SmolLM2; biases in the own format",
+    models="Llama 1/2/3, SmolLM2; biases in the own format",
 )

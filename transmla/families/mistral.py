@@ -17,5 +17,5 @@ FAMILY = Family(
     name="mistral",
     native=native,
     tiny={**TINY, "sliding_window": None},
-    told="Mistral 7B; windows in the own format",
+    models="Mistral 7B; windows in the own format",
 )

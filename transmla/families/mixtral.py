@@ -6,5 +6,5 @@ FAMILY = Family(
     name="mixtral",
     native=lacks("Mixtral's experts"),
     tiny={**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": TINY_WINDOW},
-    told="Mixtral 8x7B, 8x22B",
+    models="Mixtral 8x7B, 8x22B",
 )

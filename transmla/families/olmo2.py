@@ -6,6 +6,6 @@ FAMILY = Family(
     name="olmo2",
     native=lacks("q/k norms and norms behind blocks"),
     tiny={**TINY},
-    told="OLMo 2",
+    models="OLMo 2",
     after_attention="mlp",
 )

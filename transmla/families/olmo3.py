@@ -6,6 +6,6 @@ FAMILY = Family(
     name="olmo3",
     native=lacks("q/k norms, norms behind blocks and windows"),
     tiny={**TINY, **TINY_WINDOWS},
-    told="OLMo 3",
+    models="OLMo 3",
     after_attention="mlp",
 )

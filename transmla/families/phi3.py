@@ -6,5 +6,5 @@ FAMILY = Family(
     name="phi3",
     native=lacks("Phi's fused projections"),
     tiny={**TINY, "hidden_size": 96, "partial_rotary_factor": 0.5},
-    told="Phi-3, Phi-3.5, Phi-4",
+    models="Phi-3, Phi-3.5, Phi-4",
 )

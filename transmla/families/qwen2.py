@@ -6,5 +6,5 @@ FAMILY = Family(
     name="qwen2",
     native=lacks("biases of queries, keys and values"),
     tiny={**TINY},
-    told="Qwen2, Qwen2.5",
+    models="Qwen2, Qwen2.5",
 )

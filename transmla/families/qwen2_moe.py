@@ -6,5 +6,5 @@ FAMILY = Family(
     name="qwen2_moe",
     native=lacks("biases of queries, keys and values, and Qwen's experts"),
     tiny={**TINY, **TINY_EXPERTS, "shared_expert_intermediate_size": 32},
-    told="Qwen1.5-MoE, Qwen2-57B-A14B",
+    models="Qwen1.5-MoE, Qwen2-57B-A14B",
 )

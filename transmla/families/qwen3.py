@@ -6,5 +6,5 @@ FAMILY = Family(
     name="qwen3",
     native=lacks("q/k norms"),
     tiny={**TINY},
-    told="Qwen3",
+    models="Qwen3",
 )

@@ -6,5 +6,5 @@ FAMILY = Family(
     name="qwen3_moe",
     native=lacks("q/k norms and Qwen's experts"),
     tiny={**TINY, **TINY_EXPERTS},
-    told="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    models="Qwen3-30B-A3B, Qwen3-235B-A22B",
 )

@@ -6,5 +6,5 @@ FAMILY = Family(
     name="smollm3",
     native=lacks("layers without rotary embedding"),
     tiny={**TINY, "no_rope_layers": [1, 0]},
-    told="SmolLM3",
+    models="SmolLM3",
 )

@@ -6,5 +6,5 @@ FAMILY = Family(
     name="starcoder2",
     native=lacks("LayerNorm and biases"),
     tiny={**TINY, "use_bias": True, "sliding_window": TINY_WINDOW},
-    told="StarCoder2",
+    models="StarCoder2",
 )

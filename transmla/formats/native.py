@@ -6,195 +6,187 @@ interleaved: what transformers, vLLM, SGLang and llama.cpp all load as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from transmla.artifacts import AttentionSpec, LayerFactors, MLAShape, Plan
-from transmla.core.factors import pad_factors
-from transmla.core.norm_identity import NormIdentity, norm_identity
-from transmla.core.rope import halves_to_interleaved
+from transmla.artifacts import AttentionSpec, LayerFactors, LayerKind, MLAShape, Plan
+from transmla.core.reference_attention import absorbed_attention
+from transmla.export.card import CardWords
+from transmla.formats.base import AttentionExport, Format
+from transmla.formats.latent_scale import from_natural, to_natural
+from transmla.formats.model_checks import TOLERANCE, Check, observe_layers, relative_difference
+from transmla.formats.native_layout import RMS_NORM_EPS, export_shape, export_tensors, layer_factors
+from transmla.formats.native_rotary import choose_slots, native_slots
+from transmla.formats.runtimes import Runtime, native_runtimes
+from transmla.source.attention_view import AttentionView
+from transmla.source.open_source import Source
 
-# transformers hard-codes this in the latent norm; the other runtimes read rms_norm_eps, so both must agree.
-RMS_NORM_EPS = 1e-6
-
-_COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
-
-
-def native_config(
-    spec: AttentionSpec, shape: MLAShape, rope_parameters: dict[str, Any], source: Any, dtype: str
-) -> dict[str, Any]:
-    """The ``config.json`` of the export; ``source`` is the source's config, for its token ids."""
-    copied = {key: getattr(source, key) for key in _COPIED if getattr(source, key, None) is not None}
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "attention_bias": False,
-        **copied,
-        "dtype": dtype,
-        "first_k_dense_replace": spec.num_hidden_layers,
-        "hidden_act": spec.hidden_act,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "kv_lora_rank": shape.kv_lora_rank,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "num_attention_heads": spec.num_attention_heads,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_key_value_heads": spec.num_attention_heads,
-        "num_nextn_predict_layers": 0,
-        "q_lora_rank": shape.q_lora_rank,
-        "qk_nope_head_dim": shape.qk_nope_head_dim,
-        "qk_rope_head_dim": shape.qk_rope_head_dim,
-        "rms_norm_eps": RMS_NORM_EPS,
-        "rope_interleave": True,
-        "rope_parameters": rope_parameters,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "v_head_dim": shape.v_head_dim,
-        "vocab_size": spec.vocab_size,
-    }
+# Fields of the source's config that the export's repeats.
+COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
+# mean((s·c)²)/eps of the largest token: a hundredth bends the norm by half a percent, bf16's own rounding.
+MAX_HEADROOM = 1e-2
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def rotary_table(spec: AttentionSpec, width: int, rope_parameters: dict[str, Any]) -> tuple[Tensor, float]:
-    """(inv_freq [width/2] float64, attention factor) as transformers' DeepSeek-V3 builds them."""
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+class NativeFormat(Format):
+    """A dense ``DeepseekV3ForCausalLM``."""
 
-    config = DeepseekV3Config(
-        qk_rope_head_dim=width,
-        max_position_embeddings=spec.max_position_embeddings,
-        rope_parameters=dict(rope_parameters),
-    )
-    rotary = DeepseekV3RotaryEmbedding(config)
-    return rotary.inv_freq.double(), float(rotary.attention_scaling)
+    name = "native"
+    summary = "DeepSeek-V3's own layout, read by transformers, vLLM, SGLang and llama.cpp without custom code"
+    preference = 10
+    options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
+    norm_eps = RMS_NORM_EPS
+    interleaved = True
+
+    def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
+        if spec.native_gap:
+            return spec.native_gap
+        return "layers that keep the source's attention" if kept else None
+
+    def rotary(
+        self, spec: AttentionSpec, kind: LayerKind, width: int, *, custom: bool
+    ) -> tuple[tuple[int, ...], dict[str, Any]]:
+        return choose_slots(spec, width, custom=custom)
+
+    def holds_rotary(self, spec: AttentionSpec, width: int) -> bool:
+        return native_slots(spec, width) is not None
+
+    def notes(self, spec: AttentionSpec, shape: MLAShape, rope_parameters: Mapping[str, Any]) -> list[str]:
+        notes = []
+        if spec.num_key_value_heads > 1 and rope_parameters.get("rope_type") != "longrope":
+            notes.append(
+                f"a native rotary table holds each frequency once, so the keys of {spec.num_key_value_heads} heads "
+                "share one rotary key: even with nothing cut the conversion is not exact"
+            )
+        if shape.latent_rank < shape.kv_lora_rank:
+            notes.append(
+                f"{shape.kv_lora_rank - shape.latent_rank} of {shape.kv_lora_rank} latent channels are zero padding"
+            )
+        if rope_parameters.get("rope_type", "default") != "default":
+            notes.append(
+                f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only"
+            )
+        if spec.rms_norm_eps != 1e-6:
+            notes.append(
+                f"rms_norm_eps changes from {spec.rms_norm_eps:g} to 1e-06; norm weights are corrected by calibration"
+            )
+        return notes
+
+    def attention_parameters(self, plan: Plan) -> int:
+        return super().attention_parameters(plan) + plan.shape.kv_lora_rank
+
+    def other_parameters(self, plan: Plan) -> int:
+        # A tied head is written once more.
+        head = plan.spec.vocab_size * plan.spec.hidden_size if plan.spec.tie_word_embeddings else 0
+        return plan.spec.other_parameters + head
+
+    def runtimes(self, plan: Plan) -> list[Runtime]:
+        return native_runtimes(plan)
+
+    def target(self, spec: AttentionSpec) -> str:
+        return "DeepSeek-V3"
+
+    def config(self, source: Any, plan: Plan) -> dict[str, Any]:
+        spec, shape = plan.spec, plan.shape
+        copied = {key: getattr(source, key) for key in COPIED if getattr(source, key, None) is not None}
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "attention_bias": False,
+            **copied,
+            "dtype": plan.dtype,
+            "first_k_dense_replace": spec.num_hidden_layers,
+            "hidden_act": spec.hidden_act,
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "kv_lora_rank": shape.kv_lora_rank,
+            "max_position_embeddings": spec.max_position_embeddings,
+            "num_attention_heads": spec.num_attention_heads,
+            "num_hidden_layers": spec.num_hidden_layers,
+            "num_key_value_heads": spec.num_attention_heads,
+            "num_nextn_predict_layers": 0,
+            "q_lora_rank": shape.q_lora_rank,
+            "qk_nope_head_dim": shape.qk_nope_head_dim,
+            "qk_rope_head_dim": shape.qk_rope_head_dim,
+            "rms_norm_eps": RMS_NORM_EPS,
+            "rope_interleave": True,
+            "rope_parameters": plan.rope_parameters,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "v_head_dim": shape.v_head_dim,
+            "vocab_size": spec.vocab_size,
+        }
+
+    def attention(
+        self, factors: LayerFactors, plan: Plan, view: AttentionView, inputs: Callable[[], Iterable[Tensor]]
+    ) -> AttentionExport:
+        tensors, scale = export_tensors(factors, plan, inputs)
+        placed = {name: tensor.to(factors.latent.device) for name, tensor in tensors.items()}
+        heads = plan.spec.num_attention_heads
+        read = layer_factors(placed, heads, plan.shape, factors.inv_freq, factors.rope_gain)
+        record = {"latent_mean_square": scale.mean_square, "latent_max_square": scale.max_square}
+        return AttentionExport(tensors, read.to(torch.float32), record)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype, source_dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype)
+
+    def last_tensors(self, source: Source, plan: Plan, norm_correction: float) -> dict[str, Tensor]:
+        names, read, dtype = source.family.tensors, source.checkpoint.read, getattr(torch, plan.dtype)
+        head = names["embed"] if source.spec.tie_word_embeddings else names["head"]
+        return {
+            names["norm"]: (read(names["norm"]).double() * norm_correction).to(dtype),
+            names["head"]: read(head).to(dtype),
+        }
+
+    def card_words(self, spec: AttentionSpec) -> CardWords:
+        return CardWords(
+            layout="It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.",
+            precision="Use bfloat16 or float32: in half precision the latent norm underflows.",
+        )
+
+    def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
+        yield _absorbed_equals_expanded(model, tokens, dtype)
+        yield _headroom(model, tokens)
+
+    def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
+        written = set(export)
+        names = {n: n for n in source if ".self_attn." not in n and "norm" not in n and n in written}
+        return names | ({HEAD: EMBEDDING} if tied else {})
+
+    def to_natural(self, attention: nn.Module) -> None:
+        to_natural(attention)
+
+    def from_natural(self, name: str, attention: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+        from_natural(name, attention, weights, dtype)
 
 
-def custom_table(spec: AttentionSpec, inv_freq: Tensor) -> dict[str, Any]:
-    """``rope_parameters`` that make transformers turn with any ``inv_freq`` [d_r/2] (``longrope`` factors)."""
-    theta = float(spec.rope_parameters["rope_theta"])
-    count = len(inv_freq)
-    plain = theta ** (-torch.arange(count, dtype=torch.float64) / count)
-    factors = (plain / inv_freq).tolist()
-    return {
-        "rope_type": "longrope",
-        "rope_theta": theta,
-        "factor": 1.0,
-        "short_factor": factors,
-        "long_factor": factors,
-        "attention_factor": spec.attention_factor,
-        "original_max_position_embeddings": spec.max_position_embeddings,
-    }
+@torch.no_grad()
+def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
+    """Compare transformers' expanded attention with absorbed attention in float64 from the same tensors."""
+    rotary = model.model.rotary_emb
+    gain = float(rotary.attention_scaling) ** 2
+    worst = 0.0
+    for layer, (x, output) in zip(
+        model.model.layers, observe_layers(model, tokens, lambda layer: layer.self_attn), strict=True
+    ):
+        tensors = {name: p.detach().cpu() for name, p in layer.self_attn.named_parameters()}
+        factors = layer_factors(
+            tensors, model.config.num_attention_heads, export_shape(model.config), rotary.inv_freq.double().cpu(), gain
+        )
+        worst = max(worst, relative_difference(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
+    # Half a headroom's worth of latent norm is part of the export, not an error of it.
+    limit = TOLERANCE[dtype] + MAX_HEADROOM / 2
+    return Check("absorbed = expanded", worst <= limit, f"largest relative difference {worst:.1e}")
 
 
-def layer_tensors(
-    factors: LayerFactors,
-    shape: MLAShape,
-    kv_norm: NormIdentity,
-    q_norm: NormIdentity | None,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """The tensors of one ``self_attn`` in DeepSeek-V3's names and layout, rounded to ``dtype``.
-
-    The score scale of the runtime is (d_n + d_r)^{-1/2}: the ratio to the source's goes into the queries.
-    """
-    order = halves_to_interleaved(shape.qk_rope_head_dim).to(factors.rope.device)
-    query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (factors.scaling * shape.qk_head_dim**0.5)
-    expand = torch.cat([factors.k_up, factors.v_up], 1) * kv_norm.readout
-    tensors = {
-        "kv_a_proj_with_mqa.weight": torch.cat([factors.latent * kv_norm.scale, factors.rope[order]]),
-        "kv_a_layernorm.weight": torch.full((shape.kv_lora_rank,), kv_norm.weight),
-        "kv_b_proj.weight": expand.flatten(0, 1),
-        "o_proj.weight": factors.o.transpose(0, 1).flatten(1),
-    }
-    if factors.q_latent is None or q_norm is None:
-        tensors["q_proj.weight"] = query.flatten(0, 1)
-    else:
-        tensors["q_a_proj.weight"] = factors.q_latent * q_norm.scale
-        tensors["q_a_layernorm.weight"] = torch.full((factors.q_latent.shape[0],), q_norm.weight)
-        tensors["q_b_proj.weight"] = query.flatten(0, 1) * q_norm.readout
-    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
+def _headroom(model: Any, tokens: Tensor) -> Check:
+    """Measure how close the largest latent comes to bending its norm."""
+    seen = observe_layers(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
+    worst = max(float(x.float().square().mean(-1).max()) for x, _ in seen) / RMS_NORM_EPS
+    return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
 
 
-def export_shape(config: Any) -> MLAShape:
-    """The widths that a DeepSeek-V3 ``config`` of transformers names."""
-    return MLAShape(
-        config.kv_lora_rank,
-        config.qk_rope_head_dim,
-        config.qk_nope_head_dim,
-        config.v_head_dim,
-        config.q_lora_rank,
-    )
-
-
-def layer_factors(
-    tensors: dict[str, Tensor], heads: int, shape: MLAShape, inv_freq: Tensor, rope_gain: float
-) -> LayerFactors:
-    """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
-    t = {name: tensor.double() for name, tensor in tensors.items()}
-    rank, d_r, d_n = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
-    interleaved = halves_to_interleaved(d_r)
-    halves = torch.empty_like(interleaved)
-    halves[interleaved] = torch.arange(d_r)
-    constant = RMS_NORM_EPS**0.5
-    if "q_proj.weight" in t:
-        query, q_latent = t["q_proj.weight"], None
-    else:
-        query = t["q_b_proj.weight"]
-        q_latent = t["q_a_proj.weight"] * (t["q_a_layernorm.weight"] / constant)[:, None]
-    query = query.view(heads, -1, query.shape[-1])
-    expand = t["kv_b_proj.weight"].view(heads, -1, rank)
-    latent, rope = t["kv_a_proj_with_mqa.weight"].split([rank, d_r])
-    return LayerFactors(
-        q_nope=query[:, :d_n],
-        q_pe=query[:, d_n:][:, halves],
-        latent=latent * (t["kv_a_layernorm.weight"] / constant)[:, None],
-        rope=rope[halves],
-        k_up=expand[:, :d_n],
-        v_up=expand[:, d_n:],
-        o=t["o_proj.weight"].view(-1, heads, shape.v_head_dim).transpose(0, 1),
-        inv_freq=inv_freq,
-        scaling=shape.qk_head_dim**-0.5,
-        rope_gain=rope_gain,
-        q_latent=q_latent,
-    )
-
-
-@dataclass(frozen=True)
-class LatentScale:
-    """Mean and largest mean(c²) of a latent over the calibration tokens."""
-
-    mean_square: float
-    max_square: float
-
-
-def latent_scale(rows: Tensor, inputs: Iterable[Tensor], width: int) -> LatentScale:
-    """Energy of the latent ``rows`` [r, D] over attention ``inputs`` [n, T, D]; ``width`` counts padding."""
-    total, largest, count = 0.0, 0.0, 0
-    for x in inputs:
-        energy = (x @ rows.mT.to(x)).square().sum(-1) / width
-        total += float(energy.double().sum())
-        largest = max(largest, float(energy.max()))
-        count += energy.numel()
-    return LatentScale(total / count, largest)
-
-
-def export_tensors(
-    factors: LayerFactors, plan: Plan, inputs: Callable[[], Iterable[Tensor]]
-) -> tuple[dict[str, Tensor], LatentScale]:
-    """The layer's ``self_attn`` tensors in the native layout, padded to the plan's shape, and its latent's scale.
-
-    ``inputs()`` yields the attention's calibration inputs; it is called once for each latent.
-    """
-    dtype = getattr(torch, plan.dtype)
-    factors = pad_factors(factors, plan.shape)
-
-    def identity(rows: Tensor) -> tuple[NormIdentity, LatentScale]:
-        scale = latent_scale(rows, inputs(), rows.shape[0])
-        return norm_identity(scale.mean_square, scale.max_square, RMS_NORM_EPS, dtype), scale
-
-    kv_norm, scale = identity(factors.latent)
-    q_norm = None if factors.q_latent is None else identity(factors.q_latent)[0]
-    return layer_tensors(factors, plan.shape, kv_norm, q_norm, dtype), scale
+FORMAT = NativeFormat()

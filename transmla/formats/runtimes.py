@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transmla.artifacts import Plan
-from transmla.formats.base import OWN
 
 # (kv_lora_rank, qk_rope_head_dim) with fast decode kernels and (nope, rope, v) with fast prefill ones,
 # vLLM 0.24–0.33 on Hopper.
@@ -22,11 +21,8 @@ class Runtime:
     note: str
 
 
-def runtimes(plan: Plan) -> list[Runtime]:
-    """Which runtimes take the export, and with which kernels."""
-    if plan.format == OWN:
-        code = Runtime("transformers", True, "latent cache; with the code in the export, fast by transmla.load")
-        return [code, *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp"))]
+def native_runtimes(plan: Plan) -> list[Runtime]:
+    """Which runtimes take a dense DeepSeek-V3 of the plan's shape."""
     shape = plan.shape
     rope_type = plan.rope_parameters.get("rope_type", "default")
     plain = rope_type == "default"
@@ -51,3 +47,9 @@ def runtimes(plan: Plan) -> list[Runtime]:
             why or "convert from a config with q_lora_rank 0; keep attn_kv_a_mqa in BF16 or F32",
         ),
     ]
+
+
+def transmla_runtimes() -> list[Runtime]:
+    """Which runtimes take an export that brings its own modelling code."""
+    code = Runtime("transformers", True, "latent cache; with the code in the export, fast by transmla.load")
+    return [code, *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp"))]

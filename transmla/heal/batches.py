@@ -21,7 +21,7 @@ SAMPLED_AT_ONCE = {"cuda": 2048, "cpu": 32}
 SAMPLING_SHARE = 0.2
 
 
-class Text:
+class TokenStream:
     """Sequences of ``length`` tokens from one text, pass after pass, each in another order and cut.
 
     ``tokens`` is one stream [N], which every pass cuts elsewhere, or rows [n, length], which stay as they are. The
@@ -58,10 +58,10 @@ class Text:
         return shift, torch.randperm(self.sequences, generator=generator)
 
 
-class Reading:
+class Batches:
     """Batches of several texts, in equal shares."""
 
-    def __init__(self, texts: list[Text], batch: int) -> None:
+    def __init__(self, texts: list[TokenStream], batch: int) -> None:
         self.texts, self.batch = texts, batch
 
     def __getitem__(self, step: int) -> Tensor:
@@ -86,7 +86,7 @@ class Reading:
         return torch.stack([text.held_out for text in self.texts], 1).flatten(0, 1)
 
 
-def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Reading:
+def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Batches:
     """All texts of ``settings``; ``self`` is sampled from ``teacher`` once, and kept for other runs.
 
     Raises:
@@ -103,8 +103,8 @@ def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str
             tokens = load_tokens(name, tokenizer, limit=share + more, split=settings.split, column=settings.column)
             report.advance(1, f"{len(tokens):,} tokens")
         _check(name, tokens, settings, teacher)
-        texts.append(Text(name, tokens, length=settings.length, held_out=settings.held_out, seed=settings.seed))
-    return Reading(texts, settings.batch)
+        texts.append(TokenStream(name, tokens, length=settings.length, held_out=settings.held_out, seed=settings.seed))
+    return Batches(texts, settings.batch)
 
 
 def _check(name: str, tokens: Tensor, settings: Healing, teacher: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from transmla.errors import TransmlaError
-from transmla.export.manifest import CARD, MANIFEST, VERIFICATION, check_hashes
+from transmla.export.hashes import CARD, MANIFEST, VERIFICATION, check_hashes
 from transmla.heal.distributed import uses_deepspeed
 from transmla.heal.losses import Head, trunk
 from transmla.heal.settings import Healing
@@ -86,9 +86,9 @@ def _check_head(role: str, model: Any) -> None:
         )
 
 
-def check_student(student: Path, manifest: dict[str, Any]) -> None:
+def check_student(student: Path, hashes: dict[str, str]) -> None:
     """The export must be what its conversion wrote."""
-    problems = check_hashes(student, manifest["hashes"], free=(CARD, MANIFEST, VERIFICATION))
+    problems = check_hashes(student, hashes, free=(CARD, MANIFEST, VERIFICATION))
     if problems:
         raise TransmlaError(f"'{student}' is not what was converted", limit=problems[0], remedy="convert it again")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.heal.batches import Reading
+from transmla.heal.batches import Batches
 from transmla.heal.distributed import gather
 from transmla.heal.optimiser import highest_rate, set_rates
 from transmla.heal.resume import State, Store
@@ -29,7 +29,7 @@ class Loop:
         accelerator: Any,
         model: Any,
         optimiser: Any,
-        reading: Reading,
+        batches: Batches,
         settings: Healing,
         state: State,
         store: Store,
@@ -37,7 +37,7 @@ class Loop:
     ) -> None:
         """``trainable``: names, in the model as it was before accelerate wrapped it, of what may change."""
         self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
-        self.reading, self.settings, self.state, self.store = reading, settings, state, store
+        self.batches, self.settings, self.state, self.store = batches, settings, state, store
         self.trainable = trainable
         self.best: dict[str, Tensor] | None = None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -62,7 +62,7 @@ class Loop:
                 report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
                 break
             rate = set_rates(self.optimiser, progress, state.step, highest * state.slowed, settings.warmup)
-            loss = self._step(self.reading[state.step])
+            loss = self._step(self.batches[state.step])
             if not math.isfinite(loss):
                 self._roll_back(report)
                 began = time.monotonic() - state.seconds
@@ -120,7 +120,7 @@ class Loop:
     @torch.no_grad()
     def held_out_kl(self) -> float:
         """Mean KL(teacher ‖ student) on what was kept aside."""
-        accelerator, rows = self.accelerator, self.reading.held_out()
+        accelerator, rows = self.accelerator, self.batches.held_out()
         micro = max(1, self.settings.batch // accelerator.num_processes // self.settings.accumulate)
         self.model.eval()
         total = torch.zeros(2, device=accelerator.device)

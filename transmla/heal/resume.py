@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.export.files import write_json, write_tensors
-from transmla.export.manifest import read_json
+from transmla.export.hashes import read_json
 from transmla.heal.optimiser import highest_rate
 from transmla.heal.settings import Healing
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from transmla.export.files import disk_errors
-from transmla.export.manifest import MANIFEST, export_fingerprint, read_manifest
+from transmla.export.hashes import export_fingerprint
+from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace
+from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
-from transmla.heal.batches import Reading, open_texts
+from transmla.heal.batches import Batches, open_texts
 from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
@@ -54,7 +56,7 @@ def heal(
         TransmlaError: for bad input, before anything is written; for a loss that stays no number; for a full disk.
     """
     output, student = Path(settings.output).expanduser(), Path(settings.student).expanduser()
-    manifest = read_manifest(student / MANIFEST)
+    manifest = Manifest.read(student)
     workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
     check_settings(settings, accelerator)
@@ -63,7 +65,7 @@ def heal(
         workspace.refuse_overwrite(resume=resume)
         Store(workspace.folder).refuse_foreign()
     report = (reporter or Silent()) if accelerator.is_main_process else Silent()
-    check_student(student, manifest)
+    check_student(student, manifest.hashes)
     if settings.track:
         accelerator.init_trackers("transmla", config=_plain(settings))
     with disk_errors(output):
@@ -83,12 +85,10 @@ class Learned:
 
     best: dict[str, Tensor]
     state: State
-    reading: Reading
+    batches: Batches
 
 
-def _learn(
-    settings: Healing, manifest: dict[str, Any], workspace: Workspace, accelerator: Any, report: Reporter
-) -> Learned:
+def _learn(settings: Healing, manifest: Manifest, workspace: Workspace, accelerator: Any, report: Reporter) -> Learned:
     """The run itself. Models and moments are gone when it returns, so that the export finds room."""
     student, path = Path(settings.student).expanduser(), resolve_source(settings.teacher, revision=settings.revision)
     tokenizer = load_tokenizer(path)
@@ -98,10 +98,10 @@ def _learn(
     fingerprint = checkpoint.fingerprint(lambda done, _: report.advance(done))
     half = accelerator.mixed_precision == "bf16"
     teacher = load_model(path, dtype=torch.bfloat16 if half else torch.float32).to(accelerator.device).eval()
-    model = _load_student(student)
+    model = load_student(student, format_named(manifest.format))
     check_models(model, teacher, settings)
     with accelerator.main_process_first():
-        reading = open_texts(settings, tokenizer, teacher, fingerprint, report)
+        batches = open_texts(settings, tokenizer, teacher, fingerprint, report)
 
     torch.manual_seed(settings.seed)
     model = choose_trainable(model, settings)
@@ -123,10 +123,10 @@ def _learn(
     fused = accelerator.device.type == "cuda"
     prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
     store = Store(workspace.folder)
-    prints = export_fingerprint(manifest["hashes"]), fingerprint, reading.fingerprint()
+    prints = export_fingerprint(manifest.hashes), fingerprint, batches.fingerprint()
     key = run_key(settings, *prints, kind(accelerator))
     state = store.read(key)
-    loop = Loop(accelerator, prepared, optimiser, reading, settings, state or State(key), store, trainable)
+    loop = Loop(accelerator, prepared, optimiser, batches, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
         workspace.folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -136,7 +136,7 @@ def _learn(
     with torch._dynamo.config.patch(optimize_ddp=False) if compiles else nullcontext():
         loop.run(report)
     accelerator.free_memory()
-    return Learned(loop.best or {}, loop.state, reading)
+    return Learned(loop.best or {}, loop.state, batches)
 
 
 def _compiles(settings: Healing, device: torch.device) -> bool:
@@ -155,7 +155,7 @@ def _plain(settings: Healing) -> dict[str, Any]:
 
 def _finish(
     settings: Healing,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     learned: Learned,
     workspace: Workspace,
     device: torch.device,
@@ -164,9 +164,10 @@ def _finish(
     """Write the best weights as an export."""
     report.stage("writing and verifying", 1)
     student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
-    model, changed = _healed(student, learned.best, settings)
-    _measure(model.to(device), learned.reading)
-    tensors = natural.leave(model, changed, getattr(torch, manifest["plan"]["dtype"]))
+    form = format_named(manifest.format)
+    model, changed = _healed(student, learned.best, settings, form)
+    _measure(model.to(device), learned.batches)
+    tensors = natural.to_export(model, changed, form, getattr(torch, manifest.plan.dtype))
     del model
     shutil.rmtree(folder, ignore_errors=True)
     told = summary(learned.state, settings) | {"curve": learned.state.curve}
@@ -178,9 +179,9 @@ def _finish(
     report.advance(1)
 
 
-def _healed(student: Path, best: dict[str, Tensor], settings: Healing) -> tuple[Any, dict[str, Tensor]]:
+def _healed(student: Path, best: dict[str, Tensor], settings: Healing, form: Format) -> tuple[Any, dict[str, Tensor]]:
     """The student with its ``best`` weights, in natural coordinates, and those of its tensors that changed."""
-    model = _load_student(student)
+    model = load_student(student, form)
     if settings.trainable == "lora":
         model = choose_trainable(model, settings)
     unknown = model.load_state_dict(best, strict=False).unexpected_keys
@@ -193,16 +194,16 @@ def _healed(student: Path, best: dict[str, Tensor], settings: Healing) -> tuple[
 
 
 @torch.no_grad()
-def _measure(model: Any, reading: Reading) -> None:
+def _measure(model: Any, batches: Batches) -> None:
     """Let latents remember their sizes on what was kept aside and on a few batches."""
-    natural.watch(model, watching=True)
-    for rows in (reading.held_out(), *(reading[step] for step in range(MEASURED))):
+    natural.measure_latents(model, watching=True)
+    for rows in (batches.held_out(), *(batches[step] for step in range(MEASURED))):
         for row in rows.to(model.device).split(1):
             model.model(row, use_cache=False)
-    natural.watch(model, watching=False)
+    natural.measure_latents(model, watching=False)
 
 
-def _load_student(student: Path) -> Any:
+def load_student(student: Path, form: Format) -> Any:
     """An export in float32 and natural coordinates, without dropout: its teacher has none."""
     register()
     model = load_model(student, dtype=torch.float32)
@@ -210,5 +211,5 @@ def _load_student(student: Path) -> Any:
         for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    natural.enter(model)
+    natural.to_natural(model, form)
     return model

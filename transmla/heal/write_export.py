@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.figures import write_curve
 from transmla.evaluate.verify import verify
 from transmla.export.card import write_card
-from transmla.export.files import write_json, write_tensors, write_text
-from transmla.export.manifest import MANIFEST, hash_files
+from transmla.export.files import write_tensors, write_text
+from transmla.export.hashes import hash_files
+from transmla.export.manifest import Manifest
+from transmla.formats.base import format_named
 from transmla.heal.settings import Healing
 from transmla.recipe import read_recipe
 from transmla.source.checkpoint import open_checkpoint
@@ -35,9 +37,9 @@ def write_export(
         TransmlaError: if what was written does not pass ``transmla verify``.
     """
     folder.mkdir(parents=True)
-    manifest = json.loads((student / MANIFEST).read_text())
+    manifest = Manifest.read(student)
     checkpoint, written = open_checkpoint(student), set()
-    for name in sorted(set(manifest["hashes"]) - {CURVE}):
+    for name in sorted(set(manifest.hashes) - {CURVE}):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = _shard(student / name) if name.endswith(".safetensors") else []
@@ -50,13 +52,16 @@ def write_export(
         raise TransmlaError(f"the student has no tensor '{min(set(changed) - written)}'", remedy="convert it again")
     dumped = settings.model_dump(mode="json", exclude_none=True)
     write_text(folder / "healing.yaml", yaml.safe_dump(dumped, sort_keys=False))
-    manifest["healing"] = [*manifest.get("healing", []), summary]
-    manifest["versions"]["transmla"] = __version__
     _draw(folder / CURVE, summary)
-    manifest["hashes"] = hash_files(folder, {})
-    write_json(folder / MANIFEST, manifest)
+    manifest = replace(
+        manifest,
+        healing=[*manifest.healing, summary],
+        versions=manifest.versions | {"transmla": __version__},
+        hashes=hash_files(folder, {}),
+    )
+    manifest.write(folder)
     recipe = read_recipe(folder / "recipe.yaml", {"output": Path(settings.output).name})
-    write_card(folder, manifest, recipe)
+    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec))
     failed = [check for check in verify(folder, dtype=torch.float32, device=device) if not check.passed]
     if failed:
         raise TransmlaError(

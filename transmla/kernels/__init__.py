@@ -35,7 +35,7 @@ class Backend:
 
     ``decode`` is what ``modeling.rows.Decode`` says.
 
-    ``by_hand``: it launches kernels that torch.compile cannot look into.
+    ``opaque_to_compile``: it launches kernels that torch.compile cannot look into.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Backend:
     preference: int
     refuses: Callable[[DecodeShape], str | None]
     decode: Decode
-    by_hand: bool = False
+    opaque_to_compile: bool = False
 
 
 def as_int32(values: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, backends
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 _SCHEMA = (
     "(Tensor q_latent, Tensor q_pe, float scaling, Tensor? mask, float? softcap, "
@@ -26,15 +26,12 @@ class Compilable:
         self.decode = backends()[name].decode
         self.operator = _operator(name)
 
-    def __call__(
-        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def __call__(self, q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
-            return self.operator(q_latent, q_pe, scaling, mask, softcap, *parts)
+            return self.operator(q_latent, q_pe, scores.scaling, scores.mask, scores.softcap, *parts)
         with _on(q_latent.device):
-            return self.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+            return self.decode(q_latent, q_pe, rows, scores)
 
     def __reduce__(self) -> Any:
         return Compilable, (self.name,)
@@ -42,7 +39,7 @@ class Compilable:
 
 def compilable(backend: Backend) -> Any:
     """What a model calls to decode with ``backend``."""
-    return Compilable(backend.name) if backend.by_hand else backend.decode
+    return Compilable(backend.name) if backend.opaque_to_compile else backend.decode
 
 
 def _on(device: torch.device) -> Any:
@@ -58,7 +55,7 @@ def _operator(name: str) -> Any:
         q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, *rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         with _on(q_latent.device):
-            return decode(q_latent, q_pe, Rows(*rows), scaling=scaling, mask=mask, softcap=softcap)
+            return decode(q_latent, q_pe, Rows(*rows), Scores(scaling, mask, softcap))
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)

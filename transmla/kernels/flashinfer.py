@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, hopper, triton_decode
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 OLDEST = (8, 0)
 # Latents that its kernel for Hopper takes, and those of the one for other GPUs.
@@ -106,20 +106,17 @@ def planner(device: torch.device) -> Planner:
     return Planner(device)
 
 
-def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Decode`` says."""
     new, heads = q_latent.shape[1:3]
     # A plan is made on the host, which a graph's capture forbids.
-    told = mask is None and softcap is None and not torch.cuda.is_current_stream_capturing()
+    told = scores.mask is None and scores.softcap is None and not torch.cuda.is_current_stream_capturing()
     straddles = rows.lengths is not None and new > 1 and TILE % heads > 0
     if not told or straddles or rows.total == 0 or _pages(rows) is None:
         other = hopper if _is_hopper(q_latent.device) else triton_decode
-        return other.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+        return other.decode(q_latent, q_pe, rows, scores)
     plans = planner(q_latent.device)
-    return plans.run(q_latent, q_pe, plans.plan(q_latent, rows, q_pe.shape[-1], scaling))
+    return plans.run(q_latent, q_pe, plans.plan(q_latent, rows, q_pe.shape[-1], scores.scaling))
 
 
 def _pages(rows: Rows) -> Rows | None:
@@ -149,5 +146,10 @@ def refuses(shape: DecodeShape) -> str | None:
 
 # Not chosen by itself: it compiles at first use, and its plans cost the host time at every step.
 BACKEND = Backend(
-    "flashinfer", "FlashInfer's attention to latent pages", preference=-1, refuses=refuses, decode=decode, by_hand=True
+    "flashinfer",
+    "FlashInfer's attention to latent pages",
+    preference=-1,
+    refuses=refuses,
+    decode=decode,
+    opaque_to_compile=True,
 )

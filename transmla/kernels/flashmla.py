@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32
 from transmla.kernels import hopper as masked
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 RANK, WIDTH, PAGE = 512, 64, 64
 
@@ -26,14 +26,11 @@ def _library() -> Any:
     return flash_mla
 
 
-def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Decode`` says."""
-    pages = None if mask is not None or softcap is not None else rows.paged(PAGE)
+    pages = None if scores.mask is not None or scores.softcap is not None else rows.paged(PAGE)
     if pages is None or not _together(pages):
-        return masked.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+        return masked.decode(q_latent, q_pe, rows, scores)
     library, size = _library(), RANK + WIDTH
     output, lse = library.flash_mla_with_kvcache(
         torch.cat([q_latent, q_pe], -1),
@@ -42,7 +39,7 @@ def decode(
         as_int32(pages.lengths),
         RANK,
         library.get_mla_metadata()[0],
-        softmax_scale=scaling,
+        softmax_scale=scores.scaling,
         causal=rows.lengths is not None and q_latent.shape[1] > 1,
         use_legacy=True,
     )
@@ -76,5 +73,10 @@ def refuses(shape: DecodeShape) -> str | None:
 
 # Not chosen by itself: large batches of 64 heads or more decode faster with it, but every mask goes to `hopper`.
 BACKEND = Backend(
-    "flashmla", "FlashMLA's dense decode for Hopper", preference=-1, refuses=refuses, decode=decode, by_hand=True
+    "flashmla",
+    "FlashMLA's dense decode for Hopper",
+    preference=-1,
+    refuses=refuses,
+    decode=decode,
+    opaque_to_compile=True,
 )

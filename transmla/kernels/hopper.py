@@ -10,8 +10,8 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
 from transmla.kernels.hopper_kernel import ROWS, gluon
-from transmla.kernels.rows import Rows
-from transmla.kernels.splits import best_splits, merge_splits, result_room
+from transmla.kernels.rows import Rows, Scores
+from transmla.kernels.splits import allocate_results, best_splits, merge_splits
 
 if gluon is not None:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -28,10 +28,7 @@ ROPE = 64
 VALUE_REGISTERS = 160
 
 
-def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
@@ -40,37 +37,37 @@ def decode(
     kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
-    rank_block, tokens, stages = _tiles(rank)
+    rank_block, tokens, stages = choose_tiles(rank)
     fetched = _reachable(kv_c, tokens, page) and _reachable(k_pe, tokens, page)
-    if not fetched or total == 0 or rows.scale is not None or softcap is not None:
-        return triton_decode.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+    if not fetched or total == 0 or rows.scale is not None or scores.softcap is not None:
+        return triton_decode.decode(q_latent, q_pe, rows, scores)
     queries, width = new * heads, q_pe.shape[-1]
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
     blocks = math.ceil(queries / ROWS)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
-    out, lse, parts, part_lse = result_room(q_latent, splits)
-    seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
+    out, lse, parts, part_lse = allocate_results(q_latent, splits)
+    seen = q_latent if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
     attend[(blocks, splits, batch)](
-        q_latent,
-        q_pe,
-        _rows(kv_c, tokens, rank_block),
-        _rows(k_pe, tokens, ROPE),
-        seen,
-        q_latent if lengths is None else lengths,
-        q_latent if block_table is None else block_table,
-        parts,
-        part_lse,
-        scaling * math.log2(math.e),
-        heads,
-        queries,
-        total,
-        splits,
-        kv_c.stride(0) // kv_c.stride(1),
-        k_pe.stride(0) // k_pe.stride(1),
-        seen.stride(0),
-        seen.stride(2),
-        seen.stride(3),
-        0 if block_table is None else block_table.stride(0),
+        q_latent=q_latent,
+        q_pe=q_pe,
+        kv=_rows(kv_c, tokens, rank_block),
+        pe=_rows(k_pe, tokens, ROPE),
+        mask=seen,
+        lengths=q_latent if lengths is None else lengths,
+        table=q_latent if block_table is None else block_table,
+        parts=parts,
+        part_lse=part_lse,
+        scale=scores.scaling * math.log2(math.e),
+        heads=heads,
+        rows=queries,
+        total=total,
+        splits=splits,
+        capacity=kv_c.stride(0) // kv_c.stride(1),
+        pe_capacity=k_pe.stride(0) // k_pe.stride(1),
+        mask_batch=seen.stride(0),
+        mask_query=seen.stride(2),
+        mask_token=seen.stride(3),
+        table_batch=0 if block_table is None else block_table.stride(0),
         NEW=new,
         RANK=rank,
         WIDTH=width,
@@ -78,7 +75,7 @@ def decode(
         TOKENS=tokens,
         STAGES=stages,
         PAGE=page,
-        MASKED=mask is not None,
+        MASKED=scores.mask is not None,
         RAGGED=lengths is not None,
         LOG=math.log(2) if splits == 1 else 1.0,
         REGISTERS=VALUE_REGISTERS,
@@ -89,7 +86,7 @@ def decode(
     return out, lse
 
 
-def _tiles(rank: int) -> tuple[int, int, int]:
+def choose_tiles(rank: int) -> tuple[int, int, int]:
     """Columns and tokens of a tile of the cache, and how many tiles are held at once."""
     if rank > 256:
         return 512, 32, 6
@@ -137,5 +134,5 @@ BACKEND = Backend(
     preference=20,
     refuses=refuses,
     decode=decode,
-    by_hand=True,
+    opaque_to_compile=True,
 )

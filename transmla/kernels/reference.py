@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape
-from transmla.kernels.rows import Rows
+from transmla.kernels.rows import Rows, Scores
 
 
-def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
     """Multi-query attention to the latent rows; shapes as ``Decode`` says.
 
     A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
     """
     batch, new, heads, rank = q_latent.shape
-    (kv_c, k_pe), total, lengths = rows.full(), rows.total, rows.lengths
+    (kv_c, k_pe), total, lengths, mask = rows.full(), rows.total, rows.lengths, scores.mask
     if rows.block_table is not None:
         kv_c, k_pe = (pages[rows.block_table.long()].flatten(1, 2) for pages in (kv_c, k_pe))
     if lengths is not None:
@@ -29,14 +26,14 @@ def decode(
         held = torch.arange(total, device=lengths.device) < lengths[:, None]
         kv_c = kv_c.masked_fill(~held[..., None], 0)
     exact = torch.promote_types(kv_c.dtype, torch.float32)
-    scores = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
-    scores = (scores.to(exact) * scaling).view(batch, new, heads, total)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
+    logits = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
+    logits = (logits.to(exact) * scores.scaling).view(batch, new, heads, total)
+    if scores.softcap is not None:
+        logits = scores.softcap * (logits / scores.softcap).tanh()
     if mask is not None:
-        scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp_min(torch.finfo(exact).min)[..., None]).exp()
+        logits = logits.masked_fill(~mask.transpose(1, 2), float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.clamp_min(torch.finfo(exact).min)[..., None]).exp()
     mixed = weights.to(kv_c.dtype).flatten(1, 2) @ kv_c
     return mixed.view(batch, new, heads, rank), lse
 

@@ -78,16 +78,30 @@ class Rows:
         return Rows(kv_c, k_pe, None, lengths, table)
 
 
-class Decode(Protocol):
-    """Attention of n new tokens of every sequence, ``q_latent`` [B, n, H, r] and ``q_pe`` [B, n, H, d_r], to ``rows``.
+@dataclass(frozen=True)
+class Scores:
+    """How scores q · k are made and which of them count.
 
-    Returns the mean of the latents under the attention [B, n, H, r] and the log-sum-exp of the scores [B, n, H].
-    ``mask``: boolean, broadcastable to [B, 1, n, T], True where a query may look; None for everywhere. Where ``rows``
-    has lengths, the new tokens are the last of each sequence, and each sees those up to itself. ``softcap``: scores s
-    become softcap · tanh(s / softcap).
+    Attributes:
+        scaling: factor on all scores.
+        mask: boolean, broadcastable to [B, 1, n, T]; True where a query may look. None: everywhere.
+        softcap: scores s become softcap · tanh(s / softcap).
     """
 
-    def __call__(
-        self, q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    scaling: float
+    mask: Tensor | None = None
+    softcap: float | None = None
+
+
+class Decode(Protocol):
+    """Attention of n new tokens of every sequence to the cached rows."""
+
+    def __call__(self, q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Attend with ``q_latent`` [B, n, H, r] and ``q_pe`` [B, n, H, d_r] to ``rows``.
+
+        Where ``rows`` has lengths, the new tokens are the last of each sequence, and each sees the rows up to itself.
+
+        Returns:
+            The mean of the latents under the attention [B, n, H, r], and the log-sum-exp of the scores [B, n, H].
+        """
+        ...

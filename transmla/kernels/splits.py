@@ -53,7 +53,7 @@ if triton is not None:
             tl.store(lse + at, tl.where(some, (top + tl.log2(total)) * log, float("-inf")))
 
 
-def result_room(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def allocate_results(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for the result of ``q_latent`` [B, n, H, r] and for what programs write.
 
     Returns the means [B, n, H, r] and log-sum-exps [B, n, H]; then both of every split, [B, splits, n H, r] and
@@ -75,13 +75,13 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> N
     columns = min(triton.next_power_of_2(rank), max(16, MERGED // height))
     early = _launches_early(parts.device)
     _merge[(rows, math.ceil(rank / columns), batch)](
-        parts,
-        part_lse,
-        out,
-        lse,
-        rows,
-        splits,
-        math.log(2),
+        parts=parts,
+        part_lse=part_lse,
+        out=out,
+        lse=lse,
+        rows=rows,
+        splits=splits,
+        log=math.log(2),
         RANK=rank,
         COLUMNS=columns,
         SPLITS=height,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transmla.kernels import Backend, DecodeShape, as_int32
 from transmla.kernels import reference as plain
-from transmla.kernels.rows import Rows
-from transmla.kernels.splits import best_splits, merge_splits, result_room
+from transmla.kernels.rows import Rows, Scores
+from transmla.kernels.splits import allocate_results, best_splits, merge_splits
 
 try:
     import triton
@@ -164,17 +164,14 @@ if triton is not None:
         )
 
 
-def decode(
-    q_latent: Tensor, q_pe: Tensor, rows: Rows, *, scaling: float, mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention to the latent rows; shapes as ``Decode`` says.
 
     Rows may lie apart; if their values do, they are copied. Rows of 8 bits are read from Ada and Hopper on; other
     devices decode them in PyTorch.
     """
     if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
-        return plain.decode(q_latent, q_pe, rows, scaling=scaling, mask=mask, softcap=softcap)
+        return plain.decode(q_latent, q_pe, rows, scores)
     kv_c, k_pe, page, total = _dense(rows.kv_c), _dense(rows.k_pe), rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
@@ -183,39 +180,39 @@ def decode(
     block, tokens, warps, stages = _tiles(queries, rank, q_latent.dtype, _shared_bytes(q_latent.device))
     blocks = math.ceil(queries / block)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
-    out, lse, parts, part_lse = result_room(q_latent, splits)
-    seen = q_latent if mask is None else mask.expand(batch, 1, new, total).view(torch.int8)
+    out, lse, parts, part_lse = allocate_results(q_latent, splits)
+    seen = q_latent if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
     units = q_latent if rows.scale is None else rows.scale
     _attend[(blocks, splits, batch)](
-        q_latent,
-        q_pe,
-        kv_c,
-        k_pe,
-        units,
-        seen,
-        q_latent if lengths is None else lengths,
-        q_latent if block_table is None else block_table,
-        parts,
-        part_lse,
-        scaling * math.log2(math.e),
-        (softcap or 0.0) * math.log2(math.e),
-        heads,
-        queries,
-        total,
-        splits,
-        0 if page else kv_c.stride(0),
-        kv_c.stride(0),
-        kv_c.stride(1),
-        0 if page else k_pe.stride(0),
-        k_pe.stride(0),
-        k_pe.stride(1),
-        0 if page else units.stride(0),
-        units.stride(0),
-        units.stride(1),
-        seen.stride(0),
-        seen.stride(2),
-        seen.stride(3),
-        0 if block_table is None else block_table.stride(0),
+        q_latent=q_latent,
+        q_pe=q_pe,
+        kv_c=kv_c,
+        k_pe=k_pe,
+        kv_scale=units,
+        mask=seen,
+        lengths=q_latent if lengths is None else lengths,
+        table=q_latent if block_table is None else block_table,
+        out=parts,
+        lse=part_lse,
+        scale=scores.scaling * math.log2(math.e),
+        cap=(scores.softcap or 0.0) * math.log2(math.e),
+        heads=heads,
+        rows=queries,
+        total=total,
+        splits=splits,
+        kv_batch=0 if page else kv_c.stride(0),
+        kv_page=kv_c.stride(0),
+        kv_token=kv_c.stride(1),
+        pe_batch=0 if page else k_pe.stride(0),
+        pe_page=k_pe.stride(0),
+        pe_token=k_pe.stride(1),
+        scale_batch=0 if page else units.stride(0),
+        scale_page=units.stride(0),
+        scale_token=units.stride(1),
+        mask_batch=seen.stride(0),
+        mask_query=seen.stride(2),
+        mask_token=seen.stride(3),
+        table_batch=0 if block_table is None else block_table.stride(0),
         new=new,
         RANK=rank,
         WIDTH=width,
@@ -224,10 +221,10 @@ def decode(
         ROWS=block,
         TOKENS=tokens,
         PAGE=page,
-        MASKED=mask is not None,
+        MASKED=scores.mask is not None,
         RAGGED=lengths is not None,
         SCALED=rows.scale is not None,
-        CAPPED=softcap is not None,
+        CAPPED=scores.softcap is not None,
         PRECISION="ieee",
         STAGES=stages,
         LOG=math.log(2) if splits == 1 else 1.0,
@@ -275,5 +272,5 @@ def refuses(shape: DecodeShape) -> str | None:
 
 
 BACKEND = Backend(
-    "triton", "split-KV flash decoding in Triton", preference=10, refuses=refuses, decode=decode, by_hand=True
+    "triton", "split-KV flash decoding in Triton", preference=10, refuses=refuses, decode=decode, opaque_to_compile=True
 )

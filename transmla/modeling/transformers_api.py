@@ -11,7 +11,9 @@ from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig,
 from transmla.modeling.modeling_transmla import TransmlaForCausalLM, TransmlaModel
 
 # What models of transformers, and their outputs, call their cache; until 5.23 by the first of these names.
-CACHE = next(name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__)
+CACHE_ARGUMENT = next(
+    name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__
+)
 
 READERS: tuple[tuple[Any, Any], ...] = ((AutoModel, TransmlaModel), (AutoModelForCausalLM, TransmlaForCausalLM))
 

@@ -9,9 +9,8 @@ import torch
 
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
-from transmla.formats.base import NATIVE
-from transmla.formats.runtimes import runtimes
-from transmla.plan.effort import Effort, effort_for
+from transmla.formats.base import format_named
+from transmla.plan.fit_settings import FitSettings
 
 GPU_GIGABYTES = (24, 80, 141)
 # Share of a GPU's memory that weights and cache may take; the rest is activations and the allocator.
@@ -20,37 +19,18 @@ USABLE = 0.9
 BASE_MEMORY = 650 * 2**20
 
 
-def attention_parameters(plan: Plan) -> int:
-    """Number of weights in one attention of the export."""
-    spec, shape = plan.spec, plan.shape
-    heads, width = spec.num_attention_heads, spec.hidden_size
-    query = heads * shape.qk_head_dim
-    if spec.normed:
-        # The source's projections stay, queries are read from their own heads, latents from keys and values.
-        inputs = width * spec.features + query * spec.head_dim
-        cached = 2 * spec.num_key_value_heads * spec.head_dim * shape.cache_values
-    else:
-        inputs = width * query if shape.q_lora_rank is None else shape.q_lora_rank * (width + query + 1)
-        cached = width * shape.cache_values
-    expand = shape.kv_lora_rank * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    norm = shape.kv_lora_rank if plan.format == NATIVE else 0
-    return inputs + cached + norm + expand + heads * shape.v_head_dim * width
-
-
 def parameters(plan: Plan) -> int:
     """Number of weights in the export."""
-    spec = plan.spec
-    # A native export writes a tied head once more.
-    head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings and plan.format == NATIVE else 0
-    return spec.num_hidden_layers * attention_parameters(plan) + spec.other_parameters + head
+    form = format_named(plan.format)
+    return plan.spec.num_hidden_layers * form.attention_parameters(plan) + form.other_parameters(plan)
 
 
-def disk_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
+def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     """Largest size of the unfinished folder: the export, and the streams before and after a layer."""
-    return parameters(plan) * value_bytes(plan.dtype) + _stream_bytes(plan, tokens, effort)
+    return parameters(plan) * value_bytes(plan.dtype) + _stream_bytes(plan, tokens, fit)
 
 
-def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 0) -> int:
+def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int = 0) -> int:
     """Peak resident memory of the conversion; ``held`` is the size of a GGUF source that is read whole."""
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
@@ -58,15 +38,15 @@ def memory_bytes(plan: Plan, tokens: int, effort: Effort | None, *, held: int = 
     layer = 4 * (attention + spec.layer_parameters)
     # float64 copies of the attention's maps, the per-head key targets, and a dozen work matrices of the features
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
-    if effort is not None:
+    if fit is not None:
         # the drift between the streams; of each layer of a window the source's stream behind it, the activations of a
         # step, and weights, gradients and Adam's two moments
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
-        activations = 4 * effort.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
-        fit = effort.window * (activations + 4 * 4 * 2 * _maps(spec))
-        work = max(work, 4 * tokens * width + fit) + (effort.window - 1) * (4 * tokens * width + layer)
+        activations = 4 * fit.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
+        fitting = fit.window * (activations + 4 * 4 * 2 * _maps(spec))
+        work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * (4 * tokens * width + layer)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
-    return BASE_MEMORY + held + _stream_bytes(plan, tokens, effort) + max(layer + work, embedding)
+    return BASE_MEMORY + held + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
 
 
 def _maps(spec: AttentionSpec) -> int:
@@ -75,14 +55,14 @@ def _maps(spec: AttentionSpec) -> int:
     return spec.head_dim * ((heads + 2 * spec.num_key_value_heads) * spec.features + heads * spec.hidden_size)
 
 
-def _stream_bytes(plan: Plan, tokens: int, effort: Effort | None) -> int:
+def _stream_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     """What enters and leaves a layer: the source's stream, a first phase's, the export's, and factors fitted ahead."""
-    streams = 1 + (method_named(plan.method).first_phase is not None) + (effort is not None)
-    ahead = 0 if effort is None else (effort.window - 1) * 4 * attention_parameters(plan)
+    streams = 1 + (method_named(plan.method).first_pass is not None) + (fit is not None)
+    ahead = 0 if fit is None else (fit.window - 1) * 4 * format_named(plan.format).attention_parameters(plan)
     return 2 * (streams * 4 * tokens * plan.spec.hidden_size + ahead)
 
 
-def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None) -> float:
+def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | None) -> float:
     """Estimated time of the conversion, from this machine's own matrix rate."""
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
@@ -91,11 +71,11 @@ def seconds(plan: Plan, tokens: int, device: torch.device, effort: Effort | None
     forward = 2 * tokens * (attention + mlp + width * width)
     features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
     factor = 30 * features**3 + 8 * features**2 * d * heads
-    if effort is not None:
+    if fit is not None:
         # the source once, the export forwards and twice backwards; its MLP has no weights to learn
-        weights = 5 * attention + (3 * mlp if effort.through_mlp else 0)
-        steps = effort.window * effort.steps * effort.tokens
-        forward += 2 * steps * weights + 2 * effort.window * tokens * (attention + mlp)
+        weights = 5 * attention + (3 * mlp if fit.through_mlp else 0)
+        steps = fit.window * fit.steps * fit.tokens
+        forward += 2 * steps * weights + 2 * fit.window * tokens * (attention + mlp)
     dtype = torch.bfloat16 if device.type == "cuda" and plan.dtype == "bfloat16" else torch.float32
     return spec.num_hidden_layers * (forward / matrix_rate(device, dtype) + factor / matrix_rate(device, torch.float64))
 
@@ -120,11 +100,11 @@ def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
     found = {}
     for gigabytes in GPU_GIGABYTES:
         free = int(max(0.0, USABLE * gigabytes * 1e9 - weights) / value_bytes(plan.dtype))
-        found[gigabytes] = _longest(free, before, windows), _longest(free, after, windows)
+        found[gigabytes] = longest_context(free, before, windows), longest_context(free, after, windows)
     return found
 
 
-def _longest(free: int, values: list[int], windows: list[int | None]) -> int:
+def longest_context(free: int, values: list[int], windows: list[int | None]) -> int:
     """Tokens for which ``free`` values last, where layers cache so many a token, no further back than their windows.
 
     Where all layers have windows and these fit, the longest window.
@@ -149,17 +129,31 @@ def bytes_per_token(plan: Plan, values: int) -> int:
 
 
 def summary(
-    plan: Plan, tokens: int, device: torch.device, reconstruct: str = "off", *, held: int = 0, sampled: int = 0
+    plan: Plan,
+    tokens: int,
+    device: torch.device,
+    fit: FitSettings | None,
+    *,
+    reconstruct: str = "off",
+    held: int = 0,
+    sampled: int = 0,
 ) -> dict[str, Any]:
-    """Everything ``transmla plan`` shows, as plain values.
+    """Return everything that ``transmla plan`` shows, as plain values.
 
-    ``held`` bytes of a GGUF source stay in memory throughout; ``sampled`` bytes of the whole model do while it
-    writes its own calibration text.
+    Args:
+        plan: of the conversion.
+        tokens: of calibration text.
+        device: that converts.
+        fit: how every layer is fitted, if it is.
+        reconstruct: the name of that fit.
+        held: bytes of a GGUF source, which stay in memory throughout.
+        sampled: bytes of the whole model, which is in memory while it writes its own calibration text.
     """
-    effort = effort_for(reconstruct, plan.cache_ratio)
+    form = format_named(plan.format)
     before, after = plan.spec.cache_values, plan.shape.cache_values
     return {
         **plan.to_dict(),
+        "target": form.target(plan.spec),
         "cache_values": {"before": before, "after": after},
         "cache_bytes_per_token": {
             "before": bytes_per_token(plan, before * plan.spec.num_hidden_layers),
@@ -167,11 +161,11 @@ def summary(
         },
         "cache_ratio": plan.cache_ratio,
         "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},
-        "runtimes": [vars(runtime) for runtime in runtimes(plan)],
+        "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, effort, held=held), BASE_MEMORY + held + sampled),
-        "disk_bytes": disk_bytes(plan, tokens, effort),
-        "seconds": seconds(plan, tokens, device, effort),
+        "memory_bytes": max(memory_bytes(plan, tokens, fit, held=held), BASE_MEMORY + held + sampled),
+        "disk_bytes": disk_bytes(plan, tokens, fit),
+        "seconds": seconds(plan, tokens, device, fit),
         "device": str(device),
         "reconstruct": reconstruct,
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transmla.artifacts import AttentionSpec, MLAShape
 from transmla.errors import TransmlaError
+from transmla.formats.base import Format
 from transmla.formats.runtimes import VLLM_DECODE, VLLM_PREFILL
-from transmla.plan.rotary_slots import native_slots
 from transmla.recipe import Recipe
 
 DEFAULT_CACHE_RATIO = 0.5
@@ -24,10 +24,11 @@ def full_rank(spec: AttentionSpec) -> int:
     return min(2 * spec.num_key_value_heads * spec.head_dim, spec.features)
 
 
-def choose_shape(spec: AttentionSpec, recipe: Recipe, *, turned: int | None = None) -> MLAShape:
-    """The widths asked for, or those that fit ``cache_ratio``.
+def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
+    """Return the widths asked for, or those that fit ``cache_ratio``, in an export of the format ``form``.
 
-    ``turned`` pairs of a head's channels turn, for an export that carries its own frequencies.
+    Raises:
+        TransmlaError: for widths that contradict each other, exceed a full rank, or fit no budget.
     """
     full = full_rank(spec)
     fixed = recipe.kv_lora_rank is not None or recipe.qk_rope_head_dim is not None
@@ -40,7 +41,7 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, *, turned: int | None = No
     budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
     ratio = recipe.cache_ratio or DEFAULT_CACHE_RATIO
     d_r = recipe.qk_rope_head_dim or (
-        64 if recipe.pad_for else _rotary_width(spec, ratio, budget, turned, fitted=recipe.reconstruct != "off")
+        64 if recipe.pad_for else _rotary_width(spec, ratio, budget, form, fitted=recipe.reconstruct != "off")
     )
     rank = recipe.kv_lora_rank or (budget - d_r) // RANK_MULTIPLE * RANK_MULTIPLE
     if rank <= 0:
@@ -80,19 +81,19 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, *, turned: int | None = No
     return MLAShape(rank, d_r, d_n, d_v, recipe.q_lora_rank, latent_rank)
 
 
-def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, turned: int | None, *, fitted: bool) -> int:
+def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, form: Format, *, fitted: bool) -> int:
     """What turns of the source's head width, a half or a quarter of it; narrower only if nothing else fits.
 
     A fitted layer makes do with fewer rotary channels and has more use for a wide latent (SmolLM2-135M, error of
     single layers on validation text: 32 + 160 beats 64 + 128 by a third, 16 + 112 beats 32 + 96 by a tenth).
     """
     wide, middle = (1.0, 0.4) if fitted else (0.5, 0.2)
-    widest = spec.head_dim if turned is None else 2 * turned
+    widest = 2 * max(kind.turned for kind in spec.kinds or (spec.kind(0),))
     width = widest // (1 if ratio >= wide else 2 if ratio >= middle else 4)
     while budget - width < RANK_MULTIPLE and width % 4 == 0:
         width //= 2
     # Some tables (yarn) exist at full width alone.
-    while turned is None and width < spec.head_dim and native_slots(spec, width) is None:
+    while width < widest and not form.holds_rotary(spec, width):
         width *= 2
     return width
 

@@ -19,12 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.kernels.rows import Decode, Rows
+from transmla.kernels.rows import Decode, Rows, Scores
 from transmla.modeling.modeling_transmla import TransmlaAttention, attention_class
-from transmla.modeling.transformers_api import CACHE
-from transmla.runtime.latent_cache import make_room
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.latent_cache import grow_in_place
 from transmla.runtime.packed_rows import unpack
-from transmla.runtime.prefix_cache import PrefixLayer, attend, expanding_pays, merge, one_width, prefix_layer
+from transmla.runtime.prefix_cache import PrefixLayer, attend, expanding_is_cheaper, merge, one_width, prefix_layer
 
 # The name that transformers knows this attention by.
 LATENT_ATTENTION = "latent_attention"
@@ -53,8 +53,8 @@ class LatentAttention(nn.Module):
         weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
         if (weight.dtype, weight.device) != self.place:
             self.choose(self)
-        cache = kwargs.get(CACHE)
-        make_room(cache, self.layer_idx, packed=self.packed)
+        cache = kwargs.get(CACHE_ARGUMENT)
+        grow_in_place(cache, self.layer_idx, packed=self.packed)
         self.prefix = prefix_layer(cache, self.layer_idx)
         try:
             return super().forward(*args, **kwargs)
@@ -122,14 +122,14 @@ def latent_attention(
             return _by_family(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     rows = _rows(module, key, value, query.dtype)
-    absorbable = _absorbable(module, query, key, attention_mask, kwargs)
+    absorbable = _can_absorb(module, query, key, attention_mask, kwargs)
     if module.prefix is not None:
         _see_all_of(module.prefix, query, attention_mask)
         if absorbable:
             found = _behind_prefix(module, module.prefix, query, rows, attention_mask, scaling, kwargs)
             return _with_sinks(*found, kwargs), None
         rows = module.prefix.whole(rows)
-    elif absorbable and _pays(module, query, key, attention_mask):
+    elif absorbable and _absorbing_is_cheaper(module, query, key, attention_mask):
         return _with_sinks(*_decoded(module, query, rows, attention_mask, scaling, kwargs), kwargs), None
     keys, values = module.expanded(*(part[:, None] for part in rows.full()))
     if not plain:
@@ -147,13 +147,13 @@ def _rows(module: Any, key: Tensor, value: Tensor, dtype: torch.dtype) -> Rows:
     return Rows(key[:, 0], value[:, 0])
 
 
-def _pays(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+def _absorbing_is_cheaper(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Whether attending to the latent costs less than expanding it."""
     new, total = query.shape[2], key.shape[2]
     return new == 1 or (new < total and mask is not None and new <= min(crossover(module), MAX_NEW_TOKENS))
 
 
-def _absorbable(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
+def _can_absorb(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> bool:
     """Whether attending to the latent gives what expanding it does."""
     if extras.get("position_bias") is not None:
         return False
@@ -203,7 +203,7 @@ def _decoded(
         part = slice(start, start + PIECE)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
         tokens = q_latent[:, part], q_pe[:, part]
-        found.append(module.decode(*tokens, rows, scaling=scale, mask=own, softcap=extras.get("softcap")))
+        found.append(module.decode(*tokens, rows, Scores(scale, own, extras.get("softcap"))))
     mixed, lse = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
 
@@ -233,7 +233,7 @@ def _behind_prefix(
     right, right_lse = _decoded(module, query, rows, own, scaling, extras)
     # To the prefix, the queries of all sequences are those of one.
     together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
-    if extras.get("softcap") is None and expanding_pays(module, batch * new):
+    if extras.get("softcap") is None and expanding_is_cheaper(module, batch * new):
         if layer.expanded is None:
             # Made one width now, lest every step do it again.
             keys, values = one_width(*module.expanded(*layer.prefix))

@@ -75,7 +75,7 @@ class LatentLayer(DynamicLayer):
         return rows
 
 
-def make_room(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
+def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
     """Let ``layer`` of a dynamic ``cache`` grow without copying; other kinds of cache stay as they are.
 
     Raises:

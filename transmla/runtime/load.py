@@ -97,12 +97,12 @@ def _choose(wanted: str, layer: Any) -> None:
     """Let a layer decode with the backend that serves it where it is, and as it is."""
     weight: torch.Tensor = layer.kv_b_proj.weight
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
-    layer.backend = _serving(wanted, shape)
+    layer.backend = choose_for_device(wanted, shape)
     layer.decode = compilable(layer.backend)
     layer.place = weight.dtype, weight.device
 
 
 @cache
-def _serving(wanted: str, shape: DecodeShape) -> Backend:
+def choose_for_device(wanted: str, shape: DecodeShape) -> Backend:
     # Asked once for each shape, so that what cannot serve is named once.
     return choose_backend(wanted, shape)

@@ -72,7 +72,7 @@ def prefix_layer(cache: Any, layer: int) -> PrefixLayer | None:
     return found if isinstance(found, PrefixLayer) else None
 
 
-def expanding_pays(module: Any, queries: int) -> bool:
+def expanding_is_cheaper(module: Any, queries: int) -> bool:
     """Whether ``queries`` tokens, over all sequences, read a shared prefix faster when it is expanded."""
     expanded = module.qk_nope_head_dim + module.qk_rope_head_dim + module.v_head_dim
     absorbed = 2 * module.kv_lora_rank + module.qk_rope_head_dim

@@ -26,7 +26,7 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
     """
     from transformers import DynamicCache
 
-    from transmla.modeling.transformers_api import CACHE
+    from transmla.modeling.transformers_api import CACHE_ARGUMENT
     from transmla.runtime.latent_attention import LatentAttention
     from transmla.runtime.prefix_cache import share
 
@@ -61,7 +61,7 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
         for layer in layers:
             layer.packed = False
         with torch.no_grad():
-            model(input_ids.to(model.device), logits_to_keep=1, **{CACHE: cache})
+            model(input_ids.to(model.device), logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     finally:
         for layer in layers:
             layer.packed = packed

@@ -42,7 +42,7 @@ def read_projections(attention: Any) -> tuple[Tensor, Tensor | None]:
     return torch.cat([part.weight for part in parts]), bias
 
 
-class FrontEnd:
+class AttentionView:
     """The features of one ``attention``, whose weights are there."""
 
     def __init__(self, attention: Any, heads: Heads, rules: ScoreRules) -> None:

@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def bfloat16_pays(device: torch.device) -> bool:
+def is_fast_in_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

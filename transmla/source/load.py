@@ -36,7 +36,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module | None) -> Iterator[None]:
+def eval_mode(model: nn.Module | None) -> Iterator[None]:
     """Evaluation mode for the while; each module gets its own training flag back."""
     training = [] if model is None else [module for module in model.modules() if module.training]
     for module in training:

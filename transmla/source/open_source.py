@@ -14,7 +14,7 @@ from transmla.recipe import Recipe
 from transmla.source.check_tensors import check_tensors
 from transmla.source.checkpoint import Checkpoint, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
-from transmla.source.device import bfloat16_pays
+from transmla.source.device import is_fast_in_bfloat16
 from transmla.source.locate import resolve_source
 
 
@@ -46,6 +46,6 @@ def open_source(recipe: Recipe) -> Source:
     return Source(path, config, model, spec, family, checkpoint, dtype)
 
 
-def computes_in_bfloat16(source: Source, device: torch.device) -> bool:
+def runs_in_bfloat16(source: Source, device: torch.device) -> bool:
     """Whether the source is run in bfloat16: it is stored in it, and the device is faster with it."""
-    return source.dtype == "bfloat16" and bfloat16_pays(device)
+    return source.dtype == "bfloat16" and is_fast_in_bfloat16(device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.errors import TransmlaError
-from transmla.source.load import evaluating
+from transmla.source.load import eval_mode
 
 
 @torch.inference_mode()
@@ -44,7 +44,7 @@ def sample_self(
     if start is None:
         raise TransmlaError("the tokenizer has no BOS, EOS or padding token to start a sample from")
     blocks = []
-    with evaluating(model):
+    with eval_mode(model):
         for index, first in enumerate(range(0, sequences, batch_size)):
             rows = min(batch_size, sequences - first)
             generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + index)
@@ -55,14 +55,14 @@ def sample_self(
 
 
 def _sample_batch(model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    from transmla.modeling.transformers_api import CACHE
+    from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
     # Not model.generate: it merges the checkpoint's own settings (top_k, penalties) into any it is given.
     tokens = torch.full((rows, length), start, dtype=torch.int64, device=model.device)
     cache = None
     for position in range(1, length):
-        output = model(tokens[:, position - 1 : position], use_cache=True, **{CACHE: cache})
-        cache = output[CACHE]
+        output = model(tokens[:, position - 1 : position], use_cache=True, **{CACHE_ARGUMENT: cache})
+        cache = output[CACHE_ARGUMENT]
         probabilities = output.logits[:, -1].float().softmax(dim=-1).to(model.device)
         tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return tokens.cpu()

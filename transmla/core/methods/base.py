@@ -19,17 +19,17 @@ class Method:
 
     ``factorize(weights, stats, plan)`` works in float64 and never changes its input; ``freqfold(stride)``
     is the method's own choice of how many neighbouring frequencies to fold when every ``stride``-th source
-    frequency keeps a rotary slot. A method of two phases gives the layer after its ``first_phase``: a second
+    frequency keeps a rotary slot. A method of two phases gives the layer after its ``first_pass``: a second
     hidden stream runs through those layers, and ``factorize`` finds its moments in ``stats.converted_moment``.
-    A ``published`` method is there to be compared with: it is not fitted any further unless asked for.
+    A ``baseline`` method is there to be compared with: it is not fitted any further unless asked for.
     """
 
     name: str
     summary: str
     factorize: Callable[[LayerWeights, LayerStats, Plan], LayerFactors]
     freqfold: Callable[[int], int]
-    first_phase: Callable[[LayerWeights, LayerStats, Plan], LayerFactors] | None = None
-    published: bool = False
+    first_pass: Callable[[LayerWeights, LayerStats, Plan], LayerFactors] | None = None
+    baseline: bool = False
 
 
 def source_frequencies(plan: Plan, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.concentrate import concentrate
-from transmla.core.linalg import balance, latent_basis, regress, regularise
+from transmla.core.linalg import latent_basis, match_channel_norms, regress, regularise
 from transmla.core.methods.base import Method, assemble, source_frequencies
 from transmla.core.readout import Distances, joint_readout
 from transmla.core.rope import to_complex, to_halves
@@ -53,7 +53,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     key = to_halves(still - (alone * distances.slot[:, None]) @ kept.z)
 
     # Heads that share a key ask for nearly the same rows; together they weigh as one.
-    share = KEY_WEIGHT * balance(key, weights, attended) / group**0.5
+    share = KEY_WEIGHT * match_channel_norms(key, weights, attended) / group**0.5
     target = torch.cat([(key * share).flatten(0, 1), weights.v.flatten(0, 1)])
     latent = latent_basis(target, attended, plan.shape.latent_rank)
 

@@ -1,8 +1,8 @@
 """CARE: a joint low rank of keys and values weighted by their covariance (arXiv 2603.17946, section 3.1).
 
-For comparison. RoPE is concentrated as TransMLA does; then y = [b·k ; v], the balanced rest of the keys and
+For comparison. RoPE is concentrated as TransMLA does; then y = [b·k ; v], the scaled rest of the keys and
 the values, is replaced by U·D·y, where the rank-r product minimises the error of what is *read* from y, keys
-with their balance undone, under the damped second moment H = E[y yᵀ] + δI: the singular vectors of S·H^{1/2}.
+with their scale undone, under the damped second moment H = E[y yᵀ] + δI: the singular vectors of S·H^{1/2}.
 The published code keeps δ at a tenth of the mean diagonal.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
-from transmla.core.linalg import balance, latent_basis, regularise
+from transmla.core.linalg import latent_basis, match_channel_norms, regularise
 from transmla.core.methods.base import Method
 from transmla.core.methods.transmla import read_out, rotate_keys
 from transmla.core.rope import to_complex
@@ -23,7 +23,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     moment = regularise(stats.second_moment)
     kept, rest = rotate_keys(to_complex(weights.k), moment, plan.rotary)
     values = weights.v.flatten(0, 1)
-    scale = balance(rest, weights, moment)
+    scale = match_channel_norms(rest, weights, moment)
     outputs = torch.cat([rest * scale, values])
     read = torch.cat([(1 / scale).expand(len(rest)), torch.ones_like(values[:, 0])])
     damped = regularise(outputs @ moment @ outputs.mT, DAMPING)
@@ -36,5 +36,5 @@ METHOD = Method(
     summary="CARE as published: TransMLA's RoRoPE, covariance-weighted joint SVD (for comparison)",
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
-    published=True,
+    baseline=True,
 )

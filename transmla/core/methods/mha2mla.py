@@ -28,5 +28,5 @@ METHOD = Method(
     summary="MHA2MLA's joint SVD of the weights alone, after TransMLA's RoRoPE (for comparison)",
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
-    published=True,
+    baseline=True,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan, RotaryPlan
 from transmla.core.concentrate import Concentration, concentrate, slots_by_fold
-from transmla.core.linalg import balance, latent_basis, orthonormal_rows, regress, regularise
+from transmla.core.linalg import latent_basis, match_channel_norms, orthonormal_rows, regress, regularise
 from transmla.core.methods.base import Method, assemble, source_frequencies
 from transmla.core.rope import to_complex, to_halves
 
@@ -59,7 +59,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     """Both phases; the second measures what the layers before it make of the text without their RoPE."""
     kept, rest = rotate_keys(to_complex(weights.k), regularise(stats.second_moment), plan.rotary)
     moment = regularise(stats.second_moment if stats.converted_moment is None else stats.converted_moment)
-    scale = balance(rest, weights, moment)
+    scale = match_channel_norms(rest, weights, moment)
     target = torch.cat([rest * scale, weights.v.flatten(0, 1)])
     return read_out(weights, plan, kept, latent_basis(target, moment, plan.shape.latent_rank), moment)
 
@@ -69,6 +69,6 @@ METHOD = Method(
     summary="TransMLA as published: real RoRoPE, FreqFold, balanced joint PCA (the baseline)",
     factorize=factorize,
     freqfold=lambda stride: 2 * stride,
-    first_phase=remove_rope,
-    published=True,
+    first_pass=remove_rope,
+    baseline=True,
 )

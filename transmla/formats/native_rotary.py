@@ -1,35 +1,15 @@
-"""Which source frequency each rotary slot of an export turns with."""
+"""The rotary table that runtimes compute for a DeepSeek-V3 config, and the source frequencies that it holds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from transmla.artifacts import AttentionSpec, LayerKind
-from transmla.core.methods.base import Method
+from transmla.artifacts import AttentionSpec
 from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
-from transmla.formats.native import custom_table, rotary_table
-from transmla.recipe import Recipe
-
-
-def own_slots(kind: LayerKind, width: int) -> tuple[int, ...]:
-    """Source frequency of every rotary slot: evenly spread, or each repeated; the export carries its own table.
-
-    Raises:
-        TransmlaError: for a width that is neither.
-    """
-    count = width // 2
-    if width % 2 == 0 and count and kind.turned % count == 0:
-        return tuple(range(0, kind.turned, kind.turned // count))
-    if width % 2 == 0 and count and count % kind.turned == 0:
-        return tuple(i for i in range(kind.turned) for _ in range(count // kind.turned))
-    raise TransmlaError(
-        f"qk_rope_head_dim {width} does not fit the source's {kind.turned} rotary frequencies",
-        limit="they are spread evenly over the rotary key, or all repeated in it",
-        remedy=f"use a divisor of {2 * kind.turned} that is even, or a multiple",
-    )
 
 
 def choose_slots(spec: AttentionSpec, width: int, *, custom: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -69,21 +49,32 @@ def native_slots(spec: AttentionSpec, width: int) -> tuple[int, ...] | None:
     return match_slots(table, torch.tensor(spec.inv_freq, dtype=torch.float64))
 
 
-def choose_fold(recipe: Recipe, method: Method, slots: tuple[int, ...], pairs: int) -> int:
-    """How many neighbouring frequencies are concentrated together."""
-    stride = max(1, pairs // len(set(slots)))
-    repeated = len(set(slots)) < len(slots)
-    preferred = 1 if repeated else method.freqfold(stride)
-    fold = recipe.freqfold or (stride if pairs % preferred else preferred)
-    check_fold(fold, stride, pairs)
-    return fold
+def rotary_table(spec: AttentionSpec, width: int, rope_parameters: dict[str, Any]) -> tuple[Tensor, float]:
+    """(inv_freq [width/2] float64, attention factor) as transformers' DeepSeek-V3 builds them."""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    config = DeepseekV3Config(
+        qk_rope_head_dim=width,
+        max_position_embeddings=spec.max_position_embeddings,
+        rope_parameters=dict(rope_parameters),
+    )
+    rotary = DeepseekV3RotaryEmbedding(config)
+    return rotary.inv_freq.double(), float(rotary.attention_scaling)
 
 
-def check_fold(fold: int, stride: int, pairs: int) -> None:
-    """Every fold must hold a slot, and folds must tile the frequencies."""
-    if fold % stride or pairs % fold:
-        raise TransmlaError(
-            f"freqfold {fold} does not fit the source's {pairs} rotary frequencies",
-            limit=f"it must be a multiple of {stride} that divides {pairs}",
-            remedy="choose another --freqfold, or leave it out",
-        )
+def custom_table(spec: AttentionSpec, inv_freq: Tensor) -> dict[str, Any]:
+    """``rope_parameters`` that make transformers turn with any ``inv_freq`` [d_r/2] (``longrope`` factors)."""
+    theta = float(spec.rope_parameters["rope_theta"])
+    count = len(inv_freq)
+    plain = theta ** (-torch.arange(count, dtype=torch.float64) / count)
+    factors = (plain / inv_freq).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "short_factor": factors,
+        "long_factor": factors,
+        "attention_factor": spec.attention_factor,
+        "original_max_position_embeddings": spec.max_position_embeddings,
+    }

@@ -10,6 +10,7 @@ from typing import Any
 
 from transmla.errors import TransmlaError
 from transmla.families.base import ROPE_TYPES, Family, rope_tables
+from transmla.plan.make_plan import best_format
 from transmla.registry import scan
 from transmla.source.describe import describe, empty_model
 
@@ -123,5 +124,5 @@ def _support(family: Family) -> Support:
         "fused projections": hasattr(attention, "qkv_proj"),
     }
     carried = tuple(name for name, there in has.items() if there)
-    form = "own" if spec.native_gap else "native"
-    return Support(family.name, family.told, form, carried, tuple(_rope_types(family, spec.head_dim)))
+    form = best_format(spec).name
+    return Support(family.name, family.models, form, carried, tuple(_rope_types(family, spec.head_dim)))

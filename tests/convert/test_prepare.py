@@ -1,0 +1,81 @@
+"""``plan``, ``inspect`` and ``convert`` decide one thing from one recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transmla.convert.inspect import inspect_source
+from transmla.convert.pipeline import convert
+from transmla.convert.prepare import prepare, summarise
+from transmla.export.manifest import Manifest
+from transmla.recipe import Recipe
+from transmla.reporter import Silent
+
+# (family, recipe): ten that differ in everything the shape hangs on.
+RECIPES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"reconstruct": "off"}),
+    ("llama", {"reconstruct": "fast", "cache_ratio": 0.25}),
+    ("llama", {"reconstruct": "auto", "calibration": {"sequences": 1}}),
+    ("llama", {"reconstruct": "auto", "method": "care"}),
+    ("llama", {"reconstruct": "fast", "kv_lora_rank": 24, "qk_rope_head_dim": 8}),
+    ("llama", {"reconstruct": "auto", "format": "transmla", "layers": "1-2"}),
+    ("qwen3", {"reconstruct": "fast"}),
+    ("gemma3_text", {"reconstruct": "auto", "cache_ratio": 0.34}),
+    ("smollm3", {"reconstruct": "off", "cache_ratio": 1 / 3}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), RECIPES, ids=map(str, range(len(RECIPES))))
+def test_plan_inspect_and_convert_agree_on_the_shape(
+    family: str, settings: dict[str, Any], make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    layers = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]} if "gemma" in family else {}
+    layers |= {"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}
+    recipe = make_recipe(make_source(family, num_hidden_layers=3, **layers), **settings)
+    prepared = prepare(recipe)
+    planned, inspected = summarise(prepared), inspect_source(recipe, Silent())
+    folder = convert(recipe)
+    manifest = Manifest.read(folder)
+    assert manifest.plan == prepared.plan
+    assert planned["shape"] == json.loads((folder / "transmla.json").read_text())["plan"]["shape"]
+    assert manifest.plan.shape in [plan.shape for plan in inspected.plans.values()]
+    assert manifest.plan in inspected.plans.values()
+    assert (manifest.fit is None) == (planned["reconstruct"] == "off")
+
+
+def test_the_manifest_tells_how_layers_were_fitted(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    prepared = prepare(recipe := make_recipe(make_source(), reconstruct="fast", cache_ratio=0.25))
+    fit = Manifest.read(convert(recipe)).fit
+    assert fit is not None
+    assert prepared.fit is not None
+    assert (fit.steps, fit.tokens, fit.rate) == (prepared.fit.steps, prepared.fit.tokens, prepared.fit.rate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        ({"reconstruct": "off"}, "--reconstruct off"),
+        ({"reconstruct": "auto", "calibration": {"sequences": 1}}, "one calibration sequence"),
+        ({"reconstruct": "auto", "method": "transmla"}, "method transmla is a baseline"),
+    ],
+)
+def test_a_note_says_that_an_unfitted_shape_is_another(
+    settings: dict[str, Any], because: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    source = make_source()
+    unfitted = prepare(make_recipe(source, **settings)).plan
+    fitted = prepare(make_recipe(source, reconstruct="fast")).plan
+    assert unfitted.shape != fitted.shape
+    (note,) = (note for note in unfitted.notes if "not fitted" in note)
+    assert because in note
+    assert f"latent {unfitted.shape.kv_lora_rank} + rotary {unfitted.shape.qk_rope_head_dim}" in note
+    assert f"{fitted.shape.kv_lora_rank} + {fitted.shape.qk_rope_head_dim}" in note
+    assert not any("not fitted" in note for note in fitted.notes)

@@ -1,0 +1,69 @@
+"""The hidden states that a conversion carries from one layer to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# In a saved file, factors fitted ahead are called "fitted.LAYER.NAME".
+AHEAD = "fitted"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What enters a layer: hidden states [N, T, D] of all calibration sequences.
+
+    Attributes:
+        source: as the source computes them.
+        first_pass: as layers without their RoPE compute them, for methods with a first pass.
+        converted: as the converted layers compute them, where layers are fitted.
+        ahead: by layer, tensors by name: the factors that the last window fitted for layers that it did not finish.
+    """
+
+    source: Tensor
+    first_pass: Tensor | None = None
+    converted: Tensor | None = None
+    ahead: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Streams:
+        """Apply ``change`` to every tensor."""
+        hidden = {name: change(stream) for name, stream in self.hidden().items()}
+        ahead = {layer: {name: change(t) for name, t in tensors.items()} for layer, tensors in self.ahead.items()}
+        return Streams(**hidden, ahead=ahead)
+
+    def hidden(self) -> dict[str, Tensor]:
+        """The hidden states that there are, by name."""
+        named: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ahead"}
+        return {name: stream for name, stream in named.items() if stream is not None}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All tensors under one name each, on the CPU, to be saved."""
+        ahead = {f"{AHEAD}.{i}.{name}": t for i, tensors in self.ahead.items() for name, t in tensors.items()}
+        return {name: tensor.cpu() for name, tensor in (self.hidden() | ahead).items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Streams:
+        """The streams that ``to_tensors`` made ``tensors`` of."""
+        hidden, ahead = {}, dict[int, dict[str, Tensor]]()
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == AHEAD:
+                layer, _, name = rest.partition(".")
+                ahead.setdefault(int(layer), {})[name] = tensor
+            else:
+                hidden[key] = tensor
+        return cls(**hidden, ahead=ahead)
+
+    def nearest(self, device: torch.device, copies: int) -> Streams:
+        """The streams on the GPU ``device`` if ``copies`` of them fit its free memory; else where they are."""
+        size = sum(tensor.nbytes for tensor in self._all())
+        if device.type == "cuda" and size * copies < torch.cuda.mem_get_info(device)[0]:
+            return self.map(lambda stream: stream.to(device))
+        return self
+
+    def _all(self) -> list[Tensor]:
+        return [*self.hidden().values(), *(t for tensors in self.ahead.values() for t in tensors.values())]

@@ -1,0 +1,132 @@
+"""The tensors of a dense DeepSeek-V3: written from factors, and read back.
+
+Rotary rows are interleaved, and the latent norms are identities (``core/norm_identity.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.artifacts import LayerFactors, MLAShape, Plan
+from transmla.core.factors import pad_factors
+from transmla.core.norm_identity import NormIdentity, norm_identity
+from transmla.core.rope import halves_to_interleaved
+
+# transformers hard-codes this in the latent norm; the other runtimes read rms_norm_eps, so both must agree.
+RMS_NORM_EPS = 1e-6
+
+
+def layer_tensors(
+    factors: LayerFactors,
+    shape: MLAShape,
+    kv_norm: NormIdentity,
+    q_norm: NormIdentity | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors of one ``self_attn`` in DeepSeek-V3's names and layout, rounded to ``dtype``.
+
+    The score scale of the runtime is (d_n + d_r)^{-1/2}: the ratio to the source's goes into the queries.
+    """
+    order = halves_to_interleaved(shape.qk_rope_head_dim).to(factors.rope.device)
+    query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (factors.scaling * shape.qk_head_dim**0.5)
+    expand = torch.cat([factors.k_up, factors.v_up], 1) * kv_norm.readout
+    tensors = {
+        "kv_a_proj_with_mqa.weight": torch.cat([factors.latent * kv_norm.scale, factors.rope[order]]),
+        "kv_a_layernorm.weight": torch.full((shape.kv_lora_rank,), kv_norm.weight),
+        "kv_b_proj.weight": expand.flatten(0, 1),
+        "o_proj.weight": factors.o.transpose(0, 1).flatten(1),
+    }
+    if factors.q_latent is None or q_norm is None:
+        tensors["q_proj.weight"] = query.flatten(0, 1)
+    else:
+        tensors["q_a_proj.weight"] = factors.q_latent * q_norm.scale
+        tensors["q_a_layernorm.weight"] = torch.full((factors.q_latent.shape[0],), q_norm.weight)
+        tensors["q_b_proj.weight"] = query.flatten(0, 1) * q_norm.readout
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def export_shape(config: Any) -> MLAShape:
+    """The widths that a DeepSeek-V3 ``config`` of transformers names."""
+    return MLAShape(
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+        config.q_lora_rank,
+    )
+
+
+def layer_factors(
+    tensors: dict[str, Tensor], heads: int, shape: MLAShape, inv_freq: Tensor, rope_gain: float
+) -> LayerFactors:
+    """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
+    t = {name: tensor.double() for name, tensor in tensors.items()}
+    rank, d_r, d_n = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
+    interleaved = halves_to_interleaved(d_r)
+    halves = torch.empty_like(interleaved)
+    halves[interleaved] = torch.arange(d_r)
+    constant = RMS_NORM_EPS**0.5
+    if "q_proj.weight" in t:
+        query, q_latent = t["q_proj.weight"], None
+    else:
+        query = t["q_b_proj.weight"]
+        q_latent = t["q_a_proj.weight"] * (t["q_a_layernorm.weight"] / constant)[:, None]
+    query = query.view(heads, -1, query.shape[-1])
+    expand = t["kv_b_proj.weight"].view(heads, -1, rank)
+    latent, rope = t["kv_a_proj_with_mqa.weight"].split([rank, d_r])
+    return LayerFactors(
+        q_nope=query[:, :d_n],
+        q_pe=query[:, d_n:][:, halves],
+        latent=latent * (t["kv_a_layernorm.weight"] / constant)[:, None],
+        rope=rope[halves],
+        k_up=expand[:, :d_n],
+        v_up=expand[:, d_n:],
+        o=t["o_proj.weight"].view(-1, heads, shape.v_head_dim).transpose(0, 1),
+        inv_freq=inv_freq,
+        scaling=shape.qk_head_dim**-0.5,
+        rope_gain=rope_gain,
+        q_latent=q_latent,
+    )
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """Mean and largest mean(c²) of a latent over the calibration tokens."""
+
+    mean_square: float
+    max_square: float
+
+
+def latent_scale(rows: Tensor, inputs: Iterable[Tensor], width: int) -> LatentScale:
+    """Energy of the latent ``rows`` [r, D] over attention ``inputs`` [n, T, D]; ``width`` counts padding."""
+    total, largest, count = 0.0, 0.0, 0
+    for x in inputs:
+        energy = (x @ rows.mT.to(x)).square().sum(-1) / width
+        total += float(energy.double().sum())
+        largest = max(largest, float(energy.max()))
+        count += energy.numel()
+    return LatentScale(total / count, largest)
+
+
+def export_tensors(
+    factors: LayerFactors, plan: Plan, inputs: Callable[[], Iterable[Tensor]]
+) -> tuple[dict[str, Tensor], LatentScale]:
+    """The layer's ``self_attn`` tensors in the native layout, padded to the plan's shape, and its latent's scale.
+
+    ``inputs()`` yields the attention's calibration inputs; it is called once for each latent.
+    """
+    dtype = getattr(torch, plan.dtype)
+    factors = pad_factors(factors, plan.shape)
+
+    def identity(rows: Tensor) -> tuple[NormIdentity, LatentScale]:
+        scale = latent_scale(rows, inputs(), rows.shape[0])
+        return norm_identity(scale.mean_square, scale.max_square, RMS_NORM_EPS, dtype), scale
+
+    kv_norm, scale = identity(factors.latent)
+    q_norm = None if factors.q_latent is None else identity(factors.q_latent)[0]
+    return layer_tensors(factors, plan.shape, kv_norm, q_norm, dtype), scale
