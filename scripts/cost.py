@@ -1,9 +1,9 @@
-"""Wall time and peak memory of a conversion on CPU, and how memory grows with depth.
+"""Measure wall time and peak memory of a conversion on a CPU, and how memory grows with depth.
 
     python scripts/cost.py MODEL --calibration valid.txt
 
-Each conversion runs in a process of its own; the peak is its largest resident set. TransMLA's figures are
-those of its own command line on the same model and amount of text (commit cdd6f8e, one thread).
+Each conversion runs in a separate process. Its peak memory is its largest resident set. TransMLA's figures were
+measured with its published command line on the same model and amount of text (its commit cdd6f8e, one thread).
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from typing import Any
 
 from provenance import RESULTS, write_result
 
+# Measured once with the published code, which this script does not run.
 PUBLISHED = {"what": "TransMLA cdd6f8e, 32 + 96, its own command line", "cpu_seconds": 170, "peak_mib": 4053}
+# Numbers of layers of the synthetic models.
 DEPTHS = (24, 96)
 
 
 def synthetic(folder: Path, layers: int) -> Path:
-    """A random Llama of ``layers`` layers, 14 MB each in bfloat16, with the tokenizer of ``folder``'s parent."""
+    """Write a Llama with random weights to a subfolder of ``folder`` and return its path.
+
+    Args:
+        folder: scratch folder.
+        layers: number of layers, 14 MB each in bfloat16.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,17 +49,17 @@ def synthetic(folder: Path, layers: int) -> Path:
 
 
 def convert(source: Path, calibration: str, work: Path, *flags: str) -> dict[str, Any]:
-    """Run ``transmla convert``, the closed form alone, and measure it from outside."""
+    """Run ``transmla convert`` in closed form and return its wall time, CPU time and peak memory."""
     output = work / "export"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "transmla", "convert", str(source), "--output", str(output), "--device", "cpu"]
     command += ["--calibration", calibration, "--reconstruct", "off", *flags]
-    # A fresh Python starts each conversion, because the peak of children is the largest of them all.
+    # RUSAGE_CHILDREN reports the largest peak of all children, so each conversion gets a new parent process.
     probe = (
         "import resource, subprocess, sys, time; began = time.perf_counter();"
         "subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL);"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
-        "print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "print(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)"
     )
     printed = subprocess.check_output([sys.executable, "-c", probe, *command], text=True)
     wall, cpu, peak = map(float, printed.split())
@@ -69,9 +76,9 @@ def convert(source: Path, calibration: str, work: Path, *flags: str) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="SmolLM2-135M-Instruct as a checkpoint folder")
-    parser.add_argument("--calibration", required=True, help="validation text")
+    parser.add_argument("--calibration", required=True, help="text file to calibrate on: WikiText-2 validation")
     parser.add_argument("--work", type=Path, default=Path("out/cost"), help="scratch folder")
-    parser.add_argument("--result", type=Path, default=RESULTS / "cost.json")
+    parser.add_argument("--result", type=Path, default=RESULTS / "cost/smollm2.json", help="JSON file to write")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     shape = ("--qk-rope-head-dim", "32", "--kv-lora-rank", "96")
@@ -85,8 +92,8 @@ def main() -> None:
         source = synthetic(arguments.work, layers)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(arguments.model / file, source / file)
-        few = ("--calibration-sequences", "8", "--calibration-length", "256")
-        measured = convert(source, arguments.calibration, arguments.work, "--cache-ratio", "0.5", *few)
+        short_text = ("--calibration-sequences", "8", "--calibration-length", "256")
+        measured = convert(source, arguments.calibration, arguments.work, "--cache-ratio", "0.5", *short_text)
         rows.append({"what": f"synthetic, {layers} layers of width 768", **measured})
         print(rows[-1], flush=True)
         shutil.rmtree(source)

@@ -1,14 +1,18 @@
-"""Decoding speed of whole models with random weights: what a checkpoint of this shape would do once converted.
+"""Measure the decoding speed of whole models, before and after conversion. All weights are random.
 
     python scripts/decode_bench.py llama-3-8b --batch 32 --context 16384 --roles ours source
     python scripts/decode_bench.py llama-2-7b --batch 224 --context 8192 --roles ours
     python scripts/decode_bench.py gemma-2-9b --roles growing dynamic --backend auto
 
-Roles: `ours` is the MLA model of --shape under transmla.accelerate; `stock` the same model as transformers runs it;
-`source` the model it would be converted from, over a static cache with flash attention that reads all of the cache
-without a mask (the best that it could do). These are compiled into CUDA graphs, over static caches; `growing` and
-`dynamic` are ours and the source as plain generate() runs them, uncompiled over growing caches. Random weights decode
-as fast as trained ones.
+Roles:
+    ours     the MLA model of --shape under transmla.accelerate, compiled, static cache
+    stock    the same MLA model in transformers' code, compiled, static cache
+    source   the model before conversion, compiled, static cache. Flash attention reads the whole cache without a mask,
+             which is the fastest way to run it.
+    growing  the MLA model under transmla.accelerate as plain generate() runs it: not compiled, growing cache
+    dynamic  the model before conversion as plain generate() runs it: not compiled, growing cache
+
+Models are compiled into CUDA graphs. Random weights decode as fast as trained weights.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ TINY = {
     "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 256, "vocab_size": 128, "max_position_embeddings": 4096,
 }  # fmt: skip
-# (family, what its config says)
+# Name: (model_type, settings of its config).
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": ("llama", {**WIDE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}),
     "llama-2-7b": ("llama", {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}),
@@ -57,7 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def whole_cache(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
-    """Flash attention to the whole cache: no mask, which would send SDPA to slower kernels."""
+    """Attend to the whole cache with flash attention. A mask would make SDPA choose a slower kernel."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         output = scaled_dot_product_attention(
             query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=True
@@ -70,7 +74,15 @@ AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 
 def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
-    """A model with random weights in bfloat16, set up for its role."""
+    """Return a model with random weights in bfloat16, set up for its role.
+
+    Args:
+        name: a key of MODELS.
+        role: see the module's docstring.
+        shape: ``kv_lora_rank+qk_rope_head_dim`` of the converted model.
+        backend: decode kernel of the roles ``ours`` and ``growing``.
+        device: where to create the model.
+    """
     family, settings = MODELS[name]
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     source = AutoConfig.for_model(family, **settings, pad_token_id=0, rope_parameters=rope)
@@ -97,16 +109,16 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=MODELS, help="config of the model before conversion")
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim of the converted model")
-    parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="ours, source, stock, growing, dynamic")
-    parser.add_argument("--batch", nargs="*", type=int, default=[32])
-    parser.add_argument("--context", nargs="*", type=int, default=[16384])
-    parser.add_argument("--backend", default="hopper", help="decode kernels of ours")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--result", type=Path, default=RESULTS / "decode.json")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="roles to measure, see above")
+    parser.add_argument("--batch", nargs="*", type=int, default=[32], help="sequences, one number per point")
+    parser.add_argument("--context", nargs="*", type=int, default=[16384], help="tokens, one number per point")
+    parser.add_argument("--backend", default="hopper", help="decode kernel of ours and growing")
+    parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
+    parser.add_argument("--result", type=Path, default=RESULTS / "decode_bench/llama.json", help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for role in arguments.roles:

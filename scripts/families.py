@@ -1,11 +1,11 @@
-"""Conversions of small trained models of families that no checkpoint can be had of: the methods keep their order.
+"""Measure conversions of small trained models, for families without a real checkpoint at hand.
 
     python scripts/train_small.py qwen3 small-qwen3
     python scripts/families.py small-qwen3
 
-Each is converted to the transmla format by TransMLA's published method, by the closed form, and with every layer
-fitted; calibrated on `pydoc`'s train split, measured on its test split. The longest fit is then healed, on that split
-and on text sampled from the source.
+Each model is converted to the transmla format in four ways: TransMLA's published method, the closed form, and the
+closed form with the `fast` and the `full` fit. They are calibrated on the train split of `pydoc` and measured on its
+test split. The `full` export is then healed on the train split and on text sampled from the source.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ from transmla.heal.settings import Healing
 from transmla.recipe import Evaluation, parse_recipe
 from transmla.reporter import Silent
 
+# Tokens per sequence, in calibration, healing and evaluation.
 LENGTH = 256
-# Method and reconstruction, from the baseline to the default.
+# (--method, --reconstruct) of each conversion, from the baseline to the default on GPUs.
 WAYS = (("transmla", "off"), ("calibrated", "off"), ("calibrated", "fast"), ("calibrated", "full"))
 
 
 def converted(model: Path, budget: float, method: str, fit: str, arguments: argparse.Namespace) -> Path:
-    """One conversion."""
+    """Convert ``model`` and return the export.
+
+    Args:
+        model: checkpoint folder.
+        budget: share of the source's cache to keep.
+        method: value of --method.
+        fit: value of --reconstruct.
+        arguments: the command line.
+    """
     output = cleared(arguments.work / f"{model.name}-{budget:.3f}-{method}-{fit}")
     calibration = {"source": "pydoc", "split": "train", "sequences": arguments.sequences, "length": LENGTH}
     named = {"source": str(model), "output": str(output), "format": "transmla", "device": arguments.device}
@@ -39,7 +48,7 @@ def converted(model: Path, budget: float, method: str, fit: str, arguments: argp
 
 
 def healed(export: Path, model: Path, arguments: argparse.Namespace) -> Path:
-    """The export after a healing of its attention."""
+    """Heal the attention of ``export``, with the source ``model`` as the teacher, and return the new export."""
     sizes = {"length": LENGTH, "batch": 16, "self_tokens": arguments.heal // 2, "max_tokens": arguments.heal}
     named = {
         "student": str(export),
@@ -50,22 +59,22 @@ def healed(export: Path, model: Path, arguments: argparse.Namespace) -> Path:
 
 
 def measured(export: Path, model: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Perplexities and KL."""
+    """Return the perplexity of ``export`` and of its source ``model``, and the KL between the two."""
     settings = Evaluation(text="pydoc", window=LENGTH, max_windows=64)
-    found = evaluate_models(str(export), str(model), settings, device=arguments.device, reporter=Silent())
-    return {name: round(found[name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
+    result = evaluate_models(str(export), str(model), settings, device=arguments.device, reporter=Silent())
+    return {name: round(result[name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="of scripts/train_small.py")
-    parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25))
-    parser.add_argument("--sequences", type=int, default=64, help=f"of {LENGTH} tokens, to convert with")
-    parser.add_argument("--heal", type=int, default=1_000_000, help="tokens to heal with; 0: do not")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("families-work"))
-    parser.add_argument("--result", type=Path, default=RESULTS / "families.json")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("models", nargs="+", type=Path, help="folders written by scripts/train_small.py")
+    parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25), help="shares of the cache to keep")
+    parser.add_argument("--sequences", type=int, default=64, help=f"calibration sequences of {LENGTH} tokens")
+    parser.add_argument("--heal", type=int, default=1_000_000, help="tokens to heal on; 0 skips healing")
+    parser.add_argument("--device", default="auto", help="device to run on: auto, cpu, cuda, …")
+    parser.add_argument("--work", type=Path, default=Path("families-work"), help="scratch folder")
+    parser.add_argument("--result", type=Path, default=RESULTS / "families/small.json", help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for model in arguments.models:

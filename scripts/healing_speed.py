@@ -1,9 +1,10 @@
-"""Tokens a second that healing learns from: on one GPU, and on several by the recipes for accelerate.
+"""Measure the training speed of healing, in tokens per second, on one GPU and on several.
 
     python scripts/healing_speed.py EXPORT --teacher SOURCE --data text.txt --processes 2
 
-Every way learns the same steps of the same batches from the same start; what is timed begins after the first looks,
-when code is compiled, and ends before anything is written. Looks at the text kept aside are part of it.
+Every way of starting takes the same steps on the same batches from the same start. The timed part begins after the
+first evaluation on held-out text, when the code is compiled. It ends before anything is written. The later evaluations
+are part of it. Several GPUs are used with the files in recipes/accelerate.
 """
 
 from __future__ import annotations
@@ -24,28 +25,33 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate"
 
 
 def launcher(way: str, processes: int) -> list[str]:
-    """What starts ``transmla.heal``: ``one`` process, or a recipe's."""
+    """Return the command that starts ``transmla.heal``.
+
+    Args:
+        way: ``one`` for a single process, or the name of a file in recipes/accelerate.
+        processes: number of processes of such a file.
+    """
     python = [sys.executable, "-m"]
     if way == "one":
-        # One process learns on one GPU, however many there are.
+        # One process uses one GPU, even if the machine has more.
         return [*python, "transmla.heal"]
     recipe = ["--config_file", str(RECIPES / f"{way}.yaml"), "--num_processes", str(processes)]
     return [*python, "accelerate.commands.launch", *recipe, "-m", "transmla.heal"]
 
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Heal ``way``; tokens a second, and the curve, which should be the same for all."""
+    """Heal once, and return tokens per second and the held-out curve, which should agree between the ways."""
     output = cleared(arguments.work / way)
     tokens = arguments.steps * arguments.batch * arguments.length
     sizes = {"batch": arguments.batch, "length": arguments.length, "max-tokens": tokens, "held-out": 4}
-    looks = {"eval-every": arguments.eval_every, "save-every": arguments.steps}
-    options = [word for name, value in (sizes | looks).items() for word in (f"--{name}", str(value))]
+    intervals = {"eval-every": arguments.eval_every, "save-every": arguments.steps}
+    options = [word for name, value in (sizes | intervals).items() for word in (f"--{name}", str(value))]
     options += ["--trainable", arguments.trainable, "--compile" if arguments.compile else "--no-compile"]
     texts = ["--teacher", arguments.teacher, "--data", arguments.data]
     command = [*launcher(way, arguments.processes), str(arguments.export), *texts, *options, "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way}: {done.stderr[-3000:]}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{way}: {process.stderr[-3000:]}")
     curve = json.loads((output / "transmla.json").read_text())["healing"][-1]["curve"]
     first, last = curve[1], curve[-1]
     return {
@@ -60,20 +66,34 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True, help="text to learn from")
-    parser.add_argument("--ways", nargs="*", default=("one", "ddp", "fsdp2", "deepspeed"), help="one, or recipes")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=128, help="sequences a step, over all processes")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--eval-every", type=int, default=Healing.model_fields["eval_every"].default)
-    parser.add_argument("--trainable", default="all")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--work", type=Path, default=Path("healing-work"))
-    parser.add_argument("--result", type=Path, default=RESULTS / "healing-speed.json")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("export", type=Path, help="export to heal")
+    parser.add_argument("--teacher", required=True, help="the source of the export")
+    parser.add_argument("--data", required=True, help="text to train on")
+    parser.add_argument(
+        "--ways",
+        nargs="*",
+        default=("one", "ddp", "fsdp2", "deepspeed"),
+        help="one, or names of files in recipes/accelerate",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="processes of every way but one")
+    parser.add_argument("--batch", type=int, default=128, help="sequences per step, over all processes")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=150, help="training steps")
+    parser.add_argument(
+        "--eval-every",
+        type=int,
+        default=Healing.model_fields["eval_every"].default,
+        help="steps between evaluations on held-out text",
+    )
+    parser.add_argument("--trainable", default="all", help="weights to train: attention, all or lora")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers and the loss"
+    )
+    parser.add_argument("--work", type=Path, default=Path("healing-work"), help="scratch folder")
+    parser.add_argument(
+        "--result", type=Path, default=RESULTS / "healing_speed/two-gpus.json", help="JSON file to write"
+    )
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     if arguments.steps < 2 * arguments.eval_every:
         parser.error(f"--steps {arguments.steps}: at least {2 * arguments.eval_every}, twice --eval-every")

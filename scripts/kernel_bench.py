@@ -1,12 +1,12 @@
-"""Decode kernels on a grid of batches, contexts and heads: bandwidth of the cache read, in one run on one GPU.
+"""Measure decode kernels on one GPU, on a grid of batches, contexts and numbers of heads.
 
     python scripts/kernel_bench.py
     python scripts/kernel_bench.py --shape 96+32 --heads 32
 
-Every time is the median of replays of a CUDA graph of several calls, everything included that a call needs (for ours
-also the merge of splits; the plans of FlashMLA and FlashInfer are made outside, as their users do once for all
-layers). GB/s counts the cache
-once; TFLOP/s counts 2 H (2 r + d_r) a cached row. Next to it, what the device copies and what it only reads.
+Every time is the median over replays of a CUDA graph of several calls. A time includes everything that a call needs,
+such as the merge of splits in this project's kernels. The plans of FlashMLA and FlashInfer are made outside the timing,
+because their users make them once for all layers. GB/s counts each cached row once. TFLOP/s counts 2 H (2 r + d_r) for
+each cached row. The result also says how fast the device copies and reads memory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from transmla.kernels import reference as plain
 from transmla.kernels.rows import Rows, Scores
 from transmla.runtime.prefix_cache import attend, merge, one_width
 
+# (batch, context) of the points.
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]
 SCALING = 0.1
-# Of the shared prefix: its tokens, those that every sequence adds, and the width of an expanded head.
+# With --prefix: tokens of the shared prefix, tokens that every sequence adds, and width of an expanded head.
 PREFIX, SUFFIX, HEAD = 8192, 256, 128
+# Batches of --prefix.
 BATCHES = (16, 32, 64, 128, 256)
 
 
 def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
-    """Median seconds of one call."""
+    """Return the median seconds of one call, over ``replays`` of a CUDA graph of ``calls`` calls."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call()
@@ -61,7 +63,7 @@ def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> flo
 
 
 def flashmla_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], Any]:
-    """FlashMLA's own decode, its queries and plan prepared."""
+    """Return a call of FlashMLA's decode kernel, with its queries and plan prepared."""
     import flash_mla
 
     paged, rank, size = rows.paged(64), q_latent.shape[-1], rows.kv_c.stride(1)
@@ -74,7 +76,7 @@ def flashmla_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], An
 
 
 def flashinfer_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], Any]:
-    """FlashInfer's own decode, planned."""
+    """Return a call of FlashInfer's decode kernel, with its plan prepared."""
     plans = flashinfer.Planner(q_latent.device)
     pages = plans.plan(q_latent, rows, q_pe.shape[-1], SCALING)
     return lambda: plans.run(q_latent, q_pe, pages)
@@ -84,7 +86,13 @@ VENDORS = {"flashmla": flashmla_call, "flashinfer": flashinfer_call}
 
 
 def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
-    """One row for each backend and each point of the grid."""
+    """Yield one row for each backend and each point of the grid.
+
+    Args:
+        arguments: the command line.
+        heads: number of query heads.
+        buffer: random values that all caches are views of.
+    """
     rank, width = arguments.shape
     shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
     for name in arguments.backends:
@@ -115,8 +123,8 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
             if name in VENDORS:
                 call = VENDORS[name](q_latent, q_pe, Rows(rows.kv_c, rows.k_pe))
             first = Rows(*(part.float() for part in cache[:1].split([rank, width], -1)))
-            wanted = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, Scores(SCALING))[0]
-            error = (call()[0][:1].float() - wanted).abs().max() / wanted.abs().max()
+            expected = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, Scores(SCALING))[0]
+            error = (call()[0][:1].float() - expected).abs().max() / expected.abs().max()
             seconds = replay_seconds(call, 5 if batch * context >= 2**20 else 20)
             yield {
                 "backend": name,
@@ -133,7 +141,15 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
 
 
 def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
-    """A prefix that all sequences share: expanded once, read as a latent once, or held by every sequence."""
+    """Yield one row for each batch, with the times of three ways to hold a prefix that all sequences share.
+
+    The prefix is held once and expanded, held once as a latent, or held by every sequence.
+
+    Args:
+        arguments: the command line.
+        heads: number of query heads.
+        buffer: random values that all tensors are views of.
+    """
     rank, width = arguments.shape
     shape = DecodeShape(heads, rank, width, buffer.dtype, buffer.device)
     decode = choose_backend("hopper", shape).decode
@@ -144,8 +160,8 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
 
         def latent(queries: int, sequences: int, tokens: int) -> Callable[[], Any]:
             cache, q = rows(sequences, tokens, rank + width), rows(sequences, queries, heads, rank + width) / 8
-            held = Rows(*cache.split([rank, width], -1))
-            return lambda: decode(*q.split([rank, width], -1), held, Scores(SCALING))
+            latent_rows = Rows(*cache.split([rank, width], -1))
+            return lambda: decode(*q.split([rank, width], -1), latent_rows, Scores(SCALING))
 
         query, own = rows(1, heads, batch, HEAD + width) / 8, latent(1, batch, SUFFIX)
         keys, values = one_width(rows(1, heads, PREFIX, HEAD + width), rows(1, heads, PREFIX, HEAD))
@@ -159,7 +175,7 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
             expanded()
             return merge(out, lse, out, lse)
 
-        # All sequences' queries as those of one: to the prefix, they are.
+        # The prefix is the same for all sequences, so their queries are passed as the queries of one sequence.
         together = latent(batch, 1, PREFIX)
         times = {
             "each its own": replay_seconds(latent(1, batch, PREFIX + SUFFIX), 3),
@@ -174,41 +190,45 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """GB/s by point, and microseconds, one line for each backend and number of heads."""
+    """Print GB/s (and microseconds) by point, one line for each backend and number of heads."""
     table = Table("backend", "heads", *(f"{batch} x {context}" for batch, context in GRID), "error")
     keys = dict.fromkeys((row["backend"], row["heads"]) for row in rows if "refused" not in row)
     for backend, heads in keys:
-        mine = [row for row in rows if (row["backend"], row["heads"]) == (backend, heads)]
-        cells = [f"{row['GB/s']} ({row['microseconds']:.1f})" for row in mine]
-        table.add_row(backend, str(heads), *cells, f"{max(row['error'] for row in mine):.1e}")
+        selected = [row for row in rows if (row["backend"], row["heads"]) == (backend, heads)]
+        cells = [f"{row['GB/s']} ({row['microseconds']:.1f})" for row in selected]
+        table.add_row(backend, str(heads), *cells, f"{max(row['error'] for row in selected):.1e}")
     Console(width=200).print(table, *{row["refused"] for row in rows if "refused" in row})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim")
-    parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128])
-    parser.add_argument("--masked", action="store_true", help="with a mask, as over a static cache, not with lengths")
-    parser.add_argument("--prefix", action="store_true", help="time a shared prefix instead, in microseconds")
-    parser.add_argument("--backends", nargs="*", default=["hopper", "triton", "flashmla", "flashinfer"])
-    parser.add_argument("--result", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128], help="numbers of query heads")
+    parser.add_argument("--masked", action="store_true", help="pass the mask of a static cache instead of lengths")
+    parser.add_argument("--prefix", action="store_true", help="measure a shared prefix instead of the grid")
+    parser.add_argument(
+        "--backends", nargs="*", default=["hopper", "triton", "flashmla", "flashinfer"], help="kernels to measure"
+    )
+    parser.add_argument("--result", type=Path, default=RESULTS / "kernel_bench/512-64.json", help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     arguments.shape = [int(part) for part in arguments.shape.split("+")]
     if not torch.cuda.is_available():
-        raise TransmlaError("no GPU", limit="kernels are timed on one", remedy="run it where torch sees CUDA")
-    most = max(batch * context for batch, context in GRID)
+        raise TransmlaError(
+            "no GPU", limit="decode kernels are timed on a GPU", remedy="run the script where torch sees CUDA"
+        )
+    tokens = max(batch * context for batch, context in GRID)
     if arguments.prefix:
-        most = max(BATCHES) * (PREFIX + SUFFIX)
-    buffer = torch.randn(most * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
+        tokens = max(BATCHES) * (PREFIX + SUFFIX)
+    buffer = torch.randn(tokens * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
     copied = copy_bandwidth(buffer.device) / 1e9
     read = buffer.nbytes / replay_seconds(lambda: buffer.view(torch.float32).sum(), 3) / 1e9
     print(f"the device copies {copied:.0f} GB/s and reads {read:.0f} GB/s")
     if arguments.prefix:
-        found = [row for heads in arguments.heads for row in measure_prefix(arguments, heads, buffer)]
-        for row in found:
+        prefix_rows = [row for heads in arguments.heads for row in measure_prefix(arguments, heads, buffer)]
+        for row in prefix_rows:
             print(*(f"{key}={value}" for key, value in row.items()))
-        write_result(arguments.result, found, arguments.commit)
+        write_result(arguments.result, prefix_rows, arguments.commit)
         return
     rows: list[dict[str, Any]] = [{"copy GB/s": round(copied), "read GB/s": round(read)}]
     for heads in arguments.heads:

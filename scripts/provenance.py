@@ -1,4 +1,4 @@
-"""Where a number comes from: device, versions, commit, command."""
+"""Provenance of a measurement (device, versions, commit, command), result files, and peak memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 
+# Folder of the recorded results, one subfolder for each script. README.md there is the index.
 RESULTS = Path(__file__).parent / "results"
 
 
 def provenance(commit: str | None = None) -> dict[str, Any]:
-    """``commit`` is asked of git unless given (for a copy of the tree without history)."""
+    """Return device, commit, command and versions of this run.
+
+    Args:
+        commit: the commit to record, for a copy of the tree without git history. None asks git.
+    """
     if commit is None:
-        here = Path(__file__).parent
-        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True).strip()
+        folder = Path(__file__).parent
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "device": device,
@@ -31,14 +36,14 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
 
 
 def write_result(path: Path, rows: list[dict[str, Any]], commit: str | None) -> None:
-    """Write rows under their provenance."""
+    """Write ``rows`` and the provenance of this run to the JSON file ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance(commit), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of ``peak_bytes`` (on a CPU of this process, by Linux's own counter)."""
+    """Reset the counter that ``peak_bytes`` reads: torch's on a GPU, Linux's for this process on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -46,7 +51,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory since ``reset_peak``: allocated on a GPU, resident on a CPU."""
+    """Return the largest memory in bytes since ``reset_peak``: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

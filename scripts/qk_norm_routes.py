@@ -1,11 +1,14 @@
-"""Two ways around the norms of queries and keys, measured: which one conversions take.
+"""Compare two ways to convert attention with normed queries and keys.
 
     python scripts/qk_norm_routes.py small-qwen3 small-gemma3
 
-A normed key is no linear map of the hidden state, so what is cached cannot be one without loss. Either the latent is
-made from the normed keys and the values (exact before anything is cut; the source's projections stay), or it is
-regressed on the hidden state (fewer weights, and a key norm that is only imitated). Layers are converted in closed form
-on one text, one after the other; perplexity of the converted stream is read on another, beside the source's.
+A normed key is not a linear map of the hidden state. A latent that is such a map therefore loses information.
+
+- The first way makes the latent from the normed keys and the values. This is exact before anything is cut, and the
+  source's projections stay. Conversions use this way.
+- The second way regresses the normed keys on the hidden state. It needs fewer weights, but only imitates the key norm.
+
+Layers are converted one after the other on the train split of `pydoc`. Perplexity is measured on its test split.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ from transmla.source.load import load_model, load_tokenizer
 from transmla.source.open_source import open_source
 from transmla.source.text import load_tokens
 
+# Tokens per sequence.
 LENGTH = 256
 
 
 class Regressed(AttentionView):
-    """Features of the other way: normed queries, and hidden states on which normed keys are regressed."""
+    """Attention view of the second way: features are the normed queries and the hidden states.
+
+    Normed keys are regressed on the hidden states.
+    """
 
     def __init__(self, plain: AttentionView, inputs: Tensor) -> None:
-        """``inputs`` [n, D] of the attention, to regress on."""
+        """Regress the normed keys of ``plain`` on ``inputs`` [n, D], the inputs of the attention."""
         vars(self).update(vars(plain))
         h, d = self.heads, self.heads.width
         self.queries = h.queries * d
@@ -75,17 +82,25 @@ class Regressed(AttentionView):
 
 @torch.no_grad()
 def perplexity(model: Any, hidden: Tensor, tokens: Tensor) -> float:
-    """Of ``tokens`` [N, T] after the last layer's ``hidden`` [N, T, D]."""
+    """Return the perplexity of ``tokens`` [N, T], given the last layer's output ``hidden`` [N, T, D]."""
     total = 0.0
     for start, part in steps(hidden):
         logits = model.lm_head(model.model.norm(part.to(model.device))).float()[:, :-1]
-        wanted = tokens[start : start + len(part), 1:].to(model.device)
-        total += float(cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+        targets = tokens[start : start + len(part), 1:].to(model.device)
+        total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
     return float(torch.tensor(total / tokens[:, 1:].numel()).exp())
 
 
 def measure(folder: Path, ratio: float, fit: str, regressed: bool, device: torch.device) -> float:
-    """Perplexity on pydoc's test split of a conversion calibrated on its train split."""
+    """Convert on the train split of `pydoc` and return the perplexity on its test split.
+
+    Args:
+        folder: checkpoint folder of the source.
+        ratio: share of the source's cache to keep.
+        fit: value of --reconstruct.
+        regressed: whether to regress the keys on the hidden states (the second way).
+        device: where to convert.
+    """
     recipe = parse_recipe({"source": str(folder), "output": "-", "cache_ratio": ratio, "reconstruct": fit}, "script")
     source = open_source(recipe)
     plan, tokenizer = make_plan(source.spec, recipe, source.dtype), load_tokenizer(source.path)
@@ -99,34 +114,34 @@ def measure(folder: Path, ratio: float, fit: str, regressed: bool, device: torch
         layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
         if regressed:
             layer.view = Regressed(layer.view, attention_input(layer.module, original).flatten(0, 1))
-        seen = layer.observe(original)
-        factors = factorize(layer.weights(), seen.stats, plan.at(i))
+        observed = layer.observe(original)
+        factors = factorize(layer.weights(), observed.stats, plan.at(i))
         if fit in FITS:
             factors = reconstruct([layer], [factors], original, converted, FITS[fit], seed=i).factors[0]
         factors = factors.to(torch.float32)
         converted, judged = (layer.run_stream(stream, factors)[1] for stream in (converted, judged))
-        original = seen.hidden
+        original = observed.hidden
     return perplexity(load_model(source.path, dtype=torch.float32).to(device), judged, test)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="of scripts/train_small.py, with normed queries and keys")
-    parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25))
-    parser.add_argument("--reconstruct", nargs="*", default=("off", "fast"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--result", type=Path, default=RESULTS / "qk-norm-routes.json")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("models", nargs="+", type=Path, help="folders of scripts/train_small.py, with q/k norms")
+    parser.add_argument("--budgets", nargs="*", type=float, default=(0.5, 0.25), help="shares of the cache to keep")
+    parser.add_argument("--reconstruct", nargs="*", default=("off", "fast"), help="fits to compare under")
+    parser.add_argument("--device", default="auto", help="device to run on: auto, cpu, cuda, …")
+    parser.add_argument("--result", type=Path, default=RESULTS / "qk_norm_routes/small.json", help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     device, rows = pick_device(arguments.device), []
     for model in arguments.models:
         for budget in arguments.budgets:
             for fit in arguments.reconstruct:
-                found = [measure(model, budget, fit, way, device) for way in (False, True)]
+                values = [measure(model, budget, fit, regressed, device) for regressed in (False, True)]
                 names = ("normed keys and values", "regressed on hidden states")
-                told = {name: round(value, 3) for name, value in zip(names, found, strict=True)}
-                rows.append({"model": model.name, "budget": budget, "reconstruct": fit, "perplexity": told})
-                print(f"{model.name}, {budget:.0%}, {fit}: {told}", flush=True)
+                perplexities = {name: round(value, 3) for name, value in zip(names, values, strict=True)}
+                rows.append({"model": model.name, "budget": budget, "reconstruct": fit, "perplexity": perplexities})
+                print(f"{model.name}, {budget:.0%}, {fit}: {perplexities}", flush=True)
                 write_result(arguments.result, rows, arguments.commit)
 
 

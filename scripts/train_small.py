@@ -1,12 +1,12 @@
-"""Train a small model of any family on `pydoc`, where no checkpoint of it can be had: minutes on a CPU.
+"""Train a small model of a family on `pydoc`, for families without a real checkpoint at hand: minutes on a CPU.
 
     python scripts/train_small.py qwen3 small-qwen3
     python scripts/train_small.py gemma3_text small-gemma3 --large
 
-What conversions are compared on must have been trained: random weights have no spectra, no rotary habits and norms of
-one; and not for too long: a model that knows a text by heart attends to it as to no other. The state is kept that is
-best on the last tenth of the text. ``--large`` makes norms and biases large before training, as some released models
-have them.
+Conversions must be compared on trained models: with random weights, spectra are flat, no rotary frequency matters more
+than another, and norms are one. Training must not go on for too long: a model that has memorised a text attends to that
+text in its own way. The script keeps the state with the lowest loss on the last tenth of the train split. ``--large``
+makes norms and biases large before training, as in some released models.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over ``text``."""
+    """Train a byte-level BPE tokenizer on ``text``."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -63,7 +63,12 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def make_model(family: str, *, large: bool) -> Any:
-    """A model of random weights; ``large``: norms spread about one by factors of e, biases of size one."""
+    """Return a model with random weights.
+
+    Args:
+        family: a key of FAMILIES.
+        large: whether norms are multiplied by the exponential of a standard normal, and biases are standard normal.
+    """
     config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Gemma's norms multiply by 1 + weight.
@@ -78,7 +83,7 @@ def make_model(family: str, *, large: bool) -> Any:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Sequences of one stream of tokens, each beginning in the middle of the one before, with ``START`` put first."""
+    """Sequences of one stream of tokens, each overlapping the one before by half, with ``START`` as the first token."""
 
     def __init__(self, tokens: Tensor, start: int, length: int) -> None:
         self.rows = tokens.unfold(0, length, length // 2).clone()
@@ -93,18 +98,19 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=sorted(FAMILIES))
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} sequences of {LENGTH} tokens")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--large", action="store_true", help="large norms and biases")
-    parser.add_argument("--commit", help="commit to record where git has no history")
+    parser.add_argument("family", choices=sorted(FAMILIES), help="model_type to train")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=600, help=f"steps of {BATCH} sequences of {LENGTH} tokens")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--large", action="store_true", help="make norms and biases large before training")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer(pydoc_text("train"))
-    text, unseen = (load_tokens("pydoc", tokenizer, split=split) for split in ("train", "test"))
-    cut = len(text) * 9 // 10
-    train, judged, test = (Windows(part, tokenizer.bos_token_id, LENGTH) for part in (text[:cut], text[cut:], unseen))
+    train_text, test_text = (load_tokens("pydoc", tokenizer, split=split) for split in ("train", "test"))
+    cut = len(train_text) * 9 // 10
+    parts = (train_text[:cut], train_text[cut:], test_text)
+    train, validation, test = (Windows(part, tokenizer.bos_token_id, LENGTH) for part in parts)
     model = make_model(arguments.family, large=arguments.large)
     trainer = Trainer(
         model=model,
@@ -126,19 +132,19 @@ def main() -> None:
             report_to=[],
         ),
         train_dataset=train,
-        eval_dataset=judged,
+        eval_dataset=validation,
     )
     trainer.train()
     perplexity = math.exp(trainer.evaluate(test)["eval_loss"])
     trainer.save_model(str(arguments.output))
-    for state in arguments.output.glob("checkpoint-*"):
-        shutil.rmtree(state)
+    for checkpoint in arguments.output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     tokenizer.save_pretrained(arguments.output)
-    kept = trainer.state.best_global_step
-    found = {"family": arguments.family, "steps": kept, "held-out perplexity": round(perplexity, 3)}
-    told = provenance(arguments.commit) | found
-    (arguments.output / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(f"{arguments.output}: {kept} steps, perplexity {perplexity:.2f} on pydoc's test split")
+    steps = trainer.state.best_global_step
+    summary = {"family": arguments.family, "steps": steps, "held-out perplexity": round(perplexity, 3)}
+    record = provenance(arguments.commit) | summary
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{arguments.output}: {steps} steps, perplexity {perplexity:.2f} on pydoc's test split")
 
 
 if __name__ == "__main__":

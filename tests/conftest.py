@@ -1,4 +1,4 @@
-"""Fixtures of all tests: tiny sources on disk, recipes and healings of them."""
+"""Fixtures of all tests: tiny sources on disk, and recipes and healing settings for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton decides at its import whether kernels are compiled or interpreted
+if not torch.cuda.is_available():  # Triton reads this variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
@@ -18,13 +18,16 @@ from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
 from transmla.heal.settings import Healing
 from transmla.recipe import Recipe, parse_recipe
 
-# Tiny matrices gain nothing from a second thread, and lose much beside a busy core.
+# More threads do not speed up tiny matrices, and slow them down when the other cores are busy.
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def make_source(tmp_path: Path) -> Callable[..., Path]:
-    """``make_source(family, layout, rope, **config)`` saves a tiny model with its tokenizer."""
+    """A function ``make_source(family, layout, rope, **config)`` that saves a tiny model with its tokenizer.
+
+    The function returns the model's folder.
+    """
 
     def make(*args: Any, dtype: torch.dtype = torch.float32, name: str = "source", **kwargs: Any) -> Path:
         folder = tmp_path / name
@@ -38,7 +41,7 @@ def make_source(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """A text of a few thousand tiny tokens."""
+    """A text file of 4,000 random words from a list of 15."""
     file = tmp_path / "text.txt"
     words = [
         "the",
@@ -65,7 +68,7 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
-    """``make_recipe(source, **settings)`` with small calibration on ``text_file``, the closed form alone by default."""
+    """A function ``make_recipe(source, **settings)`` with little calibration text, and without a fit by default."""
 
     def make(source: Path, output: str = "out", **settings: Any) -> Recipe:
         calibration = {
@@ -88,7 +91,7 @@ def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def pair(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> tuple[Path, Path]:
-    """A source and its export at half the cache."""
+    """The folders of a source and of its export with half the cache."""
     from transmla.convert.pipeline import convert
 
     source = make_source()
@@ -97,7 +100,7 @@ def pair(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -
 
 @pytest.fixture
 def make_healing(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> Callable[..., Healing]:
-    """Settings of a short healing of the pair, changed as asked for."""
+    """A function that returns the settings of a short healing of ``pair``, with the given changes."""
 
     def make(**changes: Any) -> Healing:
         named = {"student": str(pair[1]), "teacher": str(pair[0]), "output": str(tmp_path / "healed")}

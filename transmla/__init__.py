@@ -1,4 +1,29 @@
-"""Convert pretrained Hugging Face models from MHA/GQA to Multi-head Latent Attention (MLA)."""
+"""Convert pretrained Hugging Face models from MHA/GQA to Multi-head Latent Attention (MLA).
+
+Singular folders are stages, in the order in which a model passes through them. Plural folders are shelves: each file on
+them is one plug-in that is found by its presence.
+
+    recipe.py     all settings of a conversion, typed; the command line makes its flags from them
+    artifacts.py  the frozen values that the stages hand to each other: spec, plan, weights, statistics, factors
+    source/       read a checkpoint: find it, check it, describe its attention; read or sample text
+    families/     SHELF: one file a model family (what a Qwen3 needs)
+    plan/         decide before a weight is read: format, widths, rotary slots, fit, cost
+    core/         the mathematics, one layer at a time; core/methods/ is a SHELF of conversion methods
+    convert/      the conversion: prepare, then layer by layer observe, factorise, fit, write
+    formats/      SHELF: how an export is stored (native DeepSeek-V3, or the source's classes with MLA inside)
+    export/       write a folder that is whole or absent: shards, manifest, tokenizer, card; push it
+    modeling/     the code that travels inside exports
+    runtime/      transmla.load: the latent cache, attention over it, shared prefixes
+    kernels/      SHELF: decode kernels
+    heal/         distillation from the source: settings, learning rates, losses, loop
+    evaluate/     perplexity and KL, verification, speed
+    cli/          the command line
+    errors.py     the one error a user reads: what is wrong, the limit, the remedy
+    registry.py   finds the plug-ins on a shelf
+    reporter.py   how long work reports its progress
+
+Later stages import earlier ones, never the reverse.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +46,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions, imported when they are first used: transformers takes seconds to import."""
+    """Import a public function when it is first used, because transformers takes seconds to import."""
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'transmla' has no attribute '{name}'")

@@ -1,8 +1,6 @@
-"""The values that travel between the stages: frozen, plain, free of any framework but torch.
+"""Frozen dataclasses that the stages of a conversion pass to each other; they need only torch.
 
-Shapes use the symbols of the field: D hidden size, H query heads, G key/value heads, d head width,
-p = d/2 rotary pairs, r ``kv_lora_rank``, d_r ``qk_rope_head_dim``, d_n ``qk_nope_head_dim``,
-d_v ``v_head_dim``.
+``transmla.core`` has the table of the symbols in the shapes.
 """
 
 from __future__ import annotations
@@ -16,12 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What layers of one model may differ in.
+    """Attention settings that may differ between the layers of one model.
 
-    ``inv_freq`` holds the p rotary frequencies in radians per position as the source runs them, 0 where a channel
-    stands still; ``attention_factor`` multiplies its cos and sin (yarn), ``scaling`` its scores; ``window`` and
-    ``softcap`` are those of ``ScoreRules``. Where only a part of every head turns, ``turned_factor`` is the attention
-    factor, of queries and keys themselves. Longrope turns texts longer than ``short_length`` by ``long_inv_freq``.
+    Attributes:
+        inv_freq: the source's rotary frequencies [p] in radians per position; 0 for a pair that is not rotated.
+        attention_factor: factor on cos and sin (yarn, longrope); 1 if only a part of a head is rotated.
+        scaling, window, softcap: factor on the scores, and their rules (see ``ScoreRules``).
+        rotary_factor: the same factor on the rotated channels of queries and keys, if only a part of a head is rotated.
+        long_inv_freq: longrope's frequencies [p] for texts longer than ``short_length`` tokens.
     """
 
     inv_freq: tuple[float, ...]
@@ -29,24 +29,27 @@ class LayerKind:
     scaling: float
     window: int | None = None
     softcap: float | None = None
-    turned_factor: float = 1.0
+    rotary_factor: float = 1.0
     long_inv_freq: tuple[float, ...] | None = None
     short_length: int | None = None
 
     @property
-    def turned(self) -> int:
-        """Pairs of channels that turn; they come first."""
+    def rotary_pairs(self) -> int:
+        """Number of rotated channel pairs; they are the first pairs of a head."""
         return sum(1 for frequency in self.inv_freq if frequency)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a source model's attention is, independent of its family's class names.
+    """Description of a source model's attention, independent of its family's class names.
 
-    ``inv_freq``, ``attention_factor`` and ``scaling`` are those of its first kind of layers (``LayerKind``); where
-    there are several, ``kinds`` lists them and ``layers`` gives each layer's. ``native_gap`` names what DeepSeek-V3's
-    format has no place for. ``layer_parameters`` and ``other_parameters`` count the weights outside the attention: of
-    the largest layer, and of the whole model; a tied head counts once.
+    Attributes:
+        inv_freq, attention_factor, scaling: those of the first kind of layers (``LayerKind``).
+        layer_parameters: number of weights outside the attention in the largest layer.
+        other_parameters: number of weights outside the attention in the whole model. A tied head counts once.
+        normed, biased, experts: whether queries and keys have norms, projections have biases, MLPs have experts.
+        native_gap: names the features that DeepSeek-V3's format cannot store, or None.
+        kinds, layers: if layers differ, all kinds of layers, and each layer's index into ``kinds``; otherwise empty.
     """
 
     family: str
@@ -67,51 +70,49 @@ class AttentionSpec:
     scaling: float
     layer_parameters: int
     other_parameters: int
-    # Queries and keys have norms; the projections have biases.
     normed: bool = False
     biased: bool = False
-    # Tokens choose among experts behind the attention.
     experts: bool = False
     native_gap: str | None = None
     kinds: tuple[LayerKind, ...] = ()
     layers: tuple[int, ...] = ()
 
     def kind(self, layer: int) -> LayerKind:
-        """The kind of a layer."""
+        """Return the kind of layer number ``layer``."""
         if self.kinds:
             return self.kinds[self.layers[layer]]
         return LayerKind(self.inv_freq, self.attention_factor, self.scaling)
 
     def at(self, layer: int) -> AttentionSpec:
-        """The same, as it is at one layer."""
+        """Return the description of one layer alone."""
         kind = self.kind(layer)
-        given = {"inv_freq": kind.inv_freq, "attention_factor": kind.attention_factor, "scaling": kind.scaling}
-        return replace(self, **given, kinds=(), layers=())  # type: ignore[arg-type]
+        fields = {"inv_freq": kind.inv_freq, "attention_factor": kind.attention_factor, "scaling": kind.scaling}
+        return replace(self, **fields, kinds=(), layers=())  # type: ignore[arg-type]
 
     @property
     def features(self) -> int:
-        """Width F of what the attention's weights read (``frontend``)."""
+        """Number F of input features that the attention's weights read (``source.attention_view``)."""
         if self.normed:
             return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         return self.hidden_size + self.biased
 
     @property
     def cache_values(self) -> int:
-        """Cached values per token and layer: keys and values of all G heads."""
+        """Cached values per token and layer: the keys and values of all G heads."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key/value head."""
+        """Number H / G of query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
 
 @dataclass(frozen=True)
 class MLAShape:
-    """The five widths of an MLA layer, by DeepSeek-V3's names.
+    """The widths of an MLA layer, named as in DeepSeek-V3.
 
-    ``latent_rank`` ≤ ``kv_lora_rank`` is the part of the latent that carries information; the rest is
-    zero padding up to a width that has fast kernels.
+    The first ``latent_rank`` ≤ ``kv_lora_rank`` channels of the latent carry information. The rest is zero padding
+    up to a width that has fast kernels. A ``latent_rank`` of 0 means no padding.
     """
 
     kv_lora_rank: int
@@ -127,21 +128,21 @@ class MLAShape:
 
     @property
     def cache_values(self) -> int:
-        """Cached values per token and layer: the latent and one rotary key."""
+        """Cached values per token and layer, r + d_r: the latent and one rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def qk_head_dim(self) -> int:
+        """Width d_n + d_r of a query head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class RotaryPlan:
-    """Which source frequency each rotary slot of the target turns with.
+    """The source frequency of each rotary slot of the target.
 
-    ``slots[s]`` is the index into the source's ``inv_freq`` of slot s (d_r/2 slots); several slots may
-    name one frequency in the mathematics, never in a native export. ``freqfold`` is the number of
-    neighbouring source frequencies that are concentrated together (TransMLA, arXiv 2502.07864, FreqFold).
+    ``slots`` holds d_r/2 indices into the source's ``inv_freq``; slots may share a frequency, except in native exports.
+    ``freqfold`` neighbouring source frequencies are concentrated together (FreqFold in TransMLA, arXiv 2502.07864).
     """
 
     slots: tuple[int, ...]
@@ -150,10 +151,10 @@ class RotaryPlan:
 
 @dataclass(frozen=True)
 class ScoreRules:
-    """What a family does to scores on their way to the softmax, beside hiding the future.
+    """Changes that a family makes to the scores before the softmax, in addition to the causal mask.
 
-    A query sees the ``window`` last keys, itself included; scores s become ``softcap`` · tanh(s / ``softcap``);
-    ``sinks`` [H] are the scores of one more key for each head, which has no value.
+    A query attends to the last ``window`` keys, including its token's. With c = ``softcap``, scores s become
+    c · tanh(s / c). ``sinks`` [H] are the scores of one additional key per head, which has no value.
     """
 
     window: int | None = None
@@ -161,16 +162,17 @@ class ScoreRules:
     sinks: Tensor | None = None
 
     def heads(self, chosen: slice) -> ScoreRules:
-        """The rules of some of the heads."""
+        """Return the rules for the heads in the slice ``chosen``."""
         return self if self.sinks is None else replace(self, sinks=self.sinks[chosen])
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> ScoreRules:
+        """Return the rules with ``sinks`` in ``dtype`` on ``device``."""
         return self if self.sinks is None else replace(self, sinks=self.sinks.to(device=device, dtype=dtype))
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One source attention layer: q [H, d, D], k [G, d, D], v [G, d, D], o [H, D, d], and its rules."""
+    """Weights q [H, d, D], k [G, d, D], v [G, d, D] and o [H, D, d] of one source attention, and its score rules."""
 
     q: Tensor
     k: Tensor
@@ -179,20 +181,23 @@ class LayerWeights:
     rules: ScoreRules = field(default=ScoreRules())
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerWeights:
+        """Return the weights and rules in ``dtype`` on ``device``."""
         q, k, v, o = (t.to(device=device, dtype=dtype) for t in (self.q, self.k, self.v, self.o))
         return LayerWeights(q, k, v, o, self.rules.to(dtype, device))
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What calibration saw at one layer.
+    """Calibration statistics of one layer.
 
-    ``second_moment`` is E[x xᵀ] [D, D] of the attention's input over all calibration tokens;
-    ``attended_moment`` [D, D] the same with each token weighted by Σ a² over the heads and queries that
-    attend to it (weights of mean one); ``distance_mass`` [H, T] is the mean attention mass a head pays at
-    each distance Δ = i − j, the window's first (sink) token left out, each row summing to one (or to zero
-    for a head that looks nowhere else). ``converted_moment`` [D, D] is E[x xᵀ] again, where layers before this
-    one have lost their RoPE (methods that ask for it).
+    Attributes:
+        second_moment: E[x xᵀ] [D, D] of the attention's input over all calibration tokens.
+        attended_moment: the same [D, D] with each token weighted by Σ a², the sum of squared attention weights that
+            the token receives from all heads and queries. The weights have mean one.
+        distance_mass: mean attention mass [H, T] of each head at each distance Δ = i − j. The first (sink) token is
+            left out. Rows sum to one, or to zero for a head that attends to the sink only.
+        tokens: number of calibration tokens.
+        converted_moment: E[x xᵀ] [D, D] after the earlier layers have been replaced by a method's first pass.
     """
 
     second_moment: Tensor
@@ -202,6 +207,7 @@ class LayerStats:
     converted_moment: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerStats:
+        """Return the statistics in ``dtype`` on ``device``."""
         return LayerStats(
             self.second_moment.to(device=device, dtype=dtype),
             self.attended_moment.to(device=device, dtype=dtype),
@@ -213,13 +219,14 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One MLA attention layer, before any runtime's layout is applied.
+    """Weights of one MLA attention layer, independent of any export format.
 
-    ``q_nope`` [H, d_n, D] and ``q_pe`` [H, d_r, D] produce the queries, ``latent`` [r, D] and ``rope``
-    [d_r, D] the two cached rows, ``k_up`` [H, d_n, r] (W_UK) and ``v_up`` [H, d_v, r] (W_UV) expand the
-    latent, ``o`` [H, D, d_v] is the output projection. Rotary rows are in halves layout (all real parts,
-    then all imaginary parts). ``scaling`` multiplies the scores, ``rope_gain`` the rotary part of them.
-    With compressed queries, ``q_latent`` [q_lora_rank, D] comes first and the query maps read it, not x.
+    ``q_nope`` [H, d_n, D] and ``q_pe`` [H, d_r, D] produce the queries; ``latent`` [r, D] and ``rope`` [d_r, D]
+    produce the two cached rows. ``k_up`` [H, d_n, r] (W_UK) and ``v_up`` [H, d_v, r] (W_UV) expand the latent.
+    ``o`` [H, D, d_v] is the output projection. Rotary rows are in halves layout: all real parts, then all imaginary
+    parts. ``inv_freq`` [d_r/2] is in radians per position. ``scaling`` multiplies the scores, and ``rope_gain``
+    multiplies their rotary part. With compressed queries, ``q_nope`` and ``q_pe`` read the output of ``q_latent``
+    [q_lora_rank, D] instead of x.
     """
 
     q_nope: Tensor
@@ -236,7 +243,7 @@ class LayerFactors:
     rules: ScoreRules = field(default=ScoreRules())
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerFactors:
-        """The factors in ``dtype``; frequencies stay float32 at least, or far positions turn by wrong angles."""
+        """Return the factors in ``dtype``; ``inv_freq`` stays at least float32, for exact angles at far positions."""
         tensors = {name: value.to(device, dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
         tensors["inv_freq"] = self.inv_freq.to(device, torch.promote_types(dtype, torch.float32))
         return replace(self, rules=self.rules.to(dtype, device), **tensors)  # type: ignore[arg-type]
@@ -244,7 +251,11 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion decided before it touched a weight."""
+    """All decisions that a conversion makes before it reads a weight.
+
+    ``kinds`` holds the shape and rotary slots of each of ``spec.kinds`` if there are several. ``kept`` lists the
+    layers that keep the source's attention. ``rope_parameters`` are the rotary settings of the export's config.
+    """
 
     spec: AttentionSpec
     shape: MLAShape
@@ -254,19 +265,17 @@ class Plan:
     rope_parameters: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
     format: str = "native"
-    # Shape and slots of each of ``spec.kinds``, where there are several.
     kinds: tuple[tuple[MLAShape, RotaryPlan], ...] = field(default=())
-    # Layers that keep the source's attention.
     kept: tuple[int, ...] = field(default=())
 
     @property
     def cache_ratio(self) -> float:
-        """Of the layers that are converted."""
+        """Cache size of a converted layer, as a fraction of the source's."""
         return self.shape.cache_values / self.spec.cache_values
 
     @property
     def model_cache_values(self) -> int:
-        """Cached values per token over all layers."""
+        """Cached values per token, summed over all layers."""
         kept, layers = len(self.kept), self.spec.num_hidden_layers
         if not self.kinds:
             return kept * self.spec.cache_values + (layers - kept) * self.shape.cache_values
@@ -274,7 +283,7 @@ class Plan:
         return kept * self.spec.cache_values + sum(self.at(i).shape.cache_values for i in converted)
 
     def at(self, layer: int) -> Plan:
-        """The plan for one layer alone."""
+        """Return the plan for one layer alone."""
         spec = self.spec.at(layer)
         if not self.kinds:
             return replace(self, spec=spec)
@@ -282,8 +291,10 @@ class Plan:
         return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as values that JSON can hold, with ``model_cache_values``."""
         return asdict(self) | {"model_cache_values": self.model_cache_values}
 
 
 def value_bytes(dtype: str) -> int:
+    """Return the bytes per value of ``dtype``: 4 for float32, otherwise 2."""
     return 4 if dtype == "float32" else 2

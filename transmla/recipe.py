@@ -1,4 +1,8 @@
-"""Recipes: everything a conversion can be told, typed, in a YAML file or as flags."""
+"""Recipes: all settings of one conversion, typed, from a YAML file or from flags.
+
+Every field is declared once, here: its type, its default, its description and its panel in ``--help``. The command line
+makes its flags from these fields (``cli/options.py``).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,18 @@ from transmla.errors import TransmlaError
 
 
 class Strict(BaseModel):
+    """Settings that refuse unknown keys and never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+# Panels of --help. A field without a panel is an argument or a section.
+SOURCE: dict[str, Any] = {"panel": "Source"}
+SHAPE: dict[str, Any] = {"panel": "Shape"}
+FORMAT: dict[str, Any] = {"panel": "Format"}
+METHOD: dict[str, Any] = {"panel": "Method"}
+TEXT: dict[str, Any] = {"panel": "Calibration text"}
+EVALUATION: dict[str, Any] = {"panel": "Evaluation"}
 
 # YAML reads a bare `off` as false.
 Reconstruct = Annotated[
@@ -22,78 +36,124 @@ Reconstruct = Annotated[
 
 
 class Calibration(Strict):
-    """Text that the conversion measures the model on."""
+    """The text on which a conversion measures and fits the model."""
 
     source: str = Field(
         "self",
-        description="self, pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)",
+        json_schema_extra=TEXT,
+        description="text to calibrate on: self (sampled from the model), pydoc (the prose that CPython ships), "
+        "a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)",
     )
-    split: str | None = Field(None, description="split of a dataset, or of pydoc (train, test)")
-    column: str | None = Field(None, description="text column of a dataset")
-    sequences: PositiveInt = Field(64, description="number of sequences")
-    length: int = Field(512, ge=2, description="tokens per sequence")
+    split: str | None = Field(
+        None, json_schema_extra=TEXT, description="split of a dataset, or of pydoc (train or test)"
+    )
+    column: str | None = Field(None, json_schema_extra=TEXT, description="text column of a dataset")
+    sequences: PositiveInt = Field(64, json_schema_extra=TEXT, description="number of calibration sequences")
+    length: int = Field(512, ge=2, json_schema_extra=TEXT, description="tokens per calibration sequence")
 
 
 class Evaluation(Strict):
-    """Text on which source and export are compared after the conversion."""
+    """The text on which an export is compared with its source."""
 
-    text: str = Field("pydoc", description="the same kinds of text as calibration")
-    split: str | None = Field(None, description="split of a dataset, or of pydoc (train, test)")
-    column: str | None = Field(None, description="text column of a dataset")
-    window: int = Field(2048, ge=2, description="tokens per window")
-    max_windows: PositiveInt | None = Field(None, description="number of windows at most")
-    stride: PositiveInt | None = Field(None, description="tokens between windows; default: window")
+    text: str = Field(
+        "pydoc",
+        json_schema_extra=EVALUATION,
+        description="text to evaluate on: pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset",
+    )
+    split: str | None = Field(
+        None, json_schema_extra=EVALUATION, description="split of a dataset, or of pydoc (train or test; default: test)"
+    )
+    column: str | None = Field(None, json_schema_extra=EVALUATION, description="text column of a dataset")
+    window: int = Field(2048, ge=2, json_schema_extra=EVALUATION, description="tokens per window")
+    max_windows: PositiveInt | None = Field(
+        None, json_schema_extra=EVALUATION, description="number of windows at most (default: the whole text)"
+    )
+    stride: PositiveInt | None = Field(
+        None,
+        json_schema_extra=EVALUATION,
+        description="tokens between the starts of two windows (default: the window)",
+    )
 
 
 class Recipe(Strict):
-    """One conversion from source to export."""
+    """One conversion from a source to an export."""
 
     source: str = Field(description="checkpoint folder, .gguf file, package:NAME/FILE, or Hub id")
     output: str = Field(description="folder to write")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
-    method: str = Field("calibrated", description="conversion method")
+    revision: str | None = Field(None, json_schema_extra=SOURCE, description="branch, tag or commit of a Hub id")
+    allow_pickle: bool = Field(
+        False, json_schema_extra=SOURCE, description="open pickled (.bin) weights, which can run code"
+    )
     cache_ratio: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="cache of the export as a share of the source's; chooses the shape",
+        json_schema_extra=SHAPE,
+        description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5)",
     )
-    kv_lora_rank: PositiveInt | None = Field(None, description="width of the latent")
-    qk_rope_head_dim: PositiveInt | None = Field(None, description="width of the rotary key")
-    qk_nope_head_dim: PositiveInt | None = Field(None, description="position-free query width (padding)")
-    v_head_dim: PositiveInt | None = Field(None, description="value head width (padding)")
-    q_lora_rank: PositiveInt | None = Field(None, description="compress queries to this rank")
-    pad_for: Literal["vllm"] | None = Field(None, description="round to a shape with fast kernels")
-    freqfold: PositiveInt | None = Field(None, description="frequencies concentrated together")
+    kv_lora_rank: PositiveInt | None = Field(
+        None, json_schema_extra=SHAPE, description="width of the latent, instead of a cache ratio"
+    )
+    qk_rope_head_dim: PositiveInt | None = Field(
+        None, json_schema_extra=SHAPE, description="width of the rotary key, instead of a cache ratio"
+    )
+    qk_nope_head_dim: PositiveInt | None = Field(
+        None, json_schema_extra=SHAPE, description="width of the position-free query, at least the source's head width"
+    )
+    v_head_dim: PositiveInt | None = Field(
+        None, json_schema_extra=SHAPE, description="width of a value head, at least the source's"
+    )
+    q_lora_rank: PositiveInt | None = Field(None, json_schema_extra=SHAPE, description="compress queries to this rank")
+    pad_for: Literal["vllm"] | None = Field(
+        None, json_schema_extra=SHAPE, description="round the shape to one that has fast kernels there"
+    )
+    custom_rope: bool = Field(
+        False,
+        json_schema_extra=SHAPE,
+        description="store a rotary table that repeats frequencies; only transformers reads it",
+    )
+    allow_no_saving: bool = Field(
+        False, json_schema_extra=SHAPE, description="accept a cache that is no smaller than the source's"
+    )
+    format: str = Field(
+        "auto",
+        json_schema_extra=FORMAT,
+        description="export format; auto takes the native format where it can store the source",
+    )
+    layers: str | None = Field(
+        None,
+        json_schema_extra=FORMAT,
+        description="layers to convert, such as 4-28 or 0-3,8; the others keep their attention (format transmla)",
+    )
+    method: str = Field("calibrated", json_schema_extra=METHOD, description="conversion method")
     reconstruct: Reconstruct = Field(
         "auto",
-        description="fit every layer to the source's after the closed form; auto: full on a GPU, fast on a CPU, "
-        "off for methods that are there to compare with. --cache-ratio chooses a narrower rotary key for a fit",
+        json_schema_extra=METHOD,
+        description="fit every layer to the source after its closed form; auto is full on a GPU, fast on a CPU, and "
+        "off for baseline methods. A fitted conversion has a narrower rotary key and a wider latent",
     )
-    format: str = Field("auto", description="export format")
-    layers: str | None = Field(
-        None, description="layers to convert, such as 4-28 or 0-3,8; the others keep their attention (format transmla)"
+    freqfold: PositiveInt | None = Field(
+        None, json_schema_extra=METHOD, description="neighbouring rotary frequencies that are concentrated together"
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision of the export")
-    allow_no_saving: bool = Field(False, description="accept a cache no smaller than the source's")
-    allow_pickle: bool = Field(False, description="open pickled (.bin) weights")
-    custom_rope: bool = Field(
-        False, description="one rotary table for the whole model that repeats frequencies (transformers only)"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", json_schema_extra=METHOD, description="precision of the export"
     )
+    seed: int = Field(0, ge=0, lt=2**31, json_schema_extra=METHOD, description="seed of everything that is drawn")
+    device: str = Field("auto", json_schema_extra=METHOD, description="auto, cpu, cuda, cuda:1, …")
     calibration: Calibration = Calibration()
     eval: Evaluation | None = None
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of all sampling")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, …")
 
 
 Section = TypeVar("Section", bound=BaseModel)
 
 
 def parse_section(schema: type[Section], values: dict[str, Any], origin: str = "command line") -> Section:
-    """Check ``values`` against ``schema`` and report every mistake at once.
+    """Check ``values`` against ``schema``, and report every mistake at once.
+
+    ``origin`` names where the values come from, for the error.
 
     Raises:
-        TransmlaError: naming each unknown key and each value out of range.
+        TransmlaError: that names each unknown key and each value out of range.
     """
     try:
         return schema(**values)
@@ -110,7 +170,7 @@ def parse_section(schema: type[Section], values: dict[str, Any], origin: str = "
 
 
 def _keys(schema: type[BaseModel]) -> list[str]:
-    """Every key of ``schema``, those of its sections as section.key."""
+    """Every key of ``schema``; keys of a section as ``section.key``."""
     sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "eval": Evaluation}
     keys = []
     for name in schema.model_fields:
@@ -120,12 +180,16 @@ def _keys(schema: type[BaseModel]) -> list[str]:
 
 
 def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
-    """A recipe from plain values; see ``parse_section``."""
+    """Return the recipe that plain ``values`` describe; raises as ``parse_section`` does."""
     return parse_section(Recipe, values, origin)
 
 
 def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
-    """A recipe from a YAML file; ``overrides`` (nested like the file) win over it."""
+    """Return the recipe in the YAML file ``path``; ``overrides``, nested like the file, take precedence.
+
+    Raises:
+        TransmlaError: if the file cannot be read, or holds unknown keys or bad values.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -138,12 +202,12 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``overrides`` laid over it, section by section."""
+    """Return ``base`` with ``overrides`` laid over it, section by section."""
     merged = dict(base)
     for key, value in overrides.items():
         section = merged.get(key)
         if isinstance(value, dict) and section is not None:
-            # A section that is no section is a mistake of the file: kept, so that it is reported.
+            # A section that is not a mapping is a mistake of the file. It is kept, so that it is reported.
             merged[key] = merge(section, value) if isinstance(section, dict) else section
         else:
             merged[key] = value
@@ -151,5 +215,5 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Return ``recipe`` as YAML, without fields that are None."""
     return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Plug-ins found by scanning their folder: one new file is one new family, method or backend."""
+"""Discovery of plug-ins: every module in a plug-in folder adds one family, method, format or backend."""
 
 from __future__ import annotations
 
@@ -12,20 +12,38 @@ from transmla.errors import TransmlaError
 
 @cache
 def scan(package: str, attribute: str) -> dict[str, Any]:
-    """All objects named ``attribute`` in the modules of ``package``, keyed by their ``name``, sorted."""
+    """Import all modules of a package and collect one object from each.
+
+    Args:
+        package: dotted name of the package, for example ``transmla.families``.
+        attribute: name of the module attribute to collect, for example ``FAMILY``. Modules without it are skipped.
+
+    Returns:
+        The objects, keyed by their ``name`` and sorted by it.
+    """
     folder = importlib.import_module(package)
     modules = (importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(folder.__path__))
-    found = [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
-    return {item.name: item for item in sorted(found, key=lambda item: item.name)}
+    plugins = [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
+    return {plugin.name: plugin for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
 
 
 def lookup(package: str, attribute: str, name: str, *, kind: str) -> Any:
-    """The plug-in called ``name``, or a refusal that lists those there are."""
-    known = scan(package, attribute)
-    if name not in known:
+    """Return the plug-in called ``name``.
+
+    Args:
+        package: dotted name of the package to scan.
+        attribute: name of the module attribute that holds a plug-in.
+        name: ``name`` of the plug-in.
+        kind: word for the plug-in in the error message, for example "method".
+
+    Raises:
+        TransmlaError: if no plug-in has this name. The message lists the available names.
+    """
+    plugins = scan(package, attribute)
+    if name not in plugins:
         raise TransmlaError(
             f"unknown {kind} '{name}'",
-            limit=f"supported: {', '.join(known)}",
+            limit=f"supported: {', '.join(plugins)}",
             remedy=f"choose one of these, or add a file to {package.replace('.', '/')}/",
         )
-    return known[name]
+    return plugins[name]

@@ -1,4 +1,8 @@
-"""How long work tells a person where it stands; the command line draws it, a library call stays silent."""
+"""Progress reports of long-running work.
+
+The command line passes a reporter that draws progress bars. Library calls use ``Silent`` unless the caller passes
+a reporter.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,26 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Receives the course of a conversion."""
+    """An object that receives the progress of a conversion, a benchmark or a healing run."""
 
     def stage(self, name: str, total: int) -> None:
-        """A new stage begins, of ``total`` steps."""
+        """Start a new stage with ``total`` steps."""
 
     def advance(self, done: int, note: str = "") -> None:
-        """``done`` steps of the stage are finished; ``note`` is what the last one found."""
+        """Record that ``done`` steps of the stage are finished; ``note`` is the result of the last step."""
 
     def message(self, text: str) -> None:
-        """One line worth keeping on the screen."""
+        """Show one line of text that stays on the screen."""
 
 
 class Silent:
-    """A reporter that reports nothing."""
+    """A reporter that discards everything."""
 
-    def stage(self, name: str, total: int) -> None: ...
+    def stage(self, name: str, total: int) -> None:
+        """Discard the start of a stage."""
 
-    def advance(self, done: int, note: str = "") -> None: ...
+    def advance(self, done: int, note: str = "") -> None:
+        """Discard a progress update."""
 
-    def message(self, text: str) -> None: ...
+    def message(self, text: str) -> None:
+        """Discard a line of text."""

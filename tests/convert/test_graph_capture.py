@@ -1,4 +1,4 @@
-"""A step of a fit is one CUDA graph on a GPU: nothing in it may come from the host, or ask for anything there."""
+"""A step of a fit is captured as one CUDA graph, so it must not copy data from the host or read values on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from helpers.uncut_exports import FAMILIES, make_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transmla.convert.factorize import factorize
-from transmla.convert.reconstruct import FitParameters, FitProblem
+from transmla.convert.fit_parameters import FitParameters
+from transmla.convert.reconstruct import FitProblem
 from transmla.convert.source_layer import SourceLayer
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import fit_settings
@@ -19,25 +20,25 @@ from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.source.describe import describe, empty_model, family_of
 
-# Constants that are made on the host, values that are read there, shapes that depend on values.
-OF_THE_HOST = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+# Names of operations that create constants on the host, read values on the host, or have value-dependent shapes.
+HOST_OPERATIONS = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
 
 
-class Seen(TorchDispatchMode):
-    """Notes what of ``OF_THE_HOST`` runs."""
+class HostAccess(TorchDispatchMode):
+    """Records which of ``HOST_OPERATIONS`` run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.found |= {name for part in OF_THE_HOST if part in name}
+        self.operations |= {name for part in HOST_OPERATIONS if part in name}
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_a_fit_never_asks_the_host(family: str, tmp_path: Path) -> None:
+def test_a_step_of_a_fit_runs_no_host_operation(family: str, tmp_path: Path) -> None:
     model = make_source(family, tmp_path)
     config = model.config
     spec, empty = describe(config), empty_model(config)
@@ -49,24 +50,24 @@ def test_a_step_of_a_fit_never_asks_the_host(family: str, tmp_path: Path) -> Non
         layers.append(SourceLayer(empty, family_of(config), spec, torch.device("cpu")))
         layers[-1].load({name: t.detach() for name, t in model.model.layers[i].state_dict().items()}, i)
     stream = torch.randn(32, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    factors, coordinates, following = [], [], stream
+    factors, coordinates, hidden = [], [], stream
     for i, layer in enumerate(layers):
-        seen = layer.observe(following)
-        factors.append(factorize(layer.weights(), seen.stats, plan.at(i)))
-        moment = seen.stats.second_moment
+        observations = layer.observe(hidden)
+        factors.append(factorize(layer.weights(), observations.stats, plan.at(i)))
+        moment = observations.stats.second_moment
         coordinates.append(Coordinates.of(factors[-1], moment, layer.view.blocks()))
-        following = seen.hidden
+        hidden = observations.hidden
     parameters = FitParameters(coordinates, factors, [layer.view.masks() for layer in layers])
     problem = FitProblem(layers, stream, stream, fit)
     few = stream[:2]
-    with Seen() as mode:
+    with HostAccess() as host:
         errors, energies = problem.losses(parameters.factors(), few, few + 0.1)
         (errors / energies).mean().backward()
-    assert mode.found == set()
+    assert host.operations == set()
 
 
-def test_it_would_notice() -> None:
-    with Seen() as mode:
+def test_host_operations_are_recorded() -> None:
+    with HostAccess() as host:
         torch.arange(4.0)[[1, 0]]
         float(torch.ones(1))
-    assert {"lift_fresh", "_local_scalar_dense"} <= mode.found
+    assert {"lift_fresh", "_local_scalar_dense"} <= host.operations

@@ -1,4 +1,4 @@
-"""What ``transmla inspect`` says of a layer is true of it, and can be looked at."""
+"""``transmla inspect``: its numbers describe the layer correctly, and its reports can be opened."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shares_are_shares(layout: str) -> None:
+def test_shares_of_energy_lie_between_0_and_1(layout: str) -> None:
     layer = make_layer(layout)
-    found = spectrum(layer.weights, layer.stats, layer.spec)
-    assert float(found.joint.sum()) == pytest.approx(1, abs=1e-6)
-    assert bool((found.joint.diff() <= 1e-12).all())
-    assert float(found.rotary.sum()) == pytest.approx(1)
-    assert bool((found.one_head <= found.shared + 1e-9).all())
-    assert bool(((found.phase > 0) & (found.phase <= 1 + 1e-9)).all())
+    result = spectrum(layer.weights, layer.stats, layer.spec)
+    assert float(result.joint.sum()) == pytest.approx(1, abs=1e-6)
+    assert bool((result.joint.diff() <= 1e-12).all())
+    assert float(result.rotary.sum()) == pytest.approx(1)
+    assert bool((result.one_head <= result.shared + 1e-9).all())
+    assert bool(((result.phase > 0) & (result.phase <= 1 + 1e-9)).all())
     if layer.spec.num_key_value_heads == 1:
-        assert found.shared.tolist() == pytest.approx([1.0] * len(found.shared))
+        assert result.shared.tolist() == pytest.approx([1.0] * len(result.shared))
 
 
-def test_rank_for_counts_the_directions_that_are_there() -> None:
-    """Keys and values that depend on three directions of the input alone."""
+def test_rank_for_counts_the_input_directions_in_use() -> None:
+    """The keys and values depend on three input directions only."""
     layer = make_layer("gqa")
     few = torch.zeros(layer.x.shape[-1], layer.x.shape[-1], dtype=torch.float64)
     few[:3, :3] = torch.eye(3)
     w = layer.weights
-    found = spectrum(LayerWeights(w.q, w.k @ few, w.v @ few, w.o), layer.stats, layer.spec)
-    assert found.rank_for(1 - 1e-9) == 3
-    assert 1 <= found.rank_for(0.5) <= 3
+    result = spectrum(LayerWeights(w.q, w.k @ few, w.v @ few, w.o), layer.stats, layer.spec)
+    assert result.rank_for(1 - 1e-9) == 3
+    assert 1 <= result.rank_for(0.5) <= 3
 
 
-def test_the_shared_channel_beats_every_random_mixture() -> None:
+def test_the_shared_channel_holds_more_energy_than_any_random_mixture() -> None:
     layer = make_layer("gqa")
-    found = spectrum(layer.weights, layer.stats, layer.spec)
+    result = spectrum(layer.weights, layer.stats, layer.spec)
     kappa, query = to_complex(layer.weights.k), to_complex(layer.weights.q)
     attended = regularise(layer.stats.attended_moment).to(kappa.dtype)
     moment = regularise(layer.stats.second_moment).to(kappa.dtype)
@@ -58,15 +58,15 @@ def test_the_shared_channel_beats_every_random_mixture() -> None:
         for _ in range(50):
             mix = torch.randn(3, dtype=torch.complex128, generator=generator)
             held = (mix.conj() @ covariance @ mix).real / mix.norm() ** 2 / covariance.trace().real
-            assert float(held) <= float(found.shared[f]) + 1e-9
+            assert float(held) <= float(result.shared[f]) + 1e-9
 
 
-def test_a_head_that_looks_one_token_back_needs_no_rotation() -> None:
+def test_a_head_that_attends_to_one_distance_has_phase_share_one() -> None:
     layer = make_layer("mqa")
     mass = torch.zeros_like(layer.stats.distance_mass)
     mass[:, 1] = 1
-    found = spectrum(layer.weights, replace(measure(layer.x, mass), distance_mass=mass), layer.spec)
-    assert found.phase.tolist() == pytest.approx([1.0] * len(found.phase))
+    result = spectrum(layer.weights, replace(measure(layer.x, mass), distance_mass=mass), layer.spec)
+    assert result.phase.tolist() == pytest.approx([1.0] * len(result.phase))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def inspect(
 
     def call(*options: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["transmla", "inspect", "source", *calibration, *options])
-        capsys.readouterr()  # what libraries said while the source was made
+        capsys.readouterr()  # discard the output of libraries while the source was built
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code or 0), *capsys.readouterr()
@@ -91,7 +91,7 @@ def inspect(
     return call
 
 
-def test_the_report_can_be_looked_at(inspect: Run) -> None:
+def test_reports_are_written_as_png_and_html(inspect: Run) -> None:
     code, out, err = inspect("--report", "report.png")
     assert code == 0, err
     assert "r 99 %" in out
@@ -104,16 +104,16 @@ def test_the_report_can_be_looked_at(inspect: Run) -> None:
 
 def test_json_holds_every_layer(inspect: Run) -> None:
     code, out, _ = inspect("--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0
-    assert len(found["layers"]) == 3
-    assert found["budgets"]
-    errors = [budget["mean_error"] for budget in found["budgets"]]
+    assert len(result["layers"]) == 3
+    assert result["budgets"]
+    errors = [budget["mean_error"] for budget in result["budgets"]]
     assert all(0 < error < 2 for error in errors)
     assert errors == sorted(errors)
 
 
-def test_layers_that_are_kept_have_no_error(inspect: Run) -> None:
+def test_layers_that_keep_the_sources_attention_have_no_error(inspect: Run) -> None:
     _, out, _ = inspect("--json", "--layers", "1")
     errors = [layer["errors"] for layer in json.loads(out)["layers"]]
     assert errors[0] == errors[2] == [0.0] * len(errors[1])

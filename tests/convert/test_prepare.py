@@ -1,4 +1,4 @@
-"""``plan``, ``inspect`` and ``convert`` decide one thing from one recipe."""
+"""``plan``, ``inspect`` and ``convert`` make the same decisions from the same recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transmla.export.manifest import Manifest
 from transmla.recipe import Recipe
 from transmla.reporter import Silent
 
-# (family, recipe): ten that differ in everything the shape hangs on.
+# (family, recipe settings): ten cases that vary everything that the shape depends on.
 RECIPES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"reconstruct": "off"}),
@@ -49,7 +49,7 @@ def test_plan_inspect_and_convert_agree_on_the_shape(
     assert (manifest.fit is None) == (planned["reconstruct"] == "off")
 
 
-def test_the_manifest_tells_how_layers_were_fitted(
+def test_the_manifest_records_the_settings_of_the_fit(
     make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     prepared = prepare(recipe := make_recipe(make_source(), reconstruct="fast", cache_ratio=0.25))
@@ -67,7 +67,7 @@ def test_the_manifest_tells_how_layers_were_fitted(
         ({"reconstruct": "auto", "method": "transmla"}, "method transmla is a baseline"),
     ],
 )
-def test_a_note_says_that_an_unfitted_shape_is_another(
+def test_a_note_says_which_shape_a_fitted_conversion_would_have(
     settings: dict[str, Any], because: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     source = make_source()

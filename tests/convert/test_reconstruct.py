@@ -1,4 +1,4 @@
-"""A fit never makes a layer worse on text it has not seen, repeats itself, and takes degenerate layers."""
+"""A fit never raises the error on held-out text, is reproducible, and handles degenerate layers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ LENGTH = 32
 
 
 class Case:
-    """One layer of a tiny model, its closed form at a third of the cache, and streams that enter it."""
+    """One layer of a tiny model, a plan at a third of the cache, and random hidden states that enter the layer."""
 
     def __init__(
         self,
         layout: str = "gqa",
-        spoil: Callable[[dict[str, Tensor]], None] | None = None,
-        number: int = 0,
+        damage: Callable[[dict[str, Tensor]], None] | None = None,
+        index: int = 0,
         device: str = "cpu",
         half: bool = False,
         **recipe: Any,
@@ -45,10 +45,10 @@ class Case:
         config = model.config
         spec = describe(config)
         self.layer = SourceLayer(empty_model(config), family_of(config), spec, torch.device(device), half=half)
-        tensors = {name: t.detach().clone() for name, t in model.model.layers[number].state_dict().items()}
-        if spoil:
-            spoil(tensors)
-        self.layer.load(tensors, number)
+        tensors = {name: t.detach().clone() for name, t in model.model.layers[index].state_dict().items()}
+        if damage:
+            damage(tensors)
+        self.layer.load(tensors, index)
         generator = torch.Generator().manual_seed(3)
         mix = torch.randn(spec.hidden_size, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
         self.source = torch.randn(64, LENGTH, spec.hidden_size, generator=generator) @ mix
@@ -64,23 +64,23 @@ class Case:
         self.plan: Plan = make_plan(spec, parse_recipe(values, "test"), "float32")
 
     def closed_form(self) -> LayerFactors:
-        seen = self.layer.observe(self.source)
-        return factorize(self.layer.weights(), seen.stats, self.plan)
+        observations = self.layer.observe(self.source)
+        return factorize(self.layer.weights(), observations.stats, self.plan)
 
     def fit(self, factors: LayerFactors, settings: FitSettings = SHORT, seed: int = 0) -> Any:
         return reconstruct([self.layer], [factors], self.source, self.converted, settings, seed=seed)
 
 
-def judge(case: Case, factors: LayerFactors) -> float:
-    """Relative error on the held-out sequences, from the layer's own outputs."""
+def held_out_error(case: Case, factors: LayerFactors) -> float:
+    """Return the relative squared error on the held-out sequences, computed from the layer's outputs."""
     n = held_out(len(case.source))
     source, converted = case.source[-n:], case.converted[-n:]
     with torch.no_grad():
-        wanted, got = (
+        expected, actual = (
             case.layer.run(s, f, through_mlp=False) for s, f in ((source, None), (converted, factors.to(torch.float32)))
         )
-    share = 1 / wanted.square().mean(-1, keepdim=True)
-    return float(((got - wanted) ** 2 * share).sum() / ((wanted - source) ** 2 * share).sum())
+    weight = 1 / expected.square().mean(-1, keepdim=True)
+    return float(((actual - expected) ** 2 * weight).sum() / ((expected - source) ** 2 * weight).sum())
 
 
 def tensors(f: LayerFactors) -> list[Tensor]:
@@ -98,9 +98,9 @@ def test_a_fit_lowers_the_error_on_held_out_text(layout: str, through_mlp: bool)
     assert all(torch.equal(a, b) for a, b in zip(tensors(factors), before, strict=True))
 
 
-def test_layers_fitted_together_lower_their_common_error() -> None:
-    """Two layers that both move, for less error than when each is fitted for itself."""
-    case, after = Case(), Case(number=1)
+def test_layers_fitted_together_lower_their_summed_error() -> None:
+    """Fitting two layers together changes both, and gives less error than fitting each alone."""
+    case, after = Case(), Case(index=1)
     entering = case.layer.observe(case.source).hidden
     after.source = entering
     first, second = case.closed_form(), after.closed_form()
@@ -119,15 +119,15 @@ def test_layers_fitted_together_lower_their_common_error() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e3, float("inf")])
-def test_the_better_iterate_is_kept(rate: float) -> None:
-    """A step size that does nothing, ruins the layer, or leaves no number in it."""
+def test_a_fit_that_does_not_help_is_discarded(rate: float) -> None:
+    """Learning rates that change nothing, ruin the layer, or fill it with NaN."""
     case = Case()
     factors = case.closed_form()
     fit = case.fit(factors, replace(SHORT, rate=rate))
     if rate:
         assert fit.factors[0] is factors
         assert fit.after == fit.before
-    else:  # only rounded on its way through the coordinates
+    else:  # the conversion to coordinates and back only rounds
         assert fit.after == pytest.approx(fit.before, rel=1e-4)
 
 
@@ -154,7 +154,7 @@ def test_equal_seeds_give_equal_bits() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own kernels")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tests the GPU's kernels")
 @pytest.mark.parametrize("half", [False, True])
 def test_equal_seeds_give_equal_bits_on_a_gpu(half: bool) -> None:
     case = Case(device="cuda", half=half)
@@ -183,14 +183,14 @@ def constant_channel(t: dict[str, Tensor]) -> None:
     t["input_layernorm.weight"][2:] = 0
 
 
-@pytest.mark.parametrize("spoil", [dead_head, constant_channel])
-def test_degenerate_layers_stay_finite(spoil: Callable[[dict[str, Tensor]], None]) -> None:
-    case = Case(spoil=spoil)
+@pytest.mark.parametrize("damage", [dead_head, constant_channel])
+def test_degenerate_layers_stay_finite(damage: Callable[[dict[str, Tensor]], None]) -> None:
+    case = Case(damage=damage)
     fit = case.fit(case.closed_form())
     assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
-    judged = judge(case, fit.factors[0])
-    assert judged == pytest.approx(fit.after[0], rel=1e-3)
-    assert judged <= judge(case, case.closed_form()) * 1.0001
+    error = held_out_error(case, fit.factors[0])
+    assert error == pytest.approx(fit.after[0], rel=1e-3)
+    assert error <= held_out_error(case, case.closed_form()) * 1.0001
 
 
 def test_an_input_of_rank_one_stays_finite() -> None:
@@ -201,7 +201,7 @@ def test_an_input_of_rank_one_stays_finite() -> None:
     assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
 
 
-def test_the_fit_follows_device_and_text() -> None:
+def test_auto_chooses_the_fit_by_device_and_text() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [choose_fit("auto", device, 2) for device in (cpu, gpu)] == [("fast", ""), ("full", "")]
     assert choose_fit("auto", gpu, 1) == ("off", "one calibration sequence")
@@ -211,7 +211,7 @@ def test_the_fit_follows_device_and_text() -> None:
 
 
 @pytest.mark.parametrize("method", ["calibrated", "transmla"])
-def test_convert_records_what_the_fit_did(
+def test_convert_records_the_errors_before_and_after_the_fit(
     method: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     source = make_source(num_hidden_layers=3)
@@ -225,7 +225,7 @@ def test_convert_records_what_the_fit_did(
     assert any(after < before for before, after in pairs)
 
 
-def test_one_sequence_is_refused_by_name_only(
+def test_one_sequence_is_refused_only_if_the_recipe_names_a_fit(
     make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     source = make_source()
@@ -235,28 +235,30 @@ def test_one_sequence_is_refused_by_name_only(
     assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
 
 
-def test_baseline_methods_are_left_as_they_are() -> None:
+def test_auto_does_not_fit_baseline_methods() -> None:
     gpu = torch.device("cuda")
     assert choose_fit("auto", gpu, 64, baseline="care") == ("off", "method care is a baseline")
     assert choose_fit("full", gpu, 64, baseline="care") == ("full", "")
 
 
 def test_a_recipe_may_say_off_without_quotes(tmp_path: Path) -> None:
-    """YAML takes a bare ``off`` for false."""
+    """YAML reads an unquoted ``off`` as false."""
     file = tmp_path / "recipe.yaml"
     file.write_text("source: s\noutput: o\nreconstruct: off\n")
     assert read_recipe(file, {}).reconstruct == "off"
 
 
-def test_tokens_given_directly_decide(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:
-    """One sequence of them cannot be fitted on, whatever the recipe says."""
+def test_calibration_tokens_override_the_recipes_sequences(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    """A single given sequence is not enough for a fit, although the recipe asks for more sequences."""
     tokens = torch.arange(60)[None]
     folder = convert(make_recipe(make_source(), reconstruct="auto"), calibration=tokens)
     assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
 
 
-def test_inputs_are_made_of_the_calibration_text() -> None:
-    """Every token stands where it stood, moved by no more than a share of itself; the drift goes with it."""
+def test_inputs_are_joined_from_the_calibration_text() -> None:
+    """Tokens keep their positions and move by at most JITTER of their norm; each keeps a share of its drift."""
     case = Case()
     problem = FitProblem([case.layer], case.source, case.converted, SHORT)
     rows = torch.tensor([[3, 8], [5, 5]])
@@ -269,12 +271,12 @@ def test_inputs_are_made_of_the_calibration_text() -> None:
     assert torch.allclose(converted[1] - source[1], case.converted[5] - case.source[5], atol=1e-5)
 
 
-def test_fits_are_those_that_can_be_asked_for() -> None:
+def test_the_recipe_allows_exactly_the_known_fits() -> None:
     (choices,) = (arg for arg in get_args(Reconstruct) if get_args(arg))
     assert {"auto", "off", *FITS} == set(get_args(choices))
 
 
-def test_a_small_cache_is_fitted_for_longer() -> None:
+def test_a_small_cache_is_fitted_with_more_steps() -> None:
     easy, hard = fit_settings("full", SMALL_CACHE), fit_settings("full", SMALL_CACHE - 0.01)
     assert easy == FITS["full"]
     assert hard is not None

@@ -1,4 +1,4 @@
-"""The fused attention and the coordinates of the fit say what the plain twins say."""
+"""The fused attention and the coordinates of the fit equal the reference attention."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_fused_equals_expanded(layout: str, shape: MLAShape) -> None:
     assert relative(fused_attention(x, factors), expanded_attention(x, factors)) <= 1e-12
 
 
-def test_bfloat16_inputs_keep_their_angles() -> None:
-    """Neither positions beyond 256 nor most frequencies are bfloat16 numbers; rotations must not be made of them."""
+def test_bfloat16_inputs_keep_exact_angles() -> None:
+    """bfloat16 cannot hold positions beyond 256 or most frequencies, so rotations must not use it."""
     _, factors = make_factors("gqa", SHAPES[0])
     factors = replace(factors, inv_freq=torch.tensor([1.0, 0.3333], dtype=torch.float64))
     x = torch.randn(1, 700, factors.latent.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -47,10 +47,10 @@ def test_coordinates_describe_the_same_layer(shape: MLAShape) -> None:
     x, factors = make_factors("gqa9", shape)
     moment = x.flatten(0, 1).mT @ x.flatten(0, 1) / x[..., 0].numel()
     coordinates = Coordinates.of(factors, moment)
-    entered = {name: tensor.float() for name, tensor in coordinates.enter(factors).items()}
-    back = coordinates.leave(entered)
+    tensors = {name: tensor.float() for name, tensor in coordinates.to_coordinates(factors).items()}
+    back = coordinates.to_factors(tensors)
     assert relative(expanded_attention(x.float(), back), expanded_attention(x, factors)) <= 1e-4
-    white = entered["latent"].double() @ coordinates.shrink.double()
+    white = tensors["latent"].double() @ coordinates.shrink.double()
     covariance = white @ regularise(moment) @ white.mT
     assert relative(covariance, torch.eye(len(covariance), dtype=covariance.dtype)) <= 1e-4
     orthonormal = orthonormal_latents(back.to(torch.float64))
@@ -61,10 +61,10 @@ def test_coordinates_describe_the_same_layer(shape: MLAShape) -> None:
 
 
 def test_coordinates_survive_degenerate_inputs() -> None:
-    """Channels never seen, and a latent that nothing reaches."""
+    """Input channels that are always zero give finite coordinates."""
     x, factors = make_factors("gqa", SHAPES[0])
     x = x.clone()
     x[..., 5:] = 0
     moment = x.flatten(0, 1).mT @ x.flatten(0, 1) / x[..., 0].numel()
-    entered = Coordinates.of(factors, moment).enter(factors)
-    assert all(bool(tensor.isfinite().all()) for tensor in entered.values())
+    tensors = Coordinates.of(factors, moment).to_coordinates(factors)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""Low-rank approximation in the data's metric, against brute force."""
+"""Low-rank approximation in the metric of the data, compared with direct solutions on samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def weighted_error(target: torch.Tensor, basis: torch.Tensor, moment: torch.Tensor) -> float:
-    """E‖T x − B W_c x‖² with the best read-out B."""
+    """Return E‖T x − B W_c x‖² with the best read-out B."""
     rest = target - regress(target, basis, moment) @ basis
     return float(((rest @ moment) * rest).sum())
 
@@ -26,7 +26,7 @@ def weighted_error(target: torch.Tensor, basis: torch.Tensor, moment: torch.Tens
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(2, 20), width=st.integers(2, 12), data=st.data(), seed=SEEDS)
 def test_latent_basis_is_the_optimum(rows: int, width: int, data: st.DataObject, seed: int) -> None:
-    """The error is that of Eckart–Young on the samples themselves, and never above the plain SVD's."""
+    """The error equals Eckart–Young's on the samples, and is never above that of the plain SVD."""
     rank = data.draw(st.integers(1, min(rows, width)))
     generator = torch.Generator().manual_seed(seed)
     x = normal(generator, 6 * width, width) @ normal(generator, width, width)
@@ -40,14 +40,14 @@ def test_latent_basis_is_the_optimum(rows: int, width: int, data: st.DataObject,
     assert error <= weighted_error(target, plain[:rank], moment) + 1e-9 * energy
 
 
-def test_rows_are_whitened() -> None:
+def test_latent_is_white() -> None:
     generator = torch.Generator().manual_seed(4)
     moment = second_moment(normal(generator, 60, 9) @ normal(generator, 9, 9))
     basis = latent_basis(normal(generator, 14, 9), moment, 5)
     torch.testing.assert_close(basis @ moment @ basis.mT, torch.eye(5).double(), atol=1e-9, rtol=0)
 
 
-def test_full_rank_loses_nothing() -> None:
+def test_full_rank_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     moment = second_moment(normal(generator, 90, 10))
     for rows in (4, 10, 25):
@@ -61,9 +61,9 @@ def test_full_rank_loses_nothing() -> None:
 def test_regress_is_least_squares_on_samples(rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, target, basis = normal(generator, 50, 8), normal(generator, 3, 5, 8), normal(generator, rank, 8)
-    wanted = torch.linalg.lstsq(x @ basis.mT, x @ target.flatten(0, 1).mT).solution.mT
-    got = regress(target, basis, second_moment(x))
-    torch.testing.assert_close(got, wanted.view(3, 5, rank), atol=1e-8, rtol=1e-6)
+    expected = torch.linalg.lstsq(x @ basis.mT, x @ target.flatten(0, 1).mT).solution.mT
+    readout = regress(target, basis, second_moment(x))
+    torch.testing.assert_close(readout, expected.view(3, 5, rank), atol=1e-8, rtol=1e-6)
 
 
 def test_square_roots() -> None:
@@ -74,25 +74,25 @@ def test_square_roots() -> None:
     torch.testing.assert_close(root, root.mT)
 
 
-@pytest.mark.parametrize("seen", [0, 1, 3, 11])
-def test_rank_deficient_moments_stay_finite(seen: int) -> None:
-    """Directions no token ever took keep a finite metric, and those seen are still served."""
-    generator = torch.Generator().manual_seed(seen)
-    x = normal(generator, 60, seen) @ normal(generator, seen, 12)
+@pytest.mark.parametrize("directions", [0, 1, 3, 11])
+def test_rank_deficient_moments_stay_finite(directions: int) -> None:
+    """Inputs that span few directions give finite results, and these directions are still approximated."""
+    generator = torch.Generator().manual_seed(directions)
+    x = normal(generator, 60, directions) @ normal(generator, directions, 12)
     moment, target = second_moment(x), normal(generator, 20, 12)
     assert all(bool(t.isfinite().all()) for t in sqrtm_pair(moment))
     safe = regularise(moment)
     assert float(torch.linalg.eigvalsh(safe).min()) > 0
     for rank in (1, 6, 12):
         basis = latent_basis(target, safe, rank)
-        read = regress(target, basis, safe)
+        readout = regress(target, basis, safe)
         assert bool(basis.isfinite().all())
-        assert bool(read.isfinite().all())
-        if rank >= seen:
-            rest = (target - read @ basis) @ x.mT
+        assert bool(readout.isfinite().all())
+        if rank >= directions:
+            rest = (target - readout @ basis) @ x.mT
             assert float(rest.norm()) <= 1e-2 * float((target @ x.mT).norm())
 
 
-def test_regularise_adds_a_share_of_the_mean_energy() -> None:
+def test_regularise_adds_a_fraction_of_the_mean_diagonal() -> None:
     moment = torch.diag(torch.tensor([1.0, 2.0, 0.0, 5.0]).double())
     assert torch.equal(regularise(moment, 0.5) - moment, torch.eye(4).double())

@@ -1,4 +1,4 @@
-"""What every conversion method owes its caller, whatever its mathematics."""
+"""Properties that every conversion method must have."""
 
 from __future__ import annotations
 
@@ -27,37 +27,38 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 def half(layer: Layer, method: Method, rank: int = 12) -> Plan:
-    """Every second frequency keeps a slot; the fold is the method's own."""
+    """Return a plan with a slot for every second frequency and the method's preferred fold."""
     return make_plan(layer.spec, method.name, tuple(range(0, PAIRS, 2)), rank, min(method.freqfold(2), PAIRS))
 
 
 def tensors(value: LayerFactors | LayerWeights | LayerStats) -> dict[str, Tensor]:
+    """Return the tensor fields by name."""
     return {name: t for name, t in vars(value).items() if isinstance(t, Tensor)}
 
 
-def restated(layer: Layer, x: Tensor) -> Layer:
-    """The layer, calibrated on ``x``."""
+def recalibrated(layer: Layer, x: Tensor) -> Layer:
+    """Return the layer with ``x`` as its calibration inputs."""
     return replace(layer, x=x, stats=measure(x, layer.stats.distance_mass))
 
 
 def constant_channel(layer: Layer) -> Layer:
     x = layer.x.clone()
     x[..., 0] = 50.0
-    return restated(layer, x)
+    return recalibrated(layer, x)
 
 
 def few_directions(layer: Layer) -> Layer:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
-    return restated(layer, layer.x[..., :3] @ basis)
+    return recalibrated(layer, layer.x[..., :3] @ basis)
 
 
 def one_token(layer: Layer) -> Layer:
-    return restated(layer, layer.x[:1, :1].expand(2, 5, HIDDEN))
+    return recalibrated(layer, layer.x[:1, :1].expand(2, 5, HIDDEN))
 
 
 def dead_head(layer: Layer) -> Layer:
-    """The first key/value head and all queries that read it are zero."""
+    """Set the first key/value head and all query heads that read it to zero."""
     group = layer.spec.group_size
     copies = {name: t.clone() for name, t in tensors(layer.weights).items()}
     for name, t in copies.items():
@@ -103,7 +104,7 @@ DEGENERATE = [
 @pytest.mark.parametrize("change", DEGENERATE)
 @pytest.mark.parametrize("layout", ["gqa", "mqa"])
 def test_degenerate_layers_give_finite_factors(method: Method, change: Callable[[Layer], Layer], layout: str) -> None:
-    """Finite in float32, as they are written, and of a size that bfloat16 sums up."""
+    """Factors are finite in float32 and not too large for sums in bfloat16."""
     layer = change(make_layer(layout))
     for plan in (half(layer, method), uncut(layer.spec, method.name)):
         factors = method.factorize(layer.weights, layer.stats, plan)
@@ -148,13 +149,13 @@ def test_deterministic_and_pure(method: Method, layout: str) -> None:
     layer, untouched = make_layer(layout), make_layer(layout)
     runs = [tensors(method.factorize(layer.weights, layer.stats, half(layer, method))) for _ in range(2)]
     assert all(torch.equal(t, runs[1][name]) for name, t in runs[0].items())
-    for mine, original in ((layer.weights, untouched.weights), (layer.stats, untouched.stats)):
-        assert all(torch.equal(t, tensors(original)[name]) for name, t in tensors(mine).items())
+    for current, original in ((layer.weights, untouched.weights), (layer.stats, untouched.stats)):
+        assert all(torch.equal(t, tensors(original)[name]) for name, t in tensors(current).items())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_falls_as_rank_grows(method: Method, layout: str) -> None:
-    """With every rotary channel kept, only the latent is cut; on average over layers more of it is better."""
+    """With all rotary channels, only the latent's rank limits the error; compare sums over random layers."""
     ranks = [2, 6, 12, 20, 28, 36]
     totals = [0.0] * len(ranks)
     for seed in range(4):
@@ -170,7 +171,7 @@ def test_error_falls_as_rank_grows(method: Method, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["mha", "gqa", "gqa9"])
 def test_the_order_of_heads_does_not_matter(method: Method, layout: str) -> None:
-    """Key/value heads permuted along with their groups of query heads give the same attention."""
+    """Permuting key/value heads together with their groups of query heads gives the same attention."""
     layer = make_layer(layout)
     kv_heads, group = layer.spec.num_key_value_heads, layer.spec.group_size
     order = torch.arange(kv_heads).roll(1)
@@ -186,10 +187,10 @@ def test_the_order_of_heads_does_not_matter(method: Method, layout: str) -> None
 
 @pytest.mark.parametrize("layout", ["mha", "gqa"])
 def test_the_basis_of_the_input_does_not_matter(method: Method, layout: str) -> None:
-    """Inputs turned by an orthogonal matrix, weights turned back: the same attention, in the new basis."""
+    """Rotating inputs and weights by the same orthogonal matrix does not change the scores and values."""
     layer = make_layer(layout)
-    turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-    q = turn.Q
+    generator = torch.Generator().manual_seed(5)
+    q = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64, generator=generator)).Q
     w = layer.weights
     weights = LayerWeights(w.q @ q.mT, w.k @ q.mT, w.v @ q.mT, w.o)
     stats = replace(
@@ -199,10 +200,10 @@ def test_the_basis_of_the_input_does_not_matter(method: Method, layout: str) -> 
     )
     plan = half(layer, method, rank=10)
     plain = expanded_attention(layer.x, method.factorize(layer.weights, layer.stats, plan))
-    turned = expanded_attention(layer.x @ q.mT, method.factorize(weights, stats, plan))
-    assert relative(turned, plain) <= 1e-6
+    rotated = expanded_attention(layer.x @ q.mT, method.factorize(weights, stats, plan))
+    assert relative(rotated, plain) <= 1e-6
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
-def test_the_preferred_fold_is_legal(method: Method, stride: int) -> None:
+def test_the_preferred_fold_is_valid(method: Method, stride: int) -> None:
     check_fold(min(method.freqfold(stride), 32), stride, 32)

@@ -1,4 +1,4 @@
-"""A real RMSNorm between the scaled latent and the corrected read-out does nothing."""
+"""A real RMSNorm between the scaled latent and the corrected read-out is an identity."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from transmla.core.norm_identity import norm_identity
-from transmla.formats.native import latent_scale
+from transmla.formats.native_layout import latent_scale
 
 EPS = 1e-6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def latents(rank: int, size: float, seed: int) -> torch.Tensor:
-    """Float32 latents [T, r] of root mean square ``size``, every fiftieth 30 times that."""
+    """Return float32 latents [T, r] of root mean square ``size``; every fiftieth row is 30 times larger."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(400, rank, generator=generator) * size
     rows[::50] *= 30
@@ -26,15 +26,16 @@ def latents(rank: int, size: float, seed: int) -> torch.Tensor:
 
 
 def through_the_norm(rows: torch.Tensor, weight: float, scale: float, readout: float) -> torch.Tensor:
-    """What a runtime makes of the latent in float32."""
+    """Return the latent after a runtime's norm and read-out, in float32."""
     norm = DeepseekV3RMSNorm(rows.shape[-1], eps=EPS)
     torch.nn.init.constant_(norm.weight, weight)
     with torch.no_grad():
         return norm(rows * scale) * readout
 
 
-def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative error of a row."""
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 @settings(deadline=None, max_examples=30)
@@ -47,51 +48,51 @@ def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_identity_in_float32(rank: int, power: int, seed: int, dtype: str) -> None:
     rows = latents(rank, 10.0 ** (power / 4), seed)
     energy = rows.double().square().mean(-1)
-    made = norm_identity(float(energy.mean()), float(energy.max()), EPS, DTYPES[dtype])
-    # The weight is one the export's precision holds, so nothing is lost when it is written.
-    assert made.weight == torch.tensor(made.weight, dtype=DTYPES[dtype]).double().item()
-    assert math.log2(made.scale).is_integer()
-    got = through_the_norm(rows, made.weight, made.scale, made.readout)
-    assert largest_error(got, rows) <= 1e-6
+    identity = norm_identity(float(energy.mean()), float(energy.max()), EPS, DTYPES[dtype])
+    # The export's precision holds the weight exactly.
+    assert identity.weight == torch.tensor(identity.weight, dtype=DTYPES[dtype]).double().item()
+    assert math.log2(identity.scale).is_integer()
+    output = through_the_norm(rows, identity.weight, identity.scale, identity.readout)
+    assert largest_error(output, rows) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_readout_only_repairs_the_rounding_of_the_weight(dtype: str) -> None:
-    """The cached latent, after the norm, keeps its natural size."""
+    """The latent after the norm, which is cached, keeps its size."""
     for size in (1e-3, 1.0, 77.0):
-        made = norm_identity(size**2, 5 * size**2, EPS, DTYPES[dtype])
-        assert made.readout == pytest.approx(1, abs=torch.finfo(DTYPES[dtype]).eps)
+        identity = norm_identity(size**2, 5 * size**2, EPS, DTYPES[dtype])
+        assert identity.readout == pytest.approx(1, abs=torch.finfo(DTYPES[dtype]).eps)
 
 
 def test_scaling_rows_loses_no_bits() -> None:
     rows = latents(32, 1.0, 0)
-    made = norm_identity(1.0, 900.0, EPS, torch.bfloat16)
+    identity = norm_identity(1.0, 900.0, EPS, torch.bfloat16)
     for dtype in DTYPES.values():
         stored = rows.to(dtype)
-        assert torch.equal((stored * made.scale).to(dtype) / made.scale, stored)
+        assert torch.equal((stored * identity.scale).to(dtype) / identity.scale, stored)
 
 
-def test_a_token_far_beyond_calibration_hardly_moves() -> None:
+def test_tokens_far_larger_than_calibration_change_little() -> None:
     rows = latents(64, 1.0, 3)
     usual = rows[torch.arange(len(rows)) % 50 != 0].square().mean(-1)
-    made = norm_identity(float(usual.mean()), float(usual.max()), EPS, torch.float32)
-    got = through_the_norm(rows, made.weight, made.scale, made.readout)
-    assert largest_error(got, rows) <= 5e-4
+    identity = norm_identity(float(usual.mean()), float(usual.max()), EPS, torch.float32)
+    output = through_the_norm(rows, identity.weight, identity.scale, identity.readout)
+    assert largest_error(output, rows) <= 5e-4
 
 
 @pytest.mark.parametrize("largest", [0.0, -0.0, math.inf, math.nan])
 def test_a_latent_without_energy(largest: float) -> None:
-    """A dead latent is left alone, and zero stays zero."""
-    made = norm_identity(0.0, largest, EPS, torch.bfloat16)
-    assert all(math.isfinite(value) and value > 0 for value in vars(made).values())
-    got = through_the_norm(torch.zeros(3, 8), made.weight, made.scale, made.readout)
-    assert float(got.abs().max()) == 0
+    """A latent without a finite, positive size gets finite scales, and zero stays zero."""
+    identity = norm_identity(0.0, largest, EPS, torch.bfloat16)
+    assert all(math.isfinite(value) and value > 0 for value in vars(identity).values())
+    output = through_the_norm(torch.zeros(3, 8), identity.weight, identity.scale, identity.readout)
+    assert float(output.abs().max()) == 0
 
 
-def test_the_scale_is_that_of_the_largest_token() -> None:
+def test_latent_scale_measures_all_tokens() -> None:
     inputs, rows = latents(12, 1.0, 7).view(4, 100, 12), torch.randn(6, 12)
     energy = (inputs @ rows.T).square().sum(-1) / 8
-    found = latent_scale(rows.double(), iter(inputs.split(3)), 8)
-    assert found.mean_square == pytest.approx(float(energy.mean()), rel=1e-5)
-    assert found.max_square == pytest.approx(float(energy.max()), rel=1e-5)
-    assert found.max_square > 10 * found.mean_square
+    scale = latent_scale(rows.double(), iter(inputs.split(3)), 8)
+    assert scale.mean_square == pytest.approx(float(energy.mean()), rel=1e-5)
+    assert scale.max_square == pytest.approx(float(energy.max()), rel=1e-5)
+    assert scale.max_square > 10 * scale.mean_square

@@ -1,4 +1,4 @@
-"""RoPE as complex numbers, and the two layouts of a rotary slice."""
+"""RoPE as complex multiplication, the two layouts of a rotary slice, and the matching of frequencies."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_complex_product_is_the_halves_rotation(pairs: int, length: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(length, 2 * pairs, generator=generator, dtype=torch.float64)
     positions = torch.arange(length) + seed
-    turned = rotate(x, frequencies(pairs), positions)
-    # Rows of a weight are the last but one dimension, coordinates of a vector the last.
+    rotated = rotate(x, frequencies(pairs), positions)
+    # ``to_complex`` expects the rotary channels in the second to last dimension.
     z = to_complex(x[..., None]).squeeze(-1)
     wave = torch.polar(torch.ones(length, pairs).double(), positions[:, None] * frequencies(pairs))
     expected = to_halves((z * wave)[..., None]).squeeze(-1)
-    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-12)
 
 
 def test_complex_and_halves_are_inverse() -> None:
@@ -37,7 +37,7 @@ def test_complex_and_halves_are_inverse() -> None:
 
 
 def test_score_depends_on_distance_alone() -> None:
-    """Re conj(q)·k·e^{−iθΔ}: the formula everything in ``core`` rests on."""
+    """The score is Re Σ conj(q)·k·e^{−iθΔ}, the formula on which ``core`` is based."""
     q, k = torch.randn(2, 12, dtype=torch.float64)
     theta = frequencies(6)
     product = to_complex(q[:, None]).conj() * to_complex(k[:, None])
@@ -48,20 +48,20 @@ def test_score_depends_on_distance_alone() -> None:
 
 
 @pytest.mark.parametrize("width", [2, 8, 16])
-def test_interleaved_order_is_that_of_transformers(width: int) -> None:
-    """Permuted rows under the interleaved rotation give the scores of the halves rotation."""
+def test_interleaved_order_equals_transformers(width: int) -> None:
+    """Permuted rows with the interleaved rotation equal the rotation in halves layout."""
     q, k = torch.randn(2, 2, 3, 5, width, dtype=torch.float64)
     angle = torch.arange(5)[:, None] * frequencies(width // 2)
     cos, sin = torch.cat([angle, angle], -1).cos()[None], torch.cat([angle, angle], -1).sin()[None]
     order = halves_to_interleaved(width)
     assert sorted(order.tolist()) == list(range(width))
-    # transformers leaves its result in halves layout, so the rotated vectors themselves agree.
-    got = apply_rotary_pos_emb_interleave(q[..., order], k[..., order], cos, sin)
+    # transformers returns the result in halves layout, so the rotated vectors are equal.
+    permuted = apply_rotary_pos_emb_interleave(q[..., order], k[..., order], cos, sin)
     plain = apply_rotary_pos_emb(q, k, cos, sin)
-    for ours, interleaved, halves in zip((q, k), got, plain, strict=True):
-        turned = rotate(ours, frequencies(width // 2), torch.arange(5))
-        torch.testing.assert_close(interleaved, turned, rtol=0, atol=1e-12)
-        torch.testing.assert_close(halves, turned, rtol=0, atol=1e-12)
+    for vectors, interleaved, halves in zip((q, k), permuted, plain, strict=True):
+        rotated = rotate(vectors, frequencies(width // 2), torch.arange(5))
+        torch.testing.assert_close(interleaved, rotated, rtol=0, atol=1e-12)
+        torch.testing.assert_close(halves, rotated, rtol=0, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=25)
@@ -69,11 +69,11 @@ def test_interleaved_order_is_that_of_transformers(width: int) -> None:
 def test_match_slots_finds_any_subset(data: st.DataObject, pairs: int) -> None:
     chosen = data.draw(st.lists(st.integers(0, pairs - 1), min_size=1, max_size=2 * pairs))
     source = frequencies(pairs)
-    # As a runtime would compute them: in float32.
+    # Runtimes compute frequencies in float32.
     assert match_slots(source[chosen].float().double(), source) == tuple(chosen)
 
 
-def test_match_slots_refuses_what_is_not_there() -> None:
+def test_match_slots_returns_none_for_unknown_frequencies() -> None:
     source = frequencies(8)
     assert match_slots(frequencies(4), source) == (0, 2, 4, 6)
     assert match_slots(frequencies(3), source) is None

@@ -1,4 +1,4 @@
-"""Windows, soft-caps and sinks are what the families that have them compute."""
+"""Windows, softcaps and sinks equal the attention of the families that have them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CASES = {
 }
 
 
-def families_own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: ScoreRules) -> torch.Tensor:
-    """By Gemma 2's attention, or gpt-oss's where there are sinks."""
+def family_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: ScoreRules) -> torch.Tensor:
+    """Return the attention of gpt-oss if ``rules`` has sinks, otherwise of Gemma 2; [N, H, T, d_v]."""
     mask = torch.full((LENGTH, LENGTH), float("-inf"), dtype=q.dtype).triu(1)
     if rules.window is not None:
         mask = mask + torch.full_like(mask, float("-inf")).tril(-rules.window)
@@ -39,20 +39,20 @@ def families_own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Score
 
 
 @pytest.mark.parametrize("rules", CASES.values(), ids=CASES)
-def test_both_twins_are_the_families_own(rules: ScoreRules) -> None:
+def test_attention_equals_the_families(rules: ScoreRules) -> None:
     torch.manual_seed(0)
     q, k = (3 * torch.randn(2, HEADS, LENGTH, 8, dtype=torch.float64) for _ in range(2))
     v = torch.randn(2, HEADS, LENGTH, 5, dtype=torch.float64)
-    wanted = families_own(q, k, v, rules)
-    assert relative(causal_softmax(q @ k.mT * SCALING, rules=rules) @ v, wanted) < 1e-6  # families use float32 inside
-    slow = causal_softmax(q @ k.mT * SCALING, rules=rules) @ v
-    assert relative(attend(q, k, v, scaling=SCALING, rules=rules), slow) < 1e-12
+    reference = causal_softmax(q @ k.mT * SCALING, rules=rules) @ v
+    # The families compute the softmax in float32.
+    assert relative(reference, family_attention(q, k, v, rules)) < 1e-6
+    assert relative(attend(q, k, v, scaling=SCALING, rules=rules), reference) < 1e-12
 
 
 @pytest.mark.parametrize("rules", CASES.values(), ids=CASES)
-def test_some_queries_of_some_heads_are_as_among_all(rules: ScoreRules) -> None:
+def test_subset_of_queries_and_heads_equals_the_whole(rules: ScoreRules) -> None:
     torch.manual_seed(1)
-    scores, at = 3 * torch.randn(2, HEADS, LENGTH, LENGTH, dtype=torch.float64), torch.tensor([3, 17, 23])
+    scores, positions = 3 * torch.randn(2, HEADS, LENGTH, LENGTH, dtype=torch.float64), torch.tensor([3, 17, 23])
     whole = causal_softmax(scores, rules=rules)
-    part = causal_softmax(scores[:, 1:3, at], at, rules.heads(slice(1, 3)))
-    assert torch.equal(part, whole[:, 1:3, at])
+    part = causal_softmax(scores[:, 1:3, positions], positions, rules.heads(slice(1, 3)))
+    assert torch.equal(part, whole[:, 1:3, positions])

@@ -1,4 +1,4 @@
-"""`evaluate` against full logits, plain cross-entropy and the definition of the KL divergence."""
+"""``evaluate`` equals cross-entropy and KL divergence computed from full logits by their definitions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def baseline(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model, perturbed: near enough that the most likely tokens often agree."""
+    """Return the model with perturbed weights, so similar that the most likely tokens often agree."""
     other = tiny(0)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
@@ -54,7 +54,7 @@ def tokens() -> torch.Tensor:
 
 
 def brute_force(model, baseline, tokens, window: int, stride: int) -> dict[str, float]:
-    """Every counted prediction of every window, one window at a time, from full float64 logits."""
+    """Compute the result from the full float64 logits of one window at a time."""
     model_nll, baseline_nll, kl, agreed = [], [], [], []
     for start in range(0, len(tokens) - window + 1, stride):
         ids = tokens[start : start + window]
@@ -80,14 +80,14 @@ def brute_force(model, baseline, tokens, window: int, stride: int) -> dict[str, 
 
 
 def assert_matches(result: Evaluation, expected: dict[str, float]) -> None:
-    found = {key: result.to_dict()[key] for key in expected}
-    assert found == pytest.approx(expected, rel=1e-4)
+    values = {key: result.to_dict()[key] for key in expected}
+    assert values == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("chunk", [7, 256])
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 8), (33, 32), (32, 31), (17, 1), (2, 2)])
-def test_equals_the_brute_force(
+def test_evaluate_equals_the_brute_force_result(
     window: int, stride: int, chunk: int, batch_size: int, model, baseline, tokens, monkeypatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
@@ -128,7 +128,7 @@ def test_a_short_text_is_one_window(model, baseline, tokens) -> None:
     assert (result.window, result.stride, result.tokens) == (9, 9, 8)
 
 
-def test_logits_are_read_in_float32_whatever_the_dtype(model, tokens) -> None:
+def test_logits_of_half_precision_models_are_scored_in_float32(model, tokens) -> None:
     half = tiny(0).bfloat16()
     with torch.no_grad():
         logits = half(tokens[None, :64]).logits[0, :-1].double()
@@ -139,7 +139,7 @@ def test_logits_are_read_in_float32_whatever_the_dtype(model, tokens) -> None:
     assert 0 < result.kl < 0.1
 
 
-def test_training_flags_and_gradients_are_put_back(tokens) -> None:
+def test_training_modes_and_gradients_are_restored(tokens) -> None:
     trained, mixed = tiny(0).train(), tiny(1).train()
     mixed.model.layers[0].eval()
     flags = [part.training for part in mixed.modules()]
@@ -157,31 +157,31 @@ def test_a_broken_model_has_infinite_perplexity(tokens) -> None:
     assert evaluate(broken, tokens, window=32).perplexity == math.inf
 
 
-def test_a_window_over_the_context_is_refused_unless_the_text_is_shorter(model, tokens) -> None:
+def test_a_window_above_the_context_is_refused_unless_the_text_is_shorter(model, tokens) -> None:
     short = tiny(1)
     short.config.max_position_embeddings = 64
-    says = r"window of 65 tokens is longer than the {}'s context; max_position_embeddings is 64; use a window of at"
-    with pytest.raises(TransmlaError, match=says.format("model")):
+    message = r"window of 65 tokens is longer than the {}'s context; max_position_embeddings is 64; use a window of at"
+    with pytest.raises(TransmlaError, match=message.format("model")):
         evaluate(short, tokens, window=65)
-    with pytest.raises(TransmlaError, match=says.format("baseline")):
+    with pytest.raises(TransmlaError, match=message.format("baseline")):
         evaluate(model, tokens, window=65, baseline=short)
     assert evaluate(short, tokens, window=64).window == 64
     assert evaluate(short, tokens[:40], window=65).window == 40
 
 
-def test_tokens_out_of_the_vocabulary_are_refused(model, tokens) -> None:
+def test_tokens_outside_the_vocabulary_are_refused(model, tokens) -> None:
     foreign = tokens.index_fill(0, torch.tensor([3]), VOCABULARY)
     with pytest.raises(TransmlaError, match="the text holds token 50; the model's vocabulary has 50 entries"):
         evaluate(model, foreign, window=32)
 
 
-def test_a_stride_over_the_window_is_refused(model, tokens) -> None:
+def test_a_stride_above_the_window_is_refused(model, tokens) -> None:
     with pytest.raises(TransmlaError, match="stride 33 is larger than the window; windows of 32 tokens"):
         evaluate(model, tokens, window=32, stride=33)
     assert evaluate(model, tokens[:9], window=32, stride=32).stride == 9
 
 
-def test_refusals(model, tokens) -> None:
+def test_invalid_input_is_refused(model, tokens) -> None:
     with pytest.raises(TransmlaError, match=r"baseline's vocabulary has 60 entries, the model's 50"):
         evaluate(model, tokens, window=32, baseline=tiny(0, 60))
     with pytest.raises(TransmlaError, match="at least 2"):

@@ -1,4 +1,4 @@
-"""``transmla verify`` passes what is whole and catches every kind of damage."""
+"""``transmla verify`` passes intact exports and reports each kind of damage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def single_thread() -> Iterator[None]:
-    """Threads only slow matrices this small."""
+    """Use one thread: more threads slow down matrices of this size."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``source`` and its export ``out``."""
+    """Return a folder with a ``source`` and its export ``out``."""
     folder = tmp_path_factory.mktemp("pristine")
     build_model().save_pretrained(folder / "source")
     build_tokenizer(folder / "source")
@@ -60,7 +60,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be damaged."""
+    """Return a copy of the export that a test may damage."""
     return Path(shutil.copytree(pristine / "out", tmp_path / "out"))
 
 
@@ -69,14 +69,14 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """Make the manifest's hashes those of the files as they are now, as a careful forger would."""
+    """Write the hashes of the current files into the manifest, as a careful forger would."""
     manifest = json.loads((folder / "transmla.json").read_text())
     manifest["hashes"] = {name: file_sha256(folder / name) for name in manifest["hashes"]}
     (folder / "transmla.json").write_text(json.dumps(manifest))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change tensors of the first layer's shard and hide the change from the hashes."""
+    """Change tensors in the first layer's shard, and update the hashes to hide the change."""
     tensors = load_file(folder / SHARD)
     edit(tensors)
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
@@ -84,7 +84,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
 
 
 def run(folder: Path, *options: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit code of ``transmla verify``."""
+    """Return the exit code of ``transmla verify``."""
     monkeypatch.setattr("sys.argv", ["transmla", "verify", str(folder), "--device", "cpu", *options])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -96,7 +96,7 @@ def failures(folder: Path, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_good_export_passes_and_says_so(
+def test_an_intact_export_passes_and_is_recorded(
     folder: Path,
     pristine: Path,
     dtype: str,
@@ -135,7 +135,7 @@ def poison(value: float) -> Callable[[Path], None]:
 
 
 def bend_norm(folder: Path) -> None:
-    """A latent 10,000 times larger: its norm is no longer an identity."""
+    """Make a latent 10,000 times larger, so that its norm is no longer an identity."""
     rank = json.loads((folder / "config.json").read_text())["kv_lora_rank"]
     edit_tensors(folder, lambda t: t[LATENT][:rank].mul_(1e4))
 
@@ -215,7 +215,7 @@ def test_damage_is_caught(
 
 
 @pytest.mark.parametrize("name", [MLP, "model.embed_tokens.weight", "lm_head.weight"])
-def test_a_changed_weight_outside_the_attention_shows_against_the_source(
+def test_a_changed_weight_outside_the_attention_differs_from_the_source(
     folder: Path, pristine: Path, name: str
 ) -> None:
     shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
@@ -223,26 +223,28 @@ def test_a_changed_weight_outside_the_attention_shows_against_the_source(
     tensors[name][1, 2] *= 1 + 2**-20
     save_file(tensors, folder / shard, metadata={"format": "pt"})
     rehash(folder)
-    assert failures(folder) == []  # consistent in itself
+    assert failures(folder) == []  # without the source, the export is consistent
     assert failures(folder, source=str(pristine / "source")) == ["untouched weights"]
     assert not (folder / "verification.json").exists()
 
 
-def test_damage_after_a_pass_stops_the_push(folder: Path) -> None:
+def test_damage_after_verification_stops_the_push(folder: Path) -> None:
     assert failures(folder) == []
     flip_byte(folder)
-    with pytest.raises(TransmlaError, match="is not what was verified"):
+    with pytest.raises(TransmlaError, match="has changed since it was verified"):
         hub.push(folder, "org/name", dry_run=True)
 
 
-def test_a_verification_left_half_way_records_nothing(folder: Path) -> None:
+def test_an_unfinished_verification_records_nothing(folder: Path) -> None:
     checks = verify(folder)
     next(checks)
     checks.close()
     assert not (folder / "verification.json").exists()
 
 
-def test_what_is_no_finished_export_is_refused(folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_or_missing_export_is_refused(
+    folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial = folder.rename(folder.with_name("out.partial"))
     for path in (pristine / "source", pristine / "nowhere", partial):
         assert run(path, monkeypatch=monkeypatch) == 2
@@ -253,7 +255,7 @@ def test_what_is_no_finished_export_is_refused(folder: Path, pristine: Path, mon
 @pytest.mark.parametrize(
     "text", ["{", "{}", "[]", '{"hashes": {"config.json": 1}}', '{"hashes": {"a": "b"}, "plan": {}}']
 )
-def test_a_broken_manifest_is_told_in_one_line(
+def test_a_damaged_manifest_is_a_one_line_error(
     folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "transmla.json").write_text(text)
@@ -292,13 +294,13 @@ def test_a_pickled_and_tied_source_is_compared(tmp_path: Path) -> None:
     assert failures(out, source=str(source)) == ["untouched weights"]
 
 
-def test_the_source_is_read_at_the_commit_it_was_converted_from(
+def test_the_source_is_loaded_at_its_recorded_commit(
     folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    revisions = []
 
     def resolve(source: str, *, revision: str | None, **_: object) -> Path:
-        seen.append(revision)
+        revisions.append(revision)
         return Path(source)
 
     monkeypatch.setattr("transmla.evaluate.verify.resolve_source", resolve)
@@ -306,4 +308,4 @@ def test_the_source_is_read_at_the_commit_it_was_converted_from(
         origin = {"name": "org/name", "revision": "main", "commit": commit, "fingerprint": "0" * 64}
         edit_json(folder / "transmla.json", source=origin)
         assert failures(folder, source=str(pristine / "source")) == []
-    assert seen == ["0" * 40, "main"]
+    assert revisions == ["0" * 40, "main"]

@@ -1,4 +1,4 @@
-"""Pushing an export, with the real client, to a local server that speaks the Hub's protocol."""
+"""Push an export with the real Hub client to a local server that implements the Hub's protocol."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLIENT_TRIES = http_backoff.__kwdefaults__["max_retries"] + 1
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The server, and a client that uses LFS rather than Xet and hardly waits between its retries."""
+    """A running server. The client uses LFS instead of Xet and waits only 10 ms between retries."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0.01)
@@ -78,10 +78,10 @@ def visible_files(folder: Path) -> dict[str, bytes]:
 def test_a_pushed_export_downloads_byte_for_byte(hub: HubServer, export: Path, tmp_path: Path) -> None:
     result = push_to(hub, export)
 
-    got = snapshot_download(REPO_ID, local_dir=tmp_path / "got", endpoint=hub.url, token=TOKEN)
-    assert visible_files(Path(got)) == visible_files(export)
+    downloaded = snapshot_download(REPO_ID, local_dir=tmp_path / "downloaded", endpoint=hub.url, token=TOKEN)
+    assert visible_files(Path(downloaded)) == visible_files(export)
     assert {path for path, blob in hub.repos[REPO_ID].tree().items() if blob.lfs} == SHARDS.keys()
-    assert len(hub.repos[REPO_ID].messages) == 2  # the Hub's own and one for the whole push
+    assert len(hub.repos[REPO_ID].messages) == 2  # the initial commit and one for the whole push
     assert result == PushResult(
         REPO_ID,
         f"{hub.url}/{REPO_ID}",
@@ -98,7 +98,7 @@ def test_a_second_push_of_the_same_export_sends_and_commits_nothing(hub: HubServ
     assert len(hub.repos[REPO_ID].messages) == 2
 
 
-def test_hidden_and_temporary_files_stay_behind(hub: HubServer, export: Path) -> None:
+def test_hidden_and_temporary_files_are_not_uploaded(hub: HubServer, export: Path) -> None:
     for path in (".cache/x", ".hidden", "config.json.tmp", "shard.incomplete", "notes~", "__pycache__/m.pyc"):
         write(export / path, b"x")
     push_to(hub, export)
@@ -107,7 +107,7 @@ def test_hidden_and_temporary_files_stay_behind(hub: HubServer, export: Path) ->
     assert hub.repos[REPO_ID].tree().keys() == expected | {".gitattributes"}
 
 
-def test_the_endpoint_may_come_from_the_client(hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_endpoint_defaults_to_the_clients(hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     assert push_to(hub, export, endpoint=None).url == f"{hub.url}/{REPO_ID}"
     assert REPO_ID in hub.repos
@@ -120,14 +120,14 @@ def test_a_new_repository_is_private_when_asked(hub: HubServer, export: Path, pr
     push_to(hub, export, private=private)
 
 
-def test_private_does_not_publish_to_an_existing_public_repository(hub: HubServer, export: Path) -> None:
+def test_private_refuses_an_existing_public_repository(hub: HubServer, export: Path) -> None:
     hub.create(REPO_ID)
     with pytest.raises(TransmlaError, match="exists and is public"):
         push_to(hub, export, private=True)
     assert not hub.puts
 
 
-def test_a_revision_is_a_branch_made_when_missing(hub: HubServer, export: Path) -> None:
+def test_a_revision_is_a_branch_that_is_created_if_missing(hub: HubServer, export: Path) -> None:
     for message in ("first", "second"):
         write(export / "README.md", message.encode())
         result = push_to(hub, export, revision="rank/128", commit_message=message)
@@ -138,13 +138,13 @@ def test_a_revision_is_a_branch_made_when_missing(hub: HubServer, export: Path) 
 
 
 def test_a_revision_that_cannot_be_a_branch_is_refused(hub: HubServer, export: Path) -> None:
-    with pytest.raises(TransmlaError, match="cannot take a commit at revision refs/pr/7") as error:
+    with pytest.raises(TransmlaError, match="does not accept a commit to revision refs/pr/7") as error:
         push_to(hub, export, revision="refs/pr/7")
     assert "branch" in error.value.remedy
     assert not hub.puts
 
 
-def test_a_dry_run_touches_no_network(hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_opens_no_connection(hub: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: object) -> None:
         raise AssertionError("a dry run opened a connection")
 
@@ -156,7 +156,7 @@ def test_a_dry_run_touches_no_network(hub: HubServer, export: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("route", ["preupload", "batch", "put", "verify"])
-def test_the_client_outlasts_a_passing_503(hub: HubServer, export: Path, route: str) -> None:
+def test_the_client_retries_after_a_temporary_503(hub: HubServer, export: Path, route: str) -> None:
     hub.fail(route)
     push_to(hub, export)
     assert hub.repos[REPO_ID].tree().keys() > CONTENTS.keys()
@@ -164,7 +164,7 @@ def test_the_client_outlasts_a_passing_503(hub: HubServer, export: Path, route: 
 
 
 @pytest.mark.parametrize("route", ["create", "branch", "commit"])
-def test_a_503_that_the_client_does_not_retry_is_mended_by_a_second_push(
+def test_a_second_push_completes_after_a_503_that_the_client_does_not_retry(
     hub: HubServer, export: Path, route: str
 ) -> None:
     hub.fail(route)
@@ -176,14 +176,14 @@ def test_a_503_that_the_client_does_not_retry_is_mended_by_a_second_push(
     assert hub.puts == SENT_ONCE
 
 
-def test_a_lasting_503_while_a_file_uploads_is_told_as_such(hub: HubServer, export: Path) -> None:
+def test_a_permanent_503_of_a_file_upload_is_named_in_the_error(hub: HubServer, export: Path) -> None:
     hub.fail("put", times=CLIENT_TRIES * len(SHARDS))
     with pytest.raises(TransmlaError, match="HTTP 503"):
         push_to(hub, export)
     assert not hub.puts
 
 
-def test_an_upload_cut_off_once_is_sent_again_by_the_client(hub: HubServer, export: Path) -> None:
+def test_the_client_repeats_an_upload_that_was_interrupted_once(hub: HubServer, export: Path) -> None:
     hub.cut_upload(FIRST, after=100_000)
     push_to(hub, export)
     assert hub.requests.count("put") == 3
@@ -191,9 +191,9 @@ def test_an_upload_cut_off_once_is_sent_again_by_the_client(hub: HubServer, expo
     assert hub.objects[FIRST] == CONTENTS["model-00001-of-00002.safetensors"]
 
 
-def test_a_second_push_sends_only_what_a_broken_one_did_not(hub: HubServer, export: Path) -> None:
+def test_a_second_push_sends_only_the_files_that_the_first_did_not(hub: HubServer, export: Path) -> None:
     hub.cut_upload(FIRST, after=100_000, times=CLIENT_TRIES)
-    with pytest.raises(TransmlaError, match="was cut short") as error:
+    with pytest.raises(TransmlaError, match="was interrupted") as error:
         push_to(hub, export)
     assert "\n" not in str(error.value)
     assert "`transmla push` again" in error.value.remedy
@@ -222,10 +222,10 @@ def test_a_malformed_token_is_refused_and_not_shown(hub: HubServer, export: Path
     assert hub.requests == []
 
 
-def test_a_hub_out_of_reach_is_said_in_one_line(hub: HubServer, export: Path) -> None:
+def test_an_unreachable_hub_is_an_error_of_one_line(hub: HubServer, export: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        with pytest.raises(TransmlaError, match=r"was cut short.*check the network") as error:
+        with pytest.raises(TransmlaError, match=r"was interrupted.*check the network") as error:
             push_to(hub, export, endpoint=f"http://127.0.0.1:{closed.getsockname()[1]}")
     assert "\n" not in str(error.value)
 
@@ -238,7 +238,7 @@ def test_an_invalid_repository_id_is_refused(hub: HubServer, export: Path, repo_
 
 
 def refused(hub: HubServer, folder: Path) -> TransmlaError:
-    """The error of a push that is refused for its folder, dry or not, with nothing sent."""
+    """Push ``folder`` with and without a dry run, and return the error. The server must receive no request."""
     for dry_run in (True, False):
         with pytest.raises(TransmlaError) as error:
             push_to(hub, folder, dry_run=dry_run)
@@ -270,7 +270,7 @@ def test_an_export_without_file_hashes_is_refused(hub: HubServer, export: Path, 
 
 
 @pytest.mark.parametrize("changed", [{"passed": False}, {"passed": None}, {"fingerprint": "0" * 64}, None])
-def test_an_export_not_verified_as_it_is_is_refused(
+def test_an_export_without_a_matching_verification_is_refused(
     hub: HubServer, export: Path, changed: dict[str, object] | None
 ) -> None:
     verification = export / "verification.json"
@@ -307,7 +307,7 @@ def test_hashes_that_cover_no_model_are_a_problem(export: Path, path: str) -> No
     assert check_hashes(export, hashes)[0] == problem
 
 
-def test_a_verified_file_that_would_stay_behind_is_refused(hub: HubServer, export: Path) -> None:
+def test_a_verified_file_that_would_not_be_uploaded_is_refused(hub: HubServer, export: Path) -> None:
     write(export / ".hidden", b"x")
     hashes = json.loads((export / "transmla.json").read_bytes())["hashes"]
     hashes[".hidden"] = file_sha256(export / ".hidden")
@@ -316,7 +316,7 @@ def test_a_verified_file_that_would_stay_behind_is_refused(hub: HubServer, expor
     assert ".hidden would not be uploaded" in refused(hub, export).what
 
 
-def test_the_fingerprint_is_of_the_sorted_paths_and_hashes() -> None:
+def test_the_fingerprint_covers_the_sorted_paths_and_hashes() -> None:
     expected = hashlib.sha256(b"a\x0001\nb/c\x0002\n").hexdigest()
     assert export_fingerprint({"b/c": "02", "a": "01"}) == expected
     assert export_fingerprint({"a": "02", "b/c": "01"}) != expected

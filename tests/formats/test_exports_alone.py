@@ -1,4 +1,4 @@
-"""An export stands on its own: stock transformers, no transmla, all a reader needs beside the weights."""
+"""A native export is complete without transmla: stock transformers runs it, and all accompanying files are written."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from transmla.source.describe import describe, read_config
 PROMPTS = ["the cat", "the dog sat on the mat and", "log"]
 NEW_TOKENS = 12
 CALIBRATION = {"source": "self", "sequences": 8, "length": 48}
-# name → (source's layout and config, recipe)
+# Name → (layout and config of the source, settings of the recipe).
 EXPORTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cut": ({"layout": "gqa", "rms_norm_eps": 1e-5}, {}),
-    # One key head and nothing cut: the export is the source, token for token.
+    # One key head and nothing cut: the export generates the source's tokens.
     "exact": ({"layout": "mqa"}, {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "allow_no_saving": True}),
     "queries": ({"layout": "mha"}, {"q_lora_rank": 40, "dtype": "bfloat16"}),
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For every name in EXPORTS a folder ``name`` and its source ``name-source``."""
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that holds, for every name in EXPORTS, the export ``name`` and its source ``name-source``."""
     folder = tmp_path_factory.mktemp("exports")
     for name, (config, _) in EXPORTS.items():
         source = folder / f"{name}-source"
@@ -60,7 +60,7 @@ def recipe(folder: Path, name: str) -> Recipe:
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], Checkpoint, dict[str, Any]]:
-    """config.json, tensors and transmla.json of an export."""
+    """Return config.json, tensors and transmla.json of an export."""
     config, manifest = (json.loads((folder / file).read_text()) for file in ("config.json", "transmla.json"))
     return config, open_checkpoint(folder), manifest
 
@@ -83,7 +83,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 prompts, new, folders = json.loads(sys.argv[1])
 fixed = dict(do_sample=False, temperature=None, max_new_tokens=new, min_new_tokens=new)
 plain = dict(return_tensors="pt", return_token_type_ids=False)
-found = {}
+outputs = {}
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -97,21 +97,21 @@ for folder in folders:
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False)
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     texts = [generate(p, return_full_text=False, **fixed)[0]["generated_text"] for p in prompts]
-    found[folder] = {
+    outputs[folder] = {
         "class": type(model).__module__,
         "cached": alone[True], "uncached": alone[False],
         "batched": model.generate(**batch, **fixed)[:, -new:].tolist(),
         "pipeline": texts, "decoded": [tokenizer.decode(t, skip_special_tokens=True) for t in alone[True]],
         "chat": chat,
     }
-print(json.dumps(found))
+print(json.dumps(outputs))
 """
 
 
 @pytest.fixture(scope="module")
-def stock(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a fresh process that cannot import transmla generates from every export."""
-    folders = [str(place / name) for name in EXPORTS]
+def stock(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what a fresh process, which cannot import transmla, generates from every export."""
+    folders = [str(exports / name) for name in EXPORTS]
     done = subprocess.run(
         [sys.executable, "-c", STOCK, json.dumps([PROMPTS, NEW_TOKENS, folders])],
         capture_output=True,
@@ -120,22 +120,22 @@ def stock(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return {Path(folder).name: found for folder, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    return {Path(folder).name: outputs for folder, outputs in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_without_transmla_every_way_to_generate_agrees(stock: dict[str, Any], name: str) -> None:
-    found = stock[name]
-    assert found["class"] == "transformers.models.deepseek_v3.modeling_deepseek_v3"
-    assert found["cached"] == found["uncached"] == found["batched"]
-    assert found["pipeline"] == found["decoded"]
-    assert found["chat"] == "the cat\n"
+    outputs = stock[name]
+    assert outputs["class"] == "transformers.models.deepseek_v3.modeling_deepseek_v3"
+    assert outputs["cached"] == outputs["uncached"] == outputs["batched"]
+    assert outputs["pipeline"] == outputs["decoded"]
+    assert outputs["chat"] == "the cat\n"
 
 
 @torch.no_grad()
-def test_an_exact_export_generates_the_sources_tokens(stock: dict[str, Any], place: Path) -> None:
-    source = AutoModelForCausalLM.from_pretrained(place / "exact-source")
-    tokenizer = AutoTokenizer.from_pretrained(place / "exact-source")
+def test_an_exact_export_generates_the_sources_tokens(stock: dict[str, Any], exports: Path) -> None:
+    source = AutoModelForCausalLM.from_pretrained(exports / "exact-source")
+    tokenizer = AutoTokenizer.from_pretrained(exports / "exact-source")
     for prompt, tokens in zip(PROMPTS, stock["exact"]["cached"], strict=True):
         inputs = torch.tensor([tokenizer(prompt)["input_ids"]])
         fixed = {"do_sample": False, "temperature": None, "min_new_tokens": NEW_TOKENS}
@@ -143,9 +143,9 @@ def test_an_exact_export_generates_the_sources_tokens(stock: dict[str, Any], pla
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_config_is_a_dense_deepseek_v3(place: Path, name: str) -> None:
-    config, tensors, manifest = opened(place / name)
-    source = json.loads((place / f"{name}-source" / "config.json").read_text())
+def test_config_is_a_dense_deepseek_v3(exports: Path, name: str) -> None:
+    config, tensors, manifest = opened(exports / name)
+    source = json.loads((exports / f"{name}-source" / "config.json").read_text())
     shape = manifest["plan"]["shape"]
     fixed = {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -171,8 +171,8 @@ def test_config_is_a_dense_deepseek_v3(place: Path, name: str) -> None:
         "eos_token_id",
     )
     assert {key: config[key] for key in kept} == {key: source[key] for key in kept}
-    # The MoE integers stay at the class's defaults, and nothing asks for code.
-    strangers = (
+    # The integers of MoE keep the config class's defaults, and the config names no custom code.
+    absent = (
         "n_routed_experts",
         "n_group",
         "topk_group",
@@ -180,40 +180,40 @@ def test_config_is_a_dense_deepseek_v3(place: Path, name: str) -> None:
         "n_shared_experts",
         "head_dim",
     )
-    assert not {*strangers, "auto_map", "quantization_config"} & set(config)
+    assert not {*absent, "auto_map", "quantization_config"} & set(config)
     assert config["dtype"] == manifest["plan"]["dtype"]
     assert tensors.shapes["lm_head.weight"] == (config["vocab_size"], config["hidden_size"])
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_attention_tensors_are_deepseeks_and_no_others(place: Path, name: str) -> None:
-    config, tensors, _ = opened(place / name)
+def test_attention_tensors_are_exactly_those_of_deepseek_v3(exports: Path, name: str) -> None:
+    config, tensors, _ = opened(exports / name)
     heads, rank, rope = (config[key] for key in ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim"))
     nope, value, hidden = (config[key] for key in ("qk_nope_head_dim", "v_head_dim", "hidden_size"))
-    wanted = {
+    expected = {
         "kv_a_proj_with_mqa": (rank + rope, hidden),
         "kv_a_layernorm": (rank,),
         "kv_b_proj": (heads * (nope + value), rank),
         "o_proj": (hidden, heads * value),
     }
     if (queries := config["q_lora_rank"]) is None:
-        wanted["q_proj"] = (heads * (nope + rope), hidden)
+        expected["q_proj"] = (heads * (nope + rope), hidden)
     else:
-        wanted |= {
+        expected |= {
             "q_a_proj": (queries, hidden),
             "q_a_layernorm": (queries,),
             "q_b_proj": (heads * (nope + rope), queries),
         }
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.self_attn."
-        found = {n.removeprefix(prefix): s for n, s in tensors.shapes.items() if n.startswith(prefix)}
-        assert found == {f"{key}.weight": shape for key, shape in wanted.items()}
+        shapes = {n.removeprefix(prefix): s for n, s in tensors.shapes.items() if n.startswith(prefix)}
+        assert shapes == {f"{key}.weight": shape for key, shape in expected.items()}
 
 
-def test_norm_weights_answer_for_the_changed_eps(place: Path) -> None:
-    """eps falls from 1e-5 to 1e-6, so every norm's weight shrinks by one factor."""
-    _, tensors, manifest = opened(place / "cut")
-    source = open_checkpoint(place / "cut-source")
+def test_norm_weights_compensate_the_changed_eps(exports: Path) -> None:
+    """eps falls from 1e-5 to 1e-6, so each norm's weight is multiplied by one factor below 1."""
+    _, tensors, manifest = opened(exports / "cut")
+    source = open_checkpoint(exports / "cut-source")
     for name in source.shapes:
         if "norm" in name:
             ratio = tensors.read(name) / source.read(name)
@@ -225,18 +225,18 @@ def test_norm_weights_answer_for_the_changed_eps(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_tokenizer_template_and_generation_config_are_the_sources_bytes(place: Path, name: str) -> None:
+def test_tokenizer_template_and_generation_config_are_the_sources_bytes(exports: Path, name: str) -> None:
     files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     for file in files:
-        assert (place / name / file).read_bytes() == (place / f"{name}-source" / file).read_bytes()
-    assert json.loads((place / name / "generation_config.json").read_text())["temperature"] == 0.7
+        assert (exports / name / file).read_bytes() == (exports / f"{name}-source" / file).read_bytes()
+    assert json.loads((exports / name / "generation_config.json").read_text())["temperature"] == 0.7
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_the_manifest_says_what_was_done(place: Path, name: str) -> None:
-    folder = place / name
+def test_the_manifest_records_the_conversion(exports: Path, name: str) -> None:
+    folder = exports / name
     _, tensors, manifest = opened(folder)
-    source, settings = place / f"{name}-source", recipe(place, name)
+    source, settings = exports / f"{name}-source", recipe(exports, name)
     plan = make_plan(describe(read_config(source)), settings, "float32")
     assert manifest["format"] == "native"
     assert manifest["plan"] == json.loads(json.dumps(plan.to_dict()))
@@ -256,11 +256,11 @@ def test_the_manifest_says_what_was_done(place: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_the_card_holds_table_recipe_and_command(place: Path, name: str) -> None:
-    card = (place / name / "README.md").read_text()
+def test_the_card_holds_table_recipe_and_command(exports: Path, name: str) -> None:
+    card = (exports / name / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["mla", "transmla"]}
-    _, _, manifest = opened(place / name)
+    _, _, manifest = opened(exports / name)
     shape, spec = manifest["plan"]["shape"], manifest["plan"]["spec"]
     before, after = (
         2 * spec["num_key_value_heads"] * spec["head_dim"],
@@ -268,18 +268,18 @@ def test_the_card_holds_table_recipe_and_command(place: Path, name: str) -> None
     )
     assert f"| cache values per token and layer | {before} | {after} ({after / before:.1%}) |" in body
     assert "transmla convert recipe.yaml" in body
-    assert dump_recipe(public_recipe(recipe(place, name))) in body
+    assert dump_recipe(public_recipe(recipe(exports, name))) in body
     assert all(note in body for note in manifest["plan"]["notes"])
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 @torch.no_grad()
-def test_the_measured_cache_is_the_plans(place: Path, name: str) -> None:
-    _, _, manifest = opened(place / name)
-    model = AutoModelForCausalLM.from_pretrained(place / name, dtype="auto")
+def test_the_measured_cache_has_the_planned_size(exports: Path, name: str) -> None:
+    _, _, manifest = opened(exports / name)
+    model = AutoModelForCausalLM.from_pretrained(exports / name, dtype="auto")
     tokens = torch.randint(0, 128, (3, 17))
     cache = model(tokens, use_cache=True).past_key_values
     measured = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    plan = make_plan(describe(read_config(place / f"{name}-source")), recipe(place, name), "float32")
+    plan = make_plan(describe(read_config(exports / f"{name}-source")), recipe(exports, name), "float32")
     width = {"float32": 4, "bfloat16": 2}[manifest["plan"]["dtype"]]
     assert measured == plan.shape.cache_values * plan.spec.num_hidden_layers * width * tokens.numel()

@@ -1,4 +1,4 @@
-"""Whole conversions: wherever DeepSeek-V3's single rotary table allows it, the export is the source."""
+"""Whole conversions: where one rotary key can represent all key heads, the export's logits equal the source's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transmla.registry import scan
 from transmla.source.describe import describe
 
 METHODS = scan("transmla.core.methods", "METHOD")
-EVERY = scan("transmla.families", "FAMILY")
-FAMILIES = [name for name in EVERY if describe(build_model(name).config).native_gap is None]
+ALL_FAMILIES = scan("transmla.families", "FAMILY")
+FAMILIES = [name for name in ALL_FAMILIES if describe(build_model(name).config).native_gap is None]
 EPS = {"rms_norm_eps": 1e-6}
-# MQA with nothing cut: the head's own rotary key, and a latent for its values alone.
-WHOLE = {"qk_rope_head_dim": 16, "kv_lora_rank": 16, "freqfold": 1, "allow_no_saving": True}
+# Recipe for MQA with nothing cut: the rotary key holds the only key head, the latent holds the values.
+UNCUT = {"qk_rope_head_dim": 16, "kv_lora_rank": 16, "freqfold": 1, "allow_no_saving": True}
 TOKENS = torch.randint(0, 128, (2, 60), generator=torch.Generator().manual_seed(5))
 EXACT = 1e-4
 
@@ -39,20 +39,22 @@ def text_file(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Logits as stock transformers computes them."""
+    """Return the logits that stock transformers computes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.eval()(TOKENS).logits.float()
 
 
 def difference(source: Path, export: Path) -> float:
-    """Largest difference of float32 logits, which are of size one to ten."""
+    """Return the largest absolute difference of float32 logits, which are of size 1 to 10."""
     return float((logits(export) - logits(source)).abs().max())
 
 
-def test_the_logits_are_worth_comparing(make_source: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
-    """A cut moves them by orders of magnitude more than the tolerance, and attention is far from uniform."""
+def test_a_cut_changes_the_logits_by_far_more_than_the_tolerance(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Any]
+) -> None:
+    """Otherwise the exactness tests below would show nothing. The logits also vary, so attention matters."""
     source = make_source("llama", "mqa", **EPS)
-    export = convert(make_recipe(source, **{**WHOLE, "kv_lora_rank": 12}))
+    export = convert(make_recipe(source, **{**UNCUT, "kv_lora_rank": 12}))
     assert difference(source, export) > 100 * EXACT
     assert float(logits(source).std()) > 0.5
 
@@ -63,7 +65,7 @@ def test_one_key_head_is_exact(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], family: str, method: str
 ) -> None:
     source = make_source(family, "mqa", **EPS)
-    assert difference(source, convert(make_recipe(source, method=method, **WHOLE))) <= EXACT
+    assert difference(source, convert(make_recipe(source, method=method, **UNCUT))) <= EXACT
 
 
 @pytest.mark.parametrize("rope", [name for name in ROPES if name != "default"])
@@ -71,7 +73,7 @@ def test_rotary_scalings_are_exact(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], rope: str
 ) -> None:
     source = make_source("llama", "mqa", rope, **EPS)
-    assert difference(source, convert(make_recipe(source, **WHOLE))) <= EXACT
+    assert difference(source, convert(make_recipe(source, **UNCUT))) <= EXACT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +81,7 @@ def test_rotary_scalings_are_exact(
     ("layout", "rank", "real", "method"),
     [("mha", 64, False, "calibrated"), ("gqa", 48, False, "calibrated"), ("gqa9", 48, True, "transmla")],
 )
-def test_heads_that_are_multiples_of_one(
+def test_key_heads_that_are_multiples_of_one_head_are_exact(
     tmp_path: Path,
     make_recipe: Callable[..., Any],
     family: str,
@@ -88,7 +90,7 @@ def test_heads_that_are_multiples_of_one(
     real: bool,
     method: str,
 ) -> None:
-    """k_{g,f} = z_{g,f}·k_{0,f}: one rotary key for each frequency carries every head."""
+    """With k_{g,f} = z_{g,f}·k_{0,f}, one rotary key per frequency represents all key heads."""
     model = build_model(family, layout, **EPS)
     generator = torch.Generator().manual_seed(3)
     for layer in model.model.layers:
@@ -112,10 +114,10 @@ def test_heads_that_are_multiples_of_one(
         ("gqa9", "llama3", "calibrated"),
     ],
 )
-def test_a_repeating_table_is_exact_for_any_heads(
+def test_a_repeated_rotary_table_is_exact_for_any_heads(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], layout: str, rope: str, method: str
 ) -> None:
-    """Each frequency once for each key head and a latent as wide as the hidden stream: nothing is cut."""
+    """Every key head has its own rotary channels, and the latent is as wide as the hidden states: nothing is cut."""
     source = make_source("llama", layout, rope, **EPS)
     width = 16 * {"mha": 4, "gqa": 3, "gqa9": 3}[layout]
     recipe = make_recipe(
@@ -130,32 +132,34 @@ def test_a_repeating_table_is_exact_for_any_heads(
 
 
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
-def test_half_the_rotary_width_turns_with_every_second_frequency(
+def test_half_the_rotary_width_uses_every_second_frequency(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], rope: str
 ) -> None:
     source = make_source("llama", "gqa", rope)
     export = convert(make_recipe(source, qk_rope_head_dim=8, kv_lora_rank=32))
     assert json.loads((export / MANIFEST).read_text())["plan"]["rotary"]["slots"] == [0, 2, 4, 6]
     model = DeepseekV3ForCausalLM.from_pretrained(export)
-    own = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb
-    torch.testing.assert_close(model.model.rotary_emb.inv_freq, own.inv_freq[::2], rtol=1e-6, atol=0)
+    source_rotary = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, source_rotary.inv_freq[::2], rtol=1e-6, atol=0)
     assert bool(logits(export).isfinite().all())
 
 
 def test_yarn_at_half_width_is_refused(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Its blend of frequencies depends on the width, so no subset of the source's table comes out."""
+    """Yarn blends frequencies by the width, so the half-width table is not a subset of the source's table."""
     source = make_source("llama", "gqa", "yarn")
     with pytest.raises(TransmlaError, match=r"the source does not have[\s\S]*full width"):
         convert(make_recipe(source, qk_rope_head_dim=8, kv_lora_rank=32))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bfloat16_source(make_source: Callable[..., Path], make_recipe: Callable[..., Any]) -> None:
-    """Exact up to the rounding of the exported tensors, which the source's own bf16 run shows as well."""
+def test_a_bfloat16_source_is_exact_up_to_rounding(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Any]
+) -> None:
+    """The export's error is at most a few times that of running the source itself in bfloat16."""
     source = make_source("llama", "mqa", dtype=torch.bfloat16, **EPS)
-    export = convert(make_recipe(source, **WHOLE))
+    export = convert(make_recipe(source, **UNCUT))
     assert AutoModelForCausalLM.from_pretrained(export).dtype == torch.bfloat16
     plain = logits(source)
     rounding = relative(logits(source, torch.bfloat16), plain)
@@ -163,11 +167,11 @@ def test_a_bfloat16_source(make_source: Callable[..., Path], make_recipe: Callab
     assert relative(logits(export, torch.bfloat16), plain) <= 3 * rounding
 
 
-def test_norms_stay_identities_for_words_calibration_never_saw(
+def test_norms_stay_identities_for_tokens_outside_the_calibration_text(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Four tokens of calibration text, every token in the test; queries of full rank, so nothing is cut."""
+    """The calibration text has four distinct tokens, the test prompt has all; the query rank is full."""
     source, text = make_source("llama", "mqa", **EPS), tmp_path / "narrow.txt"
     text.write_text("cat mat " * 400)
-    export = convert(make_recipe(source, q_lora_rank=72, calibration={"source": str(text)}, **WHOLE))
+    export = convert(make_recipe(source, q_lora_rank=72, calibration={"source": str(text)}, **UNCUT))
     assert difference(source, export) <= EXACT

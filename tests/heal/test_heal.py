@@ -1,4 +1,4 @@
-"""Healing: the same model in other coordinates, a loss that falls, a run that resumes where it was, an export again."""
+"""Whole healings: the held-out KL falls, a killed run resumes with the same result, and the output verifies."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "transmla.json").read_text())["healing"][-1]["curve"]
 
 
-def die_while_writing(settings: Healing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A healing that has learned all, and is interrupted before its export."""
+def interrupt_before_export(settings: Healing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run all training steps of a healing, and interrupt it before it writes its export."""
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -43,7 +43,7 @@ def die_while_writing(settings: Healing, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("trainable", ["attention", "all", "lora"])
-def test_it_heals_and_leaves_an_export(
+def test_healing_lowers_the_kl_and_writes_a_valid_export(
     trainable: str, make_healing: Callable[..., Healing], pair: tuple[Path, Path]
 ) -> None:
     if trainable == "lora":
@@ -66,26 +66,26 @@ def test_it_heals_and_leaves_an_export(
 def test_a_healed_export_can_be_healed_again(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     first = heal(make_healing())
     second = heal(make_healing(student=str(first), output=str(tmp_path / "again")))
-    told = json.loads((second / "transmla.json").read_text())["healing"]
-    assert len(told) == 2
-    assert told[1]["held_out_kl"]["before"] == pytest.approx(told[0]["held_out_kl"]["after"], rel=1e-2)
+    records = json.loads((second / "transmla.json").read_text())["healing"]
+    assert len(records) == 2
+    assert records[1]["held_out_kl"]["before"] == pytest.approx(records[0]["held_out_kl"]["after"], rel=1e-2)
 
 
-def test_a_killed_run_goes_on_as_the_unbroken_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = heal(make_healing(output=str(tmp_path / "unbroken")))
-    real, calls = loops.Loop._step, 0
+    uninterrupted = heal(make_healing(output=str(tmp_path / "uninterrupted")))
+    original_step, calls = loops.Loop._step, 0
 
-    def dying(self: Any, rows: Tensor) -> float:
+    def interrupted_step(self: Any, rows: Tensor) -> float:
         nonlocal calls
         calls += 1
         if calls == 8:
             raise KeyboardInterrupt
-        return real(self, rows)
+        return original_step(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loops.Loop, "_step", dying)
+        patch.setattr(loops.Loop, "_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt):
             heal(make_healing())
     with pytest.raises(TransmlaError, match="--resume"):
@@ -93,14 +93,13 @@ def test_a_killed_run_goes_on_as_the_unbroken_one(
     with pytest.raises(TransmlaError, match="another student, teacher, text, settings"):
         heal(make_healing(learning_rate=2e-3), resume=True)
     resumed = heal(make_healing(), resume=True)
-    strip = lambda points: [{k: v for k, v in p.items() if k != "seconds"} for p in points]  # noqa: E731
-    found, wanted = strip(curve(resumed)), strip(curve(unbroken))
-    assert found == wanted
-    ours, theirs = load(resumed).state_dict(), load(unbroken).state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    without_seconds = lambda points: [{k: v for k, v in p.items() if k != "seconds"} for p in points]  # noqa: E731
+    assert without_seconds(curve(resumed)) == without_seconds(curve(uninterrupted))
+    weights, expected = load(resumed).state_dict(), load(uninterrupted).state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_another_text_is_another_run(
+def test_resume_refuses_another_text(
     make_healing: Callable[..., Healing], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -112,17 +111,17 @@ def test_another_text_is_another_run(
         heal(make_healing(), resume=True)
 
 
-def test_best_weights_that_are_gone_are_missed(
+def test_resume_refuses_missing_best_weights(
     make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    die_while_writing(make_healing(), monkeypatch)
+    interrupt_before_export(make_healing(), monkeypatch)
     for file in (tmp_path / "healed.partial").glob("best-*"):
         file.unlink()
-    with pytest.raises(TransmlaError, match="is gone"):
+    with pytest.raises(TransmlaError, match=r"best-.* is missing"):
         heal(make_healing(), resume=True)
 
 
-def test_what_else_was_begun_there_is_not_continued(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_resume_refuses_a_folder_of_another_command(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     (tmp_path / "healed.partial").mkdir()
     (tmp_path / "healed.partial" / "progress.json").write_text("{}")
     with pytest.raises(TransmlaError, match="holds no healing to continue"):
@@ -131,50 +130,50 @@ def test_what_else_was_begun_there_is_not_continued(make_healing: Callable[..., 
 
 
 @pytest.mark.parametrize("change", [{"patience": 1, "learning_rate": 10.0}, {"eval_every": 5}], ids=str)
-def test_a_run_that_dies_while_it_writes_ends_where_it_ended(
+def test_a_run_killed_while_writing_resumes_with_the_same_curve(
     change: dict[str, Any], make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    unbroken = curve(heal(make_healing(**change, output=str(tmp_path / "unbroken"))))
-    die_while_writing(make_healing(**change), monkeypatch)
-    found = curve(heal(make_healing(**change), resume=True))
-    assert [p["held_out_kl"] for p in found] == [p["held_out_kl"] for p in unbroken]
+    uninterrupted = curve(heal(make_healing(**change, output=str(tmp_path / "uninterrupted"))))
+    interrupt_before_export(make_healing(**change), monkeypatch)
+    resumed = curve(heal(make_healing(**change), resume=True))
+    assert [p["held_out_kl"] for p in resumed] == [p["held_out_kl"] for p in uninterrupted]
 
 
-def test_a_run_that_dies_in_its_first_save_begins_again(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_a_run_killed_during_its_first_save_starts_again(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     (tmp_path / "healed.partial" / "state-00000000").mkdir(parents=True)
     assert len(curve(heal(make_healing(), resume=True))) == 5
 
 
-def test_a_model_that_moved_is_the_same_run(
+def test_resume_accepts_a_student_in_another_folder(
     make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    die_while_writing(make_healing(), monkeypatch)
+    interrupt_before_export(make_healing(), monkeypatch)
     moved = shutil.copytree(make_healing().student, tmp_path / "moved")
     assert heal(make_healing(student=str(moved)), resume=True).is_dir()
 
 
-def test_parts_of_a_step_add_up(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_curve(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     whole = curve(heal(make_healing()))
     parts = curve(heal(make_healing(accumulate=4, checkpointing=True, output=str(tmp_path / "parts"))))
-    for ours, theirs in zip(parts, whole, strict=True):
-        assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
+    for point, expected in zip(parts, whole, strict=True):
+        assert point["held_out_kl"] == pytest.approx(expected["held_out_kl"], rel=1e-3)
 
 
-def test_compiled_layers_learn_the_same(
+def test_compilation_does_not_change_the_curve(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"max_tokens": 32 * 8 * 3}
-    cut_for_ddp = []
+    three_steps = {"max_tokens": 32 * 8 * 3}
+    optimize_ddp = []
     run_loop = loops.Loop.run
     monkeypatch.setattr(
-        loops.Loop, "run", lambda *given: (cut_for_ddp.append(torch._dynamo.config.optimize_ddp), run_loop(*given))
+        loops.Loop, "run", lambda *args: (optimize_ddp.append(torch._dynamo.config.optimize_ddp), run_loop(*args))
     )
-    plain = curve(heal(make_healing(**few)))
-    compiled = curve(heal(make_healing(**few, compile=True, output=str(tmp_path / "compiled"))))
+    eager = curve(heal(make_healing(**three_steps)))
+    compiled = curve(heal(make_healing(**three_steps, compile=True, output=str(tmp_path / "compiled"))))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
-    assert cut_for_ddp == [True, False]
-    for ours, theirs in zip(compiled, plain, strict=True):
-        assert ours["held_out_kl"] == pytest.approx(theirs["held_out_kl"], rel=1e-3)
+    assert optimize_ddp == [True, False]
+    for point, expected in zip(compiled, eager, strict=True):
+        assert point["held_out_kl"] == pytest.approx(expected["held_out_kl"], rel=1e-3)
 
 
 def test_a_larger_teacher(make_healing: Callable[..., Healing], make_source: Callable[..., Path]) -> None:
@@ -183,116 +182,127 @@ def test_a_larger_teacher(make_healing: Callable[..., Healing], make_source: Cal
     assert points[-1]["held_out_kl"] < 0.95 * points[0]["held_out_kl"]
 
 
-def test_trackers_are_accelerates_own(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_trackers_log_the_held_out_curve(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
-    class Notes(GeneralTracker):
-        name, requires_logging_directory, main_process_only = "notes", False, True
+    class MemoryTracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "memory", False, True
 
         def __init__(self) -> None:
             super().__init__()
-            self.told: dict[int, dict[str, float]] = {}
+            self.logged: dict[int, dict[str, float]] = {}
 
         @property
         def tracker(self) -> Any:
-            return self.told
+            return self.logged
 
         def store_init_configuration(self, values: dict[str, Any]) -> None: ...
 
         def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
-            self.told[step or 0] = values
+            self.logged[step or 0] = values
 
-    notes = Notes()
-    accelerator = Accelerator(cpu=True, mixed_precision="no", log_with=notes)
+    tracker = MemoryTracker()
+    accelerator = Accelerator(cpu=True, mixed_precision="no", log_with=tracker)
     accelerator.init_trackers("healing")
     points = curve(heal(make_healing(), accelerator=accelerator))
-    assert {step: told["held_out_kl"] for step, told in notes.told.items()} == {
+    assert {step: values["held_out_kl"] for step, values in tracker.logged.items()} == {
         point["step"]: point["held_out_kl"] for point in points
     }
 
 
-def test_a_loss_that_is_no_number_goes_back_at_half_the_rate(
+def test_a_nan_loss_rolls_back_at_half_the_rate(
     make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loops.Loop._step, 0
+    original_step, calls = loops.Loop._step, 0
 
-    def sick(self: Any, rows: Tensor) -> float:
+    def step_with_nan(self: Any, rows: Tensor) -> float:
         nonlocal calls
         calls += 1
         if calls == 7:
             with torch.no_grad():
                 self.parameters[0].fill_(math.nan)
-        return real(self, rows)
+        return original_step(self, rows)
 
-    monkeypatch.setattr(loops.Loop, "_step", sick)
+    monkeypatch.setattr(loops.Loop, "_step", step_with_nan)
     healed = heal(make_healing())
-    told = json.loads((healed / "transmla.json").read_text())["healing"][-1]
-    assert told["rollbacks"] == 1
-    assert [point["step"] for point in told["curve"]] == [0, 3, 6, 9, 12]
+    record = json.loads((healed / "transmla.json").read_text())["healing"][-1]
+    assert record["rollbacks"] == 1
+    assert [point["step"] for point in record["curve"]] == [0, 3, 6, 9, 12]
     assert all(bool(t.isfinite().all()) for t in load(healed).state_dict().values())
 
 
-def test_it_gives_up_where_no_rate_helps(make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_stays_nan_is_an_error(
+    make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loops.Loop, "_step", lambda self, rows: math.nan)
-    with pytest.raises(TransmlaError, match="no number at step 0, after 5 lowered rates"):
+    with pytest.raises(TransmlaError, match="NaN or infinite at step 0, although the rate was halved 5 times"):
         heal(make_healing())
 
 
-def test_it_stops_when_nothing_is_gained_and_keeps_the_best(
+def test_patience_ends_the_run_and_keeps_the_best_weights(
     make_healing: Callable[..., Healing], pair: tuple[Path, Path]
 ) -> None:
-    """At an absurd rate every look is worse than the one before any step."""
+    """At an absurd learning rate, every evaluation is worse than the one before the first step."""
     healed = heal(make_healing(learning_rate=10.0, patience=2))
-    told = json.loads((healed / "transmla.json").read_text())["healing"][-1]
-    assert told["best_step"] == 0
-    assert told["steps"] == 6
+    record = json.loads((healed / "transmla.json").read_text())["healing"][-1]
+    assert record["best_step"] == 0
+    assert record["steps"] == 6
     tokens = torch.randint(0, 128, (1, 20))
     with torch.no_grad():
         assert torch.allclose(load(healed)(tokens).logits, load(pair[1])(tokens).logits, atol=0.05)
 
 
-def test_minutes_end_it_too(make_healing: Callable[..., Healing]) -> None:
+def test_max_minutes_ends_the_run(make_healing: Callable[..., Healing]) -> None:
     healed = heal(make_healing(max_minutes=1e-6))
     assert [point["step"] for point in curve(healed)] == [0, 1]
 
 
-def test_text_of_the_teacher_is_sampled_once(
+def test_self_text_is_sampled_once_and_cached(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    wanted = {"data": ("self",), "self_tokens": 32 * 40}
-    heal(make_healing(**wanted))
+    self_text = {"data": ("self",), "self_tokens": 32 * 40}
+    heal(make_healing(**self_text))
     monkeypatch.setattr("transmla.heal.batches.sample_self", None)
-    heal(make_healing(**wanted, output=str(tmp_path / "second")))
+    heal(make_healing(**self_text, output=str(tmp_path / "second")))
     assert len(list((tmp_path / "assets").rglob("*.safetensors"))) == 1
 
 
-def test_what_does_not_verify_is_not_published(
+def test_an_export_that_fails_verification_is_not_published(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = natural.to_export
+    to_export = natural.to_export
 
-    def spoiled(*args: Any) -> dict[str, Tensor]:
-        found = real(*args)
-        name = next(name for name in found if "kv_a_layernorm" in name)
-        return found | {name: found[name] * math.nan}
+    def export_with_nan(*args: Any) -> dict[str, Tensor]:
+        tensors = to_export(*args)
+        name = next(name for name in tensors if "kv_a_layernorm" in name)
+        return tensors | {name: tensors[name] * math.nan}
 
-    monkeypatch.setattr(run.natural, "to_export", spoiled)
+    monkeypatch.setattr(run.natural, "to_export", export_with_nan)
     with pytest.raises(TransmlaError, match="does not pass 'finite'"):
         heal(make_healing())
     assert not (tmp_path / "healed").exists()
 
 
-def test_the_command(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
-    wanted = ["heal", str(pair[1]), "--teacher", str(pair[0]), "-o", str(tmp_path / "healed"), "--data", str(text_file)]
+def test_heal_command(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
+    command = [
+        "heal",
+        str(pair[1]),
+        "--teacher",
+        str(pair[0]),
+        "-o",
+        str(tmp_path / "healed"),
+        "--data",
+        str(text_file),
+    ]
     for name, value in SMALL_HEALING.items():
-        wanted += ["--" + name.replace("_", "-"), str(value)]
-    shown = CliRunner().invoke(build(), [*wanted, "--no-compile"])
+        command += ["--" + name.replace("_", "-"), str(value)]
+    shown = CliRunner().invoke(build(), [*command, "--no-compile"])
     assert shown.exit_code == 0, shown.output
     assert "KL to the teacher" in shown.stdout
     assert (tmp_path / "healed" / "healing.png").read_bytes().startswith(b"\x89PNG")
-    refused = CliRunner().invoke(build(), [*wanted, "--batch", "0"])
+    refused = CliRunner().invoke(build(), [*command, "--batch", "0"])
     assert isinstance(refused.exception, TransmlaError)

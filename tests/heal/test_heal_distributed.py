@@ -1,4 +1,4 @@
-"""Healing on two processes is healing on one; a process that is killed is continued by another."""
+"""Healing on two processes gives the result of one process, and a killed run resumes with the same result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def arguments(make_source: Callable[..., Path], make_recipe: Callable[..., Recip
     return [str(convert(make_recipe(source, cache_ratio=0.5))), "--teacher", str(source), "--data", str(text_file)]
 
 
-def on_two(kind: str) -> list[str]:
+def torchrun_command(kind: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,8 +40,10 @@ def on_two(kind: str) -> list[str]:
 
 
 def heal(command: list[str], arguments: list[str], output: Path) -> None:
-    whole = [*command, *arguments, "-o", str(output), *SMALL]
-    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    options = [*arguments, "-o", str(output), *SMALL]
+    done = subprocess.run(
+        [*command, *options], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -53,89 +55,90 @@ ALONE = [sys.executable, "-m", "transmla.heal"]
 
 
 @pytest.mark.parametrize(
-    ("precision", "off", "kinds"), [("no", 1e-4, ("ddp", "fsdp", "deepspeed")), ("bf16", 0.03, ("fsdp", "deepspeed"))]
+    ("precision", "tolerance", "kinds"),
+    [("no", 1e-4, ("ddp", "fsdp", "deepspeed")), ("bf16", 0.03, ("fsdp", "deepspeed"))],
 )
-def test_two_processes_learn_what_one_does(
-    precision: str, off: float, kinds: tuple[str, ...], arguments: list[str], tmp_path: Path
+def test_two_processes_equal_one_process(
+    precision: str, tolerance: float, kinds: tuple[str, ...], arguments: list[str], tmp_path: Path
 ) -> None:
     arguments += ["--precision", precision]
     heal(ALONE, arguments, tmp_path / "alone")
     for kind in kinds:
-        heal(on_two(kind), [*arguments, "--accumulate", "2"], tmp_path / kind)
-        for ours, theirs in zip(curve(tmp_path / kind), curve(tmp_path / "alone"), strict=True):
-            for what in ("held_out_kl", "loss")[: 1 if theirs["step"] == 0 else 2]:
-                assert ours[what] == pytest.approx(theirs[what], rel=off), kind
+        heal(torchrun_command(kind), [*arguments, "--accumulate", "2"], tmp_path / kind)
+        for point, expected in zip(curve(tmp_path / kind), curve(tmp_path / "alone"), strict=True):
+            for value in ("held_out_kl", "loss")[: 1 if expected["step"] == 0 else 2]:
+                assert point[value] == pytest.approx(expected[value], rel=tolerance), kind
         if precision == "no":
             one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("alone", kind))
             assert all(torch.allclose(one[name].float(), two[name].float(), rtol=0.02, atol=1e-4) for name in one)
 
 
 @pytest.mark.parametrize("kind", ["alone", "fsdp", "deepspeed"])
-def test_what_was_killed_is_continued(kind: str, arguments: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_same_curve(kind: str, arguments: list[str], tmp_path: Path) -> None:
     arguments += ["--accumulate", "2", "--precision", "no"]
-    start = lambda: ALONE if kind == "alone" else on_two(kind)  # noqa: E731
+    start = lambda: ALONE if kind == "alone" else torchrun_command(kind)  # noqa: E731
     heal(start(), arguments, tmp_path / "whole")
     output = tmp_path / "killed"
-    long = [*arguments, "-o", str(output), *SMALL]
+    options = [*arguments, "-o", str(output), *SMALL]
     with (tmp_path / "log").open("w") as log:
-        begun = subprocess.Popen([*start(), *long], env=ENVIRONMENT, stdout=log, stderr=log)
+        run = subprocess.Popen([*start(), *options], env=ENVIRONMENT, stdout=log, stderr=log)
     file, deadline = tmp_path / "killed.partial" / "healing.json", time.monotonic() + 120
-    while time.monotonic() < deadline and begun.poll() is None:
+    while time.monotonic() < deadline and run.poll() is None:
         if file.is_file() and json.loads(file.read_text() or '{"step": 0}')["step"] >= 4:
             break
         time.sleep(0.002)
-    for process in (*psutil.Process(begun.pid).children(recursive=True), begun):
-        with suppress(psutil.NoSuchProcess):  # one that ends with those before it
+    for process in (*psutil.Process(run.pid).children(recursive=True), run):
+        with suppress(psutil.NoSuchProcess):  # a process may end together with an earlier one
             process.kill()
             process.wait()
-    assert not output.exists(), "it ended before it could be killed"
+    assert not output.exists(), "the run ended before it could be killed"
     assert json.loads(file.read_text())["step"] >= 4, (tmp_path / "log").read_text()[-3000:]
     heal(start(), [*arguments, "--resume"], output)
-    found, wanted = ([point["held_out_kl"] for point in curve(tmp_path / name)] for name in ("killed", "whole"))
-    assert found == wanted
+    resumed, expected = ([point["held_out_kl"] for point in curve(tmp_path / name)] for name in ("killed", "whole"))
+    assert resumed == expected
 
 
 @pytest.mark.parametrize(("kind", "form"), [("ddp", "native"), ("fsdp", "transmla"), ("deepspeed", "native")])
-def test_all_processes_go_back_when_one_has_no_numbers(
+def test_a_nan_loss_on_one_process_rolls_all_processes_back(
     kind: str, form: str, arguments: list[str], tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
-    """FSDP2 over an export of the own format, whose layers are the family's."""
+    """FSDP2 runs on an export of the transmla format, whose decoder layers are the family's."""
     if form == "transmla":
-        arguments[0] = str(convert(make_recipe(Path(arguments[2]), "own", cache_ratio=0.5, format=form)))
-    heal(on_two(f"{kind}-sick"), [*arguments, "--precision", "no"], tmp_path / "healed")
-    told = json.loads((tmp_path / "healed" / "transmla.json").read_text())["healing"][-1]
-    assert told["rollbacks"] == 1
-    assert [point["step"] for point in told["curve"]] == [0, 3, 6, 9, 12]
-    assert told["held_out_kl"]["after"] < told["held_out_kl"]["before"]
+        arguments[0] = str(convert(make_recipe(Path(arguments[2]), "transmla", cache_ratio=0.5, format=form)))
+    heal(torchrun_command(f"{kind}-nan"), [*arguments, "--precision", "no"], tmp_path / "healed")
+    record = json.loads((tmp_path / "healed" / "transmla.json").read_text())["healing"][-1]
+    assert record["rollbacks"] == 1
+    assert [point["step"] for point in record["curve"]] == [0, 3, 6, 9, 12]
+    assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
 
 
-def test_the_script_of_the_readmes_table(make_source: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
-    """scripts/healing.py, on a tiny model that is not fitted before."""
+def test_scripts_healing(make_source: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """``scripts/healing.py`` on a tiny model, without a fit after the conversion."""
     source = make_source(max_position_embeddings=2048)
     script = Path(__file__).parents[2] / "scripts" / "healing.py"
     sizes = ["length=32", "batch=8", "held_out=4", "max_tokens=5120", "warmup=0.1"]
     texts = ["--calibration", "pydoc", "--text", str(text_file), "--data", str(text_file)]
-    places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--device", "cpu"]
+    paths = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json"), "--device", "cpu"]
     more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--settings", *sizes]
-    command = [sys.executable, str(script), str(source), *texts, *places, *more]
+    command = [sys.executable, str(script), str(source), *texts, *paths, *more]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["cross_entropy"] for row in rows] == [0.0, 0.1]
     for row in rows:
         assert row["after"]["test KL"] < row["before"]["test KL"]
         assert row["healing"]["held_out_kl"]["after"] < row["healing"]["held_out_kl"]["before"]
 
 
-def test_the_script_of_speeds_times_the_same_healing_twice(arguments: list[str], tmp_path: Path) -> None:
+def test_scripts_healing_speed(arguments: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "healing_speed.py"
     sizes = ["--batch", "8", "--length", "32", "--steps", "20", "--eval-every", "10"]
     sizes += ["--trainable", "attention", "--no-compile"]
-    places = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "found.json"), "--commit", "none"]
-    command = [sys.executable, str(script), *arguments, *sizes, *places, "--ways", "one", "ddp"]
+    paths = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json"), "--commit", "none"]
+    command = [sys.executable, str(script), *arguments, *sizes, *paths, "--ways", "one", "ddp"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = json.loads((tmp_path / "found.json").read_text())["rows"]
+    one, two = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["held-out KL"] == pytest.approx(two["held-out KL"], rel=1e-3)
     assert one["tokens per second"] > 0

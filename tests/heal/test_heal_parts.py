@@ -1,4 +1,4 @@
-"""What a healing is made of: coordinates, losses, rates, text."""
+"""Parts of a healing: natural coordinates, losses, learning rates, texts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def load(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("rank", [None, 24])
-def test_natural_coordinates_are_the_same_model(
+def test_natural_coordinates_keep_the_logits(
     rank: int | None, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     folder = convert(make_recipe(make_source(), cache_ratio=0.5, q_lora_rank=rank, dtype="float32"))
     model, tokens = load(folder), torch.randint(0, 128, (2, 20))
     with torch.no_grad():
-        wanted = model(tokens).logits
+        expected = model(tokens).logits
         natural.to_natural(model, format_named("native"))
         natural.measure_latents(model, watching=True)
-        found = model(tokens).logits
+        logits = model(tokens).logits
         natural.measure_latents(model, watching=False)
-    assert torch.allclose(found, wanted, atol=1e-3)
+    assert torch.allclose(logits, expected, atol=1e-3)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     back = load(folder)
     unknown = back.load_state_dict(
@@ -45,11 +45,11 @@ def test_natural_coordinates_are_the_same_model(
     )
     assert not unknown.unexpected_keys
     with torch.no_grad():
-        assert torch.allclose(back(tokens).logits, wanted, atol=1e-3)
+        assert torch.allclose(back(tokens).logits, expected, atol=1e-3)
 
 
 def parts(attention: Any) -> dict[str, torch.Tensor]:
-    """Queries, keys and values by head, latents, and pairs of rotary rows, of an export's attention."""
+    """Return queries, keys and values by head, latents, and pairs of rotary rows of an export's attention."""
     plain, rank = attention.qk_nope_head_dim, attention.kv_lora_rank
     projection = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
     queries = projection.weight.detach().view(attention.num_heads, attention.qk_head_dim, -1)
@@ -70,77 +70,79 @@ def size(x: torch.Tensor, *dims: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [None, 24])
-def test_what_meets_is_equally_large_in_natural_coordinates(
+def test_factors_of_a_product_have_equal_size_in_natural_coordinates(
     rank: int | None, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
 ) -> None:
     model = load(convert(make_recipe(make_source(), cache_ratio=0.5, q_lora_rank=rank)))
     _, before = next(natural.attentions(model))
-    unlike = parts(before)
-    assert size(unlike["latents"]) < 1e-3 * size(unlike["pe"])
+    unbalanced = parts(before)
+    assert size(unbalanced["latents"]) < 1e-3 * size(unbalanced["pe"])
     natural.to_natural(model, format_named("native"))
     for _, attention in natural.attentions(model):
-        found = parts(attention)
+        balanced = parts(attention)
         for one, other in (("q_nope", "q_pe"), ("keys", "values"), ("latents", "pe")):
-            assert float(size(found[one])) == pytest.approx(float(size(found[other])), rel=1e-3)
-        # Whatever meets in a product is equally large on both sides, but for one factor.
+            assert float(size(balanced[one])) == pytest.approx(float(size(balanced[other])), rel=1e-3)
+        # In each product, both factors have the same size, up to one common ratio.
         for ratio in (
-            size(found["q_nope"], 2) / size(found["keys"], 2),
-            size(found["q_pe"], 0, 2, 3) / size(found["pe"], 1, 2),
+            size(balanced["q_nope"], 2) / size(balanced["keys"], 2),
+            size(balanced["q_pe"], 0, 2, 3) / size(balanced["pe"], 1, 2),
         ):
             assert float(ratio.max()) == pytest.approx(float(ratio.min()), rel=1e-3)
 
 
-def test_a_row_that_is_nothing_stays_nothing(pair: tuple[Path, Path]) -> None:
+def test_zero_rows_keep_the_logits(pair: tuple[Path, Path]) -> None:
     model, tokens = load(pair[1]), torch.randint(0, 128, (2, 20))
     with torch.no_grad():
         for _, attention in natural.attentions(model):
-            found = parts(attention)
-            found["keys"][0, 3] = 0
-            found["pe"][1] = 0
-            found["q_pe"][:, 2] = 0
-        wanted = model(tokens).logits
+            views = parts(attention)
+            views["keys"][0, 3] = 0
+            views["pe"][1] = 0
+            views["q_pe"][:, 2] = 0
+        expected = model(tokens).logits
         natural.to_natural(model, format_named("native"))
-        assert torch.allclose(model(tokens).logits, wanted, atol=1e-3)
+        assert torch.allclose(model(tokens).logits, expected, atol=1e-3)
 
 
-def test_names_survive_what_accelerate_puts_between() -> None:
+def test_unwrapped_removes_the_wrappers_of_accelerate() -> None:
     name = "module._orig_mod.student.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight"
     assert unwrapped(name) == "student.model.layers.0.self_attn.q_proj.weight"
 
 
 class TestLosses:
-    """Against the formulas, written out."""
+    """The loss equals the written-out formulas."""
 
-    def test_of_logits(self, pair: tuple[Path, Path]) -> None:
+    def test_kl_and_cross_entropy(self, pair: tuple[Path, Path]) -> None:
         student, teacher = load(pair[1]), load(pair[0])
         tokens = torch.randint(0, 128, (2, 9))
         with torch.no_grad():
             ours, theirs = (m(tokens).logits.double().flatten(0, 1) for m in (student, teacher))
-            made = Distiller(student, teacher, kl=0.7, cross_entropy=0.2, hidden=0.0, temperature=2.0)
-            total, kl = made(tokens)
-            cool = made.eval()(tokens)[1]
+            distiller = Distiller(student, teacher, kl=0.7, cross_entropy=0.2, hidden=0.0, temperature=2.0)
+            total, kl = distiller(tokens)
+            evaluated_kl = distiller.eval()(tokens)[1]
         p, q = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
-        wanted = (q.exp() * (q - p)).sum(-1).mean()
-        words = ours.log_softmax(-1).view(2, 9, -1)[:, :-1].gather(-1, tokens[:, 1:, None])
-        assert float(kl) == pytest.approx(float(wanted), rel=1e-4)
-        assert float(total) == pytest.approx(0.7 * 4 * float(wanted) - 0.2 * float(words.mean()), rel=1e-4)
+        expected = (q.exp() * (q - p)).sum(-1).mean()
+        log_likelihood = ours.log_softmax(-1).view(2, 9, -1)[:, :-1].gather(-1, tokens[:, 1:, None])
+        assert float(kl) == pytest.approx(float(expected), rel=1e-4)
+        assert float(total) == pytest.approx(0.7 * 4 * float(expected) - 0.2 * float(log_likelihood.mean()), rel=1e-4)
         p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        assert float(cool) == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
+        assert float(evaluated_kl) == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
 
-    def test_chunks_change_nothing(self, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_chunk_size_does_not_change_loss_or_gradient(
+        self, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         student, teacher = load(pair[1]), load(pair[0])
-        made = Distiller(student, teacher, kl=1.0, cross_entropy=0.5, hidden=0.3, temperature=1.0)
-        tokens, found = torch.randint(0, 128, (2, 9)), []
+        distiller = Distiller(student, teacher, kl=1.0, cross_entropy=0.5, hidden=0.3, temperature=1.0)
+        tokens, results = torch.randint(0, 128, (2, 9)), []
         for values in (2**28, 128 * 5):
             monkeypatch.setattr("transmla.heal.losses.CHUNK_VALUES", values)
             student.zero_grad()
-            loss, _ = made(tokens)
+            loss, _ = distiller(tokens)
             loss.backward()
-            found.append((loss.detach(), student.model.layers[0].self_attn.o_proj.weight.grad.clone()))
-        assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
-        assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+            results.append((loss.detach(), student.model.layers[0].self_attn.o_proj.weight.grad.clone()))
+        assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
+        assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
 
-    def test_a_model_is_its_own_best_student(self, pair: tuple[Path, Path]) -> None:
+    def test_a_model_distilled_from_itself_has_no_loss(self, pair: tuple[Path, Path]) -> None:
         teacher = load(pair[0])
         loss, kl = Distiller(teacher, teacher, kl=1.0, cross_entropy=0.0, hidden=1.0, temperature=1.0)(
             torch.randint(0, 128, (2, 9))
@@ -153,13 +155,13 @@ def settings(**changes: Any) -> Healing:
     return Healing(student="", teacher="", output="", **changes)
 
 
-def test_rates_are_in_units_of_a_tensors_size(pair: tuple[Path, Path]) -> None:
+def test_learning_rates_are_relative_to_tensor_sizes(pair: tuple[Path, Path]) -> None:
     model = choose_trainable(load(pair[1]), settings(trainable="all"))
     optimiser = make_optimiser(model, settings(trainable="all", other_rate=0.5), fused=False)
     units = {id(p): group["unit"] for group in optimiser.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        wanted = float(size(parameter.detach())) * (1.0 if "self_attn" in name else 0.5)
-        assert units[id(parameter)] == pytest.approx(wanted, rel=0.1)
+        expected = float(size(parameter.detach())) * (1.0 if "self_attn" in name else 0.5)
+        assert units[id(parameter)] == pytest.approx(expected, rel=0.1)
     assert len(optimiser.param_groups) < len(units)
     rates = [set_rates(optimiser, p, 100, 1e-3, 0.1) for p in (0.0, 0.05, 0.1, 0.5, 0.99)]
     assert rates[0] < rates[1] < rates[2] < 1e-3
@@ -167,7 +169,7 @@ def test_rates_are_in_units_of_a_tensors_size(pair: tuple[Path, Path]) -> None:
     assert all(group["lr"] == group["unit"] * rates[4] for group in optimiser.param_groups)
 
 
-def test_the_rise_takes_ten_steps_at_least() -> None:
+def test_warm_up_takes_at_least_ten_steps() -> None:
     optimiser = torch.optim.SGD([torch.zeros(1)])
     for group in optimiser.param_groups:
         group["unit"] = 1.0
@@ -176,7 +178,7 @@ def test_the_rise_takes_ten_steps_at_least() -> None:
     assert rise[9] == rise[11] == set_rates(optimiser, 0.5, 0, 1.0, 0.0)
 
 
-def test_a_student_far_away_takes_long_steps() -> None:
+def test_the_peak_rate_grows_with_the_kl_and_the_batch() -> None:
     assert highest_rate(settings(learning_rate=1e-5), 0.1) == 1e-5
     rates = [highest_rate(settings(), kl) for kl in (0.0, 0.1, 0.4, 1.0, 10.0)]
     assert rates[0] == 0
@@ -186,12 +188,12 @@ def test_a_student_far_away_takes_long_steps() -> None:
     assert highest_rate(settings(batch=64), 0.1) == rates[1]
 
 
-def test_a_text_is_read_whole_before_it_is_read_again() -> None:
+def test_an_epoch_reads_each_sequence_once() -> None:
     stream = TokenStream("stream", torch.arange(1000), length=10, held_out=5, seed=0)
     assert stream.sequences == 94
-    seen = torch.cat([stream[i] for i in range(94)])
-    assert len(seen.unique()) == 940
-    assert int(seen.max()) < 950
+    epoch = torch.cat([stream[i] for i in range(94)])
+    assert len(epoch.unique()) == 940
+    assert int(epoch.max()) < 950
     assert sorted(stream.held_out.flatten().tolist()) == list(range(950, 1000))
     assert not torch.equal(stream[0], stream[94])
     rows = TokenStream("rows", torch.arange(80).view(8, 10), length=10, held_out=2, seed=0)

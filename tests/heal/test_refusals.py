@@ -1,4 +1,4 @@
-"""What makes a healing impossible is said in one line, before anything is written."""
+"""An impossible healing is refused with a one-line error before anything is written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 
 
-def test_too_little_text(make_healing: Callable[..., Healing]) -> None:
+def test_a_text_with_too_few_tokens(make_healing: Callable[..., Healing]) -> None:
     with pytest.raises(TransmlaError, match="too few"):
         heal(make_healing(max_tokens=10**9))
 
 
-def test_an_output_in_use(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     (tmp_path / "healed").mkdir()
     (tmp_path / "healed" / "file").touch()
     with pytest.raises(TransmlaError, match="is not empty"):
@@ -32,9 +32,9 @@ def test_an_output_in_use(make_healing: Callable[..., Healing], tmp_path: Path) 
 def test_another_tokenizer(make_healing: Callable[..., Healing], pair: tuple[Path, Path]) -> None:
     file = pair[1] / "tokenizer.json"
     other = json.loads(file.read_text())
-    words = other["model"]["vocab"]
-    a, b = list(words)[10:12]
-    words[a], words[b] = words[b], words[a]
+    vocabulary = other["model"]["vocab"]
+    a, b = list(vocabulary)[10:12]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     changed = pair[0] / "tokenizer.json"
     changed.write_text(json.dumps(other))
     with pytest.raises(TransmlaError, match="different tokenizers"):
@@ -53,12 +53,12 @@ def test_another_vocabulary(
 
 def test_a_changed_student(make_healing: Callable[..., Healing], pair: tuple[Path, Path]) -> None:
     (pair[1] / "config.json").write_text((pair[1] / "config.json").read_text() + " ")
-    with pytest.raises(TransmlaError, match="is not what was converted"):
+    with pytest.raises(TransmlaError, match="has changed since it was written"):
         heal(make_healing())
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"batch": 5, "accumulate": 2}, "--batch 6"),
         ({"kl": 0.0}, "nothing to learn"),
@@ -66,23 +66,25 @@ def test_a_changed_student(make_healing: Callable[..., Healing], pair: tuple[Pat
     ],
     ids=str,
 )
-def test_settings(change: dict[str, Any], said: str, make_healing: Callable[..., Healing]) -> None:
-    with pytest.raises(TransmlaError, match=said):
+def test_invalid_settings(change: dict[str, Any], message: str, make_healing: Callable[..., Healing]) -> None:
+    with pytest.raises(TransmlaError, match=message):
         heal(make_healing(**change))
 
 
-def test_a_source_is_no_student(make_healing: Callable[..., Healing], pair: tuple[Path, Path]) -> None:
+def test_a_student_without_a_manifest(make_healing: Callable[..., Healing], pair: tuple[Path, Path]) -> None:
     with pytest.raises(TransmlaError, match="holds no finished conversion"):
         heal(make_healing(student=str(pair[0])))
 
 
-def test_states_of_a_wider_teacher(make_healing: Callable[..., Healing], make_source: Callable[..., Path]) -> None:
+def test_hidden_states_of_a_wider_teacher(
+    make_healing: Callable[..., Healing], make_source: Callable[..., Path]
+) -> None:
     larger = str(make_source(name="larger", hidden_size=96, num_hidden_layers=3))
-    with pytest.raises(TransmlaError, match="the teacher has 3 layers of 96, the student 2 of"):
+    with pytest.raises(TransmlaError, match="the teacher has 3 layers of width 96, the student 2 of"):
         heal(make_healing(teacher=larger, hidden=1.0))
 
 
-def launched(kind: str, *, fsdp2: bool = False, stage: int = 0, efficient: bool = False) -> Any:
+def fake_accelerator(kind: str, *, fsdp2: bool = False, stage: int = 0, efficient: bool = False) -> Any:
     return SimpleNamespace(
         num_processes=1,
         distributed_type=kind,
@@ -92,21 +94,25 @@ def launched(kind: str, *, fsdp2: bool = False, stage: int = 0, efficient: bool 
     )
 
 
-def test_ways_to_shard(make_healing: Callable[..., Healing]) -> None:
-    for accelerator, said in (
-        (launched("DEEPSPEED", stage=0), "stage 0"),
-        (launched("DEEPSPEED", stage=3), "stage 3"),
-        (launched("FSDP"), "version 1"),
-        (launched("FSDP", fsdp2=True, efficient=True), "cpu_ram_efficient_loading"),
+def test_unsupported_sharding(make_healing: Callable[..., Healing]) -> None:
+    for accelerator, message in (
+        (fake_accelerator("DEEPSPEED", stage=0), "stage 0"),
+        (fake_accelerator("DEEPSPEED", stage=3), "stage 3"),
+        (fake_accelerator("FSDP"), "version 1"),
+        (fake_accelerator("FSDP", fsdp2=True, efficient=True), "cpu_ram_efficient_loading"),
     ):
-        with pytest.raises(TransmlaError, match=said):
+        with pytest.raises(TransmlaError, match=message):
             check_settings(make_healing(), accelerator)
-    for accelerator in (launched("DEEPSPEED", stage=2), launched("FSDP", fsdp2=True), launched("MULTI_GPU")):
+    for accelerator in (
+        fake_accelerator("DEEPSPEED", stage=2),
+        fake_accelerator("FSDP", fsdp2=True),
+        fake_accelerator("MULTI_GPU"),
+    ):
         check_settings(make_healing(), accelerator)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
-def test_the_recipes_for_accelerate_are_ones(name: str, kind: str) -> None:
+def test_recipes_accelerate_are_valid_configurations(name: str, kind: str) -> None:
     from accelerate.commands.config import load_config_from_file
 
     config = load_config_from_file(str(Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"))

@@ -1,1 +1,1 @@
-"""What several tests share: tiny models, random layers, a local Hub."""
+"""Helpers that several tests share: tiny models, random layers, a local Hub."""

@@ -1,4 +1,4 @@
-"""Compile the Hopper kernel for its GPU, wherever this runs, and print what the assembler says of it, as JSON."""
+"""Compile the Hopper kernel on any machine; print its shared memory and the assembler's log as JSON."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from transmla.kernels import hopper
 from transmla.kernels.hopper_kernel import attend
 
+# Triton types of the kernel's pointer and 32-bit integer arguments.
 POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "parts": "*fp32", "part_lse": "*fp32"}
 NUMBERS = [
     "heads",
@@ -34,7 +35,7 @@ NUMBERS = [
 
 
 def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, masked: bool) -> dict[str, Any]:
-    """Shared memory in bytes, and the assembler's words, of one specialisation."""
+    """Return the shared memory in bytes (``shared``) and the assembler's log (``log``) of one specialisation."""
     columns, tokens, stages = hopper.choose_tiles(rank)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
@@ -59,8 +60,8 @@ def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, maske
         path.write_text(kernel.asm["ptx"])
         assembler = compiler.get_ptxas(90).path
         command = [assembler, "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {"shared": kernel.metadata.shared, "said": said}
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {"shared": kernel.metadata.shared, "log": log}
 
 
 if __name__ == "__main__":

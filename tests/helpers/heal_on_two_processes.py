@@ -1,7 +1,7 @@
-"""``torchrun … heal_on_two_processes.py ddp|fsdp|deepspeed[-sick] DIR --teacher …``: `transmla heal` on CPU processes.
+"""``torchrun … heal_on_two_processes.py ddp|fsdp|deepspeed[-nan] DIR --teacher …``: `transmla heal` on CPU processes.
 
-accelerate takes FSDP and DeepSpeed on GPUs only; what makes it take them on CPUs is here, the rest is what a user runs.
-``-sick``: the loss of one of the processes is no number at its seventh step.
+accelerate supports FSDP and DeepSpeed on GPUs only. This script patches it to accept CPUs; all else is the command that
+a user runs. ``-nan``: the loss of the second process is NaN at its seventh step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transmla.heal.losses import Distiller
 from transmla.heal.settings import Healing
 
 
-def sharded(settings: Healing, output: Path) -> Any:
+def make_fsdp_accelerator(settings: Healing, output: Path) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -39,10 +39,10 @@ def sharded(settings: Healing, output: Path) -> Any:
     return accelerator
 
 
-def staged(settings: Healing, output: Path) -> Any:
+def make_deepspeed_accelerator(settings: Healing, output: Path) -> Any:
     from deepspeed.ops import __compatible_ops__
 
-    # What CPU processes share memory by takes minutes to compile.
+    # DeepSpeed would compile its shared-memory communication for CPUs, which takes minutes.
     __compatible_ops__["deepspeed_shm_comm"] = False
     plugin = DeepSpeedPlugin(zero_stage=2)
     accelerator = Accelerator(cpu=True)
@@ -56,23 +56,24 @@ def staged(settings: Healing, output: Path) -> Any:
     return accelerator
 
 
-def sicken() -> None:
-    real, calls = Distiller.forward, 0
+def make_one_loss_nan() -> None:
+    original_forward, calls = Distiller.forward, 0
 
-    def sick(self: Distiller, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Distiller, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
-        loss, kl = real(self, rows)
+        loss, kl = original_forward(self, rows)
         calls += self.training
-        # The gradient stays what it is: nothing but the loss tells the other process.
+        # Adding NaN leaves the gradient unchanged, so the other process can learn of it only through the loss.
         return (loss + math.nan if calls == 7 and PartialState().process_index == 1 else loss), kl
 
-    Distiller.forward = sick
+    Distiller.forward = forward
 
 
 if __name__ == "__main__":
-    kind, _, health = sys.argv[1].partition("-")
-    run.make_accelerator = {"fsdp": sharded, "deepspeed": staged}.get(kind, run.make_accelerator)
-    if health == "sick":
-        sicken()
+    kind, _, variant = sys.argv[1].partition("-")
+    makers = {"fsdp": make_fsdp_accelerator, "deepspeed": make_deepspeed_accelerator}
+    run.make_accelerator = makers.get(kind, run.make_accelerator)
+    if variant == "nan":
+        make_one_loss_nan()
     sys.argv[1] = "heal"
     main()

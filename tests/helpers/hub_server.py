@@ -1,6 +1,6 @@
-"""A local Hub: the part of its HTTP protocol that pushing and downloading a model uses, kept in memory.
+"""A local Hub that keeps its repositories in memory. It implements the HTTP requests of a model's push and download.
 
-Large files go through Git LFS. Faults are asked for by route name, and every request is recorded.
+Large files go through Git LFS. A test requests faults by the name of a route, and the server records every request.
 """
 
 from __future__ import annotations
@@ -44,13 +44,20 @@ ROUTES = [
 
 @dataclass(frozen=True)
 class Blob:
-    """A committed file; `oid` names it as git does, or as LFS does when it is a large file."""
+    """A committed file.
+
+    Attributes:
+        data: content of the file.
+        lfs: whether the file is stored in LFS.
+        oid: id of the content: its SHA-256 for an LFS file, otherwise git's SHA-1 of the blob.
+    """
 
     data: bytes
     lfs: bool
 
     @property
     def oid(self) -> str:
+        """Id of the content, as git or LFS computes it."""
         if self.lfs:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
@@ -58,7 +65,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """A repository: its branches point at commits, and a commit is a whole tree."""
+    """A repository. Each branch points to a commit, and a commit holds a complete tree of files."""
 
     private: bool
     branches: dict[str, str] = field(default_factory=dict)
@@ -66,17 +73,19 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, tree: dict[str, Blob], message: str) -> str:
+        """Add a commit of ``tree`` to ``branch``, and return its id."""
         sha = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
         self.commits[sha], self.branches[branch] = tree, sha
         self.messages.append(message)
         return sha
 
     def tree(self, branch: str = "main") -> dict[str, Blob]:
+        """Return the files of a branch by path."""
         return self.commits[self.branches[branch]]
 
 
 class Refused(Exception):
-    """An HTTP error to answer with; `code` is the Hub's own name for it."""
+    """An HTTP error response. ``code`` is the Hub's name for the error."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -84,7 +93,17 @@ class Refused(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; use it as a context manager and give the client its `url`."""
+    """The server. Use it as a context manager, and pass its ``url`` to the client.
+
+    Attributes:
+        repos: repositories by id.
+        objects: uploaded LFS objects by SHA-256.
+        requests: route names of all requests, in order.
+        puts: number of complete uploads of each LFS object.
+        unavailable: number of requests on each route that will get a 503.
+        cuts: number of uploads of each LFS object that will be interrupted.
+        cut_after: bytes after which an upload is interrupted.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -102,18 +121,19 @@ class HubServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Address of the server."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def fail(self, route: str, times: int = 1) -> None:
-        """Answer 503 to the next `times` requests on the named route."""
+        """Answer the next ``times`` requests on a route with a 503."""
         self.unavailable[route] += times
 
     def cut_upload(self, oid: str, *, after: int, times: int = 1) -> None:
-        """Drop the connection `after` bytes into the next `times` uploads of the object `oid`."""
+        """Close the connection after ``after`` bytes in the next ``times`` uploads of the object ``oid``."""
         self.cuts[oid], self.cut_after = times, after
 
     def create(self, repo_id: str, *, private: bool = False) -> Repo:
-        """Make a repository that holds what the Hub puts in a new one."""
+        """Create a repository with the initial commit that the Hub makes."""
         repo = self.repos[repo_id] = Repo(private)
         repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit")
         return repo
@@ -128,7 +148,7 @@ class HubServer(ThreadingHTTPServer):
         self.thread.join()
         self.server_close()
 
-    # One method per route: `body` is the parsed JSON or the list of its lines, the return value the answer.
+    # One method for each route. ``body`` is the parsed JSON, or a list of its lines; the result is the response.
 
     def on_create(self, body: dict[str, Any]) -> dict[str, Any]:
         repo_id = f"{body['organization']}/{body['name']}"
@@ -144,12 +164,12 @@ class HubServer(ThreadingHTTPServer):
         return {"id": repo, "sha": self._sha(repo, rev), "private": self._repo(repo).private}
 
     def on_branch(self, body: dict[str, Any], repo: str, rev: str) -> dict[str, Any]:
-        found = self._repo(repo)
+        branches = self._repo(repo).branches
         if rev.startswith("refs/"):
             raise Refused(400, "Invalid reference for a branch")
-        if rev in found.branches:
+        if rev in branches:
             raise Refused(409, "Reference already exists")
-        found.branches[rev] = found.branches["main"]
+        branches[rev] = branches["main"]
         return {}
 
     def on_preupload(self, body: dict[str, Any], repo: str, rev: str) -> dict[str, Any]:
@@ -170,11 +190,11 @@ class HubServer(ThreadingHTTPServer):
     def on_batch(self, body: dict[str, Any], repo: str) -> dict[str, Any]:
         self._repo(repo)
         objects = []
-        for wanted in body["objects"]:
-            answer = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.objects:
+        for item in body["objects"]:
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.objects:
                 answer["actions"] = {
-                    "upload": {"href": f"{self.url}/storage/{wanted['oid']}"},
+                    "upload": {"href": f"{self.url}/storage/{item['oid']}"},
                     "verify": {"href": f"{self.url}/{repo}.git/info/lfs/objects/verify"},
                 }
             objects.append(answer)
@@ -219,9 +239,9 @@ class HubServer(ThreadingHTTPServer):
         return self.repos[repo]
 
     def _sha(self, repo: str, rev: str) -> str:
-        found = self._repo(repo)
-        sha = found.branches.get(rev, rev)
-        if sha not in found.commits:
+        repository = self._repo(repo)
+        sha = repository.branches.get(rev, rev)
+        if sha not in repository.commits:
             raise Refused(404, f"Invalid rev id: {rev}", "RevisionNotFound")
         return sha
 
@@ -239,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stay silent: the recorded requests are the log."""
+        """Write no log: ``HubServer.requests`` records the requests."""
 
     def do_GET(self) -> None:
         self._dispatch()
@@ -278,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self, name: str) -> None:
         if self._take(self.server.unavailable, name):
             raise Refused(503, "Service unavailable")
-        # An upload address carries its own permission, as the real storage's signed addresses do.
+        # An upload needs no token, because the real storage uses signed addresses.
         if name != "put" and self.headers["Authorization"] != f"Bearer {TOKEN}":
             raise Refused(401, "Invalid credentials in Authorization header")
         if name == "unknown":
@@ -313,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _take(faults: Counter[str], key: str) -> bool:
-        """Use up one of the faults asked for under `key`, if any is left."""
+        """Return whether a fault is left under ``key``, and use it up."""
         if not faults[key]:
             return False
         faults[key] -= 1

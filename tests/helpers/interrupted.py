@@ -1,4 +1,4 @@
-"""A conversion that dies at a chosen layer, and what it left."""
+"""Interrupt a conversion after a chosen layer, and read the files that it left."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transmla.reporter import Silent
 
 
 class Killed(BaseException):
-    """Stands for a signal: no handler in the package may catch it."""
+    """Stands in for a signal. A ``BaseException``, so that no ``except Exception`` in the package catches it."""
 
 
 class KilledAtLayer(Silent):
-    """Dies after ``layer`` layers are finished."""
+    """A reporter that raises ``Killed`` after ``layer`` layers are finished."""
 
     def __init__(self, layer: int) -> None:
         self.layer, self.converting = layer, False
@@ -26,5 +26,5 @@ class KilledAtLayer(Silent):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file under ``folder``, by relative path."""
+    """Return the bytes of every file under ``folder``, by relative path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,4 +1,4 @@
-"""Random tiny models of every MLA family that transformers has."""
+"""Tiny random models of the MLA families in transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# MLA families of transformers, and what their configs call more than one kind of attention or expert.
+# MLA families of transformers, and the settings that differ between their configs.
 FAMILIES = {
     "deepseek_v2": {"q_lora_rank": 12, "num_experts_per_tok": 2},
     "deepseek_v3": {"q_lora_rank": None, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
@@ -16,11 +16,12 @@ FAMILIES = {
     "minicpm3": {"q_lora_rank": 12},
     "youtu": {"q_lora_rank": 12},
 }
+# Tokens of a prompt, and padded tokens of its first row.
 PROMPT, PADDED = 20, 6
 
 
 def tiny(family: str = "deepseek_v3", **changes: Any) -> Any:
-    """A random MLA model whose attention is far from uniform."""
+    """Return a random MLA model whose weights are large enough for attention that is far from uniform."""
     settings = {
         "vocab_size": 96,
         "hidden_size": 48,
@@ -53,7 +54,7 @@ def tiny(family: str = "deepseek_v3", **changes: Any) -> Any:
 
 
 def prompt(padded: int = PADDED) -> dict[str, Tensor]:
-    """Two rows of tokens, the first padded on the left."""
+    """Return ``input_ids`` and ``attention_mask`` [2, PROMPT], with ``padded`` tokens on the left of the first row."""
     tokens = torch.randint(2, 96, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     tokens[0, :padded], mask[0, :padded] = 1, 0

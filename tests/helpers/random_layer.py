@@ -1,4 +1,4 @@
-"""One random attention layer with its statistics and a plan written by hand: what the core is tested on."""
+"""A random attention layer with statistics and plans, for the tests of ``transmla.core``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWei
 from transmla.convert.source_layer import sum_by_distance
 from transmla.core.reference_attention import causal_softmax, expanded_attention, source_attention, source_scores
 
-# On matrices this small a second thread only waits for the first.
+# On matrices this small, a second thread only adds waiting time.
 torch.set_num_threads(1)
 
 HIDDEN, WIDTH, LENGTH = 36, 8, 24
@@ -20,7 +20,7 @@ LAYOUTS = {"mha": (4, 4), "gqa": (6, 3), "gqa9": (9, 3), "mqa": (4, 1)}
 
 
 def make_spec(layout: str, *, attention_factor: float = 1.0) -> AttentionSpec:
-    """A spec of hidden size ``HIDDEN`` and head width ``WIDTH``."""
+    """Return a spec with hidden size ``HIDDEN`` and head width ``WIDTH``."""
     heads, kv_heads = LAYOUTS[layout]
     return AttentionSpec(
         family="llama",
@@ -45,20 +45,20 @@ def make_spec(layout: str, *, attention_factor: float = 1.0) -> AttentionSpec:
 
 
 def make_plan(spec: AttentionSpec, method: str, slots: tuple[int, ...], rank: int, freqfold: int = 1) -> Plan:
-    """A plan for any rotary slots, repeated frequencies included."""
+    """Return a plan with the given rotary slots, which may repeat frequencies."""
     shape = MLAShape(rank, 2 * len(slots), spec.head_dim, spec.head_dim)
     return Plan(spec, shape, RotaryPlan(slots, freqfold), method, "float32", dict(spec.rope_parameters))
 
 
 def uncut(spec: AttentionSpec, method: str) -> Plan:
-    """Nothing cut: every frequency once for each key head, and a latent of full rank."""
+    """Return a plan that removes nothing: one slot per frequency and key head, and a latent of full rank."""
     slots = tuple(f for f in range(spec.head_dim // 2) for _ in range(spec.num_key_value_heads))
     return make_plan(spec, method, slots, min(2 * spec.num_key_value_heads * spec.head_dim, spec.hidden_size))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Attention inputs ``x`` [N, T, D], weights, and the statistics of these inputs."""
+    """An attention layer: inputs ``x`` [N, T, D], weights, and the statistics of these inputs."""
 
     spec: AttentionSpec
     x: Tensor
@@ -66,30 +66,31 @@ class Layer:
     stats: LayerStats
 
     def source(self) -> Tensor:
+        """Return the output [N, T, D] of the source attention."""
         spec = self.spec
         frequencies = torch.tensor(spec.inv_freq, dtype=self.x.dtype)
         gain = spec.attention_factor**2
         return source_attention(self.x, self.weights, frequencies, scaling=spec.scaling, gain=gain)
 
     def error(self, factors: LayerFactors) -> float:
-        """‖MLA − source‖/‖source‖ of the attention output."""
+        """Return ‖MLA − source‖/‖source‖ of the attention's output."""
         return relative(expanded_attention(self.x, factors), self.source())
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """E[x xᵀ] over all tokens of ``x`` [..., D]."""
+    """Return E[x xᵀ] [D, D] over all tokens of ``x`` [..., D]."""
     flat = x.flatten(0, -2)
     return flat.mT @ flat / len(flat)
 
 
 def measure(x: Tensor, distance_mass: Tensor) -> LayerStats:
-    """Statistics of ``x`` [N, T, D]; early tokens are attended to more."""
+    """Return statistics of ``x`` [N, T, D], in which early tokens receive more attention."""
     share = torch.linspace(1.8, 0.2, x.shape[1], dtype=x.dtype)[:, None]
     return LayerStats(second_moment(x), second_moment(x * share.sqrt()), distance_mass, x[..., 0].numel())
 
 
 def make_layer(layout: str, *, seed: int = 0, attention_factor: float = 1.0) -> Layer:
-    """A float64 layer over correlated inputs, its attention far from uniform, its keys of falling energy."""
+    """Return a random float64 layer with correlated inputs and attention mass that falls with the distance."""
     spec = make_spec(layout, attention_factor=attention_factor)
     generator = torch.Generator().manual_seed(seed)
 
@@ -111,7 +112,7 @@ def make_layer(layout: str, *, seed: int = 0, attention_factor: float = 1.0) -> 
 
 
 def observed(layer: Layer) -> Layer:
-    """The layer with the distances its own attention pays, as calibration measures them."""
+    """Return the layer with the distance mass of its attention, measured as in calibration."""
     frequencies, first = torch.tensor(layer.spec.inv_freq, dtype=layer.x.dtype), LENGTH // 4
     scores = source_scores(layer.x, layer.weights, frequencies, scaling=layer.spec.scaling)
     attention = causal_softmax(scores).sum(0)[:, first:]
@@ -121,14 +122,14 @@ def observed(layer: Layer) -> Layer:
 
 
 def random_characters() -> str:
-    """Calibration text after which every direction of a tiny model's hidden stream was seen.
+    """Return calibration text whose hidden states span all directions in a tiny model.
 
-    The latent norm is an identity for the tokens it was calibrated on, and their like.
+    The latent norm is an identity only for tokens that are similar to the calibration tokens.
     """
     generator = torch.Generator().manual_seed(1)
     return "".join(map(chr, torch.randint(33, 127, (2000,), generator=generator).tolist()))
 
 
 def relative(left: Tensor, right: Tensor) -> float:
-    """‖left − right‖/‖right‖."""
+    """Return ‖left − right‖/‖right‖."""
     return float((left - right).norm() / right.norm().clamp_min(torch.finfo(right.dtype).tiny))

@@ -1,4 +1,4 @@
-"""Tiny sources: a real tokenizer, a real model, every attention layout the project converts."""
+"""Build tiny sources: a real tokenizer, and a real model of any family, attention layout and RoPE type."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROPES = {
 
 
 def build_tokenizer(folder: Path, vocab_size: int = 128) -> None:
-    """A byte-level tokenizer with a chat template, saved into ``folder``."""
+    """Save a byte-level tokenizer with a chat template into ``folder``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,14 @@ def build_tokenizer(folder: Path, vocab_size: int = 128) -> None:
 
 
 def build_model(family: str = "llama", layout: str = "gqa", rope: str = "default", **changes: Any) -> Any:
-    """A tiny random causal LM in float32, with weights large enough that attention is not uniform."""
+    """Return a tiny random causal LM in float32. Its weights are large enough that attention is not uniform.
+
+    Args:
+        family: model family, a ``model_type`` of transformers.
+        layout: key of ``LAYOUTS``.
+        rope: key of ``ROPES``.
+        changes: further config attributes.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     heads, kv_heads = LAYOUTS[layout]
@@ -59,7 +66,7 @@ def build_model(family: str = "llama", layout: str = "gqa", rope: str = "default
         **scan("transmla.families", "FAMILY")[family].tiny,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        # A copy: some configs write into it.
+        # A copy: some configs write into their rope_parameters.
         "rope_parameters": dict(ROPES[rope]),
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -77,5 +84,5 @@ def build_model(family: str = "llama", layout: str = "gqa", rope: str = "default
     return model.eval()
 
 
-# Twelve steps.
+# Settings of a healing of twelve steps.
 SMALL_HEALING = {"length": 32, "batch": 8, "held_out": 4, "max_tokens": 32 * 8 * 12, "eval_every": 3, "save_every": 5}

@@ -1,4 +1,4 @@
-"""The Hopper kernel fits its GPU: tested by compiling, which needs none. What it computes is tested on one."""
+"""The Hopper kernel compiles within the limits of its GPU. Compiling needs no GPU; ``test_kernels`` runs the kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from transmla.kernels import DecodeShape, hopper
 
-# What a program may hold of a multiprocessor's shared memory.
+# Shared memory of a Hopper multiprocessor that one program may use, in bytes.
 SHARED_BYTES = 227 * 1024
 CASES = [
     {"rank": 512, "width": 64, "dtype": "bf16", "new": 1, "page": 0, "masked": False},
@@ -27,17 +27,17 @@ CASES = [
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")
-def test_every_specialisation_fits_a_multiprocessor_and_keeps_its_products_asynchronous() -> None:
+def test_every_specialisation_fits_in_shared_memory_and_keeps_its_products_asynchronous() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "compile_hopper.py"), json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for case, kernel in zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    for case, kernel in zip(CASES, json.loads(process.stdout.splitlines()[-1]), strict=True):
         assert kernel["shared"] <= SHARED_BYTES, case
-        assert "serialized" not in kernel["said"], (case, kernel["said"])
-        assert "setmaxnreg" not in kernel["said"], (case, kernel["said"])
-        spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["said"])[-1])
-        # Triton 3.9 spills two words of the widest rows outside the loops; 3.6 none.
+        assert "serialized" not in kernel["log"], (case, kernel["log"])
+        assert "setmaxnreg" not in kernel["log"], (case, kernel["log"])
+        spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["log"])[-1])
+        # With the widest rows, Triton 3.9 spills two words outside the loops; Triton 3.6 spills none.
         assert spilled <= 16, case
 
 
@@ -55,10 +55,10 @@ def test_every_specialisation_fits_a_multiprocessor_and_keeps_its_products_async
     ],
     ids=str,
 )
-def test_what_it_cannot_serve_it_refuses(
+def test_unsupported_shapes_are_refused(
     change: dict[str, object], capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     shape = DecodeShape(8, 512, 64, torch.bfloat16, torch.device("cuda"))
-    said = hopper.refuses(replace(shape, **change))
-    assert said is None if reason is None else reason in (said or "")
+    refusal = hopper.refuses(replace(shape, **change))
+    assert refusal is None if reason is None else reason in (refusal or "")

@@ -1,6 +1,6 @@
-"""Every decode kernel against its plain twin in float64: odd shapes, poisoned memory, strided and paged caches.
+"""Every decode kernel against the reference in float64: odd shapes, poisoned memory, strided and paged caches.
 
-Without a GPU the kernels run in Triton's interpreter, on few and small shapes.
+Without a GPU, the kernels run in Triton's interpreter on a few small shapes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 KERNELS = [triton_decode]
 if GPU and hopper.refuses(DecodeShape(8, 512, 64, torch.bfloat16, DEVICE)) is None:
     KERNELS.append(hopper)
-# The interpreter's bfloat16 products are wrong, so bfloat16 is a GPU's to test.
+# The interpreter computes wrong bfloat16 products, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SCALING = 0.11
@@ -41,7 +41,7 @@ SCALING = 0.11
 
 @dataclass
 class Case:
-    """Queries and a cache, whose rows lie in one buffer as the latent cache keeps them."""
+    """Queries [B, n, H, ·] and cached rows [B, T, ·], with the rows in one buffer as in the latent cache."""
 
     q_latent: Tensor
     q_pe: Tensor
@@ -51,15 +51,15 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         return Case(*(convert(t, dtype) for t in (self.q_latent, self.q_pe, self.kv_c, self.k_pe)))
 
-    def decoded(
+    def decode(
         self, kernel: ModuleType, mask: Tensor | None = None, softcap: float | None = None, **rows: Tensor
     ) -> Any:
-        held = Rows(self.kv_c, self.k_pe, **rows)
-        return kernel.decode(self.q_latent, self.q_pe, held, Scores(SCALING, mask, softcap))
+        cached = Rows(self.kv_c, self.k_pe, **rows)
+        return kernel.decode(self.q_latent, self.q_pe, cached, Scores(SCALING, mask, softcap))
 
 
 def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same part of the same buffer in another dtype."""
+    """Return the same view of the same buffer, in another dtype."""
     return t._base.to(dtype).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
@@ -67,6 +67,7 @@ def case(
     batch: int = 2, new: int = 1, heads: int = 3, total: int = 150, rank: int = 32, width: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> Case:  # fmt: skip
+    """Random queries and cached rows; the buffer is NaN behind the last row."""
     generator = torch.Generator().manual_seed(batch + 7 * total + rank)
     queries = torch.randn(batch, new, heads, rank + width, generator=generator) * 2
     rows = torch.randn(batch, total + 5, rank + width, generator=generator)
@@ -77,12 +78,15 @@ def case(
 
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Memory that is not written stays NaN."""
+    """Make ``allocate`` return memory full of NaN, so that unwritten results are noticed."""
     return lambda *shape, **settings: allocate(*shape, **settings).fill_(float("nan"))
 
 
 def compare(kernel: ModuleType, c: Case, *, falls_back: bool = False, **extra: Any) -> None:
-    """A kernel's outputs, written into poisoned memory, against the twin's in float64."""
+    """Compare a kernel's results, written into poisoned memory, with the reference in float64.
+
+    ``falls_back``: the Hopper backend may call the Triton backend; otherwise that call is an error.
+    """
     dtype = c.kv_c.dtype
     if dtype not in kernel.DTYPES:
         dtype = kernel.DTYPES[0]
@@ -92,9 +96,9 @@ def compare(kernel: ModuleType, c: Case, *, falls_back: bool = False, **extra: A
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
         if kernel is hopper and not falls_back:
             patch.setattr(triton_decode, "decode", None)
-        found = c.decoded(kernel, **extra)
-    wanted = c.to(torch.float64).decoded(plain, **extra)
-    for ours, theirs, name in zip(found, wanted, ("output", "log-sum-exp"), strict=True):
+        actual = c.decode(kernel, **extra)
+    expected = c.to(torch.float64).decode(plain, **extra)
+    for ours, theirs, name in zip(actual, expected, ("output", "log-sum-exp"), strict=True):
         blind = theirs == float("-inf")
         assert torch.equal(blind, ours == float("-inf")), name
         difference = (ours.double() - theirs).masked_fill(blind, 0).abs().max()
@@ -108,7 +112,7 @@ def kernel(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(params=[1, 3, *([40] if GPU else [])], ids="{} splits".format, autouse=True)
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with the cache whole, and cut into splits of which some are empty."""
+    """Run every test with one split, and with several splits of which some are empty."""
     for module in (triton_decode, hopper):
         monkeypatch.setattr(module, "best_splits", lambda *_: request.param)
 
@@ -119,7 +123,7 @@ def test_lengths(kernel: ModuleType, total: int, dtype: torch.dtype) -> None:
     compare(kernel, case(total=total, dtype=dtype))
 
 
-@pytest.mark.skipif(not GPU, reason="large")
+@pytest.mark.skipif(not GPU, reason="too large for the interpreter")
 @pytest.mark.parametrize("page", [0, 64])
 @pytest.mark.parametrize("new", [1, 3])
 def test_the_widest_rows_masked_and_paged(kernel: ModuleType, new: int, page: int) -> None:
@@ -147,20 +151,20 @@ def test_heads_and_batches(kernel: ModuleType, heads: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("new", range(1, 9))
-def test_new_tokens_see_what_is_before_them(kernel: ModuleType, new: int) -> None:
+def test_new_tokens_attend_to_the_tokens_before_them(kernel: ModuleType, new: int) -> None:
     c = case(new=new, total=45, batch=3, heads=5)
     compare(kernel, c, lengths=torch.tensor([45, new, new + 13], dtype=torch.int32, device=DEVICE))
 
 
 @pytest.mark.parametrize("new", [1, 4])
-def test_without_mask_and_lengths_everything_is_seen(kernel: ModuleType, new: int) -> None:
-    """As the sequences behind a shared prefix see it."""
+def test_without_mask_and_lengths_tokens_attend_to_all_rows(kernel: ModuleType, new: int) -> None:
+    """Sequences attend in this way to a shared prefix."""
     compare(kernel, case(new=new, total=45, batch=1, heads=5))
 
 
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
 def test_soft_capped_scores(kernel: ModuleType, softcap: float) -> None:
-    """Scores of about one, so that the first cap binds and the second hardly does; with a mask and without."""
+    """Scores are about one, so the first cap changes them a lot and the second hardly; with a mask and without."""
     c = case(new=2, total=70, heads=5)
     compare(kernel, c, falls_back=True, softcap=softcap)
     compare(kernel, c, falls_back=True, softcap=softcap, mask=padded_mask(c))
@@ -172,20 +176,20 @@ def test_lengths_of_any_integer_type(kernel: ModuleType, dtype: torch.dtype) -> 
 
 
 def test_empty_and_short_sequences(kernel: ModuleType) -> None:
-    """A private suffix of no token yet; one of one token."""
+    """One sequence has no row yet, another has one row."""
     c = case(total=140, batch=3)
     c.kv_c[0], c.kv_c[1, 1:] = float("nan"), float("nan")
     compare(kernel, c, lengths=torch.tensor([0, 1, 140], dtype=torch.int32, device=DEVICE))
 
 
 def padded_mask(c: Case) -> Tensor:
-    """[B, 1, n, T]: causal at the end of the cache, with padding on the left and an unused tail."""
+    """Return a causal mask [B, 1, n, T] with padding on the left and 18 unused rows at the end."""
     batch, new, total = c.q_latent.shape[0], c.q_latent.shape[1], c.kv_c.shape[1]
     keys = torch.arange(total, device=DEVICE)
     used = total - 18
-    seen = keys <= used - new + torch.arange(new, device=DEVICE)[:, None]
+    causal = keys <= used - new + torch.arange(new, device=DEVICE)[:, None]
     starts = torch.arange(batch, device=DEVICE)[:, None, None, None] * (used // 4)
-    return seen[None, None] & (keys >= starts)
+    return causal[None, None] & (keys >= starts)
 
 
 @pytest.mark.parametrize("total", [21, 200])
@@ -204,24 +208,24 @@ def test_a_mask_and_lengths(kernel: ModuleType, new: int) -> None:
 
 
 @pytest.mark.parametrize("page", [0, 16])
-def test_rows_of_8_bits(kernel: ModuleType, page: int) -> None:
+def test_float8_latents(kernel: ModuleType, page: int) -> None:
     c = case(total=96, batch=2, new=2, heads=5, dtype=torch.float16)
     rows = pack(c.kv_c, c.k_pe)
     if page:
         rows = rows.reshape(12, page, -1)
     table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6) if page else None
     lengths = torch.tensor([96, 50], dtype=torch.int32, device=DEVICE)
-    held = replace(unpack(rows, 32, 16, torch.float16), lengths=lengths, block_table=table)
-    found = kernel.decode(c.q_latent, c.q_pe, held, Scores(SCALING))
-    kv_c, k_pe = (part.double() for part in held.full())
-    exact = replace(held, kv_c=kv_c, k_pe=k_pe, scale=None)
-    wanted = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, Scores(SCALING))
-    for ours, theirs in zip(found, wanted, strict=True):
+    cached = replace(unpack(rows, 32, 16, torch.float16), lengths=lengths, block_table=table)
+    actual = kernel.decode(c.q_latent, c.q_pe, cached, Scores(SCALING))
+    kv_c, k_pe = (part.double() for part in cached.full())
+    exact = replace(cached, kv_c=kv_c, k_pe=k_pe, scale=None)
+    expected = plain.decode(c.q_latent.double(), c.q_pe.double(), exact, Scores(SCALING))
+    for ours, theirs in zip(actual, expected, strict=True):
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_lengths_and_tables_that_lie_apart(kernel: ModuleType, dtype: torch.dtype) -> None:
+def test_lengths_and_tables_that_are_not_contiguous(kernel: ModuleType, dtype: torch.dtype) -> None:
     c = case(total=96, batch=3, dtype=torch.float16)
     columns = torch.tensor([[96, 5], [40, 5], [7, 5]], dtype=dtype, device=DEVICE)
     compare(kernel, c, lengths=columns[:, 0])
@@ -232,11 +236,11 @@ def test_lengths_and_tables_that_lie_apart(kernel: ModuleType, dtype: torch.dtyp
     compare(kernel, paged, falls_back=True, lengths=columns[:, 0], block_table=table)
 
 
-def test_values_that_lie_apart(kernel: ModuleType) -> None:
+def test_latents_that_are_not_contiguous(kernel: ModuleType) -> None:
     c = case(total=40, dtype=torch.float16)
-    apart = Case(c.q_latent, c.q_pe, c.kv_c.mT.contiguous().mT, c.k_pe)
-    found, wanted = apart.decoded(kernel)[0], c.decoded(kernel)[0]
-    assert torch.allclose(found, wanted, atol=1e-3)
+    strided = Case(c.q_latent, c.q_pe, c.kv_c.mT.contiguous().mT, c.k_pe)
+    actual, expected = strided.decode(kernel)[0], c.decode(kernel)[0]
+    assert torch.allclose(actual, expected, atol=1e-3)
 
 
 def test_one_mask_for_all_sequences(kernel: ModuleType) -> None:
@@ -265,14 +269,14 @@ def test_paged_caches(kernel: ModuleType, new: int, page: int) -> None:
     pages[order] = rows.view(9, page, 48)
     paged = Case(c.q_latent, c.q_pe, pages[..., :32], pages[..., 32:])
     compare(kernel, paged, falls_back=page == 16, lengths=lengths, block_table=table)
-    ours = paged.decoded(kernel, lengths=lengths, block_table=table)[0]
-    flat = c.decoded(kernel, lengths=lengths)[0]
+    ours = paged.decode(kernel, lengths=lengths, block_table=table)[0]
+    flat = c.decode(kernel, lengths=lengths)[0]
     assert torch.allclose(ours, flat, atol=1e-3)
 
 
-@pytest.mark.skipif(not GPU, reason="a buffer of 6 GB")
-def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
-    """Offsets beyond 2³¹ elements."""
+@pytest.mark.skipif(not GPU, reason="needs a buffer of 6 GB")
+def test_rows_at_64_bit_offsets(kernel: ModuleType) -> None:
+    """The rows start more than 2³¹ elements into their buffer."""
     rows = torch.zeros(3, 2**30 // 48 + 1, 48, dtype=torch.float16, device=DEVICE)
     c = case(total=100, batch=3, dtype=torch.float16)
     part = rows[:, -100:]
@@ -280,7 +284,7 @@ def test_rows_may_lie_far_apart(kernel: ModuleType) -> None:
     compare(kernel, Case(c.q_latent, c.q_pe, part[..., :32], part[..., 32:]))
 
 
-def test_splits_fill_the_device_and_leave_each_some_work() -> None:
+def test_splits_fill_the_device_and_none_is_empty() -> None:
     units = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else CPU_UNITS
     counts = [best_splits(programs, 4096, DEVICE) for programs in (1, 2, units, 10 * units)]
     assert all(0.9 * units < n * splits <= units for n, splits in zip((1, 2, units), counts[:3], strict=True))
@@ -288,16 +292,16 @@ def test_splits_fill_the_device_and_leave_each_some_work() -> None:
     assert best_splits(1, 0, DEVICE) == best_splits(1, 1, DEVICE) == 1
 
 
-def test_the_twin_is_attention() -> None:
-    """Its own result from softmax and sums, written out."""
+def test_the_reference_is_attention() -> None:
+    """The reference equals a softmax and weighted sums, written out."""
     c = case(total=12, new=12, batch=2, dtype=torch.float64)
     scores = torch.einsum("bnhr,btr->bhnt", c.q_latent, c.kv_c) + torch.einsum("bnhr,btr->bhnt", c.q_pe, c.k_pe)
-    wanted = torch.einsum("bhnt,btr->bnhr", causal_softmax(scores * SCALING), c.kv_c)
+    expected = torch.einsum("bhnt,btr->bnhr", causal_softmax(scores * SCALING), c.kv_c)
     lengths = torch.tensor([12, 12], device=DEVICE)
     mask = torch.ones(12, 12, dtype=torch.bool, device=DEVICE).tril()[None, None]
     for extra in ({"lengths": lengths}, {"mask": mask}):
-        found, lse = c.decoded(plain, **extra)
-        assert torch.allclose(found, wanted, atol=1e-12)
+        actual, lse = c.decode(plain, **extra)
+        assert torch.allclose(actual, expected, atol=1e-12)
         visible = (scores * SCALING).masked_fill(~mask, float("-inf"))
         assert torch.allclose(lse, visible.logsumexp(-1).transpose(1, 2), atol=1e-12)
 
@@ -309,8 +313,8 @@ def test_generate_gives_the_same_tokens(kernel: ModuleType, settings: dict[str, 
     inputs = {name: t.to(DEVICE) for name, t in prompt().items()}
     settings = {"max_new_tokens": 8, "do_sample": False, **settings}
     accelerate(model, backend="torch")
-    wanted = model.generate(**inputs, **settings)
+    expected = model.generate(**inputs, **settings)
     for module in model.modules():
         if isinstance(module, LatentAttention):
             module.decode = Compilable(kernel.BACKEND.name)
-    assert torch.equal(model.generate(**inputs, **settings), wanted)
+    assert torch.equal(model.generate(**inputs, **settings), expected)

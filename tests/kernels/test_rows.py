@@ -1,4 +1,4 @@
-"""Rows of a cache as pages: what lies so is read so, and nothing else."""
+"""``Rows.paged`` views a buffer of whole pages as pages, and returns None for every other layout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from transmla.kernels import reference as plain
 from transmla.kernels.rows import Rows, Scores
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_rows_that_lie_as_pages(given: bool) -> None:
-    """Buffers of whole pages are read as pages; others are not."""
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_buffers_of_whole_pages_are_viewed_as_pages(with_lengths: bool) -> None:
     q_latent, q_pe = torch.randn(3, 2, 5, 48, dtype=torch.float64).split([32, 16], -1)
     kv_c, k_pe = torch.randn(3, 96, 48, dtype=torch.float64)[:, :91].split([32, 16], -1)
-    lengths = torch.tensor([91, 2, 40]) if given else None
+    lengths = torch.tensor([91, 2, 40]) if with_lengths else None
     rows = Rows(kv_c, k_pe, lengths=lengths)
     assert rows.paged(64) is None
     pages = rows.paged(32)
@@ -23,13 +22,13 @@ def test_rows_that_lie_as_pages(given: bool) -> None:
     assert pages.kv_c.data_ptr() == kv_c.data_ptr()
     assert pages.paged(32) is pages
     assert pages.paged(16) is None
-    told = Rows(kv_c, k_pe, lengths=pages.lengths)
-    found, wanted = (plain.decode(q_latent, q_pe, r, Scores(0.11))[0] for r in (pages, told))
-    assert torch.allclose(found, wanted, atol=1e-12)
-    assert given or pages.lengths.tolist() == [91] * 3
+    contiguous = Rows(kv_c, k_pe, lengths=pages.lengths)
+    actual, expected = (plain.decode(q_latent, q_pe, r, Scores(0.11))[0] for r in (pages, contiguous))
+    assert torch.allclose(actual, expected, atol=1e-12)
+    assert with_lengths or pages.lengths.tolist() == [91] * 3
 
 
-def test_rows_that_do_not_lie_as_pages() -> None:
+def test_other_layouts_are_not_viewed_as_pages() -> None:
     whole = torch.zeros(2, 128, 48)
     cut = whole[:, 10:70]
     overlapping = whole.as_strided((2, 128, 48), (64 * 48, 48, 1))

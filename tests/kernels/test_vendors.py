@@ -1,4 +1,4 @@
-"""Kernels of others behind our interface, against the plain twin: on a GPU, where their packages are installed."""
+"""FlashMLA and FlashInfer backends against the reference; needs a GPU and the packages."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ def vendor(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def cache(batch: int, total: int) -> Tensor:
-    """Rows as the latent cache keeps them."""
+    """Return random rows [batch, total, r + d_r] in the layout of the latent cache."""
     generator = torch.Generator().manual_seed(total)
     return torch.randn(batch, total, 576, generator=generator).to(DEVICE, torch.bfloat16)
 
 
 def compare(vendor: ModuleType, rows: Rows, new: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare a backend with the reference in float64; a call to the Hopper backend is an error."""
     generator = torch.Generator().manual_seed(new)
     queries = torch.randn(batch, new, SHAPE.heads, 576, generator=generator).to(DEVICE, torch.bfloat16)
     q_latent, q_pe = queries.split([512, 64], -1)
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "decode", None)
-        found = vendor.decode(q_latent, q_pe, rows, Scores(SCALING))
+        actual = vendor.decode(q_latent, q_pe, rows, Scores(SCALING))
     exact = Rows(rows.kv_c.double(), rows.k_pe.double(), None, rows.lengths, rows.block_table)
-    wanted = plain.decode(q_latent.double(), q_pe.double(), exact, Scores(SCALING))
-    for ours, theirs in zip(found, wanted, strict=True):
+    expected = plain.decode(q_latent.double(), q_pe.double(), exact, Scores(SCALING))
+    for ours, theirs in zip(actual, expected, strict=True):
         blind = theirs == float("-inf")
         assert torch.equal(blind, ours == float("-inf"))
         assert (ours.double() - theirs).masked_fill(blind, 0).abs().max() < 3e-2 * max(1.0, float(theirs.max()))
 
 
-def test_a_plan_is_used_again_and_made_anew(vendor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = cache(2, 192)
+def test_a_plan_is_reused_and_replaced(vendor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = cache(2, 192)
     for total in (150, 150, 91, 150):
-        compare(vendor, Rows(*held[:, :total].split([512, 64], -1)), 1, 2, monkeypatch)
+        compare(vendor, Rows(*buffer[:, :total].split([512, 64], -1)), 1, 2, monkeypatch)
 
 
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("ragged", [True, False])
-def test_caches_with_room(vendor: ModuleType, ragged: bool, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 150 rows of buffers of 192."""
+def test_buffers_with_spare_rows(vendor: ModuleType, ragged: bool, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is the first 150 rows of a buffer of 192."""
     kv_c, k_pe = (part[:, :150] for part in cache(3, 192).split([512, 64], -1))
     lengths = torch.tensor([150, 7, 65], dtype=torch.int32, device=DEVICE) if ragged else None
     compare(vendor, Rows(kv_c, k_pe, lengths=lengths), new, 3, monkeypatch)
@@ -69,11 +70,11 @@ def test_paged_caches(vendor: ModuleType, new: int, monkeypatch: pytest.MonkeyPa
     compare(vendor, Rows(kv_c, k_pe, lengths=lengths, block_table=table), new, 2, monkeypatch)
 
 
-def test_a_mask_is_served_by_hopper(vendor: ModuleType) -> None:
+def test_a_step_with_a_mask_goes_to_the_hopper_backend(vendor: ModuleType) -> None:
     kv_c, k_pe = cache(2, 128).split([512, 64], -1)
     q = torch.randn(2, 1, SHAPE.heads, 576, device=DEVICE, dtype=torch.bfloat16)
     mask = torch.arange(128, device=DEVICE)[None, None, None] < 100
     q_latent, q_pe = q.split([512, 64], -1)
-    found = vendor.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
-    wanted = hopper.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
-    assert torch.equal(found, wanted)
+    actual = vendor.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
+    expected = hopper.decode(q_latent, q_pe, Rows(kv_c, k_pe), Scores(SCALING, mask))[0]
+    assert torch.equal(actual, expected)

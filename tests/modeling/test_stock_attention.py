@@ -1,4 +1,4 @@
-"""Stock DeepSeek-V3 attention against the float64 reference, for exports cut, padded, compressed."""
+"""transformers' DeepSeek-V3 attention against the float64 reference, for exports that are cut, padded or compressed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CUTS = {
         {},
         {"kv_lora_rank": 9, "qk_rope_head_dim": 4, "v_head_dim": 32, "q_lora_rank": 72},
     ),
-    "own-table": (
+    "custom-rope": (
         "gqa",
         "default",
         {},
@@ -52,25 +52,25 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 @torch.no_grad()
-def test_stock_attention_is_the_reference_of_its_own_tensors(
+def test_stock_attention_equals_the_reference_on_the_same_tensors(
     make_source: Callable[..., Path], make_recipe: Callable[..., Any], cut: str
 ) -> None:
-    """Whatever was cut, stock DeepSeek-V3 computes what float64 absorbed and expanded attention do."""
+    """DeepSeek-V3 of transformers computes the same as absorbed and expanded attention in float64."""
     layout, rope, changes, settings = CUTS[cut]
     source = make_source("llama", layout, rope, **changes)
     recipe = make_recipe(source, allow_no_saving=True, **settings)
     model = DeepseekV3ForCausalLM.from_pretrained(convert(recipe)).eval()
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(
-            lambda _, args, kwargs, output: seen.append(((*args, kwargs.get("hidden_states"))[0], output[0])),
+            lambda _, args, kwargs, output: calls.append(((*args, kwargs.get("hidden_states"))[0], output[0])),
             with_kwargs=True,
         )
     model(TOKENS)
-    assert len(seen) == model.config.num_hidden_layers
+    assert len(calls) == model.config.num_hidden_layers
     rotary = model.model.rotary_emb
     heads, shape = model.config.num_attention_heads, export_shape(model.config)
-    for layer, (x, output) in zip(model.model.layers, seen, strict=True):
+    for layer, (x, output) in zip(model.model.layers, calls, strict=True):
         tensors = dict(layer.self_attn.named_parameters())
         factors = layer_factors(tensors, heads, shape, rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2)
         for reference in (absorbed_attention, expanded_attention):

@@ -1,4 +1,4 @@
-"""What `plan` says a conversion and its cache will need."""
+"""The estimates of memory and context length that ``transmla plan`` shows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from transmla.source.describe import describe
         (0, [20, None], 0),
     ],
 )
-def test_layers_with_windows_stop_growing(free: int, windows: list[int | None], tokens: int) -> None:
+def test_layers_with_windows_stop_caching_at_their_window(free: int, windows: list[int | None], tokens: int) -> None:
     assert longest_context(free, [10, 10], windows) == tokens
-    held = sum(10 * min(tokens, window or tokens) for window in windows)
-    assert held <= free
+    cached = sum(10 * min(tokens, window or tokens) for window in windows)
+    assert cached <= free
 
 
 def plan(family: str, **changes: Any) -> Any:
@@ -38,8 +38,8 @@ def plan(family: str, **changes: Any) -> Any:
     return make_plan(describe(AutoConfig.for_model(family, **tiny)), recipe, "float32")
 
 
-def test_where_queries_and_keys_are_normed_matrices_are_as_wide_as_all_of_them() -> None:
-    """Qwen3-0.6B reads 4,096 features where its hidden states have 1,024."""
+def test_normed_queries_and_keys_need_wider_work_matrices() -> None:
+    """With the widths of Qwen3-0.6B the attention has 4,096 features, while its hidden states have 1,024 channels."""
     normed, plain = plan("qwen3"), plan("llama", format="transmla")
     assert (normed.spec.features, plain.spec.features) == (4096, 1024)
     more = memory_bytes(normed, 1024, None) - memory_bytes(plain, 1024, None)

@@ -1,4 +1,4 @@
-"""A cache with room to grow does what transformers' own does."""
+"""``LatentLayer`` behaves as transformers' ``DynamicLayer`` does."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transmla.runtime.latent_cache import STEP, LatentLayer, grow_in_place
 
 
 def grown(length: int, layer: Any) -> Any:
+    """Append ``length`` random rows to ``layer``, at most 7 at a time."""
     generator = torch.Generator().manual_seed(length)
     for start in range(0, length, 7):
         n = min(7, length - start)
@@ -35,7 +36,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("length", [8, STEP + 9])
-def test_a_latent_layer_does_what_a_dynamic_layer_does(length: int, change: str) -> None:
+def test_a_latent_layer_behaves_as_a_dynamic_layer(length: int, change: str) -> None:
     ours, theirs = grown(length, LatentLayer()), grown(length, DynamicLayer())
     for layer in (ours, theirs):
         CHANGES[change](layer)
@@ -47,14 +48,14 @@ def test_a_latent_layer_does_what_a_dynamic_layer_does(length: int, change: str)
             assert torch.equal(left, right)
 
 
-def test_an_offloaded_layer_holds_nothing() -> None:
+def test_an_offloaded_layer_releases_its_buffer() -> None:
     layer = LatentLayer()
     layer.update(torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 4))
     layer.offload()
     assert layer.rows is None
 
 
-def test_other_caches_stay_as_they_are() -> None:
+def test_other_caches_do_not_change() -> None:
     model = transmla.accelerate(tiny())
     cache = StaticCache(config=model.config, max_cache_len=32)
     kinds = [type(layer) for layer in cache.layers]

@@ -1,4 +1,4 @@
-"""An accelerated model says what it said before, whatever generate() does with it; nothing else changes."""
+"""An accelerated model gives the same results as before in every mode of generate(); nothing else changes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from transmla.runtime.latent_cache import LatentLayer, latent_bytes
 
 
 def count_decodes(model: Any) -> list[int]:
-    """Lengths of the cache at every call of the backend from now on."""
-    seen: list[int] = []
+    """Return a list that receives the cache length T at every later call of the backend."""
+    lengths: list[int] = []
     for layer in model.modules():
         if isinstance(layer, LatentAttention):
 
             def counted(*args: Any, decode: Any = layer.decode, **kwargs: Any) -> Any:
-                seen.append(args[2].total)
+                lengths.append(args[2].total)
                 return decode(*args, **kwargs)
 
             layer.decode = counted
-    return seen
+    return lengths
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -57,28 +57,28 @@ def test_generate_gives_the_same_tokens(family: str, way: str) -> None:
     model = tiny(family)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **WAYS[way]}
     inputs = prompt()
-    if way == "prompt lookup":  # one sequence at a time, and one that repeats itself
+    if way == "prompt lookup":  # supports one sequence, which must repeat itself
         inputs = {name: t[1:].repeat(1, 2) for name, t in inputs.items()}
 
     def generate() -> Tensor:
         torch.manual_seed(3)
         return model.generate(**inputs, **settings)
 
-    wanted = generate()
+    expected = generate()
     transmla.accelerate(model)
     decoded = count_decodes(model)
-    assert torch.equal(generate(), wanted)
+    assert torch.equal(generate(), expected)
     assert bool(decoded) == (way != "no cache")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_token_by_token_equals_the_full_forward(dtype: torch.dtype) -> None:
-    model = transmla.accelerate(tiny(first_k_dense_replace=2).to(dtype))  # experts know no float64
+    model = transmla.accelerate(tiny(first_k_dense_replace=2).to(dtype))  # experts do not support float64
     tokens = prompt(0)["input_ids"]
     full = model(tokens, use_cache=False).logits
     cache, pieces = DynamicCache(config=model.config), []
     with torch.no_grad():
-        for start, stop in ((0, 7), (7, 8), (8, 12), (12, 13), (13, 20)):  # several new tokens at once, too
+        for start, stop in ((0, 7), (7, 8), (8, 12), (12, 13), (13, 20)):  # some steps have several new tokens
             pieces.append(model(tokens[:, start:stop], past_key_values=cache).logits)
     difference = (torch.cat(pieces, 1) - full).norm() / full.norm()
     assert difference < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 3e-2)
@@ -98,15 +98,15 @@ def test_the_cache_holds_latents_only_and_grows_in_place() -> None:
     assert latent_bytes(cache) == 2 * 30 * (16 + 8) * model.config.num_hidden_layers * 4
 
 
-def test_a_cache_filled_before_goes_on() -> None:
+def test_a_cache_filled_before_acceleration_is_used() -> None:
     model = tiny()
     tokens = prompt(0)["input_ids"]
     with torch.no_grad():
-        wanted = model(tokens, use_cache=False).logits[:, -1]
+        expected = model(tokens, use_cache=False).logits[:, -1]
         cache = model(tokens[:, :-1], use_cache=True).past_key_values
         transmla.accelerate(model)
-        found = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
-    assert torch.allclose(found, wanted, atol=1e-5)
+        actual = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_training_gives_the_same_gradients() -> None:
@@ -118,34 +118,34 @@ def test_training_gives_the_same_gradients() -> None:
         model(tokens, labels=tokens).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    wanted = gradients()
+    expected = gradients()
     transmla.accelerate(model)
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        for found, expected in zip(gradients(), wanted, strict=True):
-            assert torch.allclose(found, expected, atol=1e-5)
+        for actual, gradient in zip(gradients(), expected, strict=True):
+            assert torch.allclose(actual, gradient, atol=1e-5)
 
 
 def test_gradients_flow_through_a_cache_that_is_kept() -> None:
-    """Two pieces of one sequence, the second reading the first's latents, with a graph over both."""
-    found = []
+    """The second piece of a sequence attends to the latents of the first, within one autograd graph."""
+    gradients = []
     for change in (lambda model: model, transmla.accelerate):
         model = change(tiny())
         tokens = prompt(0)["input_ids"]
         cache = DynamicCache(config=model.config)
         model(tokens[:, :12], past_key_values=cache)
         model(tokens[:, 12:13], past_key_values=cache).logits.square().mean().backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None])
-    for ours, theirs in zip(*found[::-1], strict=True):
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients[::-1], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_expanding_begins_where_it_costs_less() -> None:
+def test_the_expanded_form_begins_where_it_costs_less() -> None:
     class Shape:
         kv_lora_rank, qk_nope_head_dim, v_head_dim = 512, 128, 128
 
-    assert round(crossover(Shape)) == 171  # the figure of DeepSeek's own shape
+    assert round(crossover(Shape)) == 171  # shape of DeepSeek-V3
     Shape.kv_lora_rank = 128
     assert crossover(Shape) == float("inf")
 
@@ -162,43 +162,43 @@ def test_an_unknown_backend_is_refused() -> None:
         transmla.accelerate(tiny(), backend="cuda")
 
 
-def test_a_backend_that_cannot_is_named_once_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_backend_that_refuses_is_logged_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
     shape = DecodeShape(4, 16, 8, torch.float32, torch.device("cpu"))
-    unable = [name for name, backend in backends().items() if backend.refuses(shape)]
-    for name in unable:
+    refusing = [name for name, backend in backends().items() if backend.refuses(shape)]
+    for name in refusing:
         with caplog.at_level(logging.WARNING):
             assert choose_backend(name, shape).name == "torch"
         assert name in caplog.text
         caplog.clear()
 
 
-def test_a_model_that_moves_is_served_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changes_dtype_gets_a_new_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = transmla.accelerate(tiny(first_k_dense_replace=2)), prompt()
     layer = model.model.layers[0].self_attn
-    asked: list[DecodeShape] = []
+    requests: list[DecodeShape] = []
     monkeypatch.setattr(
-        "transmla.runtime.load.choose_for_device", lambda wanted, shape: asked.append(shape) or backends()["torch"]
+        "transmla.runtime.load.choose_for_device", lambda name, shape: requests.append(shape) or backends()["torch"]
     )
     model.generate(**inputs, max_new_tokens=2)
-    assert asked == []
+    assert requests == []
     model.double().generate(**inputs, max_new_tokens=2)
-    assert {shape.dtype for shape in asked} == {torch.float64}
+    assert {shape.dtype for shape in requests} == {torch.float64}
     assert layer.place[0] == torch.float64
     assert layer.prefix is None
 
 
-def test_masks_of_numbers_are_added_as_stock_does() -> None:
+def test_additive_masks_are_added_to_the_scores() -> None:
     model, tokens = tiny(), prompt(0)["input_ids"]
     mask = torch.zeros(2, 1, 1, PROMPT + 1)
     mask[..., 3:9] = -2.5
-    found = []
+    logits = []
     for change in (lambda _: None, transmla.accelerate):
         change(model)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(tokens, past_key_values=cache)
-            found.append(model(tokens[:, :1], past_key_values=cache, attention_mask=mask).logits)
-    assert torch.allclose(*found, atol=1e-4)
+            logits.append(model(tokens[:, :1], past_key_values=cache, attention_mask=mask).logits)
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_say_the_same(copied: Callable[[Any], Any]) -> None:
+def test_copies_generate_the_same_tokens(copied: Callable[[Any], Any]) -> None:
     model, inputs = transmla.accelerate(tiny()), prompt()
     twin = copied(model)
     decoded = count_decodes(twin)
@@ -248,7 +248,9 @@ def test_a_step_compiles_to_one_graph(opaque_to_compile: bool) -> None:
     assert [str(target) for target in called].count("transmla.decode_torch.default") == (2 if opaque_to_compile else 0)
 
 
-def test_an_export_loads_and_talks(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:
+def test_an_export_loads_and_generates_text(
+    make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
+) -> None:
     folder = convert(make_recipe(make_source(), cache_ratio=0.5))
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model = transmla.load(folder, dtype="auto", backend="torch")

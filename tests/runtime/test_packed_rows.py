@@ -1,4 +1,4 @@
-"""Latent rows in 8 bits: what they lose, what they weigh, and that every use of a cache carries them along."""
+"""Packed rows: rounding error, size in bytes, and every cache operation of generate()."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def test_packing_keeps_rotary_keys_and_nearly_keeps_latents(
     k_pe = torch.randn(2, 3, 2 * half, generator=generator).to(dtype)
     rows = pack(kv_c, k_pe)
     assert rows.shape[-1] == row_bytes(rank, 2 * half, dtype)
-    held = unpack(rows, rank, 2 * half, dtype)
-    assert torch.equal(held.k_pe, k_pe)
+    rounded = unpack(rows, rank, 2 * half, dtype)
+    assert torch.equal(rounded.k_pe, k_pe)
     largest = kv_c.float().abs().amax(-1, keepdim=True)
-    # Three bits of mantissa; and what is 2^-15 of the largest, or less, is subnormal.
-    error = (held.full()[0].float() - kv_c.float()).abs()
+    # float8 e4m3 has three bits of mantissa. Values of 2^-15 of the largest, or less, are subnormal.
+    error = (rounded.full()[0].float() - kv_c.float()).abs()
     assert (error <= kv_c.float().abs() * 2**-4 * 1.1 + largest * 2**-16).all()
 
 
-def test_a_row_of_zeros_stays_one() -> None:
+def test_a_row_of_zeros_stays_zero() -> None:
     rows = pack(torch.zeros(1, 2, 8), torch.ones(1, 2, 4))
     assert torch.equal(unpack(rows, 8, 4, torch.float32).full()[0], torch.zeros(1, 2, 8))
 
@@ -56,12 +56,15 @@ def test_generate_runs_over_packed_rows(family: str, settings: dict[str, Any]) -
     inputs = prompt(0) if "prompt_lookup_num_tokens" in settings else prompt()
     if "prompt_lookup_num_tokens" in settings:
         inputs = {name: t[:1] for name, t in inputs.items()}
-    found = model.generate(**inputs, max_new_tokens=6, **{"do_sample": False, **settings}, return_dict_in_generate=True)
-    layers = found.past_key_values.layers
+    result = model.generate(
+        **inputs, max_new_tokens=6, **{"do_sample": False, **settings}, return_dict_in_generate=True
+    )
+    layers = result.past_key_values.layers
     assert all(isinstance(layer, LatentLayer) and layer.keys.dtype == torch.uint8 for layer in layers)
 
 
 def token_by_token(model: Any, tokens: Tensor) -> tuple[Tensor, DynamicCache]:
+    """Return logits [B, T, V] of ``tokens`` [B, T], computed one token at a time, and the cache."""
     cache, logits = DynamicCache(config=model.config), []
     with torch.no_grad():
         for position in range(tokens.shape[1]):
@@ -69,31 +72,31 @@ def token_by_token(model: Any, tokens: Tensor) -> tuple[Tensor, DynamicCache]:
     return torch.cat(logits, 1), cache
 
 
-def test_little_is_lost_and_half_is_saved() -> None:
+def test_the_cache_is_smaller_and_logits_stay_close() -> None:
     tokens = prompt(0)["input_ids"]
     settings = {"kv_lora_rank": 128, "qk_rope_head_dim": 8, "head_dim": 8}
-    wanted, full = token_by_token(transmla.accelerate(tiny(**settings)), tokens)
-    found, packed = token_by_token(transmla.accelerate(tiny(**settings), cache_dtype=FLOAT8), tokens)
+    expected, full = token_by_token(transmla.accelerate(tiny(**settings)), tokens)
+    actual, packed = token_by_token(transmla.accelerate(tiny(**settings), cache_dtype=FLOAT8), tokens)
     assert latent_bytes(packed) * 4 * (128 + 8) == latent_bytes(full) * row_bytes(128, 8, torch.float32)
-    spread = wanted.log_softmax(-1)
+    spread = expected.log_softmax(-1)
     assert (
         0
-        < (spread.exp() * (spread - found.log_softmax(-1))).sum(-1).mean()
+        < (spread.exp() * (spread - actual.log_softmax(-1))).sum(-1).mean()
         < 0.05 * -(spread.exp() * spread).sum(-1).mean()
     )
 
 
-def test_a_prompt_read_at_once_is_held_as_one_read_by_token() -> None:
+def test_a_prefilled_prompt_is_cached_like_one_read_token_by_token() -> None:
     model, tokens = transmla.accelerate(tiny(), cache_dtype=FLOAT8), prompt(0)["input_ids"]
-    wanted, _ = token_by_token(model, tokens)
+    expected, _ = token_by_token(model, tokens)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens[:, :-1], past_key_values=cache)
-        found = model(tokens[:, -1:], past_key_values=cache).logits
-    assert torch.allclose(found[:, -1], wanted[:, -1], atol=1e-4)
+        actual = model(tokens[:, -1:], past_key_values=cache).logits
+    assert torch.allclose(actual[:, -1], expected[:, -1], atol=1e-4)
 
 
-def test_a_cache_filled_before_is_packed() -> None:
+def test_a_cache_filled_before_acceleration_is_packed() -> None:
     model, tokens = tiny(), prompt(0)["input_ids"]
     with torch.no_grad():
         cache = model(tokens[:, :-1], use_cache=True).past_key_values
@@ -102,7 +105,7 @@ def test_a_cache_filled_before_is_packed() -> None:
     assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
 
 
-def test_own_rows_behind_a_shared_prefix_are_packed() -> None:
+def test_rows_behind_a_shared_prefix_are_packed() -> None:
     model, tokens = transmla.accelerate(tiny(), cache_dtype=FLOAT8), prompt(0)["input_ids"]
     tokens = torch.cat([tokens[:1, :8].expand(len(tokens), -1), tokens], 1)
     cache = transmla.shared_prefix(model, tokens[:1, :8])
@@ -111,9 +114,9 @@ def test_own_rows_behind_a_shared_prefix_are_packed() -> None:
     assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_unknown_dtypes_and_static_caches_are_refused() -> None:
     with pytest.raises(TransmlaError, match="unknown cache_dtype 'int4'"):
         transmla.accelerate(tiny(), cache_dtype="int4")
     model = transmla.accelerate(tiny(), cache_dtype=FLOAT8)
-    with pytest.raises(ValueError, match="cannot hold rows of 8 bits"):
+    with pytest.raises(ValueError, match="cannot hold float8 rows"):
         model.generate(**prompt(), max_new_tokens=2, cache_implementation="static")

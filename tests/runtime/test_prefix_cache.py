@@ -1,4 +1,4 @@
-"""A shared prefix changes where a prompt is kept, and nothing that is said after it."""
+"""A shared prefix changes where a prompt is cached, but not the tokens that are generated after it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from transmla.runtime import latent_attention as attention
 from transmla.runtime import prefix_cache as prefix
 from transmla.runtime.prefix_cache import attend, expanding_is_cheaper, merge, share
 
+# Tokens of the prefix, and of each continuation.
 SHARED, OWN = 11, 4
 
 
 @pytest.fixture(params=["expanded", "absorbed"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The prefix attended to in either form, whatever would pay."""
+    """Force either form of attention to the prefix, whichever is faster."""
     monkeypatch.setattr(prefix, "PRODUCTS_PER_VALUE", float("-inf") if request.param == "expanded" else float("inf"))
     return str(request.param)
 
 
 def texts(batch: int = 3) -> Tensor:
-    """[batch, SHARED + OWN] tokens that begin alike."""
+    """Return tokens [batch, SHARED + OWN] whose first SHARED columns are equal in all rows."""
     generator = torch.Generator().manual_seed(2)
     shared = torch.randint(2, 96, (1, SHARED), generator=generator).expand(batch, -1)
     return torch.cat([shared, torch.randint(2, 96, (batch, OWN), generator=generator)], 1)
@@ -43,30 +44,30 @@ def test_generate_gives_the_same_tokens(family: str, settings: dict[str, Any], f
     tokens = texts()
     settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, **settings}
     torch.manual_seed(4)
-    wanted = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     transmla.accelerate(model)
     cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
     torch.manual_seed(4)
-    found = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, **settings)
-    assert torch.equal(found, wanted)
+    actual = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, **settings)
+    assert torch.equal(actual, expected)
     assert all((layer.expanded is not None) == (form == "expanded") for layer in cache.layers)
 
 
 def test_continuations_of_several_lengths(form: str) -> None:
-    """Padding stands between the prompt and the shorter continuations."""
+    """Shorter continuations are padded between prompt and continuation."""
     model = transmla.accelerate(tiny())
     tokens, mask = texts(), torch.ones(3, SHARED + OWN, dtype=torch.int64)
     mask[1, SHARED : SHARED + 2], mask[2, SHARED : SHARED + 3] = 0, 0
     cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    found = model.generate(tokens, attention_mask=mask, past_key_values=cache, **settings)[:, SHARED + OWN :]
-    for row, kept in zip(range(3), mask.bool(), strict=True):
-        alone = tokens[row][kept][None]
-        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **settings)[:, alone.shape[1] :]
-        assert torch.equal(found[row : row + 1], wanted)
+    actual = model.generate(tokens, attention_mask=mask, past_key_values=cache, **settings)[:, SHARED + OWN :]
+    for row, real in zip(range(3), mask.bool(), strict=True):
+        alone = tokens[row][real][None]
+        expected = model.generate(alone, attention_mask=torch.ones_like(alone), **settings)[:, alone.shape[1] :]
+        assert torch.equal(actual[row : row + 1], expected)
 
 
-def test_a_mask_that_hides_some_of_the_prefix_is_refused() -> None:
+def test_a_mask_that_hides_a_part_of_the_prefix_is_refused() -> None:
     model, tokens = transmla.accelerate(tiny()), texts()
     cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
     mask = torch.ones_like(tokens)
@@ -75,18 +76,18 @@ def test_a_mask_that_hides_some_of_the_prefix_is_refused() -> None:
         model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
 
-def test_projections_with_a_forward_of_their_own_are_asked(form: str) -> None:
-    """An adapter's part of W_UK and W_UV is in neither weight."""
+def test_adapters_on_kv_b_proj_are_applied(form: str) -> None:
+    """The weight of ``kv_b_proj`` does not contain the adapter, so only its ``forward`` is right."""
     model, tokens = tiny(), texts()
     for module in model.modules():
         if hasattr(module, "kv_b_proj"):
             module.kv_b_proj = torch.nn.Sequential(module.kv_b_proj, Louder())
             module.kv_b_proj.weight = module.kv_b_proj[0].weight
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    wanted = model.generate(tokens, **settings)
+    expected = model.generate(tokens, **settings)
     transmla.accelerate(model)
     cache = transmla.shared_prefix(model, tokens[:1, :SHARED])
-    assert torch.equal(model.generate(tokens, past_key_values=cache, **settings), wanted)
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **settings), expected)
 
 
 class Louder(torch.nn.Module):
@@ -94,19 +95,19 @@ class Louder(torch.nn.Module):
         return 1.5 * x
 
 
-def test_a_long_continuation_is_read_in_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_continuation_is_decoded_in_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PIECE", 3)
     test_generate_gives_the_same_tokens("deepseek_v3", {}, form)
 
 
-def test_the_prefix_is_held_once_and_may_be_used_again() -> None:
+def test_the_prefix_is_cached_once_and_a_copy_can_be_reused() -> None:
     model = transmla.accelerate(tiny())
     cache = transmla.shared_prefix(model, texts()[:1, :SHARED])
-    kept = copy.deepcopy(cache)
+    duplicate = copy.deepcopy(cache)
     tokens = texts(5)
     settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False}
     first = model.generate(tokens, past_key_values=cache, **settings)
-    assert torch.equal(model.generate(tokens, past_key_values=kept, **settings), first)
+    assert torch.equal(model.generate(tokens, past_key_values=duplicate, **settings), first)
     for layer in cache.layers:
         assert layer.prefix[0].shape == (1, 1, SHARED, 16)
         assert layer.keys.shape[:3] == (5, 1, OWN + 3)
@@ -121,17 +122,17 @@ def test_merging_two_parts_is_attention_to_both() -> None:
     assert torch.allclose(whole, (q @ k.mT * 0.3).softmax(-1) @ v, atol=1e-12)
 
 
-def test_few_queries_leave_the_prefix_a_latent() -> None:
+def test_few_queries_attend_to_the_prefix_in_absorbed_form() -> None:
     class Shape:
         kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 512, 128, 64, 128
 
     assert not expanding_is_cheaper(Shape, 32)
     assert expanding_is_cheaper(Shape, 64)
-    Shape.kv_lora_rank = 96  # expanding saves no product
+    Shape.kv_lora_rank = 96  # the expanded form saves no product
     assert not expanding_is_cheaper(Shape, 10**6)
 
 
-def test_what_cannot_be_shared_is_refused() -> None:
+def test_invalid_prefixes_are_refused() -> None:
     model = tiny()
     tokens = texts()
     with pytest.raises(TransmlaError, match="not accelerated"):

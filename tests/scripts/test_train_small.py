@@ -1,4 +1,4 @@
-"""scripts/train_small.py makes what conversions are compared on."""
+"""scripts/train_small.py trains the small models that conversions are compared on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_small.py"
 
 
-def test_it_writes_a_model_with_large_norms_and_its_tokenizer(tmp_path: Path) -> None:
+def test_the_script_writes_a_model_with_large_norms_and_its_tokenizer(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "qwen3", str(tmp_path), "--steps", "2", "--large", "--commit", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "A list is a mutable sequence."
@@ -24,7 +24,7 @@ def test_it_writes_a_model_with_large_norms_and_its_tokenizer(tmp_path: Path) ->
     norm = model.model.layers[0].self_attn.k_norm.weight
     assert norm.max() > 2
     assert norm.min() < 0.5
-    told = json.loads((tmp_path / "training.json").read_text())
-    assert told["held-out perplexity"] > 1
-    assert told["steps"] == 2
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["held-out perplexity"] > 1
+    assert record["steps"] == 2
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -1,4 +1,4 @@
-"""Text sources give exactly the tokens of the whole text, or say in one line why they cannot."""
+"""Text sources return the same tokens as tokenising the whole text, or raise an error of one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOINED = "first row\n\nsecond row\n\nthird row"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE without BOS whose declared context is 16, so every text is 'too long' for it."""
+    """A byte-level BPE tokenizer that adds no BOS. Its declared context is 16 tokens, so every text exceeds it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -40,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, putting BOS before and EOS after each text."""
+    """The same tokenizer with BOS before and EOS after each text."""
     bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
@@ -121,7 +121,7 @@ def test_a_text_just_long_enough_is_used_whole(tokenizer: PreTrainedTokenizerFas
 
 
 def test_prefix_grows_when_tokens_are_long(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    # A pre-tokenizer that keeps only words makes tokens of ~60 characters, five times the guess.
+    # The pre-tokenizer splits at whitespace, so a token takes about 60 characters: five times CHARS_PER_TOKEN.
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1, "other": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = tmp_path / "sparse.md"
@@ -152,7 +152,9 @@ def test_one_bos_at_the_start_and_no_eos(with_bos: PreTrainedTokenizerFast, text
     assert load_tokens(str(text_file), with_bos).tolist() == expected
 
 
-def test_no_warning_about_the_length(tokenizer: PreTrainedTokenizerFast, text_file: Path, caplog) -> None:
+def test_a_text_longer_than_the_context_gives_no_warning(
+    tokenizer: PreTrainedTokenizerFast, text_file: Path, caplog
+) -> None:
     load_tokens(str(text_file), tokenizer, limit=500)
     assert "longer than" not in caplog.text
 
@@ -170,9 +172,9 @@ def test_tables_join_their_rows(suffix: str, column: str, tokenizer: PreTrainedT
         datasets.Dataset.from_list(rows).to_parquet(path)
     chosen = None if column == "text" else column
     assert load_tokens(str(path), tokenizer, column=chosen).tolist() == whole(tokenizer, JOINED)
-    with pytest.raises(TransmlaError, match=rf"lacks a column 'nope'; its columns: id, {column}"):
+    with pytest.raises(TransmlaError, match=rf"has no column 'nope'; its columns: id, {column}"):
         load_tokens(str(path), tokenizer, column="nope")
-    with pytest.raises(TransmlaError, match="lacks a column 'id' of text"):
+    with pytest.raises(TransmlaError, match="has no text column 'id'"):
         load_tokens(str(path), tokenizer, column="id")
 
 
@@ -211,7 +213,7 @@ def test_hub_datasets_stream_only_what_is_needed(
     assert read < 1000
 
 
-def test_an_unreachable_hub_is_said_in_one_line(
+def test_an_unreachable_hub_is_an_error_of_one_line(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -225,7 +227,7 @@ def test_an_unreachable_hub_is_said_in_one_line(
     ("file", "content", "options", "message"),
     [
         ("missing.txt", None, {}, "no file"),
-        ("table.csv", "a,b", {}, r"no type that can be read; types: \.txt, \.md, \.jsonl"),
+        ("table.csv", "a,b", {}, r"has an unknown file type; supported: \.txt, \.md, \.jsonl"),
         ("empty.txt", "", {}, "holds no text"),
         ("blank.md", " \n\n ", {}, "holds no text"),
         ("empty.jsonl", "", {}, "holds no text"),
@@ -239,7 +241,7 @@ def test_an_unreachable_hub_is_said_in_one_line(
         ("zero.txt", "text", {"sequences": 0}, "at least 1"),
     ],
 )
-def test_refusals(
+def test_unusable_files_and_options_are_refused(
     file: str,
     content: str | bytes | None,
     options: dict[str, object],
@@ -254,14 +256,14 @@ def test_refusals(
         load_blocks(str(path), tokenizer, **{"sequences": 4, "length": 8, **options})
 
 
-def test_sources_that_are_no_file_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_self_and_unknown_pydoc_splits_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TransmlaError, match="sampling needs the model"):
         load_tokens("self", tokenizer)
     with pytest.raises(TransmlaError, match="choose train or test"):
         load_tokens("pydoc", tokenizer, split="validation")
 
 
-def test_samples_depend_on_seed_and_batch_alone(model, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_samples_depend_only_on_the_seed_and_the_batch(model, tokenizer: PreTrainedTokenizerFast) -> None:
     done: list[tuple[int, int]] = []
     settings = copy.deepcopy(model.generation_config.to_dict())
     state = torch.random.get_rng_state()
@@ -281,9 +283,11 @@ def test_samples_depend_on_seed_and_batch_alone(model, tokenizer: PreTrainedToke
     assert first.unique(dim=0).shape[0] == 5
 
 
-def test_samples_follow_the_model_and_pass_over_eos(model, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_samples_follow_the_models_distribution_and_continue_after_eos(
+    model, tokenizer: PreTrainedTokenizerFast
+) -> None:
     biased = copy.deepcopy(model).eval()
-    # A checkpoint's own settings must not shape the samples.
+    # The checkpoint's generation settings must not change the samples.
     biased.generation_config.update(top_k=1, repetition_penalty=5.0)
     biased.lm_head = torch.nn.Linear(32, len(tokenizer))
     with torch.no_grad():

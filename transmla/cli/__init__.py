@@ -1,6 +1,13 @@
-"""The command line: ``transmla VERB``."""
+"""The command line, ``transmla VERB``.
 
-from transmla.cli.app import main
-from transmla.cli.verbs import VERBS
+app            the application: one command per verb, errors as one line
+convert_verbs  families, plan, inspect, convert
+export_verbs   verify, eval, bench, heal, push
+options        flags made from the fields of recipes, evaluations and healings
+console        progress bars and tables
+inspect_report the report of ``transmla inspect`` as a picture or a page
+"""
+
+from transmla.cli.app import VERBS, main
 
 __all__ = ["VERBS", "main"]

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from transmla import __version__
+from transmla.cli.convert_verbs import convert, families, inspect, plan
+from transmla.cli.export_verbs import bench, evaluate, heal, push, verify
 from transmla.cli.options import Command
-from transmla.cli.verbs import VERBS
 from transmla.errors import TransmlaError
 
+VERBS: dict[str, Callable[..., None]] = {
+    "families": families,
+    "plan": plan,
+    "inspect": inspect,
+    "convert": convert,
+    "verify": verify,
+    "eval": evaluate,
+    "heal": heal,
+    "bench": bench,
+    "push": push,
+}
 # What a shell reports for Ctrl-C, and what typer turns it into.
 INTERRUPTED = 130
 
@@ -23,7 +36,7 @@ def _version(asked: bool) -> None:
 
 
 def build() -> typer.Typer:
-    """The application, one command per verb."""
+    """Build the application, one command per verb."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
     @app.callback()
@@ -40,7 +53,7 @@ def build() -> typer.Typer:
 
 
 def _quiet() -> None:
-    """Libraries' own progress bars and advice would drown ours."""
+    """Silence the progress bars and advice of libraries."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -60,7 +73,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
-        # A misused option; typer carries click inside or beside it, by version, and exports no base class.
+        # A misused option. typer carries click inside or beside it, by version, and exports no base class of errors.
         if not hasattr(error, "format_message"):
             raise
         print(f"error: {TransmlaError(error.format_message(), remedy='see --help')}", file=sys.stderr)

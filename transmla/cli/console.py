@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars, tables, one-line errors."""
+"""Progress bars and tables of the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transmla.export.card import cache_rows
 
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
-# Columns on a progress bar that an attention error or the like may take.
+# Width of the note on a progress bar, in characters.
 NOTE_WIDTH = 20
 
 
@@ -35,7 +35,7 @@ class Bars:
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            # Of all columns only the bar shrinks on a narrow screen.
+            # On a narrow screen only the bar shrinks.
             BarColumn(),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
@@ -51,23 +51,26 @@ class Bars:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # Off a terminal the bars are printed once, here; after a failure its one line is to stand alone.
+        # Off a terminal the bars are printed once, here. After a failure the error's line should stand alone.
         self.progress.live.transient = kind is not None and not err.is_terminal
         self.progress.live.stop()
 
     def stage(self, name: str, total: int) -> None:
+        """Start a new bar of ``total`` steps."""
         self.task = self.progress.add_task(name, total=total, note="")
 
     def advance(self, done: int, note: str | int = "") -> None:
+        """Move the bar to ``done`` steps; show ``note`` behind it."""
         if self.task is not None:
             self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
 
     def message(self, text: str) -> None:
+        """Print one line above the bars."""
         self.progress.console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line of plain text on standard output, brackets and all."""
+    """Print one line of plain text on standard output; brackets are not markup."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -82,10 +85,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def gigabytes(size: float) -> str:
+    """Format ``size`` bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:
+    """Format a time in ``seconds``."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120
@@ -96,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
-    """The tables of ``transmla plan``."""
+    """Print the tables of ``transmla plan``: the shape, who runs it, and what the conversion needs."""
     shape, spec = plan.shape, plan.spec
     (_, *values), (_, *size) = cache_rows(plan)
     table(
@@ -136,7 +141,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
 
 
 def show_inspection(inspection: Inspection) -> None:
-    """The tables of ``transmla inspect``."""
+    """Print the tables of ``transmla inspect``: every layer, and the mean error by budget."""
     budgets = list(inspection.plans)
     rows = []
     for i, layer in enumerate(inspection.layers):
@@ -159,8 +164,9 @@ def show_inspection(inspection: Inspection) -> None:
         rows,
     )
     say(
-        "r: latent that holds so much of keys and values without position; one head, shared: rotary energy that one"
-        " channel a frequency holds, of the best head or mixed from all; const: rotary energy a constant holds"
+        "r 90 %, r 99 %: latent width that holds this share of keys and values without position. one head, shared:"
+        " rotary energy held by one channel per frequency, taken from the best head or mixed from all. const: rotary"
+        " energy held by a constant"
     )
     table(
         "mean error by budget",
@@ -178,12 +184,13 @@ def show_inspection(inspection: Inspection) -> None:
 
 
 def show_check(check: Check) -> None:
+    """Print the answer of one check."""
     mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
     out.print(f"{mark}  {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
 
 
 def show_evaluation(result: dict[str, Any], text: str) -> None:
-    """Perplexity, and the distance from the baseline if there was one."""
+    """Print perplexity, and the distance from the baseline if there was one."""
     rows = [["perplexity", f"{result['perplexity']:.3f}"]]
     if result["baseline_perplexity"] is not None:
         rows = [
@@ -200,9 +207,9 @@ def show_evaluation(result: dict[str, Any], text: str) -> None:
     )
 
 
-def show_bench(found: dict[str, Bench]) -> None:
-    """Speeds by batch and context; with a baseline, its own and the ratio."""
-    ours, theirs = found["model"], found.get("baseline")
+def show_bench(results: dict[str, Bench]) -> None:
+    """Print speeds by batch and context; with a baseline, its speeds and the ratio."""
+    ours, theirs = results["model"], results.get("baseline")
     before = {} if theirs is None else {(point.batch, point.context): point for point in theirs.points}
     rows = []
     for point in ours.points:
@@ -227,23 +234,23 @@ def show_bench(found: dict[str, Bench]) -> None:
         rows,
     )
     say(
-        "prompt: reading one sequence; of copy: cache and weights over a step, against what a copy reads and writes"
-        f" here, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
+        "prompt s: seconds to read the prompt of one sequence. of copy: bytes of cache and weights that a step reads in"
+        f" a second, as a share of this device's copy speed, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
     )
 
 
-def show_healing(told: dict[str, Any]) -> None:
-    """The table that closes a healing."""
-    kl = told["held_out_kl"]
+def show_healing(record: dict[str, Any]) -> None:
+    """Print the table that closes a healing."""
+    kl, data = record["held_out_kl"], ", ".join(record["settings"]["data"])
     table(
-        f"healed on {', '.join(told['settings']['data'])}, {told['tokens']:,} tokens in {duration(told['seconds'])}",
+        f"healed on {data}, {record['tokens']:,} tokens in {duration(record['seconds'])}",
         ["", "before", "after"],
-        [["KL to the teacher on what was kept aside", f"{kl['before']:.4f}", f"{kl['after']:.4f}"]],
+        [["held-out KL to the teacher", f"{kl['before']:.4f}", f"{kl['after']:.4f}"]],
     )
 
 
 def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:
-    """The table that closes a conversion whose recipe has an ``eval`` section."""
+    """Print the table that closes a conversion whose recipe has an ``eval`` section."""
     table(
         f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
         ["", "source", "MLA"],

@@ -1,4 +1,4 @@
-"""Draw the report of ``transmla inspect`` as a PNG or one HTML page."""
+"""Draw the report of ``transmla inspect``, as a PNG or as one HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command-line options made from the recipe's fields, so that no option is declared twice."""
+"""Command-line flags made from the fields of recipes, evaluations and healings, so that each is declared once."""
 
 from __future__ import annotations
 
@@ -14,37 +14,114 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from transmla.heal.settings import Healing
-from transmla.recipe import Calibration, Recipe
+from transmla.recipe import Calibration, Evaluation, Recipe
 from transmla.registry import scan
 
-_PANELS = {
-    "Shape": (
-        "cache_ratio",
-        "kv_lora_rank",
-        "qk_rope_head_dim",
-        "qk_nope_head_dim",
-        "v_head_dim",
-        "q_lora_rank",
-        "pad_for",
-        "custom_rope",
-        "allow_no_saving",
-    ),
-    "Format": ("format", "layers"),
-    "Method": ("method", "reconstruct", "freqfold", "dtype", "seed", "device"),
-    "Source": ("revision", "allow_pickle"),
+# A section's flags begin with its name; the flag of this field is the name alone: --calibration pydoc.
+SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
+    "calibration": (Calibration, "source"),
+    "eval": (Evaluation, "text"),
 }
-_HEALING_PANELS = {
-    "Text": ("self_tokens", "split", "column", "length", "held_out", "max_epochs"),
-    "How long": ("max_tokens", "max_minutes", "patience"),
-    "What is learned": ("trainable", "lora_rank", "kl", "cross_entropy", "hidden", "temperature"),
-    "How": ("learning_rate", "other_rate", "warmup", "clip", "batch", "seed"),
-    "Memory and speed": ("precision", "accumulate", "checkpointing", "compile"),
-    "Keeping track": ("eval_every", "save_every"),
-}
+# Plug-ins that --help lists: flag → (folder, attribute).
+SHELVES = {"method": ("transmla.core.methods", "METHOD"), "format": ("transmla.formats", "FORMAT")}
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
+
+
+def with_recipe_options(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, which takes ``**options``, the flags of a recipe and of these of its ``sections``."""
+    parameters = _parameters(Recipe)
+    for name in sections:
+        model, main = SECTIONS[name]
+        parameters += _parameters(model, prefix=name, main=main)
+    return _decorator(parameters)
+
+
+def with_evaluation_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give ``function``, which takes ``**options``, the flags of an evaluation."""
+    return _decorator(_parameters(Evaluation))(function)
+
+
+def with_healing_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give ``function``, which takes ``**options``, the flags of a healing."""
+    return _decorator(_parameters(Healing))(function)
+
+
+def overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given, nested as in a recipe file."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for section, (_, main) in SECTIONS.items():
+        names = [name for name in given if name == section or name.startswith(f"{section}_")]
+        values = {name.removeprefix(section).removeprefix("_") or main: given.pop(name) for name in names}
+        if values:
+            given[section] = values
+    return given
+
+
+def help_of(model: type[BaseModel], field: str) -> str:
+    """The help of a flag that a command declares itself, from the field's description."""
+    return escape(_help(model.model_fields[field], default=False))
+
+
+class Command(TyperCommand):
+    """A command whose help lists methods and formats. Finding them imports torch, so only the help does it."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, methods and formats included."""
+        self.list_plugins()
+        super().format_help(ctx, formatter)
+
+    def list_plugins(self) -> None:
+        """Add to the help of a flag that names a plug-in the list of those there are."""
+        for parameter in self.params:
+            if parameter.name in SHELVES:
+                listed = _plugin_help(*SHELVES[parameter.name])
+                parameter.help = parameter.help.removesuffix(listed) + listed  # type: ignore[attr-defined]
+
+
+def _plugin_help(package: str, attribute: str) -> str:
+    """One paragraph for each plug-in of a folder."""
+    return escape("".join(f"\n\n{plugin.name}: {plugin.summary}" for plugin in scan(package, attribute).values()))
+
+
+def _parameters(model: type[BaseModel], *, prefix: str = "", main: str = "") -> list[inspect.Parameter]:
+    """One keyword parameter for each field of ``model`` that has a panel."""
+    parameters = []
+    for field, info in model.model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict):
+            name = "_".join(part for part in (prefix, "" if field == main else field) if part)
+            parameters.append(_parameter(name, model, field, str(extra["panel"])))
+    return parameters
+
+
+def _parameter(name: str, model: type[BaseModel], field: str, panel: str) -> inspect.Parameter:
+    """The keyword parameter of one flag; None if it is not given."""
+    info, flag = model.model_fields[field], "--" + name.replace("_", "-")
+    kind = _flag_type(info.annotation)
+    if kind is bool and info.default is None:
+        flag = f"{flag}/--no-{flag[2:]}"
+    option = typer.Option(flag, help=escape(_help(info)), rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _help(info: Any, *, default: bool = True) -> str:
+    """Description, choices and, if asked for, default of a field."""
+    choices = [choice for choice in _choices(info.annotation) if isinstance(choice, str)]
+    listed = f" ({', '.join(choices)})" if choices else ""
+    # By identity: a seed of 0 is a default worth showing.
+    shown = default and info.default is not None and info.default is not False
+    return (
+        f"{info.description[0].upper()}{info.description[1:]}{listed}{f' (default: {info.default})' if shown else ''}"
+    )
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The plain type of a field: its choices become text that the recipe checks."""
+    """The plain type of a field. Choices are text, which the recipe checks."""
     # `int | None` is a UnionType, `Annotated[int, …] | None` a Union.
     union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     arms = typing.get_args(annotation) if union else (annotation,)
@@ -56,111 +133,29 @@ def _flag_type(annotation: Any) -> Any:
     return str
 
 
-def _option(flag: str, name: str, model: type[BaseModel], field: str, panel: str) -> inspect.Parameter:
-    info = model.model_fields[field]
-    kind = _flag_type(info.annotation)
-    # By identity: a seed of 0 is a default worth showing.
-    default = "" if info.default is None or info.default is False else f" (default: {info.default})"
-    if kind is bool and info.default is None:
-        flag = f"{flag}/--no-{flag[2:]}"
-    choices = [c for c in _choices(info.annotation) if isinstance(c, str)]
-    listed = f" ({', '.join(choices)})" if choices else ""
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            kind | None,
-            typer.Option(
-                flag,
-                help=escape(f"{info.description}{listed}{default}"),
-                rich_help_panel=panel,
-                show_default=False,
-            ),
-        ],
-    )
-
-
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = ()
+    """The values of all Literal types in ``annotation``."""
+    choices: tuple[Any, ...] = ()
     for arm in (annotation, *typing.get_args(annotation)):
         if typing.get_origin(arm) is typing.Literal:
-            found += typing.get_args(arm)
-    return found
+            choices += typing.get_args(arm)
+    return choices
 
 
-def recipe_parameters() -> list[inspect.Parameter]:
-    """One keyword parameter per recipe field that a flag can set."""
-    parameters = []
-    for panel, fields in _PANELS.items():
-        for field in fields:
-            flag = "--" + field.replace("_", "-")
-            parameters.append(_option(flag, field, Recipe, field, panel))
-    for field in Calibration.model_fields:
-        name = "calibration" if field == "source" else f"calibration_{field}"
-        parameters.append(_option("--" + name.replace("_", "-"), name, Calibration, field, "Calibration text"))
-    return parameters
+def _decorator(parameters: list[inspect.Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that puts ``parameters`` in the place of a command's ``**options``."""
 
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        explicit = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*explicit, *parameters]]
 
-class Command(TyperCommand):
-    """A command whose help lists the methods there are; finding them takes torch, so only the help does it."""
+        def command(**kwargs: Any) -> None:
+            function(**kwargs)
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        for parameter in self.params:
-            if parameter.name == "method":
-                parameter.help = _method_help()  # type: ignore[attr-defined]
-        super().format_help(ctx, formatter)
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in keywords}
+        return command
 
-
-def _method_help() -> str:
-    methods = scan("transmla.core.methods", "METHOD").values()
-    lines = [
-        f"conversion method (default: {Recipe.model_fields['method'].default})",
-        *(f"{method.name}: {method.summary}" for method in methods),
-    ]
-    return escape("\n\n".join(lines))
-
-
-def healing_parameters() -> list[inspect.Parameter]:
-    """One keyword parameter per field of a healing that a flag can set once."""
-    return [
-        _option("--" + field.replace("_", "-"), field, Healing, field, panel)
-        for panel, fields in _HEALING_PANELS.items()
-        for field in fields
-    ]
-
-
-def with_recipe_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give ``function``, which takes ``**options``, every recipe option in its signature."""
-    return _with_parameters(function, recipe_parameters())
-
-
-def with_healing_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give ``function``, which takes ``**options``, every option of a healing in its signature."""
-    return _with_parameters(function, healing_parameters())
-
-
-def _with_parameters(function: Callable[..., None], more: list[inspect.Parameter]) -> Callable[..., None]:
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [*own, *more]
-
-    def command(**kwargs: Any) -> None:
-        function(**kwargs)
-
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    )
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
-def overrides(options: dict[str, Any]) -> dict[str, Any]:
-    """Flags that were given, nested as in a recipe file."""
-    given = {name: value for name, value in options.items() if value is not None}
-    calibration = {
-        name.removeprefix("calibration").removeprefix("_") or "source": given.pop(name)
-        for name in list(given)
-        if name.startswith("calibration")
-    }
-    return given | ({"calibration": calibration} if calibration else {})
+    return decorate

@@ -19,12 +19,19 @@ from transmla.source.text import load_blocks
 
 
 def check_length(spec: AttentionSpec, length: int) -> None:
-    """A calibration sequence must fit the source's context, and of longrope the part with the short frequencies."""
+    """Check that calibration sequences of ``length`` tokens fit the source's context.
+
+    With longrope, sequences must also be short enough to use the short frequencies, because layers are converted with
+    these.
+
+    Raises:
+        TransmlaError: if the sequences are too long.
+    """
     short = min((kind.short_length for kind in spec.kinds if kind.short_length is not None), default=length)
     if length > short:
         raise TransmlaError(
             f"calibration sequences of {length} tokens are longer than {short}",
-            limit="that far longrope turns by its short frequencies, which layers are converted with",
+            limit=f"longrope uses its short frequencies up to {short} tokens, and layers are converted with these",
             remedy="lower --calibration-length",
         )
     if length > spec.max_position_embeddings:
@@ -36,16 +43,29 @@ def check_length(spec: AttentionSpec, length: int) -> None:
 
 
 def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> Tensor:
-    """Calibration tokens [sequences, length], from text or sampled from the source itself."""
-    want = recipe.calibration
-    if want.source != "self":
+    """Load or sample the calibration tokens of a recipe.
+
+    Args:
+        recipe: the recipe, whose ``calibration`` names a text, or ``self`` to sample from the source.
+        source: the opened source.
+        tokenizer: the source's tokenizer.
+        report: receives the progress of sampling.
+
+    Returns:
+        Token ids [sequences, length].
+
+    Raises:
+        TransmlaError: if the tokenizer produces tokens outside the model's vocabulary.
+    """
+    calibration = recipe.calibration
+    if calibration.source != "self":
         blocks = load_blocks(
-            want.source,
+            calibration.source,
             tokenizer,
-            sequences=want.sequences,
-            length=want.length,
-            split=want.split,
-            column=want.column,
+            sequences=calibration.sequences,
+            length=calibration.length,
+            split=calibration.split,
+            column=calibration.column,
         )
         if int(blocks.max()) >= source.spec.vocab_size:
             raise TransmlaError(
@@ -56,13 +76,13 @@ def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: R
         return blocks
     device = pick_device(recipe.device)
     dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
-    report.stage("sampling calibration text", want.sequences)
+    report.stage("sampling calibration text", calibration.sequences)
     model = load_model(source.path, dtype=dtype).to(device)
     return sample_self(
         model,
         tokenizer,
-        sequences=want.sequences,
-        length=want.length,
+        sequences=calibration.sequences,
+        length=calibration.length,
         seed=recipe.seed,
         progress=lambda done, _: report.advance(done),
     )

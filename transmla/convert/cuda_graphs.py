@@ -1,4 +1,4 @@
-"""Running one step many times: as a CUDA graph where there is a GPU, with the same bits every time."""
+"""Run one step many times: on a GPU as a replayed CUDA graph, and with deterministic kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Steps run before a graph is captured, so that the optimizer's state and all workspaces exist.
+# Number of steps that run before a graph is captured; they allocate the optimizer's state and all workspaces.
 EAGER = 3
 
 
 def run_steps(advance: Callable[[], None], times: int, device: torch.device) -> None:
-    """Call ``advance`` ``times`` times; on a GPU all but the first few as one CUDA graph, replayed."""
+    """Call ``advance`` ``times`` times; on a GPU, capture it after EAGER calls and replay the CUDA graph instead."""
     if device.type != "cuda" or times <= EAGER:
         for _ in range(times):
             advance()
@@ -35,7 +35,10 @@ def run_steps(advance: Callable[[], None], times: int, device: torch.device) -> 
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Work that a GPU does at the same time as what follows, until ``wait_for_side_stream``; elsewhere, just work."""
+    """Return a context in which a GPU runs work on a second stream, in parallel with the work after the context.
+
+    Call ``wait_for_side_stream`` before the results are used. On a CPU the context does nothing.
+    """
     if device.type != "cuda":
         return nullcontext()
     side = _stream(device, "side")
@@ -44,22 +47,23 @@ def side_stream(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def wait_for_side_stream(device: torch.device) -> None:
-    """Let what follows see all that was done ``side_stream``."""
+    """Make the current stream wait for all work of ``side_stream``, so that the results can be used."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_stream(device, "side"))
 
 
 @cache
 def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """The same stream every time: libraries keep a workspace for every stream they ever saw."""
+    """Return the same stream for every call, because libraries keep one workspace for each stream they run on."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Kernels that give the same bits every time.
+    """Return a context in which PyTorch uses deterministic kernels only; the caller's settings are restored at its end.
 
-    PyTorch's flash and memory-efficient attention have such backward passes where they are insisted on.
+    Attention is limited to PyTorch's flash, memory-efficient and math backends, which have deterministic backward
+    passes.
     """
     enabled, warned = (
         torch.are_deterministic_algorithms_enabled(),

@@ -1,4 +1,4 @@
-"""From a layer's weights and statistics to the tensors that are written."""
+"""Factor a layer's weights into MLA factors, from its statistics on calibration text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from transmla.errors import TransmlaError
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
-    """Factor one layer in float64 by the plan's method, then compress queries as the plan says.
+    """Factor one layer in float64 with the plan's method, then compress the queries if the plan has a query rank.
+
+    Args:
+        weights: the source layer's attention weights.
+        stats: the layer's statistics on calibration text.
+        plan: the plan for this layer alone.
 
     Raises:
-        TransmlaError: if the result is not finite.
+        TransmlaError: if a factor is NaN or infinite.
     """
     exact = stats.to(torch.float64)
     factors = method_named(plan.method).factorize(weights.to(torch.float64), exact, plan)
@@ -23,7 +28,7 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
         factors = compress_queries(factors, exact, plan.shape.q_lora_rank)
     if not all(bool(t.isfinite().all()) for t in vars(factors).values() if isinstance(t, Tensor)):
         raise TransmlaError(
-            f"method '{plan.method}' gave values that are not finite",
+            f"method '{plan.method}' gave NaN or infinite weights",
             limit="the calibration statistics may be degenerate",
             remedy="use more calibration text, or a smaller rank",
         )

@@ -1,4 +1,4 @@
-"""Write what follows the layers: last shard, config, tokenizer, recipe, manifest and card."""
+"""Write the files that follow the layers: last shard, config, tokenizer, recipe, manifest and card."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from transmla.recipe import dump_recipe
 def write_rest(
     prepared: Prepared, workspace: Workspace, progress: Progress, final_norm: float, tokenizer: Any, fingerprint: str
 ) -> None:
-    """Complete the export in ``workspace``, whose layers are written.
+    """Complete the export in ``workspace`` after all layers have been written.
 
     Args:
         prepared: the conversion.
-        workspace: the unfinished folder.
-        progress: of the conversion.
+        workspace: the unfinished output folder.
+        progress: the conversion's progress, with the records and hashes of all layers.
         final_norm: factor on the last norm's weight.
-        tokenizer: the source's.
+        tokenizer: the source's tokenizer.
         fingerprint: hash of the source's tensors.
     """
     from transformers import GenerationConfig
@@ -64,10 +64,11 @@ def write_rest(
 
 
 def _fit_record(prepared: Prepared) -> FitRecord | None:
+    """Return the settings of the fit for the manifest; None if layers were not fitted."""
     fit = prepared.fit
     return None if fit is None else FitRecord(**{f.name: getattr(fit, f.name) for f in fields(FitRecord)})
 
 
 def _hub_commit(path: Path) -> str | None:
-    """The commit of a Hub snapshot, which is the name of its cache folder."""
+    """Return the commit of a source from the Hub, which is the name of its snapshot folder; None for other sources."""
     return path.name if path.parent.name == "snapshots" else None

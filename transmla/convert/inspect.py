@@ -1,4 +1,4 @@
-"""Looking at a source before converting it: per-layer spectra, rotary energy, phases, loss per budget."""
+"""Measure a source before it is converted: spectra, rotary energy, phases, and the error at each cache budget."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ from transmla.source.decoder_layer import embedded
 from transmla.source.load import load_tokenizer
 from transmla.source.open_source import runs_in_bfloat16
 
-# Shares of the source's cache for which the loss is predicted.
+# Shares of the source's cache at which every layer's error is measured.
 BUDGETS = (0.5, 1 / 3, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One layer's spectrum, and the closed form's relative attention error by budget."""
+    """Measurements of one layer.
+
+    Attributes:
+        spectrum: the layer's spectrum.
+        errors: share of the source's cache → relative squared error of the closed form's attention output.
+    """
 
     spectrum: Spectrum
     errors: dict[float, float]
@@ -38,18 +43,24 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All layers of one source; ``plans`` holds the shape each budget stands for."""
+    """Measurements of all layers of one source.
+
+    Attributes:
+        source: the source's name.
+        plans: share of the source's cache → the plan at this share, largest share first.
+        layers: the measurements of each layer.
+    """
 
     source: str
     plans: dict[float, Plan]
     layers: list[LayerInspection]
 
     def mean_error(self, budget: float) -> float:
-        """Relative attention error at ``budget``, averaged over layers."""
+        """Return the relative squared attention error at ``budget``, averaged over all layers."""
         return sum(layer.errors[budget] for layer in self.layers) / len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
+        """Return all measurements as plain values."""
         return {
             "source": self.source,
             "budgets": [
@@ -74,19 +85,23 @@ class Inspection:
 def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     """Run the source over the recipe's calibration text and measure every layer.
 
-    Shapes are those that ``convert`` chooses with the same recipe: its own, and one for each of BUDGETS. Errors are
-    those of the closed form, before any fit; of a method with two passes, of the first alone. Layers that keep the
-    source's attention have no error.
+    Errors are measured for the shape that ``convert`` chooses with the same recipe, and for one shape at each of
+    BUDGETS. They are errors of the closed form, before any fit; a method with two passes is measured after its first
+    pass. Layers that keep the source's attention have an error of 0.
+
+    Args:
+        recipe: the recipe that ``convert`` would run.
+        reporter: receives progress.
 
     Raises:
-        TransmlaError: for bad input, and where no budget has a shape that fits.
+        TransmlaError: if the recipe, the source or the calibration text cannot be used.
     """
     prepared = prepare(recipe)
     source, recipe = prepared.source, prepared.recipe
     plans = _plans(prepared, reporter)
     check_length(source.spec, recipe.calibration.length)
     tokens = calibration_tokens(recipe, source, load_tokenizer(source.path), reporter)
-    source.checkpoint.fingerprint()  # refuses weights that are not finite
+    source.checkpoint.fingerprint()  # raises if a weight is NaN or infinite
     half = runs_in_bfloat16(source, prepared.device)
     layer = SourceLayer(source.model, source.family, source.spec, prepared.device, half=half)
     stream = embedded(source.model, tokens, source.checkpoint.read(source.family.tensors["embed"]))
@@ -94,37 +109,40 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     reporter.stage("inspecting layers", source.spec.num_hidden_layers)
     for i in range(source.spec.num_hidden_layers):
         layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
-        seen = layer.observe(stream)
-        layers.append(_inspect_layer(layer, i, seen, stream[-held_out(len(stream)) :], plans))
-        stream = seen.hidden
+        observations = layer.observe(stream)
+        layers.append(_inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans))
+        stream = observations.hidden
         reporter.advance(i + 1)
     return Inspection(public_name(recipe.source), plans, layers)
 
 
 def _inspect_layer(
-    layer: SourceLayer, index: int, seen: Observations, judged: Tensor, plans: dict[float, Plan]
+    layer: SourceLayer, index: int, observations: Observations, evaluated: Tensor, plans: dict[float, Plan]
 ) -> LayerInspection:
-    """Measure the spectrum of one layer, and the closed form's error on the ``judged`` sequences [n, T, D]."""
+    """Measure the spectrum of one layer, and the closed form's error on the ``evaluated`` hidden states [n, T, D]."""
     weights, errors = layer.weights(), {}
     for budget, plan in plans.items():
         if index in plan.kept:
             errors[budget] = 0.0
             continue
-        factors = factorize(weights, seen.stats, plan.at(index))
-        errors[budget] = relative_error(layer, factors.to(torch.float32), judged)
-    exact = seen.stats.to(torch.float64)
+        factors = factorize(weights, observations.stats, plan.at(index))
+        errors[budget] = relative_error(layer, factors.to(torch.float32), evaluated)
+    exact = observations.stats.to(torch.float64)
     return LayerInspection(spectrum(weights.to(torch.float64), exact, layer.spec), errors)
 
 
 def _plans(prepared: Prepared, reporter: Reporter) -> dict[float, Plan]:
-    """The plan of the recipe and of every budget that has a shape, largest cache first; the others are reported."""
+    """Return the plans of the recipe and of every budget that has a valid shape, largest cache first.
+
+    Budgets without a valid shape are reported as messages.
+    """
     plans: dict[float, Plan] = {}
     for budget in BUDGETS:
         try:
             plans[budget] = with_cache_ratio(prepared, budget).plan
         except TransmlaError as error:
             reporter.message(f"no shape at {budget:.1%} of the cache: {error}")
-    own = prepared.plan
-    if own.shape not in [plan.shape for plan in plans.values()]:
-        plans[own.cache_ratio] = own
+    planned = prepared.plan
+    if planned.shape not in [plan.shape for plan in plans.values()]:
+        plans[planned.cache_ratio] = planned
     return dict(sorted(plans.items(), reverse=True))

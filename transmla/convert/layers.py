@@ -1,4 +1,4 @@
-"""Convert one decoder layer after the other, and carry the hidden states from each to the next."""
+"""Convert the decoder layers in order, and carry the hidden states from each layer to the next."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerWeights
 from transmla.convert.factorize import factorize
+from transmla.convert.norm_ratio import NormRatio
 from transmla.convert.prepare import Prepared
 from transmla.convert.reconstruct import Reconstruction, held_out, reconstruct
-from transmla.convert.source_layer import NormRatio, Observations, SourceLayer, steps
+from transmla.convert.source_layer import Observations, SourceLayer, steps
 from transmla.convert.streams import Streams
 from transmla.core.fused_attention import fused_attention
 from transmla.core.methods.base import method_named
@@ -23,14 +24,20 @@ from transmla.formats.base import AttentionExport, format_named
 from transmla.source.decoder_layer import embedded
 from transmla.source.open_source import runs_in_bfloat16
 
-# The streams stay on a GPU if its free memory holds this many copies of them: those that enter and leave each layer of
-# a window, the copies that a fit reads, and as much again for the fit.
+# The streams stay on a GPU if its free memory holds this many copies of them. Copies are needed before and after each
+# layer of a window and as inputs of the fit; as much memory again is left to the fit.
 STREAM_COPIES = 16
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A layer's tensors as they are written, its record for the manifest, and the streams that leave it."""
+    """Result of converting one layer.
+
+    Attributes:
+        tensors: all tensors of the layer by their names in the export.
+        record: the layer's entry in the manifest.
+        streams: the streams that enter the next layer.
+    """
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
@@ -38,19 +45,30 @@ class ConvertedLayer:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A layer of the source with its weights, its closed form, and the streams that leave it (none converted)."""
+class _OpenLayer:
+    """A loaded source layer.
+
+    Attributes:
+        layer: the source layer, with its weights.
+        observations: the layer's statistics on calibration text.
+        factors: the layer's closed-form factors.
+        leaving: the streams of the source and of the first pass after the layer.
+    """
 
     layer: SourceLayer
-    seen: Observations
+    observations: Observations
     factors: LayerFactors
     leaving: Streams
 
 
 class LayerConverter:
-    """Converts the layers of one source in order."""
+    """Converts the layers of one source in order.
+
+    The converter holds as many source layers at once as are fitted together.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
+        """Build the empty source layers for the conversion that ``prepared`` describes."""
         self.source, self.plan, self.device = prepared.source, prepared.plan, prepared.device
         self.fit, self.seed = prepared.fit, prepared.recipe.seed
         self.format = format_named(self.plan.format)
@@ -68,27 +86,31 @@ class LayerConverter:
             )
             for _ in range(1 if self.fit is None else self.fit.window)
         ]
-        self._ahead: dict[int, _Opened] = {}
+        self._ahead: dict[int, _OpenLayer] = {}
 
     def start(self, tokens: Tensor, embedding: Tensor) -> Streams:
-        """Return the streams that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D]."""
+        """Return the streams [N, T, D] that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D]."""
         hidden = embedded(self.source.model, tokens, embedding)
         first_pass = hidden if self.first_pass is not None else None
         return self.place(Streams(hidden, first_pass, converted=hidden if self.fit is not None else None))
 
     def place(self, streams: Streams) -> Streams:
-        """Move ``streams`` to the GPU, if that leaves most of its memory free."""
+        """Move ``streams`` to the GPU if STREAM_COPIES of them fit its free memory; otherwise return them unchanged."""
         return streams.nearest(self.device, STREAM_COPIES)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor outside the attention as it is written."""
+        """Return a tensor outside the attention in the precision in which it is written."""
         return self.format.cast(tensor, self.dtype, getattr(torch, self.source.dtype))
 
     def convert(self, index: int, streams: Streams) -> ConvertedLayer:
-        """Convert layer ``index``, which the ``streams`` enter.
+        """Convert one layer.
+
+        Args:
+            index: index of the layer.
+            streams: the streams that enter this layer.
 
         Raises:
-            TransmlaError: if a GPU has too little memory.
+            TransmlaError: if the GPU has too little memory.
         """
         try:
             return self._keep(index, streams) if index in self.plan.kept else self._convert(index, streams)
@@ -100,7 +122,10 @@ class LayerConverter:
             ) from error
 
     def final_norm(self, streams: Streams) -> float:
-        """Factor on the last norm's weight that makes up for the export's eps, for the ``streams`` that leave."""
+        """Return the factor on the last norm's weight that corrects for the export's eps.
+
+        ``streams`` are the streams after the last layer.
+        """
         if self.format.norm_eps is None:
             return 1.0
         ratio = NormRatio(self.plan.spec.rms_norm_eps, self.format.norm_eps)
@@ -109,37 +134,39 @@ class LayerConverter:
         return ratio.correction
 
     def _convert(self, index: int, streams: Streams) -> ConvertedLayer:
+        """Convert layer ``index`` to latent attention."""
         window = self._window(index, streams)
-        here, fit = window[0], self._fit(index, window, streams)
-        factors, ahead = here.factors, dict[int, dict[str, Tensor]]()
+        current, fit = window[0], self._fit(index, window, streams)
+        factors, ahead = current.factors, dict[int, dict[str, Tensor]]()
         if fit is not None:
             factors = fit.factors[0]
             for k, fitted in enumerate(fit.factors[1:], start=1):
                 ahead[index + k] = {name: t.float().contiguous() for name, t in _fitted_tensors(fitted).items()}
-        export = self._export(index, factors, here, streams)
+        export = self._export(index, factors, current, streams)
         converted = streams.converted
         if converted is not None:
-            converted = here.layer.run_stream(converted, export.factors)[1]
-        judged = streams.source[-held_out(len(streams.source)) :]
-        record = {"layer": index, "relative_error": relative_error(here.layer, export.factors, judged)}
+            converted = current.layer.run_stream(converted, export.factors)[1]
+        evaluated = streams.source[-held_out(len(streams.source)) :]
+        record = {"layer": index, "relative_error": relative_error(current.layer, export.factors, evaluated)}
         record |= export.record
         if self.format.norm_eps is not None:
-            record["norm_residual"] = max(here.seen.input_norm.residual, here.seen.output_norm.residual)
+            norms = current.observations.input_norm, current.observations.output_norm
+            record["norm_residual"] = max(norm.residual for norm in norms)
         if fit is not None:
             record |= {"held_out_before": fit.before[0], "held_out_after": fit.after[0]}
         prefix = self._prefix(index)
         tensors = {f"{prefix}self_attn.{name}": tensor for name, tensor in export.tensors.items()}
-        tensors |= self._outside_attention(prefix, here.seen)
-        return ConvertedLayer(tensors, record, replace(here.leaving, converted=converted, ahead=ahead))
+        tensors |= self._outside_attention(prefix, current.observations)
+        return ConvertedLayer(tensors, record, replace(current.leaving, converted=converted, ahead=ahead))
 
-    def _fit(self, index: int, window: list[_Opened], streams: Streams) -> Reconstruction | None:
-        """Fit the layers of a ``window`` that begins at ``index``."""
+    def _fit(self, index: int, window: list[_OpenLayer], streams: Streams) -> Reconstruction | None:
+        """Fit the layers of the ``window`` that begins at layer ``index``; None if layers are not fitted."""
         if self.fit is None:
             return None
         assert streams.converted is not None
-        starts = [_with_fitted(opened.factors, streams.ahead.get(index + k, {})) for k, opened in enumerate(window)]
+        starts = [_with_fitted(item.factors, streams.ahead.get(index + k, {})) for k, item in enumerate(window)]
         return reconstruct(
-            [opened.layer for opened in window],
+            [item.layer for item in window],
             starts,
             streams.source,
             streams.converted,
@@ -147,18 +174,21 @@ class LayerConverter:
             seed=self.seed * 1_000_003 + index,
         )
 
-    def _export(self, index: int, factors: LayerFactors, here: _Opened, streams: Streams) -> AttentionExport:
-        """The attention as it is written; its calibration inputs are the export's own, where it has a stream."""
+    def _export(self, index: int, factors: LayerFactors, current: _OpenLayer, streams: Streams) -> AttentionExport:
+        """Return layer ``index``'s attention as it is written.
+
+        Its calibration inputs are the hidden states of the converted layers, or of the source if layers are not fitted.
+        """
         stream = streams.source if streams.converted is None else streams.converted
         return self.format.attention(
             factors,
             self.plan.at(index),
-            here.layer.view,
-            lambda: (here.layer.features(hidden) for _, hidden in steps(stream)),
+            current.layer.view,
+            lambda: (current.layer.features(hidden) for _, hidden in steps(stream)),
         )
 
     def _keep(self, index: int, streams: Streams) -> ConvertedLayer:
-        """Write layer ``index`` as it is in the source."""
+        """Copy layer ``index`` from the source."""
         layer = self._load(index)
         leaving = streams.map(lambda stream: layer.run_stream(stream, None)[1])
         prefix = self._prefix(index)
@@ -166,44 +196,46 @@ class LayerConverter:
         tensors = {name: self.cast(self.source.checkpoint.read(name)) for name in names}
         return ConvertedLayer(tensors, {"layer": index, "relative_error": 0.0, "kept": True}, leaving)
 
-    def _window(self, index: int, streams: Streams) -> list[_Opened]:
-        """Open layer ``index`` and those that are fitted together with it."""
-        window: list[_Opened] = []
+    def _window(self, index: int, streams: Streams) -> list[_OpenLayer]:
+        """Open layer ``index`` and the following layers that are fitted together with it."""
+        window: list[_OpenLayer] = []
         for i in range(index, min(index + len(self.layers), self.source.spec.num_hidden_layers)):
             if i in self.plan.kept:
                 break
             window.append(self._ahead.pop(i) if i in self._ahead else self._open(i, streams))
             streams = window[-1].leaving
-        self._ahead = {index + k: opened for k, opened in enumerate(window) if k}
+        self._ahead = {index + k: item for k, item in enumerate(window) if k}
         return window
 
-    def _open(self, index: int, streams: Streams) -> _Opened:
+    def _open(self, index: int, streams: Streams) -> _OpenLayer:
         """Load layer ``index``, run the source's ``streams`` through it, and factor it in closed form."""
         layer, plan = self._load(index), self.plan.at(index)
-        seen = layer.observe(streams.source)
-        stats, leaving = seen.stats, Streams(seen.hidden)
+        observations = layer.observe(streams.source)
+        stats, leaving = observations.stats, Streams(observations.hidden)
         if self.first_pass is not None:
             assert streams.first_pass is not None
-            halfway = self.first_pass(layer.weights().to(torch.float64), stats.to(torch.float64), plan)
-            moment, hidden = layer.run_stream(streams.first_pass, halfway.to(torch.float32))
+            first_factors = self.first_pass(layer.weights().to(torch.float64), stats.to(torch.float64), plan)
+            moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
             stats, leaving = replace(stats, converted_moment=moment), replace(leaving, first_pass=hidden)
-        return _Opened(layer, seen, factorize(layer.weights(), stats, plan), leaving)
+        return _OpenLayer(layer, observations, factorize(layer.weights(), stats, plan), leaving)
 
     def _load(self, index: int) -> SourceLayer:
+        """Load the weights of layer ``index`` into a source layer."""
         layer = self.layers[index % len(self.layers)]
         layer.load(self.source.checkpoint.layer(self._prefix(index)), index)
         return layer
 
     def _prefix(self, index: int) -> str:
+        """Return the prefix of the tensor names of layer ``index``."""
         return self.source.family.tensors["layer"].format(i=index)
 
-    def _outside_attention(self, prefix: str, seen: Observations) -> dict[str, Tensor]:
-        """The layer's tensors outside the attention, its norms corrected where the export's eps is another."""
+    def _outside_attention(self, prefix: str, observations: Observations) -> dict[str, Tensor]:
+        """Return the layer's tensors outside the attention; norms are corrected if the export has another eps."""
         corrections = {}
         if self.format.norm_eps is not None:
             corrections = {
-                "input_layernorm.weight": seen.input_norm.correction,
-                "post_attention_layernorm.weight": seen.output_norm.correction,
+                "input_layernorm.weight": observations.input_norm.correction,
+                "post_attention_layernorm.weight": observations.output_norm.correction,
             }
         tensors = {}
         for name in self.source.checkpoint.shapes:
@@ -218,7 +250,13 @@ class LayerConverter:
 
 @torch.no_grad()
 def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) -> float:
-    """‖MLA − source‖²/‖source‖² of the attention output on a few sequences of the source's stream [n, T, D]."""
+    """Return ‖MLA − source‖² / ‖source‖² of a layer's attention output.
+
+    Args:
+        layer: the source layer, with its weights.
+        factors: the layer's MLA factors, float32.
+        stream: hidden states [n, T, D] of the source that enter the layer, a few sequences.
+    """
     spec = layer.spec
     weights: LayerWeights = layer.weights()
     difference = energy = 0.0
@@ -231,10 +269,10 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
 
 
 def _fitted_tensors(factors: LayerFactors) -> dict[str, Tensor]:
-    """The tensors that a fit may change."""
+    """Return the tensors that a fit may change, by name."""
     return {name: t for name, t in vars(factors).items() if isinstance(t, Tensor) and name != "inv_freq"}
 
 
 def _with_fitted(closed: LayerFactors, fitted: Mapping[str, Tensor]) -> LayerFactors:
-    """The ``closed`` form with the tensors that an earlier window ``fitted``."""
+    """Return the ``closed`` form's factors, with the tensors that an earlier window ``fitted`` in their stead."""
     return replace(closed, **{name: t.to(closed.latent) for name, t in fitted.items()})  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""The conversion from end to end: one pass, one or two decoder layers in memory at a time.
+"""Run a conversion from end to end: one pass, with one or two decoder layers in memory at a time.
 
     source → AttentionSpec → Plan → [per layer: observe → factorize → reconstruct → write] → exported folder
 
-Every layer ends with a shard on disk. Every SAVE_SECONDS the streams and the progress follow, so a run that was killed
-continues from there and ends in the same bytes.
+Each layer is written as one shard. The hidden states and the progress are saved every SAVE_SECONDS. A killed run can
+resume from the last save, and ends with the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -42,20 +42,24 @@ SAVE_SECONDS = 20.0
 def convert(
     recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None, calibration: Tensor | None = None
 ) -> Path:
-    """Convert ``recipe.source`` into the folder ``recipe.output``; returns that folder.
+    """Convert ``recipe.source`` into the folder ``recipe.output``.
 
     Args:
-        recipe: the conversion.
+        recipe: the recipe of the conversion.
         resume: continue an unfinished conversion of the same recipe.
-        reporter: receives progress.
-        calibration: token ids [sequences, length] to use instead of the text that the recipe names.
+        reporter: receives progress; None reports nothing.
+        calibration: token ids [sequences, length] to use instead of the recipe's calibration text.
+
+    Returns:
+        The folder of the export.
 
     Raises:
-        TransmlaError: for bad input, before anything is written; for a full disk, with what was written kept.
+        TransmlaError: if the input cannot be used, before anything is written; or if the disk is full, in which case
+            the files written so far remain for ``resume``.
     """
     report = reporter or Silent()
     output = Path(recipe.output).expanduser()
-    if not output.name:  # "." and its like have no name to put ".partial" behind
+    if not output.name:  # "." has no name to append ".partial" to
         output = output.resolve()
     shape = (recipe.calibration.sequences, recipe.calibration.length) if calibration is None else calibration.shape
     prepared = prepare(recipe, sequences=shape[0])
@@ -88,25 +92,29 @@ def convert(
 
 
 def _key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
-    """Hash everything that a resumed run must share with the one it continues."""
-    device, text = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
+    """Return a hash of everything that must be equal when a run is resumed."""
+    device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
     settings = prepared.recipe.model_dump(exclude={"device", "eval"})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     fit = None if prepared.fit is None else asdict(prepared.fit)
-    numbers = [machine, is_fast_in_bfloat16(device), fit]
-    everything = [settings, prepared.plan.to_dict(), fingerprint, text, numbers, versions()]
+    numerics = [machine, is_fast_in_bfloat16(device), fit]
+    everything = [settings, prepared.plan.to_dict(), fingerprint, text_hash, numerics, versions()]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def _check_disk(output: Path, needed: int) -> None:
-    """Refuse an output on a full or write-protected disk."""
+    """Check that the disk of ``output`` is writable and has ``needed`` bytes free.
+
+    Raises:
+        TransmlaError: if it is not writable, or has too little space.
+    """
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise TransmlaError(
             f"cannot write to '{parent}'",
-            limit="it is not a folder, or this user may not write there",
+            limit="this path is not a folder, or this user may not write to it",
             remedy="choose another --output",
         )
     free = shutil.disk_usage(parent).free
@@ -114,15 +122,15 @@ def _check_disk(output: Path, needed: int) -> None:
         raise TransmlaError(
             f"the export needs about {needed / 1e9:.1f} GB",
             limit=f"'{parent}' has {free / 1e9:.1f} GB free",
-            remedy="free some space or choose another --output",
+            remedy="free some disk space, or choose another --output",
         )
 
 
 def _convert_layers(
     prepared: Prepared, workspace: Workspace, progress: Progress, tokens: Tensor, report: Reporter
 ) -> float:
-    """Write the embedding shard and one shard a layer; returns the factor on the last norm's weight."""
-    if progress.final_norm is not None:  # the streams may be gone, and nothing needs them any more
+    """Write the shard of the embedding and one shard per layer; return the factor on the last norm's weight."""
+    if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
     source, converter = prepared.source, LayerConverter(prepared)
     start, layers = progress.next_layer, source.spec.num_hidden_layers

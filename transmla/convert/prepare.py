@@ -1,4 +1,4 @@
-"""Decide everything about a conversion before a weight is read: ``plan``, ``inspect`` and ``convert`` share it."""
+"""Decide everything about a conversion before a weight is read, for ``plan``, ``inspect`` and ``convert`` alike."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from transmla.source.open_source import Source, open_source, runs_in_bfloat16
 
 @dataclass(frozen=True)
 class Prepared:
-    """One conversion, decided.
+    """All decisions about one conversion.
 
     Attributes:
-        recipe: as given, with ``reconstruct`` decided.
-        source: opened and checked; no weight has been read.
-        device: that converts.
-        unfitted_because: why layers are not fitted; None if they are.
-        fit: how every layer is fitted; None if it is not.
+        recipe: the recipe, with ``reconstruct`` resolved to ``off``, ``fast`` or ``full``.
+        source: the opened and checked source, whose weights have not been read.
+        device: the device that converts.
+        unfitted_because: why layers are not fitted; None if they are fitted.
+        fit: settings of the fit; None if layers are not fitted.
         plan: format, shape, rotary slots and precision.
     """
 
@@ -39,12 +39,14 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
-    """Open the recipe's source and decide device, fit and plan.
+    """Open the recipe's source, and choose device, fit and plan.
 
-    ``sequences`` replaces the recipe's number of calibration sequences.
+    Args:
+        recipe: the recipe of the conversion.
+        sequences: number of calibration sequences; None uses the recipe's.
 
     Raises:
-        TransmlaError: for a source, device, shape or option that cannot be converted.
+        TransmlaError: if the source cannot be converted, the device cannot be used, or an option or shape is invalid.
     """
     source = open_source(recipe)
     device = pick_device(recipe.device)
@@ -54,7 +56,11 @@ def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
 
 
 def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
-    """Decide the same conversion again for another share of the source's cache; explicit widths are dropped.
+    """Plan the same conversion with another cache ratio; explicit widths of the recipe are ignored.
+
+    Args:
+        prepared: the conversion.
+        ratio: share of the source's cache that the export keeps.
 
     Raises:
         TransmlaError: if no shape fits.
@@ -65,16 +71,17 @@ def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
 
 
 def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_because: str | None) -> Prepared:
+    """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved."""
     plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
     fit = fit_settings(recipe.reconstruct, plan.cache_ratio, experts=source.spec.experts)
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 
 
 def summarise(prepared: Prepared) -> dict[str, Any]:
-    """Return the plan and what the conversion needs, as plain values: what ``transmla plan`` shows."""
+    """Return the plan and the estimated cost of the conversion as plain values, for ``transmla plan``."""
     source, recipe = prepared.source, prepared.recipe
     held = source.checkpoint.size if source.checkpoint.gguf else 0
-    # On a CPU a half-precision source is widened to sample from, unless the CPU multiplies bfloat16.
+    # To sample from a half-precision source, a CPU without fast bfloat16 loads the model in float32.
     widened = 2 if source.dtype != "float32" and not runs_in_bfloat16(source, prepared.device) else 1
     sampled = source.checkpoint.size * widened if recipe.calibration.source == "self" else 0
     tokens = recipe.calibration.sequences * recipe.calibration.length

@@ -1,16 +1,18 @@
-"""Fitting the factors of a few layers to the source's layers, after the closed form.
+"""Fit the factors of consecutive layers to the source's layers, starting from the closed form.
 
-The first layer reads the stream of the layers converted before it, every other the one before; each is asked for
-the source's stream, so they also repair what was broken before them (error feedback) and share out what they can
-carry. The source can be asked about any input, not only about the calibration text: every step makes new inputs
-from it, cut together from several sequences, each token moved a little along the difference of two others, with a
-random share of the accumulated error. That is what lets a million weights be fitted on some ten thousand tokens.
+The inputs are the hidden states of the layers converted before, and the target of each layer is the source's hidden
+states. The fit therefore also corrects the errors of earlier layers (error feedback).
+
+The source's layers give a target for any input, not only for the calibration text. Each step therefore makes new
+inputs. A step joins pieces of several sequences, moves each token a little along the difference of two other tokens,
+and keeps a random share of the accumulated error. Such inputs suffice to fit a million weights on about ten thousand
+tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,26 +21,36 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors
 from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
+from transmla.convert.fit_parameters import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import FitSettings
 
-# What the rate is multiplied by for a second try. A small Mixtral's fast fits all failed at 5e-3 and all succeeded at
-# 1e-3: a KL of 0.51 and 0.25 at half the cache (one H200, pydoc's test split).
+# Learning-rate factor for the second attempt. On a small Mixtral at half the cache, all fast fits failed at a rate of
+# 5e-3 (KL 0.51 nats per token), and all succeeded at 1e-3 (KL 0.25). Measured on one H200, pydoc's test split.
 RETRY_RATE = 0.2
-# Share of the calibration sequences that only judge the fit.
+# Share of the calibration sequences that are held out to evaluate the fit.
 HELD_OUT = 1 / 32
-# An input is cut together from pieces of about so many tokens, and a token moved by at most this share of its length.
+# Approximate length, in tokens, of the pieces of sequences that an input is joined from.
 PIECE = 256
+# Largest displacement of a token's hidden state, as a share of its norm.
 JITTER = 0.2
+# Steps of linear warm-up of the learning rate.
 WARM_UP = 20
+# Adam's coefficients for the running averages of the gradient and its square.
 BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """For each layer its factors after the fit, and its relative error on held-out text ``before`` and ``after`` it."""
+    """Result of fitting consecutive layers, with one entry per layer.
+
+    Attributes:
+        factors: the layer's factors after the fit.
+        before: relative squared error on held-out text before the fit.
+        after: relative squared error on held-out text after the fit.
+    """
 
     factors: tuple[LayerFactors, ...]
     before: tuple[float, ...]
@@ -46,7 +58,7 @@ class Reconstruction:
 
 
 def held_out(sequences: int) -> int:
-    """How many of the ``sequences``, the last ones, only judge."""
+    """Return how many of ``sequences`` calibration sequences, counted from the end, are held out."""
     return max(1, round(sequences * HELD_OUT))
 
 
@@ -59,77 +71,59 @@ def reconstruct(
     *,
     seed: int,
 ) -> Reconstruction:
-    """Fit ``factors`` so that consecutive layers turn the ``converted`` stream into the source's.
+    """Fit ``factors`` so that consecutive layers map the ``converted`` hidden states to the source's.
+
+    If the fit does not lower the error on the held-out sequences, it is repeated once with a lower learning rate.
 
     Args:
-        layers: consecutive source layers, their weights loaded.
-        factors: where to start, for each layer; never changed.
-        source, converted: streams [N, T, D] that to_coordinates the first layer in the source and in the export, N ≥ 2.
-        fit: how long to fit.
-        seed: of everything drawn; equal seeds give equal factors.
+        layers: consecutive source layers, with their weights.
+        factors: starting point for each layer; never changed.
+        source: hidden states [N, T, D] that enter the first layer in the source, N ≥ 2.
+        converted: hidden states [N, T, D] that enter the first layer in the export.
+        fit: settings of the fit.
+        seed: seed of all random numbers; equal seeds give equal factors.
 
-    Returns the factors with the smaller error on the held-out sequences, summed over the layers. A fit that is not
-    better there is tried once more, gently.
+    Returns:
+        The fitted factors in float64; or the starting point, if no attempt lowers the summed held-out error.
     """
-    fitted = slice(0, len(source) - held_out(len(source)))
-    judged = source[fitted.stop :], converted[fitted.stop :]
-    moments = _input_moments(layers, factors, converted[fitted])
+    training = slice(0, len(source) - held_out(len(source)))
+    evaluated = source[training.stop :], converted[training.stop :]
+    moments = _input_moments(layers, factors, converted[training])
     starts = zip(layers, factors, moments, strict=True)
     coordinates = [Coordinates.of(f, m, layer.view.blocks()) for layer, f, m in starts]
     masks = [layer.view.masks() for layer in layers]
     with deterministic():
-        problem = FitProblem(layers, source[fitted], converted[fitted], fit)
-        before = problem.error(factors, *judged)
-        for share in (1.0, RETRY_RATE):
+        problem = FitProblem(layers, source[training], converted[training], fit)
+        before = problem.error(factors, *evaluated)
+        for rate_factor in (1.0, RETRY_RATE):
             parameters = FitParameters(coordinates, factors, masks)
-            descend(problem, parameters, replace(fit, rate=fit.rate * share), seed)
+            descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
             with torch.no_grad():
-                found = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
-            after = problem.error(found, *judged)
-            # A comparison with NaN is false: a fit that diverged is thrown away.
+                fitted = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
+            after = problem.error(fitted, *evaluated)
+            # A comparison with NaN is false, so a fit that diverged is discarded.
             if sum(after) < sum(before):
-                return Reconstruction(found, before, after)
+                return Reconstruction(fitted, before, after)
     return Reconstruction(tuple(factors), before, before)
 
 
-class FitParameters:
-    """What is fitted: all tensors of all layers as one vector, each in units of its own root mean square.
+class FitProblem:
+    """The inputs that layers are fitted on, and the error of given factors on these inputs.
 
-    ``masks`` are nought where a layer's tensor, by its name, stays nought.
+    Attributes:
+        drift: hidden states of the export minus those of the source [N, T, D]: the error of all earlier layers.
+        rows: number of input sequences in one step.
     """
 
-    def __init__(
-        self,
-        coordinates: Sequence[Coordinates],
-        factors: Sequence[LayerFactors],
-        masks: Sequence[Mapping[str, Tensor]],
-    ) -> None:
-        self.coordinates = coordinates
-        tensors = [c.to_coordinates(f) for c, f in zip(coordinates, factors, strict=True)]
-        self.shapes = [{name: value.shape for name, value in layer.items()} for layer in tensors]
-        smallest = torch.finfo(torch.float32).tiny
-        flat, scales = [], []
-        for layer, there in zip(tensors, masks, strict=True):
-            for name, value in layer.items():
-                mask = there.get(name, value.new_ones(())).to(value).expand_as(value).flatten().float()
-                flat.append(value.flatten().float() * mask)
-                scales.append((flat[-1].square().sum() / mask.sum()).sqrt().clamp_min(smallest) * mask)
-        self.scale = torch.cat(scales)
-        self.vector = (torch.cat(flat) / self.scale.clamp_min(smallest)).requires_grad_()
-
-    def factors(self) -> list[LayerFactors]:
-        """The layers that the vector stands for; differentiable."""
-        pieces = iter((self.vector * self.scale).split([shape.numel() for s in self.shapes for shape in s.values()]))
-        return [
-            c.to_factors({name: next(pieces).view(shape) for name, shape in shapes.items()})
-            for c, shapes in zip(self.coordinates, self.shapes, strict=True)
-        ]
-
-
-class FitProblem:
-    """The inputs that layers are fitted on, and the error they make on them."""
-
     def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, fit: FitSettings) -> None:
+        """Move the training sequences to the layers' device.
+
+        Args:
+            layers: consecutive source layers, with their weights.
+            source: hidden states [N, T, D] that enter the first layer in the source.
+            converted: hidden states [N, T, D] that enter the first layer in the export.
+            fit: settings of the fit.
+        """
         self.layers, self.through_mlp = layers, fit.through_mlp
         self.device = layers[0].device
         self.source = source.to(self.device)
@@ -138,33 +132,45 @@ class FitProblem:
         self.rows = max(1, min(fit.tokens // source.shape[1], len(source)))
 
     def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error and energy [layers] over the tokens of two inputs [N, T, D], each token by its own energy.
+        """Return the mean squared error of every layer, and the mean square of what the source's layer adds.
 
-        The energy is that of what a layer adds to the stream, in the same measure.
+        Both divide each token by the root mean square of the source's hidden state after the layer.
+
+        Args:
+            factors: the factors of each layer.
+            source: hidden states [N, T, D] that enter the first layer in the source.
+            converted: hidden states [N, T, D] that enter the first layer in the export.
+
+        Returns:
+            (errors [L], energies [L]) for L layers; their ratio is the relative squared error.
         """
-        # These layers are too small to fill a GPU: source and export run at the same time.
+        # One layer is too small to fill a GPU, so the source and the export run in parallel.
         with side_stream(self.device), torch.no_grad():
-            wanted = self._run(source, [None] * len(self.layers))
-            # The next norm divides every token by its length: so does the error.
-            shares = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in wanted]
-            added = [after - before for before, after in pairwise([source, *wanted])]
-            energies = [(add * share).square().mean() for add, share in zip(added, shares, strict=True)]
-        got = self._run(converted, factors)
+            targets = self._run(source, [None] * len(self.layers))
+            # The next layer's RMSNorm divides every token by its root mean square, so the error is measured likewise.
+            weights = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in targets]
+            added = [after - before for before, after in pairwise([source, *targets])]
+            energies = [(add * weight).square().mean() for add, weight in zip(added, weights, strict=True)]
+        outputs = self._run(converted, factors)
         wait_for_side_stream(self.device)
-        errors = [((g - w) * share).square().mean() for g, w, share in zip(got, wanted, shares, strict=True)]
+        triples = zip(outputs, targets, weights, strict=True)
+        errors = [((output - target) * weight).square().mean() for output, target, weight in triples]
         return torch.stack(errors), torch.stack(energies)
 
     def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None]) -> list[Tensor]:
-        """What leaves each layer, the last one perhaps before its MLP, with ``factors`` or the source's attention."""
-        found = []
+        """Return the hidden states [N, T, D] after each layer, with ``factors`` or, for None, the source's attention.
+
+        Without ``through_mlp``, the last layer stops before its MLP.
+        """
+        outputs = []
         for layer, f in zip(self.layers, factors, strict=True):
             stream = layer.run(stream, f, through_mlp=self.through_mlp or layer is not self.layers[-1])
-            found.append(stream)
-        return found
+            outputs.append(stream)
+        return outputs
 
     @torch.no_grad()
     def error(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[float, ...]:
-        """Relative squared error of every layer over whole streams [N, T, D]."""
+        """Return the relative squared error of every layer for hidden states ``source``, ``converted`` [N, T, D]."""
         factors = [f.to(torch.float32) for f in factors]
         total = torch.zeros(2, len(factors), device=self.device)
         for start, part in steps(source):
@@ -174,13 +180,16 @@ class FitProblem:
         return tuple((total[0] / total[1].clamp_min(1e-30)).tolist())
 
     def inputs(self, rows: Tensor, cuts: Tensor, shares: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """New inputs [n, T, D] for the source and the converted layer.
+        """Make new inputs from the training sequences.
 
         Args:
-            rows: sequences [n, pieces] that each input is cut together from, every token at its own position.
-            cuts: positions [pieces − 1] where the next sequence takes over.
-            shares: [n] of the drift that stays.
-            shifts: [2] how far away the two tokens stand whose difference moves a token.
+            rows: indices [n, pieces] of the sequences that each input is joined from; tokens keep their positions.
+            cuts: positions [pieces − 1] at which one piece ends and the next begins.
+            shares: share [n] of the drift that each input keeps.
+            shifts: offsets [2] of the two tokens whose difference a token is moved along.
+
+        Returns:
+            Hidden states [n, T, D] that enter the first layer in the source and in the export.
         """
         row = rows[:, (self.positions[:, None] >= cuts).sum(-1)]
         source, drift = self.source[row, self.positions], self.drift[row, self.positions]
@@ -188,17 +197,24 @@ class FitProblem:
         index = torch.arange(len(tokens), device=tokens.device)
         first, second = ((index + shift) % len(tokens) for shift in shifts)
         step = tokens[first] - tokens[second]
-        longest = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        moved = (tokens + JITTER * step * longest.clamp_max(1)).view_as(source)
+        limit = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved = (tokens + JITTER * step * limit.clamp_max(1)).view_as(source)
         return moved, moved + drift * shares[:, None, None]
 
 
 def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, seed: int) -> None:
-    """Adam over ``parameters``, which are changed in place."""
+    """Minimise the relative error with Adam; changes ``parameters`` in place.
+
+    Args:
+        problem: the inputs and the error.
+        parameters: the parameters to fit.
+        fit: settings of the fit.
+        seed: seed of all random numbers.
+    """
     device = problem.device
     tables = [table.to(device) for table in _draw(problem, fit, seed)]
     rates = torch.tensor([_schedule(step, fit.steps) * fit.rate for step in range(fit.steps)], device=device)
-    # Gradients are of the order of the relative error; eps only keeps dead weights still.
+    # Gradients are about as large as the relative error. The tiny eps only prevents 0/0 for weights without a gradient.
     optimizer = torch.optim.Adam(
         [parameters.vector],
         lr=torch.zeros((), device=device),
@@ -222,7 +238,7 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
 
 
 def _draw(problem: FitProblem, fit: FitSettings, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Everything random about a fit, for all its steps: the arguments of ``FitProblem.inputs``."""
+    """Draw the arguments of ``FitProblem.inputs`` for all steps: rows, cuts, shares and shifts, each [steps, …]."""
     generator = torch.Generator().manual_seed(seed)
     count, length = problem.source.shape[:2]
     pieces = max(2, length // PIECE)
@@ -234,12 +250,15 @@ def _draw(problem: FitProblem, fit: FitSettings, seed: int) -> tuple[Tensor, Ten
 
 
 def _schedule(step: int, total: int) -> float:
-    """Linear warm-up, cosine to zero."""
+    """Return the factor on the learning rate at ``step``: linear warm-up times cosine decay to zero."""
     return min(1.0, (step + 1) / min(WARM_UP, max(1, total // 3))) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:
-    """E[x xᵀ] [D, D] of every attention's input, for the ``stream`` [N, T, D] that enters the first layer."""
+    """Yield E[x xᵀ] [F, F] of the features of every layer's attention.
+
+    Hidden states ``stream`` [N, T, D] enter the first layer; each other layer reads the layer before, with ``factors``.
+    """
     for layer, f in zip(layers[:-1], factors, strict=False):
         moment, stream = layer.run_stream(stream, f.to(torch.float32))
         yield moment

@@ -1,4 +1,4 @@
-"""Running one source layer over the calibration stream, and what is measured on the way."""
+"""Run one source layer over the calibration hidden states, and measure its statistics."""
 
 from __future__ import annotations
 
@@ -12,52 +12,33 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
+from transmla.convert.norm_ratio import NormRatio
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family
 from transmla.source.attention_view import AttentionView, Heads, halves_order
 from transmla.source.decoder_layer import attention_input, layer_with, run_layer
 
-# Every QUERY_STRIDE-th query is asked where it looks; those in the first quarter of a window see too few
-# distances to count for the phase.
+# Attention is measured for every QUERY_STRIDE-th query.
 QUERY_STRIDE = 4
+# The first 1/DISTANCE_SKIP of the queries are left out of ``distance_mass``: few distances are possible for them.
 DISTANCE_SKIP = 4
+# Approximate number of tokens that a layer processes at once.
 TOKENS_PER_STEP = 4096
-# Scores held at once while attention is measured.
+# Largest number of scores in memory at once while attention is measured.
 SCORES_PER_STEP = 2**24
 
 
 @dataclass
-class NormRatio:
-    """Running mean and spread of sqrt((m + target_eps)/(m + eps)) over tokens, m = mean(x²)."""
-
-    eps: float
-    target_eps: float
-    total: float = 0.0
-    squares: float = 0.0
-    count: int = 0
-
-    def add(self, x: Tensor) -> None:
-        mean_square = x.square().mean(-1).double()
-        ratio = ((mean_square + self.target_eps) / (mean_square + self.eps)).sqrt()
-        self.total += float(ratio.sum())
-        self.squares += float(ratio.square().sum())
-        self.count += ratio.numel()
-
-    @property
-    def correction(self) -> float:
-        """Factor for the norm's weight."""
-        return self.total / self.count
-
-    @property
-    def residual(self) -> float:
-        """Root mean square relative error left after the correction."""
-        return max(self.squares / self.count - self.correction**2, 0.0) ** 0.5 / self.correction
-
-
-@dataclass
 class Observations:
-    """Everything one pass over a layer measured."""
+    """Measurements of one pass of a layer over the calibration text.
+
+    Attributes:
+        stats: statistics of the attention's input and of its attention weights.
+        input_norm: ratios of the norm before the attention.
+        output_norm: ratios of the norm before the MLP.
+        hidden: hidden states [N, T, D] after the layer.
+    """
 
     stats: LayerStats
     input_norm: NormRatio
@@ -66,9 +47,15 @@ class Observations:
 
 
 class SourceLayer:
-    """One decoder layer of the source, any one at a time, its attention input observable.
+    """A decoder layer of the source, whose weights are loaded by ``load``.
 
-    The hidden stream is float32 always. ``half`` multiplies in bfloat16, for a source stored in it.
+    The layer runs with the source's attention or with MLA factors. Its hidden states are always float32.
+
+    Attributes:
+        module: transformers' decoder layer.
+        view: the features and weights of its attention.
+        spec: the source's attention at this layer.
+        inv_freq: rotary frequencies [p], in radians per position.
     """
 
     def __init__(
@@ -81,52 +68,69 @@ class SourceLayer:
         half: bool = False,
         norm_eps: float | None = None,
     ) -> None:
-        """``model`` is the source's without weights; ``norm_eps`` the eps of the export's norms, if it is another."""
+        """Prepare for layers of one source.
+
+        Args:
+            model: the source's model without weights.
+            family: the source's family.
+            spec: the source's attention.
+            device: the device that the layer runs on.
+            half: multiply matrices in bfloat16.
+            norm_eps: eps of the export's norms; None if the export keeps the source's eps.
+        """
         self.norm_eps = norm_eps
         self.model, self.family, self.source_spec = model, family, spec
         self.device, self.half = device, half
 
     def load(self, tensors: dict[str, Tensor], index: int) -> None:
-        """Become layer ``index``, of these tensors, keyed relative to it.
+        """Load the weights of layer ``index``.
+
+        Args:
+            tensors: the layer's tensors, by name without the layer's prefix.
+            index: index of the layer.
 
         Raises:
-            TransmlaError: if they are not the layer's.
+            TransmlaError: if ``tensors`` are not exactly the tensors of this layer.
         """
         dtype = torch.bfloat16 if self.half else torch.float32
-        placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.module: Any = layer_with(self.model, index, placed, dtype).to(self.device)
+        on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.module: Any = layer_with(self.model, index, on_device, dtype).to(self.device)
         for norm in self.module.modules():
             if isinstance(norm, torch.nn.LayerNorm):
-                # Unlike families' own norms it takes no stream that is more precise than its weights.
+                # Unlike the families' RMSNorms, LayerNorm refuses float32 inputs with bfloat16 weights.
                 norm.float()
         self.spec, kind = self.source_spec.at(index), self.source_spec.kind(index)
         self.inv_freq = torch.tensor(kind.inv_freq, dtype=torch.float32, device=self.device)
         attention, spec = self.module.self_attn, self.spec
-        order = halves_order(spec.head_dim, 2 * kind.turned, interleaved=self.family.interleaved)
+        order = halves_order(spec.head_dim, 2 * kind.rotary_pairs, interleaved=self.family.interleaved)
         rules = ScoreRules(kind.window, kind.softcap, getattr(attention, "sinks", None))
         counts = spec.num_attention_heads, spec.num_key_value_heads
-        heads = Heads(*counts, spec.head_dim, order, 2 * kind.turned, kind.turned_factor)
+        heads = Heads(*counts, spec.head_dim, order, 2 * kind.rotary_pairs, kind.rotary_factor)
         self.view = AttentionView(attention, heads, rules)
 
     def weights(self) -> LayerWeights:
-        """The attention weights by head, float32, as maps of ``features``."""
+        """Return the attention weights by head, float32, as maps of ``features``."""
         return self.view.weights()
 
     @torch.no_grad()
     def features(self, hidden: Tensor) -> Tensor:
-        """What the attention's weights read, [N, T, D] → [N, T, F]."""
+        """Return the features that the attention's weights read, for ``hidden`` states; [N, T, D] → [N, T, F]."""
         return self._features(attention_input(self.module, hidden.to(self.device)))
 
     def run(self, hidden: Tensor, factors: LayerFactors | None = None, *, through_mlp: bool = True) -> Tensor:
-        """The layer's output with the source's attention or ``factors``; [N, T, D] → [N, T, D].
+        """Run the layer; [N, T, D] → [N, T, D].
 
-        Without ``through_mlp``, the stream after the attention.
+        Args:
+            hidden: hidden states that enter the layer.
+            factors: MLA factors for the attention; None runs the source's attention.
+            through_mlp: run the whole layer; otherwise return the hidden states after the attention.
         """
         attend = partial(self._attend, factors=factors)
         with self._precision():
             return run_layer(self.module, hidden, attend, until=None if through_mlp else self.family.after_attention)
 
     def _attend(self, x: Tensor, factors: LayerFactors | None) -> Tensor:
+        """Return the attention's output for its input ``x``; [N, T, D] → [N, T, D]."""
         features, output = self._features(x), self.module.self_attn.o_proj
         if factors is not None:
             mixed = fused_attention(features, factors)
@@ -137,15 +141,17 @@ class SourceLayer:
         return output(mixed)  # type: ignore[no-any-return]
 
     def _features(self, x: Tensor) -> Tensor:
+        """Return the features of the attention's input ``x``; [N, T, D] → [N, T, F]."""
         with self._precision():
             return self.view.features(x).to(x.dtype)
 
     def _precision(self) -> torch.autocast:
+        """Return a context that multiplies in bfloat16 if ``half`` is set."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     @torch.no_grad()
     def observe(self, stream: Tensor) -> Observations:
-        """Run the layer over ``stream`` [N, T, D] step by step; returns what was seen and the next stream."""
+        """Run the source's layer over hidden states ``stream`` [N, T, D], and measure its statistics."""
         width, length = self.view.width, stream.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
@@ -168,9 +174,14 @@ class SourceLayer:
 
     @torch.no_grad()
     def run_stream(self, stream: Tensor, factors: LayerFactors | None) -> tuple[Tensor, Tensor]:
-        """Run the layer over ``stream`` [N, T, D] with ``factors``, or the source's weights, for its attention.
+        """Run the layer over hidden states, a few sequences at a time.
 
-        Returns E[x xᵀ] [F, F] of the attention's features, and the next stream.
+        Args:
+            stream: hidden states [N, T, D] that enter the layer.
+            factors: MLA factors for the attention; None runs the source's attention.
+
+        Returns:
+            E[x xᵀ] [F, F] of the attention's features, float64, and the hidden states [N, T, D] after the layer.
         """
         width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
@@ -184,7 +195,7 @@ class SourceLayer:
 
     @contextmanager
     def _observed_norms(self) -> Iterator[tuple[NormRatio, NormRatio]]:
-        """Measure what enters the layer's two norms while it runs, where their eps will be another."""
+        """Measure the inputs of the layer's two norms during the context, if the export's eps differs."""
         eps = self.spec.rms_norm_eps
         norms = NormRatio(eps, self.norm_eps or eps), NormRatio(eps, self.norm_eps or eps)
         names = () if self.norm_eps is None else ("input_layernorm", "post_attention_layernorm")
@@ -200,9 +211,11 @@ class SourceLayer:
 
     @torch.no_grad()
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of ``x`` [N, T, D]: mass by distance [H, T], and Σ a² received by every token [N, T].
+        """Measure the attention weights a for features ``x`` [N, T, F].
 
-        The mass leaves out the sink token and early queries.
+        Returns:
+            The attention mass by distance [H, T], without the sink token and early queries; and Σ a² over heads and
+            queries for every token [N, T].
         """
         spec, length = self.spec, x.shape[1]
         weights, group = self.weights(), self.spec.group_size
@@ -233,12 +246,18 @@ class SourceLayer:
 
 
 def sum_by_distance(attention: Tensor, first: int, stride: int = 1) -> Tensor:
-    """Σ over i − j = Δ of ``attention`` [H, R, T], whose rows are the queries i = first, first + stride, …
+    """Sum attention weights over all pairs of query i and key j with equal distance Δ = i − j.
 
-    Returns [H, T] in float64.
+    Args:
+        attention: attention weights [H, R, T]; row r is the query at position first + r·stride.
+        first: position of the first query.
+        stride: distance between queries.
+
+    Returns:
+        The sums [H, T] by distance Δ, in float64.
     """
     heads, rows, length = attention.shape
-    # Reversed columns, each row shifted ``stride`` further: equal distances then stand in one column.
+    # Reverse the columns and shift each row by ``stride`` more than the row above; equal distances then share a column.
     shift = rows * stride
     skewed = torch.nn.functional.pad(attention.flip(-1), (0, shift)).flatten(1)[:, :-shift]
     by_column = skewed.view(heads, rows, length + shift - stride).sum(1, dtype=torch.float64)
@@ -247,7 +266,10 @@ def sum_by_distance(attention: Tensor, first: int, stride: int = 1) -> Tensor:
 
 
 def steps(stream: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Consecutive groups of sequences of ``stream`` [N, T, ...], about TOKENS_PER_STEP tokens each."""
+    """Yield (start, sequences [n, T, ...]) for consecutive groups of ``stream`` [N, T, ...].
+
+    Each group has about TOKENS_PER_STEP tokens, and at least one sequence.
+    """
     size = max(1, TOKENS_PER_STEP // stream.shape[1])
     for start in range(0, len(stream), size):
         yield start, stream[start : start + size]

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In a saved file, factors fitted ahead are called "fitted.LAYER.NAME".
+# Prefix of the factors fitted ahead in a saved file: "fitted.LAYER.NAME".
 AHEAD = "fitted"
 
 
 @dataclass(frozen=True)
 class Streams:
-    """What enters a layer: hidden states [N, T, D] of all calibration sequences.
+    """Hidden states [N, T, D] of all calibration sequences that enter a layer.
 
     Attributes:
-        source: as the source computes them.
-        first_pass: as layers without their RoPE compute them, for methods with a first pass.
-        converted: as the converted layers compute them, where layers are fitted.
-        ahead: by layer, tensors by name: the factors that the last window fitted for layers that it did not finish.
+        source: hidden states computed by the source's layers.
+        first_pass: hidden states computed by layers without RoPE; None if the method has no first pass.
+        converted: hidden states computed by the converted layers; None if layers are not fitted.
+        ahead: layer → name → tensor: factors that the last window fitted for layers that are not yet final.
     """
 
     source: Tensor
@@ -30,24 +30,24 @@ class Streams:
     ahead: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Streams:
-        """Apply ``change`` to every tensor."""
+        """Return the streams with ``change`` applied to every tensor."""
         hidden = {name: change(stream) for name, stream in self.hidden().items()}
         ahead = {layer: {name: change(t) for name, t in tensors.items()} for layer, tensors in self.ahead.items()}
         return Streams(**hidden, ahead=ahead)
 
     def hidden(self) -> dict[str, Tensor]:
-        """The hidden states that there are, by name."""
+        """Return the hidden states [N, T, D] that are not None, by name."""
         named: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ahead"}
         return {name: stream for name, stream in named.items() if stream is not None}
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All tensors under one name each, on the CPU, to be saved."""
+        """Return all tensors by a flat name, on the CPU, for a file."""
         ahead = {f"{AHEAD}.{i}.{name}": t for i, tensors in self.ahead.items() for name, t in tensors.items()}
         return {name: tensor.cpu() for name, tensor in (self.hidden() | ahead).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Streams:
-        """The streams that ``to_tensors`` made ``tensors`` of."""
+        """Return the streams that ``to_tensors`` flattened."""
         hidden, ahead = {}, dict[int, dict[str, Tensor]]()
         for key, tensor in tensors.items():
             kind, _, rest = key.partition(".")
@@ -59,7 +59,7 @@ class Streams:
         return cls(**hidden, ahead=ahead)
 
     def nearest(self, device: torch.device, copies: int) -> Streams:
-        """The streams on the GPU ``device`` if ``copies`` of them fit its free memory; else where they are."""
+        """Return the streams on the GPU ``device`` if ``copies`` of them fit its free memory; else unchanged."""
         size = sum(tensor.nbytes for tensor in self._all())
         if device.type == "cuda" and size * copies < torch.cuda.mem_get_info(device)[0]:
             return self.map(lambda stream: stream.to(device))

@@ -1,4 +1,4 @@
-"""Exact operations on the factors of a layer: padding, query compression, orthonormal latents."""
+"""Operations on the factors of a layer after the method: query compression, padding, orthonormal latents."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from transmla.core.linalg import latent_basis, orthonormal_rows, regress, regula
 
 
 def compress_queries(factors: LayerFactors, stats: LayerStats, rank: int) -> LayerFactors:
-    """Queries of rank ``rank`` that serve all heads best under the calibration data."""
+    """Replace the query projections by the best approximation of rank ``rank`` over all heads together.
+
+    The error is measured on the calibration inputs. The result has ``q_latent`` [rank, D], and its ``q_nope``
+    [H, d_n, rank] and ``q_pe`` [H, d_r, rank] read this latent.
+    """
     moment = regularise(stats.second_moment)
     rows = torch.cat([factors.q_nope, factors.q_pe], 1)
-    # Orthonormal rows keep the query latent's norm an identity on any input.
+    # With orthonormal rows, no input has a latent larger than itself, so the query latent's norm stays an identity.
     basis, _ = orthonormal_rows(latent_basis(rows.flatten(0, 1), moment, rank))
-    read = regress(rows, basis, moment)
+    readout = regress(rows, basis, moment)
     d_n = factors.q_nope.shape[1]
-    return replace(factors, q_nope=read[:, :d_n], q_pe=read[:, d_n:], q_latent=basis)
+    return replace(factors, q_nope=readout[:, :d_n], q_pe=readout[:, d_n:], q_latent=basis)
 
 
 def pad_factors(f: LayerFactors, shape: MLAShape) -> LayerFactors:
-    """Zero-pad latent, position-free width and value width up to ``shape``; exact by construction."""
+    """Zero-pad r, d_n and d_v up to the widths in ``shape``. The attention's output does not change."""
     rank = shape.kv_lora_rank - f.latent.shape[0]
     nope = shape.qk_nope_head_dim - f.q_nope.shape[1]
     value = shape.v_head_dim - f.v_up.shape[1]
@@ -38,10 +42,10 @@ def pad_factors(f: LayerFactors, shape: MLAShape) -> LayerFactors:
 
 
 def orthonormal_latents(f: LayerFactors) -> LayerFactors:
-    """The same layer with orthonormal rows in its latents.
+    """Return the same layer with orthonormal rows in ``latent`` and ``q_latent``.
 
-    No input, however unlike the calibration text, then has a latent larger than itself, and the latent norm
-    stays an identity.
+    No input then has a latent larger than itself, even if the input is unlike the calibration text. The latent norms
+    therefore stay identities (``core.norm_identity``).
     """
     rows, triangle = orthonormal_rows(f.latent)
     f = replace(f, latent=rows, k_up=f.k_up @ triangle, v_up=f.v_up @ triangle)

@@ -1,8 +1,8 @@
-"""The coordinates in which a layer's factors are fitted.
+"""The coordinates in which gradient steps fit a layer's factors.
 
-Inputs of a language model differ in size by orders of magnitude between directions, and a factorisation is
-free in the basis of its latent. Gradient steps care about both, the function does not: maps of the input are
-fitted as maps of C^{−α} x, and latents in the basis in which they are white.
+The inputs of a language model differ in size by orders of magnitude between directions, and every basis of the latent
+gives the same layer. Both choices change the gradient steps but not the attention's output. The fit therefore treats
+maps of the input x as maps of C^{−α} x, and uses the basis in which the latent is white.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors
 from transmla.core.linalg import regularise, sqrtm_pair
 
-# α: 1/2 would be white. On WikiText-2 validation text, 1/4 and 1/2 are 4 % better than 0 at 16 + 32, and no
-# different at half the cache.
+# Exponent α of C. At 1/2 the input would be white. Chosen on WikiText-2 validation text: 1/4 and 1/2 are 4 % better
+# than 0 with rows of 16 + 32 values, and no different at half the cache.
 WHITENING = 0.25
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """``shrink`` = C^{−α} and ``grow`` = C^{α}, both [D, D], for one layer; ``origin`` holds what is not fitted."""
+    """The coordinates of one layer.
+
+    Attributes:
+        origin: factors (float32) of the layer; they supply everything that is not fitted.
+        moment: C = E[x xᵀ] [D, D] of the attention's input, regularised.
+        shrink: C^{−α} [D, D].
+        grow: C^{α} [D, D].
+    """
 
     origin: LayerFactors
     moment: Tensor
@@ -31,9 +38,13 @@ class Coordinates:
 
     @classmethod
     def of(cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None) -> Coordinates:
-        """Coordinates for ``factors`` whose attention reads inputs with E[x xᵀ] = ``moment`` [D, D].
+        """Return coordinates for ``factors``.
 
-        Maps that read one of the ``blocks`` [D] of the input alone do so in these coordinates too.
+        Args:
+            factors: the layer before the fit.
+            moment: E[x xᵀ] [D, D] of the attention's input.
+            blocks: number [D] of the block that each input feature belongs to. A map that reads only one block then
+                reads only this block in the coordinates too.
         """
         moment = regularise(moment.double())
         if blocks is not None:
@@ -44,7 +55,7 @@ class Coordinates:
         return cls(factors.to(torch.float32), moment, shrink.float(), grow.float())
 
     def to_coordinates(self, factors: LayerFactors) -> dict[str, Tensor]:
-        """The tensors of ``factors`` to fit, by name, in these coordinates."""
+        """Return the tensors of ``factors`` that are fitted, by name and with their shapes, in these coordinates."""
         f = factors.to(torch.float64)
         root, inverse = self._roots(f.latent)
         tensors = {
@@ -65,15 +76,15 @@ class Coordinates:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def to_factors(self, tensors: dict[str, Tensor]) -> LayerFactors:
-        """The layer that ``tensors`` stand for; differentiable."""
+        """Return the layer whose tensors in these coordinates are ``tensors``; differentiable."""
         plain = {name: tensors[name] @ self.shrink for name in self._readers()}
         return replace(self.origin, **(tensors | plain))  # type: ignore[arg-type]
 
     def _roots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Square root [r, r] of the covariance of the latent ``rows`` [r, D], and its inverse."""
+        """Return the square root [r, r] of the covariance of the latent ``rows`` [r, D], and its inverse [r, r]."""
         return sqrtm_pair(rows @ self.moment @ rows.mT, floor=1e-9)
 
     def _readers(self) -> tuple[str, ...]:
-        """The maps that read the layer's input itself."""
+        """Return the names of the maps that read the layer's input directly."""
         queries = ("q_nope", "q_pe") if self.origin.q_latent is None else ("q_latent",)
         return (*queries, "latent", "rope")

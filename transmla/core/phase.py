@@ -1,12 +1,12 @@
-"""Calibrated phase: the best constant that can stand for a rotation.
+"""Calibrated phase φ: the best constant in place of a rotation.
 
-A channel without RoPE replaces e^{−iθΔ} by a constant. Under the distances Δ a head really attends to,
-with weights a_h(Δ), the least-squares constant is the characteristic function
+A key channel without RoPE replaces the rotation e^{−iθΔ} by a constant. Let a_h(Δ) be the share of head h's attention
+at distance Δ on the calibration text. The least-squares constant is the characteristic function
 
-    φ_h(θ) = Σ_Δ a_h(Δ) e^{−iθΔ},
+    φ_h(θ) = Σ_Δ a_h(Δ) e^{−iθΔ}.
 
-near one for slow frequencies, near zero for fast ones, with the right phase in between. It is the exact
-optimum when conj(q)·k is circular and independent of Δ.
+|φ| is near one for slow frequencies and near zero for fast ones. The constant is the exact optimum if conj(q)·k is
+circular and independent of Δ.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from torch import Tensor
 
 
 def characteristic(distance_mass: Tensor, omega: Tensor) -> Tensor:
-    """φ_h(ω) [H, ...] of the distance distribution ``distance_mass`` [H, T] at ``omega`` [...] rad/position.
+    """Return φ_h(ω) [H, ...] of each head at the frequencies ``omega``.
 
-    A head with no mass at all (it attends to the sink alone) keeps φ = 1: its rotation is never seen.
+    A head that attends to the sink token only has no mass. Its rotation has no effect, so φ is 1.
+
+    Args:
+        distance_mass: attention mass [H, T] at each distance Δ; a row sums to one, or to zero.
+        omega: frequencies [...] in radians per position.
     """
     distance = torch.arange(distance_mass.shape[-1], dtype=distance_mass.dtype, device=distance_mass.device)
     angle = distance[:, None] * omega.reshape(1, -1)

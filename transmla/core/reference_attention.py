@@ -1,6 +1,6 @@
-"""Reference attention in plain tensor algebra: the source's, and MLA's in its two equal forms.
+"""Reference attention in plain tensor algebra: the source's, and MLA in its two equal forms.
 
-These are the slow twins that everything fast is compared with; they run in the dtype of their input.
+The tests compare all fast code with these functions. They run in the dtype of their input.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ PLAIN = ScoreRules()
 
 
 def causal_softmax(scores: Tensor, positions: Tensor | None = None, rules: ScoreRules = PLAIN) -> Tensor:
-    """Softmax of ``scores`` [..., H, Q, T] over the keys that queries at ``positions`` [Q] (all T) see.
+    """Return the attention weights [..., H, Q, T] of causal queries.
 
-    Rows sum to one, or with sinks to less.
+    Args:
+        scores: [..., H, Q, T], after scaling.
+        positions: positions [Q] of the queries among the T keys. None means all T.
+        rules: window, softcap and sinks. Rows sum to one, and to less than one with sinks.
     """
     keys = torch.arange(scores.shape[-1], device=scores.device)
     queries = keys if positions is None else positions
     if rules.softcap is not None:
         scores = (scores / rules.softcap).tanh() * rules.softcap
-    scores = scores.masked_fill(unseen(queries, keys, rules.window), float("-inf"))
+    scores = scores.masked_fill(is_masked(queries, keys, rules.window), float("-inf"))
     if rules.sinks is None:
         return scores.softmax(-1)
     sinks = rules.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
-def unseen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Where [Q, T] a key lies in the future of a query or behind its window; both are given by their positions."""
+def is_masked(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return a mask [Q, T] that is true if a key is in a query's future or before its ``window``; takes positions."""
     distance = queries[:, None] - keys
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
@@ -45,9 +48,15 @@ def source_scores(
     gain: float = 1.0,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Scores [N, H, Q, T] of the source attention for its input ``x`` [N, T, D].
+    """Return the scores [N, H, Q, T] of the source attention, before masks and softcap.
 
-    ``gain`` is the square of yarn's attention factor; queries stand at ``positions`` [Q], by default at all T.
+    Args:
+        x: the attention's input [N, T, D].
+        weights: the source's weights.
+        inv_freq: rotary frequencies [p], in radians per position.
+        scaling: factor on the scores.
+        gain: square of yarn's attention factor.
+        positions: positions [Q] of the queries. None means all T.
     """
     keys = torch.arange(x.shape[1], device=x.device)
     queries = keys if positions is None else positions
@@ -60,7 +69,7 @@ def source_scores(
 def source_attention(
     x: Tensor, weights: LayerWeights, inv_freq: Tensor, *, scaling: float, gain: float = 1.0
 ) -> Tensor:
-    """Output [N, T, D] of the source attention."""
+    """Return the output [N, T, D] of the source attention; arguments as in ``source_scores``."""
     group = weights.q.shape[0] // weights.k.shape[0]
     scores = source_scores(x, weights, inv_freq, scaling=scaling, gain=gain)
     attention = causal_softmax(scores, rules=weights.rules)
@@ -69,6 +78,7 @@ def source_attention(
 
 
 def _mla_queries_and_cache(x: Tensor, f: LayerFactors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q_nope [N, H, T, d_n], rotated q_pe [N, H, T, d_r], kv_c [N, T, r] and rotated k_pe [N, T, d_r]."""
     positions = torch.arange(x.shape[1], device=x.device)
     q_input = x if f.q_latent is None else x @ f.q_latent.mT
     q_nope = torch.einsum("ntD,hdD->nhtd", q_input, f.q_nope)
@@ -77,7 +87,7 @@ def _mla_queries_and_cache(x: Tensor, f: LayerFactors) -> tuple[Tensor, Tensor, 
 
 
 def expanded_attention(x: Tensor, f: LayerFactors) -> Tensor:
-    """MLA with per-head keys and values rebuilt from the latent; [N, T, D] → [N, T, D]."""
+    """Return MLA's output with per-head keys and values expanded from the latent; [N, T, D] → [N, T, D]."""
     q_nope, q_pe, kv_c, k_pe = _mla_queries_and_cache(x, f)
     k_nope = torch.einsum("ntr,hdr->nhtd", kv_c, f.k_up)
     value = torch.einsum("ntr,hdr->nhtd", kv_c, f.v_up)
@@ -86,9 +96,10 @@ def expanded_attention(x: Tensor, f: LayerFactors) -> Tensor:
 
 
 def absorbed_attention(x: Tensor, f: LayerFactors) -> Tensor:
-    """MLA as multi-query attention over the latent itself (W_UK in the query, W_UV after the sum).
+    """Return MLA's output as multi-query attention over the latent; [N, T, D] → [N, T, D].
 
-    The identity of DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
+    W_UK is absorbed in the query, and W_UV is applied after the weighted sum (DeepSeek-V2, arXiv 2405.04434, section
+    2.1.2).
     """
     q_nope, q_pe, kv_c, k_pe = _mla_queries_and_cache(x, f)
     q_latent = torch.einsum("nhtd,hdr->nhtr", q_nope, f.k_up)

@@ -1,7 +1,7 @@
-"""Rotary embedding as complex numbers: one number per frequency, one rotation per position.
+"""Rotary embedding as multiplication of complex numbers.
 
-RoPE pairs coordinates f and f + d/2 (halves layout) and turns the pair by the angle θ_f·position
-(Su et al., arXiv 2104.09864). Written as z_f = x_f + i·x_{f+d/2} it is a product with e^{iθ_f·position}.
+RoPE pairs the coordinates f and f + d/2 (halves layout) and rotates each pair by the angle θ_f·position (Su et al.,
+arXiv 2104.09864). With z_f = x_f + i·x_{f+d/2}, the rotation is a product with e^{iθ_f·position}.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 def to_complex(weight: Tensor) -> Tensor:
-    """[..., 2p, D] in halves layout → [..., p, D] complex."""
+    """Convert rows in halves layout to complex rows: [..., 2p, D] → [..., p, D]."""
     real, imag = weight.chunk(2, dim=-2)
     return torch.complex(real.contiguous(), imag.contiguous())
 
 
 def to_halves(weight: Tensor) -> Tensor:
-    """[..., p, D] complex → [..., 2p, D] in halves layout."""
+    """Convert complex rows to rows in halves layout: [..., p, D] → [..., 2p, D]."""
     return torch.cat([weight.real, weight.imag], dim=-2)
 
 
 def halves_to_interleaved(width: int) -> Tensor:
-    """Row order that turns halves layout (0, …, d/2, …) into interleaved pairs (0, d/2, 1, d/2 + 1, …)."""
+    """Return the row order [width] from halves layout (0, …, d/2, …) to interleaved pairs (0, d/2, 1, d/2 + 1, …)."""
     return torch.arange(width).view(2, width // 2).T.reshape(-1)
 
 
 def rotate(x: Tensor, inv_freq: Tensor, positions: Tensor) -> Tensor:
-    """Turn ``x`` [..., T, 2p] (halves layout) by ``inv_freq`` [p] at ``positions`` [T]."""
+    """Rotate ``x`` [..., T, 2p] in halves layout by the angles ``inv_freq`` [p] · ``positions`` [T], in radians."""
     angle = positions.to(x.dtype)[:, None] * inv_freq.to(x.dtype)
     cos, sin = angle.cos(), angle.sin()
     real, imag = x.chunk(2, dim=-1)
@@ -35,7 +35,10 @@ def rotate(x: Tensor, inv_freq: Tensor, positions: Tensor) -> Tensor:
 
 
 def match_slots(target: Tensor, source: Tensor, *, tolerance: float = 1e-5) -> tuple[int, ...] | None:
-    """Index into ``source`` [p] of every frequency of ``target`` [s], or None if one is not there."""
+    """Return the index into ``source`` [p] of every frequency in ``target`` [s].
+
+    Returns None if a target frequency differs from all source frequencies by more than the relative ``tolerance``.
+    """
     distance = (target[:, None] / source[None, :] - 1).abs()
     error, index = distance.min(dim=1)
     if bool((error > tolerance).any()):

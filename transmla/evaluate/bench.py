@@ -1,7 +1,7 @@
-"""How fast a model decodes.
+"""Decoding speed of a model.
 
-The cache is filled with random rows up to a length, so that long contexts need no prompt to be read first; then
-single tokens are decoded. Speed does not depend on what the rows hold.
+The cache is filled with random rows, so that a long context needs no prefill; then single tokens are decoded. The
+contents of the rows do not affect the speed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ import torch
 from transmla.errors import TransmlaError
 from transmla.reporter import Reporter
 
-# Size of the copy whose speed is the memory's, and how often it is timed. Not a power of two, which would have source
-# and target meet in the same banks of an H200's memory.
+# Bytes copied to measure the memory bandwidth, by device type. The size on GPUs is not a power of two: otherwise source
+# and target would use the same memory banks of an H200.
 COPY_BYTES = {"cuda": 3 * 2**30, "cpu": 2**28}
+# Number of timed copies; the fastest counts.
 REPEATS = 5
-WARM_UP, WARMED_TOKENS = 3, 32768
+# Decoding steps before the timed ones.
+WARM_UP = 3
+# Longest prompt, in tokens, whose prefill is run once before it is timed.
+WARMED_TOKENS = 32768
 
 
 @dataclass(frozen=True)
 class Point:
-    """One batch at one context: seconds to read the prompt of one sequence, seconds of a decoding step.
+    """Measurements for one batch size at one context length.
 
-    ``cache_bytes`` are those of the rows held; ``bytes_per_second`` are cache and weights over a step's time.
+    Attributes:
+        batch: sequences.
+        context: tokens in the cache, per sequence.
+        prefill_seconds: time to prefill one sequence of ``context`` tokens.
+        step_seconds: median time of a decoding step.
+        cache_bytes: size of the filled cache.
+        bytes_per_second: bytes of cache and weights that a step reads, divided by its time.
     """
 
     batch: int
@@ -40,12 +50,21 @@ class Point:
 
     @property
     def tokens_per_second(self) -> float:
+        """Decoded tokens per second, over the whole batch."""
         return self.batch / self.step_seconds
 
 
 @dataclass(frozen=True)
 class Bench:
-    """All points of one model; those that did not fit the device are left out."""
+    """Measurements of one model.
+
+    Attributes:
+        device: device of the model.
+        dtype: precision of the model.
+        backend: names of the MLA backends, or "transformers".
+        copy_bytes_per_second: memory bandwidth of the device, measured with a copy.
+        points: one point per batch size and context length, except those that did not fit into memory.
+    """
 
     device: str
     dtype: str
@@ -54,19 +73,26 @@ class Bench:
     points: list[Point]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         points = [asdict(point) | {"tokens_per_second": point.tokens_per_second} for point in self.points]
         return asdict(self) | {"points": points}
 
 
 def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps: int = 16, reporter: Reporter) -> Bench:
-    """Measure ``model``, loaded by ``transmla.load`` or by transformers, over a grid of batches and contexts.
+    """Measure a model over a grid of batch sizes and context lengths.
 
-    On a GPU over a static cache and compiled, as ``generate(cache_implementation="static")`` runs; on a CPU over a
-    growing cache, as ``generate()`` runs.
+    On a GPU, steps are compiled and use a static cache, like ``generate(cache_implementation="static")``. On a CPU,
+    the cache grows, like in ``generate()``.
+
+    Args:
+        model: a model loaded by ``transmla.load`` or by transformers.
+        batches: batch sizes.
+        contexts: context lengths, in tokens.
+        steps: timed decoding steps per point.
+        reporter: receives the progress.
 
     Raises:
-        TransmlaError: if a context is longer than the model's, or no point fits the device.
+        TransmlaError: if a context exceeds the model's, or no point fits into the device's memory.
     """
     from torch._inductor import config as inductor
 
@@ -74,10 +100,10 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
     if max(contexts) > longest:
         raise TransmlaError(
             f"context {max(contexts)} is too long for this model",
-            limit=f"{longest} tokens and the {steps + WARM_UP} that are decoded",
-            remedy="choose smaller contexts",
+            limit=f"at most {longest} tokens, before the {steps + WARM_UP} decoded ones",
+            remedy="choose shorter contexts",
         )
-    copied = copy_bandwidth(model.device)
+    bandwidth = copy_bandwidth(model.device)
     reporter.stage("decoding", len(batches) * len(contexts))
     points: list[Point] = []
     prefill: dict[int, float] = {}
@@ -85,26 +111,30 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
         try:
             if context not in prefill:
                 prefill[context] = prefill_seconds(model, context)
-            # One CUDA graph for each size is what is wanted here: no warning of it.
+            # The bench needs one CUDA graph per size, so torch's warning about many sizes is switched off.
             with inductor.patch({"triton.cudagraph_dynamic_shape_warn_limit": None}):
                 points.append(measure(model, batch, context, steps, prefill[context]))
         except torch.OutOfMemoryError:
-            reporter.message(f"batch {batch} at {context:,} tokens does not fit {model.device}")
+            reporter.message(f"batch {batch} at {context:,} tokens does not fit into the memory of {model.device}")
             torch.cuda.empty_cache()
         reporter.advance(i + 1, f"{points[-1].tokens_per_second:,.0f} tokens/s" if points else "")
     if not points:
-        raise TransmlaError("nothing was measured", limit="no point fits the device", remedy="choose smaller ones")
+        raise TransmlaError(
+            "nothing was measured",
+            limit="no point fits into the device's memory",
+            remedy="choose smaller batches or shorter contexts",
+        )
     backends = {module.backend.name for module in model.modules() if hasattr(module, "backend")}
     name = ", ".join(sorted(backends)) or "transformers"
-    return Bench(str(model.device), str(model.dtype).removeprefix("torch."), name, copied, points)
+    return Bench(str(model.device), str(model.dtype).removeprefix("torch."), name, bandwidth, points)
 
 
 @torch.no_grad()
 def prefill_seconds(model: Any, context: int) -> float:
-    """Seconds to read a prompt of ``context`` random tokens."""
+    """Return the seconds to prefill ``context`` random tokens of one sequence."""
     device = model.device
     tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
-    # The first prompt also chooses and loads kernels; very long ones take so long that this does not show.
+    # The first prefill also selects and loads kernels. For longer prompts this time is negligible.
     if context <= WARMED_TOKENS:
         model(tokens, use_cache=True, logits_to_keep=1)
     began = _now(device)
@@ -114,7 +144,16 @@ def prefill_seconds(model: Any, context: int) -> float:
 
 @torch.no_grad()
 def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *, static: bool | None = None) -> Point:
-    """One point; the step is the median of ``steps`` ones. ``static``: compiled over a static cache, as on GPUs."""
+    """Measure one point.
+
+    Args:
+        model: the model.
+        batch: sequences.
+        context: tokens in the cache before the first step, per sequence.
+        steps: timed decoding steps, whose median counts.
+        prefill: seconds of the prefill, which are copied into the point.
+        static: whether to compile the step over a static cache; None: on GPUs only.
+    """
     from transformers import CompileConfig, DynamicCache, StaticCache
 
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
@@ -128,7 +167,7 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     else:
         cache, step = DynamicCache(config=model.config), model
     _fill(model, cache, batch, context)
-    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    cache_bytes = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times = []
     for i in range(WARM_UP + steps):
@@ -137,11 +176,12 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
         step(token, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
         times.append(_now(device) - began)
     seconds = statistics.median(times[WARM_UP:])
-    return Point(batch, context, prefill, seconds, held, (held + _weights_read(model, batch)) / seconds)
+    read = cache_bytes + _weight_bytes_read(model, batch)
+    return Point(batch, context, prefill, seconds, cache_bytes, read / seconds)
 
 
-def _weights_read(model: Any, batch: int) -> float:
-    """Bytes of the weights that a step reads: of experts, no more than the tokens choose."""
+def _weight_bytes_read(model: Any, batch: int) -> float:
+    """Return the bytes of weights that a step reads; of all experts, at most the number that the tokens select."""
     config = model.config
     experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1
     chosen = min(1.0, batch * getattr(config, "num_experts_per_tok", 1) / experts)
@@ -154,7 +194,7 @@ def _weights_read(model: Any, batch: int) -> float:
 
 
 def _fill(model: Any, cache: Any, batch: int, length: int) -> None:
-    """Let ``cache`` hold ``length`` random rows of every layer for ``batch`` sequences."""
+    """Fill ``cache`` with ``length`` random rows per layer and sequence."""
     from transformers import DynamicCache
 
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
@@ -170,7 +210,7 @@ def _fill(model: Any, cache: Any, batch: int, length: int) -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
+    """Return the memory bandwidth in bytes per second, read and written, measured with a large copy."""
     source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device).fill_(1)
     target = torch.empty_like(source)
     times = []
@@ -182,7 +222,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """The time when all work given to the device is done."""
+    """Return the time in seconds, after the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

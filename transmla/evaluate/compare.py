@@ -1,4 +1,4 @@
-"""Loading models by any name a source may have, and comparing them: on text, and in speed."""
+"""Evaluate or bench a model given by name, and compare it with a baseline."""
 
 from __future__ import annotations
 
@@ -36,23 +36,36 @@ def evaluate_models(
     revision: str | None = None,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Perplexity of ``model`` and, given a ``baseline``, its distance from it, as plain values.
+    """Measure the perplexity of a model on a text and, given a baseline, its KL divergence from the baseline.
 
-    ``pydoc`` is read from its test split unless told otherwise. ``revision`` belongs to the baseline.
+    Args:
+        model: local folder or Hub name.
+        baseline: local folder or Hub name, or None.
+        settings: text and windows. The default split of ``pydoc`` is ``test``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: device of both models, or ``auto``.
+        revision: revision of the baseline on the Hub.
+        reporter: receives the progress.
+
+    Returns:
+        The names of model, baseline, text and split, and the fields of ``perplexity.Evaluation``; plain values.
+
+    Raises:
+        TransmlaError: if a model or the text cannot be loaded, or ``evaluate`` refuses them.
     """
     check_stride(settings.window, settings.stride)
-    place = pick_device(device)
+    torch_device = pick_device(device)
     path = resolve_source(model)
     split = settings.split or ("test" if settings.text == "pydoc" else None)
-    with _refusing(path):
+    with _load_errors(path):
         tokenizer = load_tokenizer(path)
     stride = settings.stride or settings.window
     limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
     tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
-    other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, place)
-    loaded = _load(path, dtype, place)
+    other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, torch_device)
+    loaded = _load(path, dtype, torch_device)
     windows = max(1, (len(tokens) - settings.window) // stride + 1)
-    reporter.stage("eval_mode", min(windows, settings.max_windows or windows))
+    reporter.stage("evaluating", min(windows, settings.max_windows or windows))
     result = evaluate(
         loaded,
         tokens,
@@ -66,7 +79,19 @@ def evaluate_models(
 
 
 def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
-    """Compare a fresh export with its source on the recipe's ``eval`` text, and write it into the card."""
+    """Evaluate a new export on the recipe's ``eval`` text against its source, and write the result into the card.
+
+    Args:
+        folder: the export.
+        recipe: its recipe, with a section ``eval``.
+        reporter: receives the progress.
+
+    Returns:
+        The result of ``evaluate_models``.
+
+    Raises:
+        TransmlaError: as ``evaluate_models``.
+    """
     assert recipe.eval is not None
     result = evaluate_models(
         str(folder),
@@ -93,35 +118,55 @@ def bench_models(
     device: str = "auto",
     reporter: Reporter,
 ) -> dict[str, Bench]:
-    """Speed of ``model``, accelerated, and of a ``baseline`` as transformers runs it; one in memory at a time."""
-    place = pick_device(device)
-    found = {}
+    """Measure the decoding speed of an accelerated model and of a baseline as transformers runs it.
+
+    Only one of them is in memory at a time.
+
+    Args:
+        model: export with MLA: local folder or Hub name.
+        baseline: local folder or Hub name, or None.
+        batches: batch sizes.
+        contexts: context lengths, in tokens.
+        steps: timed decoding steps per point.
+        backend: MLA backend of the model, or ``auto``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: device name, or ``auto``.
+        reporter: receives the progress.
+
+    Returns:
+        The measurements under the keys ``model`` and, if given, ``baseline``.
+
+    Raises:
+        TransmlaError: if a model cannot be loaded, has no MLA layer, or does not fit (see ``bench``).
+    """
+    torch_device = pick_device(device)
+    results = {}
     for role, name in (("baseline", baseline), ("model", model)):
         if name is None:
             continue
-        loaded = _load(resolve_source(name), dtype, place)
+        loaded = _load(resolve_source(name), dtype, torch_device)
         if role == "model":
             accelerate(loaded, backend=backend)
-        found[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
-        # Compiled steps hold on to the model, and it to its memory.
+        results[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
+        # Compiled steps keep references to the model; without a reset, its memory would not be freed.
         del loaded
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    return found
+    return results
 
 
 def _load(path: Path, dtype: str, device: torch.device) -> Any:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
     register()
-    with _refusing(path):
+    with _load_errors(path):
         return load_model(path, dtype=dtype).to(device)
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """One line for whatever the loaders underneath raise, which is whatever the files make them raise."""
+def _load_errors(path: Path) -> Iterator[None]:
+    """Convert any exception into a one-line ``TransmlaError``: damaged files make loaders raise any type."""
     try:
         yield
     except TransmlaError:
@@ -131,5 +176,5 @@ def _refusing(path: Path) -> Iterator[None]:
         raise TransmlaError(
             f"cannot load '{path}' as a causal LM",
             limit=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
-            remedy="check the files, and that the device holds the model",
+            remedy="check the files, and that the model fits into the device's memory",
         ) from error

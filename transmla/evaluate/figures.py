@@ -1,4 +1,4 @@
-"""Pictures: a survey, to choose a budget by; speeds, to see what it bought."""
+"""PNG figures: decoding speeds and healing curves; also the checks and the canvas that other figures use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from transmla.evaluate.bench import Bench
 
 
 def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> None:
-    """Refuse a path that cannot become a picture, before anything is measured."""
+    """Check that a figure can be written to ``path``, before anything is measured.
+
+    Raises:
+        TransmlaError: if the suffix is not one of ``suffixes``, the path cannot be written, its folder does not exist,
+            or matplotlib is not installed.
+    """
     if path.suffix not in suffixes:
-        limit = f"a picture is a {' or '.join(suffixes)} file"
-        raise TransmlaError(f"cannot draw '{path}'", limit=limit, remedy="rename it")
+        limit = f"a figure is a {' or '.join(suffixes)} file"
+        raise TransmlaError(f"cannot draw '{path}'", limit=limit, remedy="choose another name")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-        raise TransmlaError(f"cannot write '{path}'", limit="it is a folder, or write-protected", remedy="rename it")
+        raise TransmlaError(
+            f"cannot write '{path}'", limit="it is a folder, or write-protected", remedy="choose another name"
+        )
     if not path.absolute().parent.is_dir():
         raise TransmlaError(
             f"no folder '{path.absolute().parent}'",
-            limit="a report goes into a folder that is there",
-            remedy="create it, or choose another --report",
+            limit="a figure is written into an existing folder",
+            remedy="create the folder, or choose another one",
         )
     try:
         import matplotlib  # noqa: F401
@@ -32,7 +39,12 @@ def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> 
 
 
 def write_speeds(found: dict[str, Bench], path: Path) -> None:
-    """Write ``path`` as a PNG: tokens per second by context, one line a batch, the baseline dashed."""
+    """Draw tokens per second over context length as a PNG: one line per batch size, dashed for the baseline.
+
+    Args:
+        found: the result of ``bench_models``.
+        path: the file to write.
+    """
     from matplotlib.ticker import LogLocator
 
     figure = _figure(8, 5)
@@ -54,12 +66,17 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
 
 
 def write_curve(curve: list[dict[str, Any]], path: Path) -> None:
-    """Write ``path`` as a PNG: the course of a healing, on what it learned from and on what was kept aside."""
+    """Draw a healing's loss and held-out KL over the training tokens as a PNG.
+
+    Args:
+        curve: one point per evaluation, as the manifest records them.
+        path: the file to write.
+    """
     figure = _figure(8, 5)
     axes = figure.subplots()
     tokens = [point["tokens"] for point in curve]
-    axes.plot(tokens, [point["held_out_kl"] for point in curve], marker=".", label="kept aside: KL(teacher ‖ student)")
-    axes.plot(tokens[1:], [point["loss"] for point in curve[1:]], ":", label="learned from: loss")
+    axes.plot(tokens, [point["held_out_kl"] for point in curve], marker=".", label="held-out: KL(teacher ‖ student)")
+    axes.plot(tokens[1:], [point["loss"] for point in curve[1:]], ":", label="training: loss")
     axes.set(title="healing", xlabel="tokens", ylabel="nats per token", ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
@@ -70,7 +87,7 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Made without pyplot: no global state, no display.
+    # pyplot would keep global state and may need a display.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

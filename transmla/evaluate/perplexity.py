@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model over windows of a token stream, and its distance to a baseline."""
+"""Perplexity of a causal language model over windows of a token stream, and its KL divergence from a baseline."""
 
 from __future__ import annotations
 
@@ -15,26 +15,40 @@ from torch.nn.functional import kl_div
 from transmla.errors import TransmlaError
 from transmla.source.load import eval_mode
 
-# Positions whose logits are held in float32 at once: 256 x 128k words are 128 MiB.
+# Positions whose logits are in float32 at the same time: 256 positions of a 128k vocabulary take 128 MiB.
 CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured; means are over the counted predictions."""
+    """Result of ``evaluate``; all means are over the counted predictions.
 
-    perplexity: float  # exp(nll)
-    nll: float  # mean negative log-likelihood, nats per token
-    tokens: int  # predictions counted
+    Attributes:
+        perplexity: exp(``nll``).
+        nll: mean negative log-likelihood, in nats per token.
+        tokens: counted predictions.
+        windows: number of windows.
+        window: tokens per window.
+        stride: tokens between the starts of two windows.
+        baseline_perplexity: perplexity of the baseline, or None.
+        kl: mean KL(baseline ‖ model), in nats per token, or None.
+        top1_agreement: share of predictions with the same most likely token in both models, or None.
+        seconds: time of the evaluation.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
     windows: int
-    window: int  # tokens per window
-    stride: int  # tokens between the starts of two windows
+    window: int
+    stride: int
     baseline_perplexity: float | None
-    kl: float | None  # mean KL(baseline || model), nats per token
-    top1_agreement: float | None  # share of predictions whose most likely token is the same
+    kl: float | None
+    top1_agreement: float | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -59,26 +73,27 @@ def evaluate(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score `tokens` (integer [N]) in windows `tokens[i * stride : i * stride + window]`, each on its own.
+    """Score a token stream in independent windows ``tokens[i * stride : i * stride + window]``.
 
-    With `stride` equal to `window` (the default) every prediction counts; with a smaller one, a later
-    window's last `stride` predictions do. Tokens that fill no window are left out; a text shorter than one
-    window is one window. Both models may sit on different devices, in different dtypes; they are run in
-    evaluation mode and put back. `progress` gets (windows done, windows) after each batch.
+    The first window counts all its predictions, and each later window the last ``stride`` of them. Without overlap,
+    every window counts all. Tokens after the last full window are left out. A text shorter than a window is one window.
+    The models may have different devices and dtypes. Both run in evaluation mode, and their modes are restored.
 
-    Raises TransmlaError for a text under 2 tokens, numbers out of range, a stride over the window, a window
-    over a model's context, tokens a model does not have, and different vocabularies.
+    Args:
+        model: the causal LM to evaluate.
+        tokens: token stream (integer [N]).
+        window: tokens per window.
+        max_windows: largest number of windows; None: all.
+        stride: tokens between the starts of two windows; None: ``window``, so windows do not overlap.
+        baseline: the causal LM to compare with, or None.
+        batch_size: windows per forward pass.
+        progress: called with (finished windows, all windows) after each batch.
+
+    Raises:
+        TransmlaError: for fewer than 2 tokens, a number out of range, a stride above the window, a window above a
+            model's context, a token outside a vocabulary, or models with different vocabularies.
     """
-    if tokens.dim() != 1 or len(tokens) < 2:
-        raise TransmlaError(f"tokens of shape {list(tokens.shape)}", limit="one row of at least 2 is needed")
-    check_stride(window, stride)
-    window = min(window, len(tokens))
-    stride = window if stride is None else min(stride, window)
-    if window < 2 or stride < 1 or batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise TransmlaError(
-            f"window {window}, stride {stride}, batch size {batch_size}, at most {max_windows} windows",
-            limit="a window has at least 2 tokens, the others are at least 1",
-        )
+    window, stride = _window_sizes(tokens, window, stride, max_windows, batch_size)
     check_model(model, tokens, window)
     if baseline is not None:
         check_model(baseline, tokens, window, "baseline")
@@ -106,18 +121,49 @@ def evaluate(
     )
 
 
+def _window_sizes(
+    tokens: Tensor, window: int, stride: int | None, max_windows: int | None, batch_size: int
+) -> tuple[int, int]:
+    """Check the numbers, and return window and stride, neither longer than the text."""
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise TransmlaError(f"tokens have shape {list(tokens.shape)}", limit="one row of at least 2 tokens is needed")
+    check_stride(window, stride)
+    window = min(window, len(tokens))
+    stride = window if stride is None else min(stride, window)
+    if window < 2 or stride < 1 or batch_size < 1 or (max_windows is not None and max_windows < 1):
+        raise TransmlaError(
+            f"window {window}, stride {stride}, batch size {batch_size}, at most {max_windows} windows",
+            limit="a window has at least 2 tokens, and the other numbers are at least 1",
+        )
+    return window, stride
+
+
 def check_stride(window: int, stride: int | None) -> None:
-    """Refuse windows with gaps between them."""
+    """Check that windows have no gaps between them.
+
+    Raises:
+        TransmlaError: if ``stride`` is larger than ``window`` (both in tokens).
+    """
     if stride is not None and stride > window:
         raise TransmlaError(
             f"stride {stride} is larger than the window",
             limit=f"windows of {window} tokens would leave out the text between them",
-            remedy="lower the stride, or leave it out",
+            remedy="lower the stride, or omit it",
         )
 
 
 def check_model(model: nn.Module, tokens: Tensor, window: int, name: str = "model") -> None:
-    """Refuse a window that `model` was not made for, and tokens that it does not know."""
+    """Check that a model supports a window length and all tokens of a text.
+
+    Args:
+        model: a causal LM; a model without a config passes.
+        tokens: the text (integer [N]).
+        window: tokens per window.
+        name: role of the model in error messages.
+
+    Raises:
+        TransmlaError: if ``window`` exceeds the model's context, or a token is outside its vocabulary.
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(config, "max_position_embeddings", None)
@@ -127,17 +173,17 @@ def check_model(model: nn.Module, tokens: Tensor, window: int, name: str = "mode
             limit=f"max_position_embeddings is {longest}",
             remedy=f"use a window of at most {longest}",
         )
-    words, highest = getattr(config, "vocab_size", None), int(tokens.max())
-    if words is not None and highest >= words:
+    vocabulary, highest = getattr(config, "vocab_size", None), int(tokens.max())
+    if vocabulary is not None and highest >= vocabulary:
         raise TransmlaError(
             f"the text holds token {highest}",
-            limit=f"the {name}'s vocabulary has {words} entries",
+            limit=f"the {name}'s vocabulary has {vocabulary} entries",
             remedy="use the tokenizer that belongs to the model",
         )
 
 
 def _batches(windows: int, batch_size: int, *, overlapping: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of windows; of overlapping ones the first, which counts more predictions, goes alone."""
+    """Yield ranges of windows. If windows overlap, the first one counts more predictions and is a batch alone."""
     first = 0
     while first < windows:
         last = 1 if overlapping and first == 0 else min(first + batch_size, windows)
@@ -146,7 +192,7 @@ def _batches(windows: int, batch_size: int, *, overlapping: bool) -> Iterator[tu
 
 
 def _score(sums: _Sums, model: nn.Module, baseline: nn.Module | None, windows: Tensor, skip: int) -> None:
-    """Add a batch (integer [B, window]) to the sums, leaving out each window's first `skip` predictions."""
+    """Add ``windows`` (integer [B, window]) to ``sums``, without each window's first ``skip`` predictions."""
     logits = _logits(model, windows)
     reference = None if baseline is None else _logits(baseline, windows)
     if reference is not None and reference.shape[-1] != logits.shape[-1]:
@@ -169,11 +215,12 @@ def _score(sums: _Sums, model: nn.Module, baseline: nn.Module | None, windows: T
 
 
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the logits [B, window, V] on the model's device."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=windows.to(device), use_cache=False).logits
     return logits
 
 
 def _exp(nll: float) -> float:
-    """exp that reaches infinity instead of overflowing: a broken model is a result too."""
+    """Return exp(nll), or infinity where math.exp would raise: a broken model must also give a result."""
     return math.exp(nll) if nll < 700 else math.inf

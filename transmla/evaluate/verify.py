@@ -1,6 +1,7 @@
-"""Is an export what it says it is? Loaded by transformers, compared with itself and with its plan.
+"""Verify an export: load it through transformers, then check its consistency, its plan and its unchanged weights.
 
-A native export is loaded by stock classes; of the own format no code is run but what transmla itself ships.
+Native exports are loaded by classes of transformers, exports of the transmla format by classes of this package. Code
+inside an export never runs.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.locate import resolve_source
 
+# Tokens per row of the test prompt.
 PROMPT_TOKENS = 96
 
 
 def verify(
     folder: Path, *, source: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Iterator[Check]:
-    """Check an export, yielding each answer as it is found; all passed writes ``verification.json``.
+    """Yield the checks of an export one by one, and write ``verification.json`` if all have passed.
 
     Args:
-        folder: what ``transmla convert`` wrote.
-        source: the source, to compare the untouched weights bit for bit.
-        dtype: precision the model is run in; float32 gives the sharpest comparison.
-        device: where it is run.
+        folder: an export of ``transmla convert`` or ``transmla heal``.
+        source: folder or Hub name of the source, to compare the unchanged weights bit by bit; None: no comparison.
+        dtype: precision of the model; float32 gives the strictest comparison.
+        device: device of the model.
+
+    Yields:
+        Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load.
 
     Raises:
         TransmlaError: if ``folder`` is not a finished export.
@@ -84,13 +89,13 @@ def _checks(folder: Path, manifest: Manifest, source: str | None, dtype: torch.d
     yield _cache_size(model, tokens, manifest.plan)
     yield from form.checks(model, tokens, dtype)
     if source is not None and any(record["settings"]["trainable"] == "all" for record in manifest.healing):
-        yield Check("untouched weights", True, "none: a healing trained all of them")
+        yield Check("untouched weights", True, "no comparison: a healing trained all weights")
     elif source is not None:
         yield _untouched(folder, source, manifest, form)
 
 
 def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[Any, str]:
-    """Load the export, or say in words why that fails."""
+    """Return the loaded export and an empty text, or None and the reason for the failure."""
     from transformers import AutoModelForCausalLM
 
     register()
@@ -98,7 +103,7 @@ def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **form.load_options()
         )
-    except Exception as error:  # whatever a loader raises is the answer to this check
+    except Exception as error:  # damaged files make loaders raise any type; the check reports it
         return None, f"{type(error).__name__}: {error}"
     model, info = loaded
     wrong = {
@@ -109,7 +114,7 @@ def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[
 
 
 def _prompt(model: Any) -> Tensor:
-    """Two rows of seeded random tokens that the cache checks read."""
+    """Return the test prompt of the cache checks: seeded random tokens (integer [2, T])."""
     length = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
@@ -118,10 +123,10 @@ def _prompt(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _cache_size(model: Any, tokens: Tensor, plan: Plan) -> Check:
-    """Bytes that a real cache holds after a forward, per token held, against the plan."""
+    """Compare the cache's bytes per token after a forward pass with the plan."""
     cache = model(tokens, use_cache=True)[CACHE_ARGUMENT]
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in held)
+    cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in cached)
     planned = plan.model_cache_values * model.dtype.itemsize
     return Check(
         "cache size",
@@ -131,7 +136,7 @@ def _cache_size(model: Any, tokens: Tensor, plan: Plan) -> Check:
 
 
 def _untouched(folder: Path, source: str, manifest: Manifest, form: Format) -> Check:
-    """Compare every tensor that the conversion does not change with the source's, bit for bit after the cast."""
+    """Compare each tensor that the conversion does not change with the source's, bit by bit after the cast."""
     trusted, origin = _allows_pickle(folder), manifest.source
     path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=trusted)
     original, export = open_checkpoint(path, allow_pickle=trusted), open_checkpoint(folder)
@@ -141,12 +146,12 @@ def _untouched(folder: Path, source: str, manifest: Manifest, form: Format) -> C
         for n, theirs in names.items()
         if n not in export.shapes or not torch.equal(export.read(n), original.read(theirs).to(export.read(n).dtype))
     ]
-    detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors bit for bit"
+    detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors are bit-identical"
     return Check("untouched weights", bool(names) and not changed, detail)
 
 
 def _allows_pickle(folder: Path) -> bool:
-    """Whether the export was made from a source whose pickled weights its user trusts."""
+    """Return whether the export's recipe allows pickled source weights."""
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

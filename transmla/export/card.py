@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what it was made from, the numbers, the command."""
+"""Write the model card of an export: what the model is, how to load it, its measurements, and how it was made."""
 
 from __future__ import annotations
 
@@ -18,53 +18,68 @@ from transmla.recipe import Recipe, dump_recipe
 _TEMPLATE = """---
 {metadata}---
 
-# {name}, converted to Multi-head Latent Attention
+# {name}
 
-`{source}` with its {attention} attention factored into MLA by [transmla](https://pypi.org/project/transmla)
-{version}. {layout}
+This model is `{source}` with its {attention} attention converted to Multi-head Latent Attention (MLA), the attention
+of DeepSeek-V3. For each token, a converted layer caches one latent vector and one rotary key, instead of the keys and
+values of all heads. The model was converted with [transmla](https://pypi.org/project/transmla) {version}.
+{layout}
+
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{load_arguments})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{load_arguments})
+path = "{name}"  # this folder, or the id of this model on the Hub
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{load_arguments})
+tokenizer = AutoTokenizer.from_pretrained(path{load_arguments})
 ```
+{precision}
+## Compared with the source
 
 | | source | this model |
 |---|---|---|
 {rows}
 
-{precision}## How it was made
+## How it was made
+
+This command converted the source:
 
 ```
 transmla convert recipe.yaml
 ```
 
+The file `recipe.yaml` holds these settings (local paths are shortened here):
+
 ```yaml
 {recipe}```
 
-Method `{method}`, rotary frequencies folded by {fold}, reconstruction `{reconstruct}`. The attention output of a
-layer, given the source's own input, differs from the source's by {mean_error:.3f} on average and {max_error:.3f}
-at most (relative squared error on calibration text). Hashes, versions and every layer's numbers are in `transmla.json`.
+The settings in effect were `method: {method}`, `freqfold: {fold}` and `reconstruct: {reconstruct}`.
+
+Each layer was compared with the same layer of the source, on calibration text. Both layers read the source's hidden
+states. The relative squared error of the attention output is {mean_error:.3f} on average over the layers, and
+{max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
+the hashes of the files.
 {healing}{notes}"""
 
 _HEALING = """
 ## Healing
 
-Distilled from `{teacher}` over {tokens:,} tokens of {data} ({trainable} trained, {minutes:.1f} minutes): on sequences
-kept aside, KL to the teacher went from {before:.4f} to {after:.4f} nats per token (`healing.yaml`, `transmla.json`).
+After the conversion, the model was distilled from `{teacher}` on {tokens:,} tokens of {data}. The training took
+{minutes:.1f} minutes, with `trainable: {trainable}`. On held-out sequences, the KL divergence from the teacher went
+from {before:.4f} to {after:.4f} nats per token. The file `transmla.json` records the settings and the training curve.
 {picture}"""
 
 
 @dataclass(frozen=True)
 class CardWords:
-    """What the card says of the export's format.
+    """The sentences and settings that an export's format adds to the model card.
 
     Attributes:
-        layout: what the export is, in one or two sentences.
-        load_arguments: more arguments of ``from_pretrained``, from a comma on.
-        precision: advice on the dtype to run it in.
-        tags: of the model card's metadata, beside those of all exports.
+        layout: sentences on what the export is and how it is loaded. "It" in the first sentence is the model.
+        load_arguments: further arguments of ``from_pretrained``, with a comma in front.
+        precision: advice on the dtype for inference; empty if there is none.
+        tags: tags of the card's metadata, besides the tags of all exports.
     """
 
     layout: str
@@ -74,7 +89,7 @@ class CardWords:
 
 
 def cache_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """Label, source and MLA of what a token caches."""
+    """Return the card's rows on the cache. Each row is a label, the source's value and the export's value."""
     spec, width = plan.spec, value_bytes(plan.dtype)
     before, after = spec.cache_values, plan.shape.cache_values
     return [
@@ -88,14 +103,17 @@ def cache_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def attention_kind(spec: AttentionSpec) -> str:
-    """What the literature calls the source's attention."""
+    """Return the common name of the source's attention: multi-head, grouped-query or multi-query."""
     if spec.num_key_value_heads == spec.num_attention_heads:
         return "multi-head"
     return "multi-query" if spec.num_key_value_heads == 1 else "grouped-query"
 
 
 def public_name(name: str) -> str:
-    """A Hub id or a text's alias as it is; of a file or folder only the last part, for a card is published."""
+    """Return a name that may be published on the card.
+
+    A Hub id or the alias of a text stays as it is. A local path is cut to its last part.
+    """
     if name.startswith("package:"):
         return Path(name).name
     path = os.path.expanduser(name)
@@ -104,7 +122,7 @@ def public_name(name: str) -> str:
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe as the card shows it, without anybody's folders."""
+    """Return the recipe with every local path cut to its last part, because the card is published."""
     calibration, evaluation = recipe.calibration, recipe.eval
     return recipe.model_copy(
         update={
@@ -117,7 +135,7 @@ def public_recipe(recipe: Recipe) -> Recipe:
 
 
 def _healing(folder: Path, record: dict[str, Any]) -> str:
-    """What a card says of one healing."""
+    """Return the card's section on one healing."""
     settings = record["settings"]
     return _HEALING.format(
         teacher=public_name(settings["teacher"]),
@@ -137,11 +155,12 @@ def write_card(
     """Write ``README.md`` into ``folder``.
 
     Args:
-        folder: the export.
-        manifest: of the export.
-        recipe: of its conversion.
-        words: what its format says of itself.
-        evaluation: perplexity and divergence from the source, as ``transmla eval`` measures them.
+        folder: folder of the export.
+        manifest: the export's manifest.
+        recipe: recipe of the conversion.
+        words: the sentences and settings of the export's format.
+        evaluation: perplexity and KL divergence from the source, as ``transmla eval`` measures them; None before an
+            evaluation.
     """
     plan, shown = manifest.plan, public_recipe(recipe)
     errors = [layer["relative_error"] for layer in manifest.layers]
@@ -158,7 +177,7 @@ def write_card(
         version=manifest.versions["transmla"],
         layout=words.layout,
         load_arguments=words.load_arguments,
-        precision=f"{words.precision}\n\n" if words.precision else "",
+        precision=f"\n{words.precision}\n" if words.precision else "",
         rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in rows),
         recipe=dump_recipe(shown),
         method=plan.method,
@@ -167,7 +186,7 @@ def write_card(
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         healing="".join(_healing(folder, record) for record in manifest.healing),
-        notes=f"\nNotes:\n{notes}\n" if notes else "",
+        notes=f"\n## Notes\n{notes}\n" if notes else "",
     )
     write_text(folder / CARD, card)
 
@@ -176,17 +195,17 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     spec, shape = plan.spec, plan.shape
     attention = (
         "attention",
-        f"{spec.num_attention_heads} query, {spec.num_key_value_heads} key/value heads of {spec.head_dim}",
-        f"latent {shape.kv_lora_rank} + rotary key {shape.qk_rope_head_dim}",
+        f"{spec.num_attention_heads} query heads, {spec.num_key_value_heads} key/value heads, width {spec.head_dim}",
+        f"latent of width {shape.kv_lora_rank}, rotary key of width {shape.qk_rope_head_dim}",
     )
     return [*cache_rows(plan), attention]
 
 
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
-    text = f"{public_name(evaluation['text'])}, {evaluation['windows']} × {evaluation['window']} tokens"
+    text = f"{public_name(evaluation['text'])}, {evaluation['windows']} windows of {evaluation['window']} tokens"
     before, after = evaluation["baseline_perplexity"], evaluation["perplexity"]
     return [
         (f"perplexity ({text})", f"{before:.2f}", f"{after:.2f}"),
-        ("KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"),
-        ("same most likely token as the source", "–", f"{evaluation['top1_agreement']:.1%}"),
+        ("KL divergence from the source, nats per token", "–", f"{evaluation['kl']:.4f}"),
+        ("top-1 agreement with the source", "–", f"{evaluation['top1_agreement']:.1%}"),
     ]

@@ -1,4 +1,4 @@
-"""Write files so that each is there whole or not at all."""
+"""Write files atomically: after a crash, a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from transmla.errors import TransmlaError
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says what is left and how to go on."""
+    """Convert the error of a full disk into a ``TransmlaError`` that says how to continue.
+
+    Args:
+        folder: the folder that the block writes to.
+
+    Raises:
+        TransmlaError: if the disk is full. Other errors pass through.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -29,12 +36,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise TransmlaError(
             f"the disk that holds '{folder}' is full",
             limit="what was written so far is kept",
-            remedy="free some space and run the same command with --resume",
+            remedy="free some space, then run the same command with --resume",
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a text file atomically, in UTF-8."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -44,13 +51,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) -> None:
-    """Write a safetensors file so that it is there whole or not at all.
+    """Write a safetensors file atomically.
 
-    Without ``sync`` that holds for a crash of the program only, not of the machine.
+    Args:
+        path: the file.
+        tensors: tensors by name.
+        sync: whether to wait until the data is on the disk. Without ``sync``, the file may be damaged after a crash of
+            the machine, but not after a crash of the program.
     """
     from safetensors.torch import save_file
 

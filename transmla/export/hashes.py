@@ -1,4 +1,4 @@
-"""The files of an export: their names, which of them belong to it, their hashes, and one fingerprint over them."""
+"""List and hash the files of an export, and write the index of its shards."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ TEMPORARY_SUFFIXES = (".tmp", ".incomplete", UNFINISHED_SUFFIX, "~")
 
 
 def stays_behind(path: PurePosixPath) -> bool:
-    """Whether ``path``, relative to an export, is no part of it: hidden, temporary, or Python's bytecode."""
+    """Return whether a file is not part of an export: a hidden file, a temporary file, or Python bytecode.
+
+    Args:
+        path: path of the file relative to the export's folder.
+    """
     hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
     return hidden or path.name.endswith(TEMPORARY_SUFFIXES)
 
 
 def export_files(folder: Path) -> list[str]:
-    """The files that make up an export: sorted paths relative to ``folder``, with forward slashes."""
+    """Return the files of an export: sorted paths relative to ``folder``, with forward slashes."""
     files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     return sorted(file.as_posix() for file in files if not stays_behind(PurePosixPath(file.as_posix())))
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The JSON object in ``file``; None when there is none that can be read."""
+    """Return the JSON object in ``file``, or None if the file is missing, unreadable, or holds no JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -45,7 +49,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def finished_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 in hex of every file that a finished conversion or healing wrote into ``folder``, by relative path.
+    """Return the hashes that the manifest of a finished export lists: SHA-256 in hex, by relative path.
 
     Raises:
         TransmlaError: if the manifest is missing or lists no hashes, or if the conversion is unfinished.
@@ -55,30 +59,35 @@ def finished_hashes(folder: Path) -> dict[str, str]:
     if folder.resolve().name.endswith(UNFINISHED_SUFFIX) or manifest is None:
         raise TransmlaError(
             f"{folder} holds no finished conversion",
-            limit=f"a finished one has a readable {MANIFEST} and no {UNFINISHED_SUFFIX} in its name",
+            limit=f"a finished export has a readable {MANIFEST}, and its name does not end in {UNFINISHED_SUFFIX}",
             remedy="run `transmla convert`, with --resume if it was interrupted",
         )
     hashes = manifest.get("hashes")
     if not (hashes and isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())):
         raise TransmlaError(
             f"{file} lists no file hashes",
-            limit="a conversion lists there every file that it writes",
+            limit="the manifest of a finished export lists the hash of every file",
             remedy="run `transmla convert` again",
         )
     return hashes
 
 
 def file_sha256(path: Path) -> str:
-    """The file's sha256 in hex, read as a stream.
+    """Return the SHA-256 of a file in hex. The file is read in chunks.
 
-    Raises OSError when the file cannot be read.
+    Raises:
+        OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export_fingerprint(hashes: Mapping[str, str]) -> str:
-    """One sha256, in hex, over an export's files: relative path -> sha256, in any order."""
+    """Return one SHA-256 in hex over all files of an export.
+
+    Args:
+        hashes: SHA-256 in hex by relative path, in any order.
+    """
     digest = hashlib.sha256()
     for path in sorted(hashes):
         digest.update(f"{path}\0{hashes[path]}\n".encode())
@@ -86,11 +95,21 @@ def export_fingerprint(hashes: Mapping[str, str]) -> str:
 
 
 def check_hashes(folder: Path, hashes: Mapping[str, str], *, free: Collection[str] = ()) -> list[str]:
-    """Compare the files under `folder` with `hashes` (relative path -> sha256 in hex).
+    """Compare the files of an export with their hashes.
 
-    Returns one readable problem per file that is missing, differs, lies outside the folder, or is there
-    without a hash and not `free` of one; an empty list when all agree. Without config.json and a safetensors
-    file `hashes` covers no model, which is a problem too. Raises OSError when a file cannot be read.
+    A file is a problem if it is missing, has changed, has no hash, or lies outside the folder. Hashes that cover no
+    config.json, or no safetensors file, are a problem too.
+
+    Args:
+        folder: folder of the export.
+        hashes: expected SHA-256 in hex by relative path.
+        free: relative paths of files that need no hash.
+
+    Returns:
+        A readable sentence for each problem; an empty list if there is none.
+
+    Raises:
+        OSError: if a file cannot be read.
     """
     problems = []
     if "config.json" not in hashes:
@@ -99,20 +118,20 @@ def check_hashes(folder: Path, hashes: Mapping[str, str], *, free: Collection[st
         problems.append("no safetensors file has a hash")
     for path, expected in sorted(hashes.items()):
         file = folder / path
-        # The list comes from a file that anyone may have edited: it must not lead out of the folder.
+        # The paths come from a manifest that anyone may have edited. They must not lead out of the folder.
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             problems.append(f"{path} is not a path inside the folder")
         elif not file.is_file():
             problems.append(f"{path} is missing")
         elif file_sha256(file) != expected:
             problems.append(f"{path} has changed since the conversion wrote it")
-    # A loader may prefer such a file to those that were checked: model.safetensors to the shards, an adapter.
+    # A loader may prefer an additional file to the checked ones, such as model.safetensors or an adapter.
     extra = [path for path in export_files(folder) if path not in hashes and path not in free]
     return problems + [f"{path} was not written by the conversion; remove it" for path in extra]
 
 
 def write_index(folder: Path) -> None:
-    """``model.safetensors.index.json`` over the shards in ``folder``."""
+    """Write ``model.safetensors.index.json`` for the shards in ``folder``."""
     from safetensors import safe_open
 
     weight_map: dict[str, str] = {}
@@ -131,7 +150,14 @@ def write_index(folder: Path) -> None:
 
 
 def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
-    """SHA-256 of every file a reader relies on: all but the card and the manifest itself."""
+    """Return the SHA-256 in hex of every file in ``folder`` that an export lists in its manifest, by relative path.
+
+    The card, the manifest, the verification record and the files of an unfinished conversion are left out.
+
+    Args:
+        folder: folder of the export.
+        known: hashes that are computed already.
+    """
     skipped = {MANIFEST, CARD, PROGRESS, CALIBRATION, VERIFICATION}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in skipped)
     names = [p.relative_to(folder).as_posix() for p in files if not p.name.startswith("stream-")]

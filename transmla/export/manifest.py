@@ -1,4 +1,4 @@
-"""The manifest of an export, ``transmla.json``: what it was made from, how, and what it measured on the way."""
+"""Read and write the manifest of an export, ``transmla.json``: its source, settings, measurements and file hashes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from transmla.export.hashes import MANIFEST, finished_hashes
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """The source of a conversion: its name as given, Hub revision and commit, and the hash of all its tensors."""
+    """The source of a conversion.
+
+    Attributes:
+        name: the source as the recipe names it.
+        revision: Hub revision in the recipe.
+        commit: Hub commit of the downloaded source; None for a local source.
+        fingerprint: SHA-256 over all tensors, in hex.
+    """
 
     name: str
     revision: str | None
@@ -29,7 +36,15 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """How every layer was fitted: steps of Adam, tokens in a step, highest learning rate, and layers at once."""
+    """The settings of the fit of every layer.
+
+    Attributes:
+        steps: number of Adam steps.
+        tokens: tokens in a step.
+        rate: peak learning rate.
+        through_mlp: whether the loss is measured after the MLP, instead of after the attention.
+        window: number of consecutive layers that are fitted together.
+    """
 
     steps: int
     tokens: int
@@ -40,19 +55,19 @@ class FitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is known of an export.
+    """The record of how an export was made.
 
     Attributes:
         format: name of the export's format.
-        plan: that the conversion followed.
-        source: that it read.
-        reconstruct: name of the fit: ``off``, ``fast`` or ``full``.
-        fit: its settings; None if layers were not fitted.
-        versions: of the software that wrote the export.
-        layers: for each layer its index, errors and norms.
-        final_norm_correction: factor on the last norm's weight.
-        hashes: SHA-256 in hex by relative path.
-        healing: one record for each distillation, oldest first.
+        plan: plan of the conversion.
+        source: source of the conversion.
+        reconstruct: the recipe's fit: ``off``, ``fast`` or ``full``.
+        versions: software versions, by name.
+        layers: one record for each layer, with its index, errors and norms.
+        final_norm_correction: factor on the weight of the model's last norm.
+        hashes: SHA-256 of every file in hex, by relative path.
+        fit: settings of the fit; None if the layers were not fitted.
+        healing: one record for each healing, oldest first.
     """
 
     format: str
@@ -67,7 +82,7 @@ class Manifest:
     healing: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into ``folder``."""
+        """Write the manifest into the export's ``folder``."""
         write_json(folder / MANIFEST, asdict(self) | {"plan": self.plan.to_dict()})
 
     @classmethod
@@ -75,7 +90,7 @@ class Manifest:
         """Read the manifest of the finished export in ``folder``.
 
         Raises:
-            TransmlaError: if there is none, or if it does not describe a conversion.
+            TransmlaError: if the export is missing or unfinished, or if the manifest has another structure.
         """
         from pydantic import ValidationError
 
@@ -94,13 +109,13 @@ class Manifest:
 
 @cache
 def _reader() -> Any:
-    """Checks the types of a manifest that was read from JSON."""
+    """Return the validator that checks the types of a manifest read from JSON."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that decides what a conversion writes."""
+    """Return the versions of the software that determines the output of a conversion, by name."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"transmla": __version__, **libraries, "python": platform.python_version()}

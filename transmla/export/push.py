@@ -25,7 +25,7 @@ from transmla.export.hashes import (
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CORRECT = "correct that, then push again"
+CORRECT = "correct the cause, then push again"
 RETRY = "run the same `transmla push` again: large files already on the Hub are not sent twice"
 
 
@@ -39,7 +39,15 @@ class PushFile:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was pushed, or would be: `commit` is the new commit's id, None after a dry run."""
+    """The result of a push, or of its dry run.
+
+    Attributes:
+        repo_id: the model repository, as NAMESPACE/NAME.
+        url: address of the repository, or of its branch.
+        commit: id of the new commit; None after a dry run.
+        files: the uploaded files.
+        dry_run: whether nothing was uploaded.
+    """
 
     repo_id: str
     url: str
@@ -49,13 +57,15 @@ class PushResult:
 
 
 def list_files(folder: Path) -> list[PushFile]:
-    """The files of `folder` that a push uploads, sorted by path.
+    """Return the files of ``folder`` that a push uploads, sorted by path.
 
-    Hidden files and folders, temporary files and Python's bytecode stay behind.
-    Raises TransmlaError when the folder does not exist.
+    Hidden files and folders, temporary files and Python bytecode are not uploaded.
+
+    Raises:
+        TransmlaError: if the folder does not exist.
     """
     if not folder.is_dir():
-        raise TransmlaError(f"{folder} is not a folder", remedy="pass one that `transmla convert` wrote")
+        raise TransmlaError(f"{folder} is not a folder", remedy="pass a folder that `transmla convert` wrote")
     return [PushFile(path, (folder / path).stat().st_size) for path in export_files(folder)]
 
 
@@ -70,21 +80,30 @@ def push(
     endpoint: str | None = None,
     dry_run: bool = False,
 ) -> PushResult:
-    """Upload a finished, verified and unchanged export to the model repository `repo_id`, in one commit.
+    """Upload a finished, verified and unchanged export to a model repository on the Hub, in one commit.
 
-    The repository, and the branch `revision`, are made when missing. `private` makes a new repository
-    private; without it the Hub's own default holds. `token` and `endpoint` default to what
-    huggingface_hub is set up with. A dry run makes every check on the folder and touches no network.
+    A push that was interrupted completes when it runs again.
 
-    Raises TransmlaError when the folder, the repository id or the token is not fit for a push, and when the
-    Hub refuses the upload or cannot be reached; a push that was cut short completes when run again.
+    Args:
+        folder: folder of the export.
+        repo_id: the repository, as NAMESPACE/NAME; created if missing.
+        private: whether a new repository is private. If False, the namespace's default on the Hub applies.
+        revision: the branch to commit to; created if missing. None means the default branch.
+        commit_message: message of the commit.
+        token: access token; None means the token that huggingface_hub is configured with.
+        endpoint: address of the Hub; None means the address that huggingface_hub is configured with.
+        dry_run: check the folder, and do not connect to the Hub.
+
+    Raises:
+        TransmlaError: if the folder, the repository id or the token is not valid for a push, or if the Hub refuses the
+            upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     _check_repo_id(repo_id)
-    # The client quotes a header it cannot send in its error, so such a token must not reach it.
+    # Do not pass a malformed token to the client: its error message would show the token.
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise TransmlaError("the token is malformed", limit="it is one ASCII word", remedy="check --token")
+        raise TransmlaError("the token is malformed", limit="a token is one ASCII word", remedy="check --token")
     files = _checked_files(folder)
     api = HfApi(endpoint=endpoint.rstrip("/") if endpoint else None, token=token)
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
@@ -115,21 +134,21 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _checked_files(folder: Path) -> list[PushFile]:
-    """The files to upload, once they are known to be those of a finished and verified conversion."""
+    """Return the files to upload, after checking that the export is finished, verified and unchanged."""
     files = list_files(folder)
     hashes = finished_hashes(folder)
     verified = read_json(folder / VERIFICATION) or {}
     if verified.get("passed") is not True or verified.get("fingerprint") != export_fingerprint(hashes):
         raise TransmlaError(
             f"{folder} is not verified",
-            limit=f"only an export whose {VERIFICATION} is for these very files is pushed",
+            limit=f"a push needs a {VERIFICATION} that was written for exactly these files",
             remedy=f"run `transmla verify {folder}`",
         )
     problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
     problems += [f"{path} would not be uploaded" for path in sorted(hashes) if stays_behind(PurePosixPath(path))]
     if problems:
         raise TransmlaError(
-            f"{folder} is not what was verified: {', '.join(problems)}",
+            f"{folder} has changed since it was verified: {', '.join(problems)}",
             limit=f"every file must match its hash in {MANIFEST}",
             remedy="restore the files, or run `transmla convert` again",
         )
@@ -139,7 +158,7 @@ def _checked_files(folder: Path) -> list[PushFile]:
 def _ensure_repo(api: HfApi, repo_id: str, *, private: bool) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    # Looked up first because a token may write to a repository without the right to create one.
+    # Look the repository up first: a token may have the right to write to it but not the right to create one.
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -149,8 +168,8 @@ def _ensure_repo(api: HfApi, repo_id: str, *, private: bool) -> None:
     if private and not info.private:
         raise TransmlaError(
             f"{repo_id} exists and is public",
-            limit="--private holds only for a repository that the push creates",
-            remedy="make it private in its settings on the Hub, or push to another one",
+            limit="--private applies only to a repository that the push creates",
+            remedy="make the repository private in its settings on the Hub, or push to another one",
         )
 
 
@@ -164,7 +183,7 @@ def _upload(
 ) -> str:
     from huggingface_hub import CommitOperationAdd
 
-    # Not upload_folder, which splits a large folder into several commits: readers would see half a model.
+    # Not upload_folder, which splits a large folder into several commits: readers could load an incomplete model.
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=folder / file.path) for file in files],
@@ -176,7 +195,7 @@ def _upload(
 
 @contextmanager
 def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    # The client's HTTP library is httpx in huggingface_hub 1 and httpx2 in 2; errors names its base for both.
+    # huggingface_hub 1 uses httpx and huggingface_hub 2 uses httpx2; HTTPError is the base class of either.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
@@ -188,14 +207,14 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> TransmlaError:
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    # The client wraps what stopped one file's upload in a RuntimeError that names only the file.
+    # The client wraps the error of a file's upload in a RuntimeError that names only the file.
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     if not isinstance(error, HfHubHTTPError):
         if isinstance(error, ValueError):
             return TransmlaError(f"the push to {repo_id} was refused: {_line(error)}", remedy=CORRECT)
         return TransmlaError(
-            f"the push to {repo_id} was cut short: {_line(error)}", remedy=f"check the network and {RETRY}"
+            f"the push to {repo_id} was interrupted: {_line(error)}", remedy=f"check the network and {RETRY}"
         )
 
     status = error.response.status_code
@@ -208,12 +227,12 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> Transm
         )
     if isinstance(error, RevisionNotFoundError) or (revision is not None and status == 400):
         return TransmlaError(
-            f"{repo_id} cannot take a commit at revision {revision} ({answer})",
+            f"{repo_id} does not accept a commit to revision {revision} ({answer})",
             remedy="pass the name of a branch as the revision",
         )
     if status == 404:
         return TransmlaError(
-            f"the Hub does not know {repo_id}, or hides it from this token ({answer})",
+            f"the Hub has no repository {repo_id}, or this token cannot read it ({answer})",
             remedy="check the name and the token's access",
         )
     if status in (408, 429) or status >= 500:

@@ -24,21 +24,30 @@ _COPIED = (
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, generation: Any) -> None:
-    """Tokenizer, chat template and generation config: the source's files, or made from a GGUF's metadata."""
+    """Write the tokenizer, the chat template and the generation config of an export.
+
+    Args:
+        folder: folder of the export.
+        source: folder of the source checkpoint.
+        tokenizer: the source's tokenizer.
+        copy: whether to copy the source's files. Otherwise ``tokenizer`` and ``generation`` are saved, as for a GGUF
+            source, which has no such files.
+        generation: the source's generation config.
+    """
     if copy:
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         if (source / "chat_templates").is_dir():
             shutil.copytree(source / "chat_templates", folder / "chat_templates", dirs_exist_ok=True)
-        _keep_class(folder, tokenizer)
+        _record_class(folder, tokenizer)
     else:
         tokenizer.save_pretrained(folder)
         generation.save_pretrained(folder)
 
 
-def _keep_class(folder: Path, tokenizer: Any) -> None:
-    """Name the class of ``tokenizer`` in ``folder``, where transformers would take another for a model of this type."""
+def _record_class(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's class into ``folder`` if transformers would choose another class for the export."""
     from transformers import AutoTokenizer
 
     from transmla.modeling.transformers_api import register

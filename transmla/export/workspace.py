@@ -1,4 +1,4 @@
-"""Writing the export: one shard a layer, every file whole or absent, the folder renamed at the end."""
+"""Manage the folder of an unfinished conversion: write shards, save the state for a resume, rename it at the end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256
 
 @dataclass
 class Progress:
-    """How far an unfinished conversion got.
+    """The progress of an unfinished conversion.
 
     Attributes:
-        key: hash of everything that a resumed run must share with this one.
-        next_layer: first layer that is not written, or whose streams are not saved.
-        layers: the manifest's records of the layers so far.
-        hashes: SHA-256 of the shards so far.
-        checksum: of the saved streams.
-        final_norm: correction of the last norm, once all layers are written.
+        key: hash of everything that a resumed run must have in common with this run.
+        next_layer: the layer at which a resumed run continues.
+        layers: the manifest's records of the finished layers.
+        hashes: SHA-256 of the written shards in hex, by file name.
+        checksum: CRC-32 of the saved hidden states.
+        final_norm: factor on the weight of the last norm; None until all layers are written.
     """
 
     key: str
@@ -38,10 +38,14 @@ class Progress:
 
 
 class Workspace:
-    """The unfinished folder ``OUTPUT.partial``: shards done, the hidden stream, and how far it got.
+    """The folder ``OUTPUT.partial`` of an unfinished conversion.
 
-    Opening one refuses to touch anything that another run left, unless it is to be resumed and was made by
-    the same plan from the same weights (``key``).
+    The folder holds the written shards, the hidden states between two layers, and the progress. ``finish`` renames the
+    folder to ``OUTPUT``. Nothing that another run wrote is changed, unless that run is resumed with the same ``key``.
+
+    Args:
+        output: folder of the finished export.
+        shards: number of shards of the export.
     """
 
     def __init__(self, output: Path, shards: int) -> None:
@@ -49,33 +53,36 @@ class Workspace:
         self.folder = output.with_name(output.name + ".partial")
 
     def refuse_overwrite(self, *, resume: bool) -> None:
-        """Refuse an output that is taken; writes nothing.
+        """Check that the conversion overwrites nothing. This check writes nothing.
 
         Raises:
-            TransmlaError: the output is not empty, or an unfinished run is there and not to be resumed.
+            TransmlaError: if the output is not empty, or if there is an unfinished run and ``resume`` is off.
         """
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise TransmlaError(
                 f"output '{self.output}' is not empty",
                 limit="nothing is ever overwritten",
-                remedy="choose another --output, or delete it",
+                remedy="choose another --output, or delete this one",
             )
         if self.folder.exists() and not resume:
             raise TransmlaError(
                 f"an unfinished run is in '{self.folder}'",
                 limit="nothing is ever overwritten",
-                remedy="continue it with --resume, or delete it",
+                remedy="continue that run with --resume, or delete the folder",
             )
 
     def open(self, key: str) -> Progress:
-        """Create or reopen the folder; returns the progress so far.
+        """Create or reopen the folder, and return the progress so far.
+
+        Args:
+            key: hash of everything that a resumed run must have in common with the run that it continues.
 
         Raises:
-            TransmlaError: if another run left its work there: one with another ``key``.
+            TransmlaError: if the folder belongs to a run with another ``key``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for cut_off in self.folder.glob("*.tmp"):
-            cut_off.unlink()
+        for incomplete in self.folder.glob("*.tmp"):
+            incomplete.unlink()
         file = self.folder / PROGRESS
         if not file.is_file():
             progress = Progress(key)
@@ -86,39 +93,40 @@ class Workspace:
             raise TransmlaError(
                 f"'{self.folder}' was begun with other weights, settings or versions",
                 limit="a resumed conversion must end in the same bytes",
-                remedy="repeat the command it was begun with, or delete it",
+                remedy="repeat the first run's command with --resume, or delete the folder",
             )
         return progress
 
     def size(self) -> int:
-        """Bytes that an unfinished run has written."""
+        """Return the bytes that an unfinished run has written."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
     def save_progress(self, progress: Progress) -> None:
-        """Write how far the run got."""
+        """Write the progress."""
         write_json(self.folder / PROGRESS, asdict(progress))
 
     def tokens(self) -> Tensor | None:
-        """The calibration tokens of an earlier run, if they were written."""
+        """Return the calibration tokens [N, T] that an earlier run saved, or None."""
         from safetensors.torch import load_file
 
         file = self.folder / CALIBRATION
         return load_file(file)["tokens"] if file.is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
+        """Save the calibration tokens [N, T]."""
         write_tensors(self.folder / CALIBRATION, {"tokens": tokens})
 
     def save_streams(self, layer: int, streams: dict[str, Tensor]) -> int:
-        """Keep what enters ``layer``; returns its checksum."""
-        # Streams are large and short-lived; their checksum tells whether they survived.
+        """Save the tensors that ``layer`` starts from, and return their CRC-32."""
+        # No sync: the files are large and soon deleted. The checksum detects a file that a crash damaged.
         write_tensors(self._streams(layer), streams, sync=False)
         return _checksum(streams)
 
     def streams(self, layer: int, checksum: int) -> dict[str, Tensor]:
-        """What was saved for ``layer``.
+        """Return the tensors that were saved for ``layer``.
 
         Raises:
-            TransmlaError: if they are not what was saved (a crash of the machine, not of the program).
+            TransmlaError: if the file is missing or damaged, for example by a crash of the machine.
         """
         from safetensors.torch import load_file
 
@@ -126,12 +134,14 @@ class Workspace:
         streams = load_file(file) if file.is_file() else {}
         if _checksum(streams) != checksum:
             raise TransmlaError(
-                f"'{file}' is damaged", limit="a conversion resumes from it", remedy=f"delete '{self.folder}'"
+                f"'{file}' is damaged",
+                limit="a conversion cannot resume without this file",
+                remedy=f"delete '{self.folder}', and convert again",
             )
         return streams
 
     def drop_streams(self, *, keep: int | None = None) -> None:
-        """Remove all saved streams but those that enter layer ``keep``."""
+        """Delete the saved hidden states of all layers except layer ``keep``."""
         for file in self.folder.glob("stream-*"):
             if keep is None or file != self._streams(keep):
                 file.unlink()
@@ -140,17 +150,18 @@ class Workspace:
         return self.folder / f"stream-{layer:05d}.safetensors"
 
     def shard_name(self, index: int) -> str:
+        """Return the file name of shard ``index``, counted from 0."""
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def write_shard(self, index: int, tensors: dict[str, Tensor]) -> str:
-        """Write shard ``index``; returns its SHA-256."""
+        """Write shard ``index``, and return its SHA-256 in hex."""
         path = self.folder / self.shard_name(index)
         write_tensors(path, tensors)
         return file_sha256(path)
 
     def finish(self) -> None:
-        """Remove what only a resume needs, and give the folder its name."""
-        # Progress goes last: without it a resumed run would take whatever tokens it finds.
+        """Delete the files that only a resume needs, and rename the folder to the output."""
+        # Delete the progress last: without it, a resumed run would accept any tokens in the folder.
         for file in (*self.folder.glob("stream-*"), self.folder / CALIBRATION, self.folder / PROGRESS):
             file.unlink(missing_ok=True)
         if self.output.exists():

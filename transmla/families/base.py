@@ -1,4 +1,4 @@
-"""What a family tells the rest of the project, and the refusals they share."""
+"""The contract of a model family, the checks that all families share, and the basis of their tiny configs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from transmla.errors import TransmlaError
 
-# Rotary scalings that do not change with every length of the text.
+# Supported rotary scalings. Their frequencies do not depend on the exact length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def check_common(config: Any) -> None:
-    """Refuse what neither format can carry, by name.
+    """Check that a source's ``config`` has no feature that every export format lacks.
 
     Raises:
-        TransmlaError: naming the attribute, what is missing for it, and the remedy.
+        TransmlaError: if weights are quantised, the rope type is unknown, or the query heads are not a multiple of
+            the key/value heads.
     """
     name = config.model_type
     quantisation = getattr(config, "quantization_config", None)
@@ -25,28 +26,28 @@ def check_common(config: Any) -> None:
         raise refuse(
             name,
             f"{method} weights are not supported",
-            "factors are computed from float32, float16 or bfloat16",
+            "a conversion reads float32, float16 or bfloat16 weights",
             "convert the unquantised checkpoint",
         )
     for table in rope_tables(config):
         rope_type = table.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
-            # Up to there dynamic changes nothing.
-            short = "if texts fit max_position_embeddings, set rope_type 'default' in its config.json"
+            # Dynamic scaling equals the default for texts up to this length.
+            short = "if no text is longer than max_position_embeddings, set rope_type 'default' in config.json"
             remedy = {"remedy": short} if rope_type == "dynamic" else {}
             limit = f"supported: {', '.join(ROPE_TYPES)}"
             raise refuse(name, f"rope_type '{rope_type}' is not supported", limit, **remedy)
     if config.num_attention_heads % config.num_key_value_heads:
         raise refuse(
             name,
-            f"{config.num_attention_heads} query heads do not divide over {config.num_key_value_heads} key heads",
+            f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads equally",
             "the number of query heads must be a multiple of the number of key/value heads",
             "check config.json",
         )
 
 
 def rope_tables(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of ``config``: one, or one for each kind of layer."""
+    """Return the rotary settings of ``config``: one dict, or one dict for each kind of layer."""
     rope = config.rope_parameters or {}
     kinds = [value for value in rope.values() if isinstance(value, dict)]
     return kinds or [rope]
@@ -56,11 +57,15 @@ def rope_tables(config: Any) -> list[dict[str, Any]]:
 class Family:
     """One model family, keyed by the ``model_type`` of its Hugging Face config.
 
-    ``native(config)`` names what DeepSeek-V3's format has no place for, or is None. ``check(config)`` refuses by name
-    what no format can carry. The stream after the attention enters the layer's module ``after_attention``;
-    ``interleaved`` rotary channels stand beside their partners. ``tensors`` maps a role to the checkpoint's tensor
-    name, ``{i}`` for the layer. ``tiny`` is a config for tests, small enough to build in milliseconds, ``models`` its
-    entry in the support table.
+    Attributes:
+        name: the ``model_type``.
+        native: function of a config that names the feature DeepSeek-V3's format cannot store, or returns None.
+        tiny: config settings of a model for tests, small enough to build in milliseconds.
+        models: the family's entry in the support table.
+        check: function of a config that raises ``TransmlaError`` for a feature no format supports.
+        after_attention: name of the layer's module that first reads the hidden states after the attention.
+        interleaved: whether the two channels of a rotary pair are neighbours; otherwise they are d/2 apart.
+        tensors: the checkpoint's tensor name for each role; ``{i}`` stands for the number of the layer.
     """
 
     name: str
@@ -81,17 +86,17 @@ class Family:
 
 
 def lacks(what: str) -> Callable[[Any], str | None]:
-    """For a family that always has ``what`` DeepSeek-V3's format has no place for."""
+    """Return a ``native`` function for a family whose models all have ``what``."""
     return lambda config: what
 
 
 def refuse(family: str, what: str, missing: str, remedy: str = "convert a model without it") -> TransmlaError:
-    """The error for a feature that cannot be carried."""
+    """Return the error that ``family`` has the unsupported feature ``what``; ``missing`` is the reason."""
     return TransmlaError(f"{family}: {what}", limit=missing, remedy=remedy)
 
 
 def llama_gap(config: Any) -> str | None:
-    """What of a Llama-like ``config`` a dense DeepSeek-V3 cannot express."""
+    """Name the feature of a Llama-like ``config`` that a dense DeepSeek-V3 cannot store, or return None."""
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
             return bias
@@ -105,10 +110,10 @@ def llama_gap(config: Any) -> str | None:
     return None
 
 
-# What the tiny configs of most families share.
+# Settings that most families' tiny configs share.
 TINY = {
     "vocab_size": 128,
-    "hidden_size": 72,  # a multiple of 4, 6 and 9 heads
+    "hidden_size": 72,  # divisible by 4, 6 and 9 heads
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,

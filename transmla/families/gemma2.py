@@ -1,4 +1,4 @@
-"""Gemma 2: soft-capped scores, windows in every other layer, norms before and after each block."""
+"""Gemma 2: soft-capped scores, sliding windows in every other layer, norms before and after each block."""
 
 from transmla.families.base import TINY, TINY_WINDOWS, Family, lacks
 

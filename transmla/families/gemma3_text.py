@@ -1,4 +1,4 @@
-"""Gemma 3, text alone: q/k norms, windows, two rotary bases."""
+"""Gemma 3, text models only: q/k norms, sliding windows, two rotary bases."""
 
 from transmla.families.base import TINY, TINY_WINDOWS, Family, lacks
 

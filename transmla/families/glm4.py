@@ -1,4 +1,4 @@
-"""GLM-4: half of a head turns, by neighbouring channels."""
+"""GLM-4: half of each head is rotated, and rotary pairs are neighbouring channels."""
 
 from transmla.families.base import TINY, Family, lacks
 

@@ -1,4 +1,4 @@
-"""gpt-oss: sinks, biases, windows, experts."""
+"""gpt-oss: attention sinks, biases, sliding windows, mixture of experts."""
 
 from transmla.families.base import TINY, TINY_WINDOWS, Family, lacks
 

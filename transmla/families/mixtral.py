@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts."""
+"""Mixtral: Mistral with a mixture of experts."""
 
 from transmla.families.base import TINY, TINY_WINDOW, Family, lacks
 

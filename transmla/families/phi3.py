@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: one projection for queries, keys and values; part of a head turns."""
+"""Phi-3 and Phi-4: one projection for queries, keys and values; only a part of each head may be rotated."""
 
 from transmla.families.base import TINY, Family, lacks
 

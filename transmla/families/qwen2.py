@@ -4,7 +4,7 @@ from transmla.families.base import TINY, Family, lacks
 
 FAMILY = Family(
     name="qwen2",
-    native=lacks("biases of queries, keys and values"),
+    native=lacks("biases on queries, keys and values"),
     tiny={**TINY},
     models="Qwen2, Qwen2.5",
 )

@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys normed head by head."""
+"""Qwen3: q/k norms, applied to each head separately."""
 
 from transmla.families.base import TINY, Family, lacks
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with experts."""
+"""Qwen3-MoE: Qwen3 with a mixture of experts."""
 
 from transmla.families.base import TINY, TINY_EXPERTS, Family, lacks
 

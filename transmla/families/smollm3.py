@@ -1,4 +1,4 @@
-"""SmolLM3: some layers turn nothing."""
+"""SmolLM3: some layers have no rotary embedding."""
 
 from transmla.families.base import TINY, Family, lacks
 

@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm, biases everywhere, a window."""
+"""StarCoder2: LayerNorm, biases in all projections, a sliding window."""
 
 from transmla.families.base import TINY, TINY_WINDOW, Family, lacks
 

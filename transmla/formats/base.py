@@ -1,7 +1,8 @@
 """The contract of an export format.
 
-A format decides how a converted model is stored: the names and layout of its tensors, its config, and which runtimes
-read it. One file in this folder that defines ``FORMAT`` is one format. Code outside this folder never asks which it is.
+A format decides how a converted model is stored: the names and layout of its tensors, its config, and the runtimes that
+read it. Each file in this folder that defines ``FORMAT`` is one format. Code outside this folder calls the methods of
+``Format`` and never compares format names.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionExport:
-    """One attention as it is written.
+    """One attention layer as it is written.
 
-    ``tensors`` are those of ``self_attn``, named without a prefix. ``factors`` (float32) are the factors that these
-    rounded tensors stand for. ``record`` holds numbers for the manifest.
+    Attributes:
+        tensors: the tensors of ``self_attn``, by name without a prefix, in the export's precision.
+        factors: float32 factors that compute the same attention as ``tensors`` do after rounding.
+        record: numbers for this layer's entry in the manifest.
     """
 
     tensors: dict[str, Tensor]
@@ -40,15 +43,15 @@ class AttentionExport:
 
 
 class Format(ABC):
-    """How exports are stored.
+    """Abstract base class of the export formats.
 
     Attributes:
         name: the value of ``--format``, and of ``format`` in plans and manifests.
         summary: one line for ``--help``.
-        preference: ``--format auto`` takes the format with the highest preference that lacks nothing.
-        options: fields of the recipe that this format can honour and others may not.
-        norm_eps: the eps that every RMSNorm of the export uses; None if the norms keep the source's.
-        interleaved: whether the two rows of a rotary frequency stand side by side in the export's tensors.
+        preference: rank for ``--format auto``, which takes the highest-ranked format that can store the source.
+        options: recipe fields that this format supports and other formats may not.
+        norm_eps: the eps of every RMSNorm in the export; None if the norms keep the source's eps.
+        interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
     """
 
     name: str
@@ -62,39 +65,51 @@ class Format(ABC):
 
     @abstractmethod
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
-        """Name what the source has and this format cannot store; None if it can store everything.
+        """Name a feature of the source that this format cannot store.
 
-        ``kept`` lists the layers that keep the source's attention.
+        Args:
+            spec: the source's attention.
+            kept: indices of the layers that keep the source's attention.
+
+        Returns:
+            A noun phrase such as "sliding windows"; None if the format can store everything.
         """
 
     @abstractmethod
     def rotary(
         self, spec: AttentionSpec, kind: LayerKind, width: int, *, custom: bool
     ) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Choose the source frequency of each of the ``width`` / 2 rotary slots of a layer of this ``kind``.
+        """Choose the source frequency of each of the ``width`` / 2 rotary slots of a layer.
 
-        Returns the indices into ``kind.inv_freq``, and the ``rope_parameters`` of the export's config. ``custom``
-        allows tables that only transformers reads.
+        Args:
+            spec: the source's attention.
+            kind: the kind of layer.
+            width: width d_r of the rotary key.
+            custom: allow rotary tables that only transformers can read.
+
+        Returns:
+            The indices into ``kind.inv_freq``, one a slot, and the ``rope_parameters`` of the export's config.
 
         Raises:
             TransmlaError: if the format cannot hold a rotary key of this width.
         """
 
     def holds_rotary(self, spec: AttentionSpec, width: int) -> bool:
-        """Whether the source's frequencies fit a rotary key of this width."""
+        """Return whether the format can hold a rotary key of ``width`` channels for this source."""
         return True
 
     def notes(self, spec: AttentionSpec, shape: MLAShape, rope_parameters: Mapping[str, Any]) -> list[str]:
-        """What a user should know of an export of this shape, one line each."""
+        """Return notes for the user on an export of this shape, one line each."""
         return []
 
     def attention_parameters(self, plan: Plan) -> int:
-        """Number of weights in one attention of the export."""
+        """Return the number of weights in one attention layer of the export."""
         spec, shape = plan.spec, plan.shape
         heads, width = spec.num_attention_heads, spec.hidden_size
         query = heads * shape.qk_head_dim
         if spec.normed:
-            # The source's projections stay; queries are read from their own heads, latents from keys and values.
+            # The source's projections stay in the export. Each head's query reads that head's normed query features;
+            # the latent reads the normed keys and the values.
             inputs = width * spec.features + query * spec.head_dim
             cached = 2 * spec.num_key_value_heads * spec.head_dim * shape.cache_values
         else:
@@ -104,44 +119,50 @@ class Format(ABC):
         return inputs + cached + expand + heads * shape.v_head_dim * width
 
     def other_parameters(self, plan: Plan) -> int:
-        """Number of weights outside the attention."""
+        """Return the number of weights outside the attention."""
         return plan.spec.other_parameters
 
     @abstractmethod
     def runtimes(self, plan: Plan) -> list[Runtime]:
-        """Which runtimes take the export, and how."""
+        """List the known runtimes, with whether and how each one runs the export."""
 
     @abstractmethod
     def target(self, spec: AttentionSpec) -> str:
-        """What the converted model is, in a few words."""
+        """Describe the converted model in a few words, for ``transmla plan``."""
 
     # --- writing
 
     @abstractmethod
     def config(self, source: Any, plan: Plan) -> dict[str, Any]:
-        """The ``config.json`` of the export; ``source`` is the source's transformers config."""
+        """Return the contents of the export's ``config.json``; ``source`` is the source's transformers config."""
 
     @abstractmethod
     def attention(
         self, factors: LayerFactors, plan: Plan, view: AttentionView, inputs: Callable[[], Iterable[Tensor]]
     ) -> AttentionExport:
-        """Turn the ``factors`` of one layer into the tensors of the export.
+        """Convert the factors of one layer to the tensors of the export.
 
         Args:
-            factors: of the layer, unpadded.
-            plan: for this layer alone (``Plan.at``).
-            view: the source's attention, whose biases, norms and sinks the export may need.
-            inputs: yields the attention's calibration inputs [n, T, F]; may be called several times.
+            factors: the layer's factors, unpadded.
+            plan: the plan for this layer alone (``Plan.at``).
+            view: the source's attention; the export may need its biases, norms and sinks.
+            inputs: returns the attention's calibration inputs, batches [n, T, F]; may be called several times.
         """
 
     def cast(self, tensor: Tensor, dtype: torch.dtype, source_dtype: torch.dtype) -> Tensor:
-        """A tensor outside the attention as it is written: cast only if it has the source's main dtype."""
+        """Return a tensor outside the attention as it is written, with the same shape.
+
+        By default only tensors of the source's main precision ``source_dtype`` are cast to ``dtype``.
+        """
         return tensor.to(dtype) if tensor.dtype == source_dtype else tensor
 
     def last_tensors(self, source: Source, plan: Plan, norm_correction: float) -> dict[str, Tensor]:
-        """All tensors that belong neither to the embedding nor to a layer.
+        """Return the tensors that belong neither to the embedding nor to a layer, by their names in the export.
 
-        ``norm_correction`` multiplies the last norm's weight in formats that set ``norm_eps``.
+        Args:
+            source: the opened source.
+            plan: the conversion's plan.
+            norm_correction: factor on the last norm's weight, used by formats that set ``norm_eps``.
         """
         names, checkpoint = source.family.tensors, source.checkpoint
         layers = tuple(names["layer"].format(i=i) for i in range(source.spec.num_hidden_layers))
@@ -150,49 +171,71 @@ class Format(ABC):
         return {name: self.cast(checkpoint.read(name), *dtypes) for name in rest}
 
     def write_code(self, folder: Path) -> None:
-        """Write the modelling code that the export brings along, if any."""
+        """Write the modelling code that the export needs into ``folder``; by default none."""
         return
 
     @abstractmethod
     def card_words(self, spec: AttentionSpec) -> CardWords:
-        """What the model card says of the format."""
+        """Return the model card's text on this format."""
 
     # --- reading back
 
     def load_options(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` with which ``transmla verify`` loads the export."""
+        """Return the arguments of ``from_pretrained`` that ``transmla verify`` loads the export with."""
         return {}
 
     @abstractmethod
     def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
-        """Checks of a loaded export that only this format has; ``tokens`` [B, T] is a prompt. May change ``model``."""
+        """Yield the results of this format's checks of a loaded export.
+
+        Args:
+            model: the loaded export; a check may change the model.
+            tokens: a prompt [B, T].
+            dtype: the export's precision.
+        """
 
     def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
-        """Export tensors that equal a source tensor bit for bit after the cast, as export name → source name.
+        """Map the export tensors that must equal a source tensor bit for bit after the cast.
 
-        ``tied``: the source's head is its embedding.
+        Args:
+            source: names of the source's tensors.
+            export: names of the export's tensors.
+            tied: whether the source's head is its embedding.
+
+        Returns:
+            Export name → source name.
         """
         return {name: name for name in source if ".self_attn." not in name}
 
     def to_natural(self, attention: nn.Module) -> None:
-        """Take scales out of an export's ``attention`` that no optimiser could train through, in place."""
+        """Fold extreme scales out of the weights of one ``attention`` module, in place; its output does not change.
+
+        Healing calls this before training; the default has no scales to fold.
+        """
         return
 
     def from_natural(self, name: str, attention: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Put these scales back into ``weights``, which holds the tensors of the attention called ``name``."""
+        """Restore the scales that ``to_natural`` folded, in place.
+
+        Args:
+            name: prefix of the attention's tensors in ``weights``.
+            attention: the trained attention module.
+            weights: the tensors to be saved, by name.
+            dtype: the export's precision.
+        """
         return
 
 
 def formats() -> dict[str, Format]:
-    """All formats by name."""
+    """Return all formats, by name."""
     return scan("transmla.formats", "FORMAT")
 
 
 def format_named(name: str) -> Format:
-    """The format called ``name``.
+    """Return the format called ``name``.
 
     Raises:
-        TransmlaError: if there is none.
+        TransmlaError: if no format has this name.
     """
-    found: Format = lookup("transmla.formats", "FORMAT", name, kind="format")
-    return found
+    form: Format = lookup("transmla.formats", "FORMAT", name, kind="format")
+    return form

@@ -1,7 +1,7 @@
-"""The scale of a native export's latents: taken out of an attention for healing, and put back for the export.
+"""Remove the latent scale of a native export for healing, and restore the scale for saving.
 
-A native export scales its latents down until their norm is a constant (``core/norm_identity.py``). Rows of one tensor
-then differ in size by many orders of magnitude, which no optimiser's step fits.
+A native export scales its latents down until their RMSNorm divides by a constant (``core/norm_identity.py``). Rows of
+one weight then differ in size by orders of magnitude, so no single learning rate fits all rows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from transmla.core.norm_identity import norm_identity
 from transmla.formats.native_layout import RMS_NORM_EPS
 
-# (projection, norm, reader) of the latents that a layer may have.
+# (projection, norm, reader) of each latent: the key/value latent, and the query latent where queries are compressed.
 LATENTS = [("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"), ("q_a_proj", "q_a_layernorm", "q_b_proj")]
 
 
 class LatentMeter(nn.Module):
-    """Stands where a latent norm stood: passes latents on, and measures their size while ``watching``."""
+    """Module that replaces a latent norm: returns latents unchanged, and measures their size while ``watching``.
+
+    Attributes:
+        width: width r of the latent.
+        watching: whether ``forward`` measures.
+        total, count, largest: sum, number and maximum of mean(c²) over the measured tokens.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,11 +34,11 @@ class LatentMeter(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all measurements."""
+        """Clear all measurements."""
         self.total, self.count, self.largest = 0.0, 0, 0.0
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Return ``latent`` [..., r] unchanged."""
+        """Return ``latent`` [..., r] unchanged; while ``watching``, add its tokens to the measurements."""
         if self.watching:
             squares = latent.detach().float().square().mean(-1)
             self.total += float(squares.sum())
@@ -43,7 +49,10 @@ class LatentMeter(nn.Module):
 
 @torch.no_grad()
 def to_natural(attention: Any) -> None:
-    """Fold scale and norm out of the latents of one ``attention`` (float32), in place; its output does not change."""
+    """Fold the latent norms of one ``attention`` (float32) into its projections, in place; its output does not change.
+
+    Each norm is replaced by a ``LatentMeter``.
+    """
     for projection, norm, _ in LATENTS:
         if getattr(attention, norm, None) is not None:
             weight = getattr(attention, norm).weight
@@ -54,9 +63,13 @@ def to_natural(attention: Any) -> None:
 
 @torch.no_grad()
 def from_natural(name: str, attention: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Scale the latents in ``weights`` by the sizes that ``attention`` measured, and add their norms, in place.
+    """Scale the latents in ``weights`` down again, and add their norms, in place.
 
-    ``name`` is the prefix of the attention's tensors; layers that ``weights`` does not hold are skipped.
+    Args:
+        name: prefix of the attention's tensors; nothing happens if ``weights`` does not hold them.
+        attention: the attention module, whose ``LatentMeter`` modules measured the latents.
+        weights: the tensors to be saved, by name.
+        dtype: the export's precision.
     """
     for projection, norm, reader in LATENTS:
         meter = getattr(attention, norm, None)

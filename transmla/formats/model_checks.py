@@ -1,4 +1,4 @@
-"""Checks of a loaded export, and the tools that they share."""
+"""Checks of a loaded export, and the helper functions that checks share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from torch import Tensor
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
-# Relative difference of logits or attention outputs that rounding explains.
+# Largest relative difference of logits or attention outputs that rounding can cause, by precision.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question, its answer, and the number behind it."""
+    """Result of one check.
+
+    Attributes:
+        name: the property that was checked.
+        passed: whether the export has this property.
+        detail: the measured number, as text.
+    """
 
     name: str
     passed: bool
@@ -25,15 +31,20 @@ class Check:
 
 
 def relative_difference(left: Tensor, right: Tensor) -> float:
-    """‖left − right‖ / ‖right‖ in float64."""
+    """Return ‖left − right‖ / ‖right‖ in float64, for two tensors of the same shape."""
     return float((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-30))
 
 
 @torch.no_grad()
 def compare_decoding(name: str, model: Any, tokens: Tensor, expected: Tensor, prefill: int) -> Check:
-    """Read ``prefill`` tokens of ``tokens`` [B, T] at once and the rest one by one; compare all logits.
+    """Compare the logits of cached decoding with those of one full forward pass.
 
-    ``expected`` [B, T, V] are the logits of one full forward pass.
+    Args:
+        name: name of the check.
+        model: the loaded export.
+        tokens: a prompt [B, T].
+        expected: logits [B, T, V] of one full forward pass.
+        prefill: number of tokens in the prefill; the other tokens are decoded one by one.
     """
     out = model(tokens[:, :prefill], use_cache=True)
     cache, pieces = out[CACHE_ARGUMENT], [out.logits]
@@ -45,12 +56,21 @@ def compare_decoding(name: str, model: Any, tokens: Tensor, expected: Tensor, pr
 
 @torch.no_grad()
 def observe_layers(model: Any, tokens: Tensor, module: Callable[[Any], Any]) -> list[tuple[Tensor, Tensor]]:
-    """(input, output) of ``module(layer)`` in every layer, for one full forward pass over ``tokens`` [B, T]."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    """Record the input and output of one submodule of every layer, during a full forward pass.
+
+    Args:
+        model: the loaded export.
+        tokens: a prompt [B, T].
+        module: returns the submodule of a given layer.
+
+    Returns:
+        For each layer the submodule's (input [B, T, …], output [B, T, …]).
+    """
+    observed: list[tuple[Tensor, Tensor]] = []
 
     def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        seen.append((x, output[0] if isinstance(output, tuple) else output))
+        observed.append((x, output[0] if isinstance(output, tuple) else output))
 
     hooks = [module(layer).register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
     try:
@@ -58,4 +78,4 @@ def observe_layers(model: Any, tokens: Tensor, module: Callable[[Any], Any]) -> 
     finally:
         for handle in hooks:
             handle.remove()
-    return seen
+    return observed

@@ -1,7 +1,7 @@
-"""The native format: a dense DeepSeek-V3, with no custom code anywhere.
+"""The native format: a dense DeepSeek-V3 without custom code.
 
-Every layer is dense (``first_k_dense_replace``), the latent norms are identities, and the rotary rows are
-interleaved: what transformers, vLLM, SGLang and llama.cpp all load as it is.
+Every layer is dense (``first_k_dense_replace``), the latent norms are identities, and the rotary rows are interleaved.
+transformers, vLLM, SGLang and llama.cpp load this layout as it is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transmla.formats.runtimes import Runtime, native_runtimes
 from transmla.source.attention_view import AttentionView
 from transmla.source.open_source import Source
 
-# Fields of the source's config that the export's repeats.
+# Fields that the export's config copies from the source's config.
 COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
-# mean((s·c)²)/eps of the largest token: a hundredth bends the norm by half a percent, bf16's own rounding.
+# Largest allowed mean((s·c)²)/eps of a token's scaled latent s·c. At 0.01 the norm deviates from a constant by 0.5 %,
+# which is bfloat16's rounding.
 MAX_HEADROOM = 1e-2
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -42,6 +43,7 @@ class NativeFormat(Format):
     interleaved = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
+        """Name what a dense DeepSeek-V3 cannot store of the source; None if it can store everything."""
         if spec.native_gap:
             return spec.native_gap
         return "layers that keep the source's attention" if kept else None
@@ -49,17 +51,24 @@ class NativeFormat(Format):
     def rotary(
         self, spec: AttentionSpec, kind: LayerKind, width: int, *, custom: bool
     ) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Choose source frequencies that match the table which runtimes compute from a DeepSeek-V3 config.
+
+        Raises:
+            TransmlaError: if the table for this width is not a subset of the source's.
+        """
         return choose_slots(spec, width, custom=custom)
 
     def holds_rotary(self, spec: AttentionSpec, width: int) -> bool:
+        """Return whether the runtimes' table for ``width`` is a subset of the source's frequencies."""
         return native_slots(spec, width) is not None
 
     def notes(self, spec: AttentionSpec, shape: MLAShape, rope_parameters: Mapping[str, Any]) -> list[str]:
+        """Return notes on sharing of the rotary key, padding, rotary scaling and the changed norm eps."""
         notes = []
         if spec.num_key_value_heads > 1 and rope_parameters.get("rope_type") != "longrope":
             notes.append(
-                f"a native rotary table holds each frequency once, so the keys of {spec.num_key_value_heads} heads "
-                "share one rotary key: even with nothing cut the conversion is not exact"
+                f"the native format stores each rotary frequency once, so {spec.num_key_value_heads} key heads share "
+                "one rotary key: the conversion is not exact even at full width"
             )
         if shape.latent_rank < shape.kv_lora_rank:
             notes.append(
@@ -67,29 +76,33 @@ class NativeFormat(Format):
             )
         if rope_parameters.get("rope_type", "default") != "default":
             notes.append(
-                f"rope_type '{rope_parameters['rope_type']}' in a DeepSeek-V3 config is read by transformers only"
+                f"only transformers reads rope_type '{rope_parameters['rope_type']}' from a DeepSeek-V3 config"
             )
         if spec.rms_norm_eps != 1e-6:
             notes.append(
-                f"rms_norm_eps changes from {spec.rms_norm_eps:g} to 1e-06; norm weights are corrected by calibration"
+                f"rms_norm_eps changes from {spec.rms_norm_eps:g} to 1e-06; calibration corrects the norm weights"
             )
         return notes
 
     def attention_parameters(self, plan: Plan) -> int:
+        """Return the number of weights in one attention layer, the latent norm included."""
         return super().attention_parameters(plan) + plan.shape.kv_lora_rank
 
     def other_parameters(self, plan: Plan) -> int:
-        # A tied head is written once more.
+        """Return the number of weights outside the attention; a tied head counts twice, because it is written twice."""
         head = plan.spec.vocab_size * plan.spec.hidden_size if plan.spec.tie_word_embeddings else 0
         return plan.spec.other_parameters + head
 
     def runtimes(self, plan: Plan) -> list[Runtime]:
+        """List the runtimes that read a dense DeepSeek-V3 of this shape."""
         return native_runtimes(plan)
 
     def target(self, spec: AttentionSpec) -> str:
+        """Return the name of the architecture."""
         return "DeepSeek-V3"
 
     def config(self, source: Any, plan: Plan) -> dict[str, Any]:
+        """Return the ``config.json`` of a dense ``DeepseekV3ForCausalLM``."""
         spec, shape = plan.spec, plan.shape
         copied = {key: getattr(source, key) for key in COPIED if getattr(source, key, None) is not None}
         return {
@@ -123,17 +136,20 @@ class NativeFormat(Format):
     def attention(
         self, factors: LayerFactors, plan: Plan, view: AttentionView, inputs: Callable[[], Iterable[Tensor]]
     ) -> AttentionExport:
+        """Convert the factors of one layer to DeepSeek-V3's tensors; the record holds the size of the latent."""
         tensors, scale = export_tensors(factors, plan, inputs)
-        placed = {name: tensor.to(factors.latent.device) for name, tensor in tensors.items()}
+        on_device = {name: tensor.to(factors.latent.device) for name, tensor in tensors.items()}
         heads = plan.spec.num_attention_heads
-        read = layer_factors(placed, heads, plan.shape, factors.inv_freq, factors.rope_gain)
+        rounded = layer_factors(on_device, heads, plan.shape, factors.inv_freq, factors.rope_gain)
         record = {"latent_mean_square": scale.mean_square, "latent_max_square": scale.max_square}
-        return AttentionExport(tensors, read.to(torch.float32), record)
+        return AttentionExport(tensors, rounded.to(torch.float32), record)
 
     def cast(self, tensor: Tensor, dtype: torch.dtype, source_dtype: torch.dtype) -> Tensor:
+        """Return ``tensor`` cast to ``dtype``; the native format has one precision."""
         return tensor.to(dtype)
 
     def last_tensors(self, source: Source, plan: Plan, norm_correction: float) -> dict[str, Tensor]:
+        """Return the last norm's weight [D], corrected for the changed eps, and the head [V, D], tied or not."""
         names, read, dtype = source.family.tensors, source.checkpoint.read, getattr(torch, plan.dtype)
         head = names["embed"] if source.spec.tie_word_embeddings else names["head"]
         return {
@@ -142,30 +158,35 @@ class NativeFormat(Format):
         }
 
     def card_words(self, spec: AttentionSpec) -> CardWords:
+        """Return the model card's text on this format."""
         return CardWords(
             layout="It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.",
-            precision="Use bfloat16 or float32: in half precision the latent norm underflows.",
+            precision="Use bfloat16 or float32: in float16 the latent norm underflows.",
         )
 
     def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
+        """Check that absorbed attention equals expanded attention, and that the latent norms are identities."""
         yield _absorbed_equals_expanded(model, tokens, dtype)
         yield _headroom(model, tokens)
 
     def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
+        """Map the tensors that equal a source tensor: all except attention and norms; a tied head → embedding."""
         written = set(export)
         names = {n: n for n in source if ".self_attn." not in n and "norm" not in n and n in written}
         return names | ({HEAD: EMBEDDING} if tied else {})
 
     def to_natural(self, attention: nn.Module) -> None:
+        """Fold the latent norms into the projections, in place (``latent_scale.to_natural``)."""
         to_natural(attention)
 
     def from_natural(self, name: str, attention: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Restore the latent norms in ``weights``, in place (``latent_scale.from_natural``)."""
         from_natural(name, attention, weights, dtype)
 
 
 @torch.no_grad()
 def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) -> Check:
-    """Compare transformers' expanded attention with absorbed attention in float64 from the same tensors."""
+    """Compare transformers' expanded attention with float64 absorbed attention computed from the same tensors."""
     rotary = model.model.rotary_emb
     gain = float(rotary.attention_scaling) ** 2
     worst = 0.0
@@ -177,15 +198,15 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
             tensors, model.config.num_attention_heads, export_shape(model.config), rotary.inv_freq.double().cpu(), gain
         )
         worst = max(worst, relative_difference(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
-    # Half a headroom's worth of latent norm is part of the export, not an error of it.
+    # Absorbed attention takes the norm as an exact identity; the export may deviate by half the allowed headroom.
     limit = TOLERANCE[dtype] + MAX_HEADROOM / 2
     return Check("absorbed = expanded", worst <= limit, f"largest relative difference {worst:.1e}")
 
 
 def _headroom(model: Any, tokens: Tensor) -> Check:
-    """Measure how close the largest latent comes to bending its norm."""
-    seen = observe_layers(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
-    worst = max(float(x.float().square().mean(-1).max()) for x, _ in seen) / RMS_NORM_EPS
+    """Check that the largest latent of any token and layer is small enough for its norm to be an identity."""
+    norms = observe_layers(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
+    worst = max(float(x.float().square().mean(-1).max()) for x, _ in norms) / RMS_NORM_EPS
     return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
 
 

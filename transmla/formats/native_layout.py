@@ -1,6 +1,6 @@
-"""The tensors of a dense DeepSeek-V3: written from factors, and read back.
+"""Convert between factors and the attention tensors of a dense DeepSeek-V3.
 
-Rotary rows are interleaved, and the latent norms are identities (``core/norm_identity.py``).
+In these tensors rotary rows are interleaved, and the latent norms are identities (``core/norm_identity.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transmla.core.factors import pad_factors
 from transmla.core.norm_identity import NormIdentity, norm_identity
 from transmla.core.rope import halves_to_interleaved
 
-# transformers hard-codes this in the latent norm; the other runtimes read rms_norm_eps, so both must agree.
+# eps of every RMSNorm in a native export. transformers hard-codes this value in the latent norms, while other runtimes
+# use the config's rms_norm_eps there. The config must therefore have the same value.
 RMS_NORM_EPS = 1e-6
 
 
@@ -28,9 +29,17 @@ def layer_tensors(
     q_norm: NormIdentity | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The tensors of one ``self_attn`` in DeepSeek-V3's names and layout, rounded to ``dtype``.
+    """Return the tensors of one ``self_attn`` in DeepSeek-V3's names and layout, rounded to ``dtype``, on the CPU.
 
-    The score scale of the runtime is (d_n + d_r)^{-1/2}: the ratio to the source's goes into the queries.
+    A DeepSeek-V3 runtime multiplies scores by (d_n + d_r)^{-1/2}. The ratio of the source's scale to this one is
+    multiplied into the query weights.
+
+    Args:
+        factors: the layer's factors, padded to ``shape``.
+        shape: the export's widths.
+        kv_norm: scale and norm weight of the key/value latent [r].
+        q_norm: scale and norm weight of the query latent; None if queries are not compressed.
+        dtype: the export's precision.
     """
     order = halves_to_interleaved(shape.qk_rope_head_dim).to(factors.rope.device)
     query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (factors.scaling * shape.qk_head_dim**0.5)
@@ -51,7 +60,7 @@ def layer_tensors(
 
 
 def export_shape(config: Any) -> MLAShape:
-    """The widths that a DeepSeek-V3 ``config`` of transformers names."""
+    """Return the MLA widths of a DeepSeek-V3 ``config`` of transformers."""
     return MLAShape(
         config.kv_lora_rank,
         config.qk_rope_head_dim,
@@ -64,7 +73,17 @@ def export_shape(config: Any) -> MLAShape:
 def layer_factors(
     tensors: dict[str, Tensor], heads: int, shape: MLAShape, inv_freq: Tensor, rope_gain: float
 ) -> LayerFactors:
-    """Read ``self_attn`` tensors back as float64 factors, the norms taken as the identities they should be."""
+    """Return the float64 factors of ``self_attn`` tensors; the inverse of ``layer_tensors``.
+
+    The latent norms are taken as exact identities.
+
+    Args:
+        tensors: the tensors of ``self_attn``, by name without a prefix.
+        heads: number H of query heads.
+        shape: the export's widths.
+        inv_freq: rotary frequencies [d_r/2], in radians per position.
+        rope_gain: factor on the rotary part of the scores.
+    """
     t = {name: tensor.double() for name, tensor in tensors.items()}
     rank, d_r, d_n = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
     interleaved = halves_to_interleaved(d_r)
@@ -96,14 +115,17 @@ def layer_factors(
 
 @dataclass(frozen=True)
 class LatentScale:
-    """Mean and largest mean(c²) of a latent over the calibration tokens."""
+    """Size of a latent c: mean and maximum, over the calibration tokens, of mean(c²) over channels."""
 
     mean_square: float
     max_square: float
 
 
 def latent_scale(rows: Tensor, inputs: Iterable[Tensor], width: int) -> LatentScale:
-    """Energy of the latent ``rows`` [r, D] over attention ``inputs`` [n, T, D]; ``width`` counts padding."""
+    """Measure the size of the latent that ``rows`` [r, D] compute from attention ``inputs``, batches [n, T, D].
+
+    ``width`` is the latent's width with padding, over which mean(c²) is taken.
+    """
     total, largest, count = 0.0, 0.0, 0
     for x in inputs:
         energy = (x @ rows.mT.to(x)).square().sum(-1) / width
@@ -116,9 +138,15 @@ def latent_scale(rows: Tensor, inputs: Iterable[Tensor], width: int) -> LatentSc
 def export_tensors(
     factors: LayerFactors, plan: Plan, inputs: Callable[[], Iterable[Tensor]]
 ) -> tuple[dict[str, Tensor], LatentScale]:
-    """The layer's ``self_attn`` tensors in the native layout, padded to the plan's shape, and its latent's scale.
+    """Convert one layer's factors to tensors in the native layout, padded to the plan's shape.
 
-    ``inputs()`` yields the attention's calibration inputs; it is called once for each latent.
+    Args:
+        factors: the layer's factors, unpadded.
+        plan: the plan for this layer alone.
+        inputs: returns the attention's calibration inputs, batches [n, T, D]; called once for each latent.
+
+    Returns:
+        The tensors of ``self_attn`` by name, and the size of the key/value latent.
     """
     dtype = getattr(torch, plan.dtype)
     factors = pad_factors(factors, plan.shape)

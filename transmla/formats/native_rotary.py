@@ -1,4 +1,4 @@
-"""The rotary table that runtimes compute for a DeepSeek-V3 config, and the source frequencies that it holds."""
+"""The rotary table that runtimes compute from a DeepSeek-V3 config, matched to the source's frequencies."""
 
 from __future__ import annotations
 
@@ -13,36 +13,44 @@ from transmla.errors import TransmlaError
 
 
 def choose_slots(spec: AttentionSpec, width: int, *, custom: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Source frequency of every rotary slot, and the ``rope_parameters`` that make the runtime agree.
+    """Choose the source frequency of every rotary slot.
+
+    Args:
+        spec: the source's attention, with p rotary frequencies.
+        width: width d_r of the rotary key.
+        custom: allow a ``width`` that repeats every source frequency, in a table that only transformers reads.
+
+    Returns:
+        The indices [d_r/2] into the source's frequencies, and the config's ``rope_parameters`` for this table.
 
     Raises:
-        TransmlaError: if the runtime's table for this width is not a subset of the source's.
+        TransmlaError: if the width is odd, or if the runtime's table for this width is not a subset of the source's.
     """
     source = torch.tensor(spec.inv_freq, dtype=torch.float64)
     if width % 2:
         raise TransmlaError(
             f"qk_rope_head_dim {width} is odd",
-            limit="rotary coordinates come in pairs",
+            limit="rotary channels come in pairs",
             remedy=f"use an even divisor of {spec.head_dim}",
         )
     if custom and width > spec.head_dim and width % spec.head_dim == 0:
         slots = tuple(i for i in range(len(source)) for _ in range(width // spec.head_dim))
         return slots, custom_table(spec, source[list(slots)])
-    found = native_slots(spec, width)
-    if found is None:
+    matched = native_slots(spec, width)
+    if matched is None:
         rope_type = spec.rope_parameters.get("rope_type", "default")
         widths = [w for w in (spec.head_dim // k for k in (1, 2, 4, 8)) if w % 2 == 0]
         raise TransmlaError(
             f"qk_rope_head_dim {width} gives rotary frequencies the source does not have",
-            limit=f"a runtime computes its own table; with rope_type '{rope_type}' and head width "
-            f"{spec.head_dim} only {'the full width' if rope_type == 'yarn' else 'divisors'} match",
+            limit=f"a runtime computes the frequencies from this width; with rope_type '{rope_type}' and head width "
+            f"{spec.head_dim} only {'the full width matches' if rope_type == 'yarn' else 'divisors match'}",
             remedy=f"use {spec.head_dim}" if rope_type == "yarn" else f"use one of {widths}",
         )
-    return found, dict(spec.rope_parameters)
+    return matched, dict(spec.rope_parameters)
 
 
 def native_slots(spec: AttentionSpec, width: int) -> tuple[int, ...] | None:
-    """Source frequency of every slot of the runtime's own table for ``width``, or None if they do not match."""
+    """Return the source index [width/2] of every frequency in the runtime's table; None if one has no match."""
     table, factor = rotary_table(spec, width, spec.rope_parameters)
     if abs(factor - spec.attention_factor) > 1e-6:
         return None
@@ -50,7 +58,7 @@ def native_slots(spec: AttentionSpec, width: int) -> tuple[int, ...] | None:
 
 
 def rotary_table(spec: AttentionSpec, width: int, rope_parameters: dict[str, Any]) -> tuple[Tensor, float]:
-    """(inv_freq [width/2] float64, attention factor) as transformers' DeepSeek-V3 builds them."""
+    """Return (inv_freq [width/2] float64, attention factor) as transformers' DeepSeek-V3 computes them."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
@@ -64,7 +72,7 @@ def rotary_table(spec: AttentionSpec, width: int, rope_parameters: dict[str, Any
 
 
 def custom_table(spec: AttentionSpec, inv_freq: Tensor) -> dict[str, Any]:
-    """``rope_parameters`` that make transformers turn with any ``inv_freq`` [d_r/2] (``longrope`` factors)."""
+    """Return ``rope_parameters`` with which transformers uses ``inv_freq`` [d_r/2], by way of ``longrope`` factors."""
     theta = float(spec.rope_parameters["rope_theta"])
     count = len(inv_freq)
     plain = theta ** (-torch.arange(count, dtype=torch.float64) / count)

@@ -1,4 +1,4 @@
-"""Which runtimes take an export, and with which kernels."""
+"""The runtimes that read an export, and the kernels that they run it with."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 from transmla.artifacts import Plan
 
-# (kv_lora_rank, qk_rope_head_dim) with fast decode kernels and (nope, rope, v) with fast prefill ones,
-# vLLM 0.24–0.33 on Hopper.
+# Shapes with fast kernels in vLLM 0.24–0.33 on Hopper: (kv_lora_rank, qk_rope_head_dim) for decode, and
+# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) for prefill.
 VLLM_DECODE = ((256, 64), (512, 64))
 VLLM_PREFILL = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Whether a runtime takes the export, and what it does with the shape."""
+    """One runtime's support for an export.
+
+    Attributes:
+        name: the runtime.
+        accepts: whether the runtime reads the export.
+        note: how the runtime runs this shape, or why it does not.
+    """
 
     name: str
     accepts: bool
@@ -22,7 +28,7 @@ class Runtime:
 
 
 def native_runtimes(plan: Plan) -> list[Runtime]:
-    """Which runtimes take a dense DeepSeek-V3 of the plan's shape."""
+    """List the runtimes for a dense DeepSeek-V3 of the plan's shape."""
     shape = plan.shape
     rope_type = plan.rope_parameters.get("rope_type", "default")
     plain = rope_type == "default"
@@ -36,20 +42,23 @@ def native_runtimes(plan: Plan) -> list[Runtime]:
         vllm = f"latent cache, fast decode on Hopper ({kernels})"
     else:
         vllm = "no fast kernel for this shape (--pad-for vllm); VLLM_MLA_DISABLE=1 runs it with an expanded cache"
-    sglang = why if not plain else ("latent cache" if decode else "its white list of shapes has 512+64 and 256+64")
+    sglang = why if not plain else ("latent cache" if decode else "supports only latent 512 or 256 with rotary 64")
     return [
-        Runtime("transformers", True, "latent cache; stock code expands it at every step"),
+        Runtime("transformers", True, "latent cache; its DeepSeek-V3 code expands the cache at every step"),
         Runtime("vLLM", plain, vllm),
         Runtime("SGLang", plain and decode, sglang),
         Runtime(
             "llama.cpp",
             plain,
-            why or "convert from a config with q_lora_rank 0; keep attn_kv_a_mqa in BF16 or F32",
+            why or "set q_lora_rank 0 in the config for the GGUF conversion; keep attn_kv_a_mqa in BF16 or F32",
         ),
     ]
 
 
 def transmla_runtimes() -> list[Runtime]:
-    """Which runtimes take an export that brings its own modelling code."""
-    code = Runtime("transformers", True, "latent cache; with the code in the export, fast by transmla.load")
-    return [code, *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp"))]
+    """List the runtimes for an export that contains its modelling code (the transmla format)."""
+    transformers = Runtime("transformers", True, "latent cache; loads the export's code; fast with transmla.load")
+    return [
+        transformers,
+        *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp")),
+    ]

@@ -1,7 +1,7 @@
-"""The transmla format: the source family's own classes with latent attention inside.
+"""The transmla format: the source family's classes with latent attention inside.
 
-Its code travels with the export (``modeling/``). It stores what DeepSeek-V3 has no place for: biases, q/k norms,
-windows, sinks, soft-caps, experts, and layers that keep their attention.
+The export contains its modelling code, a copy of ``modeling/``. This format stores what a dense DeepSeek-V3 cannot:
+biases, q/k norms, sliding windows, sinks, soft-capped scores, experts, and layers that keep the source's attention.
 """
 
 from __future__ import annotations
@@ -29,27 +29,36 @@ from transmla.source.attention_view import AttentionView
 
 
 class TransmlaFormat(Format):
-    """The source family's own classes, their attention replaced."""
+    """The source family's classes with latent attention in place of their attention."""
 
     name = "transmla"
-    summary = "the source's own classes with MLA inside, for what the native format cannot store"
+    summary = "the source family's classes with MLA inside, for sources that the native format cannot store"
     preference = 0
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
+        """Return None: this format can store every supported source."""
         return None
 
     def rotary(
         self, spec: AttentionSpec, kind: LayerKind, width: int, *, custom: bool
     ) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Choose evenly spread source frequencies; the export's config stores its frequencies itself.
+
+        Raises:
+            TransmlaError: if the source's frequencies neither spread evenly over this width nor all repeat in it.
+        """
         return evenly_spread(kind, width), dict(spec.rope_parameters)
 
     def runtimes(self, plan: Plan) -> list[Runtime]:
+        """List the runtimes that read exports with modelling code."""
         return transmla_runtimes()
 
     def target(self, spec: AttentionSpec) -> str:
+        """Return the family's name, and that its attention is MLA."""
         return f"{spec.family} with MLA, format transmla"
 
     def config(self, source: Any, plan: Plan) -> dict[str, Any]:
+        """Return the source's config with the widths and frequencies of each kind of layer under ``mla``."""
         source = copy.deepcopy(source)
         if getattr(source, "quantization_config", None) is not None:
             del source.quantization_config
@@ -66,56 +75,73 @@ class TransmlaFormat(Format):
     def attention(
         self, factors: LayerFactors, plan: Plan, view: AttentionView, inputs: Callable[[], Iterable[Tensor]]
     ) -> AttentionExport:
+        """Convert the factors of one layer to tensors; ``inputs`` is not read, because the latent has no norm."""
         dtype: torch.dtype = getattr(torch, plan.dtype)
-        whole = restricted(pad_factors(factors, plan.shape), view)
-        return AttentionExport(layer_tensors(whole, view, dtype), whole.to(dtype).to(torch.float32))
+        padded = restricted(pad_factors(factors, plan.shape), view)
+        return AttentionExport(layer_tensors(padded, view, dtype), padded.to(dtype).to(torch.float32))
 
     def write_code(self, folder: Path) -> None:
+        """Write the configuration and modelling code into ``folder``."""
         write_code(folder)
 
     def card_words(self, spec: AttentionSpec) -> CardWords:
+        """Return the model card's text on this format."""
         return CardWords(
-            layout=f"It keeps the classes of its family ({spec.family}); only their attention is another. Its code is "
-            "in this repository, and in transmla: where that is installed, `transmla.load` reads the model without "
-            "trusting remote code, and decodes over the latent itself.",
+            layout=f"It keeps the classes of its family ({spec.family}) and replaces only their attention. This "
+            "repository contains the code. With transmla installed, `transmla.load` loads the model without remote "
+            "code and decodes over the latent cache without expanding it.",
             load_arguments=", trust_remote_code=True",
             tags=("custom_code",),
         )
 
     def load_options(self) -> dict[str, Any]:
-        # Other implementations leave out some of what families add to their scores.
+        """Return the option that selects transformers' eager attention."""
+        # Other attention implementations ignore some families' changes of the scores.
         return {"attn_implementation": "eager"}
 
     @torch.no_grad()
     def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
-        """Decode over the latent itself, the last quarter of ``tokens`` one by one. ``model`` stays accelerated."""
+        """Check that absorbed decoding equals a full forward pass with expanded keys and values.
+
+        The last quarter of ``tokens`` [B, T] is decoded one by one. ``model`` stays accelerated afterwards.
+        """
         expanded = model(tokens, use_cache=False).logits
         accelerate(model, backend="torch")
         yield compare_decoding("absorbed = expanded", model, tokens, expanded, prefill=3 * tokens.shape[1] // 4)
 
 
 def evenly_spread(kind: LayerKind, width: int) -> tuple[int, ...]:
-    """Source frequency of every rotary slot: evenly spread, or each repeated; the export carries its own table.
+    """Choose the source frequency of each of the ``width`` / 2 rotary slots.
+
+    The frequencies are every n-th of the source's for a narrow width, or all of them repeated for a wide one.
+
+    Returns:
+        The indices [width/2] into ``kind.inv_freq``.
 
     Raises:
-        TransmlaError: for a width that is neither.
+        TransmlaError: if ``width`` is odd, or is neither a divisor nor a multiple of the source's rotary width.
     """
     count = width // 2
-    if width % 2 == 0 and count and kind.turned % count == 0:
-        return tuple(range(0, kind.turned, kind.turned // count))
-    if width % 2 == 0 and count and count % kind.turned == 0:
-        return tuple(i for i in range(kind.turned) for _ in range(count // kind.turned))
+    if width % 2 == 0 and count and kind.rotary_pairs % count == 0:
+        return tuple(range(0, kind.rotary_pairs, kind.rotary_pairs // count))
+    if width % 2 == 0 and count and count % kind.rotary_pairs == 0:
+        return tuple(i for i in range(kind.rotary_pairs) for _ in range(count // kind.rotary_pairs))
     raise TransmlaError(
-        f"qk_rope_head_dim {width} does not fit the source's {kind.turned} rotary frequencies",
-        limit="they are spread evenly over the rotary key, or all repeated in it",
-        remedy=f"use a divisor of {2 * kind.turned} that is even, or a multiple",
+        f"qk_rope_head_dim {width} does not fit the source's {kind.rotary_pairs} rotary frequencies",
+        limit="every n-th frequency is kept, or each is repeated n times",
+        remedy=f"use an even divisor of {2 * kind.rotary_pairs}, or a multiple",
     )
 
 
 def layer_kind(plan: Plan, kind: LayerKind) -> dict[str, Any]:
-    """What the config says of a layer of this ``kind``, and of a ``plan`` for it alone."""
+    """Return the config entry of one kind of layer: its widths, rotary frequencies and attention factor.
+
+    Args:
+        plan: the plan for one layer of this kind (``Plan.at``).
+        kind: the source's kind of layer.
+    """
     shape, slots = plan.shape, plan.rotary.slots
-    told: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_rope_head_dim": shape.qk_rope_head_dim,
         "qk_nope_head_dim": shape.qk_nope_head_dim,
@@ -125,19 +151,28 @@ def layer_kind(plan: Plan, kind: LayerKind) -> dict[str, Any]:
         "latent_norm": False,
     }
     if kind.long_inv_freq is not None:
-        told["long_inv_freq"] = [kind.long_inv_freq[slot] for slot in slots]
-        told["original_max_position_embeddings"] = kind.short_length
-    return told
+        entry["long_inv_freq"] = [kind.long_inv_freq[slot] for slot in slots]
+        entry["original_max_position_embeddings"] = kind.short_length
+    return entry
 
 
 def restricted(factors: LayerFactors, view: AttentionView) -> LayerFactors:
-    """``factors`` that read what their heads may: of normed features, a head's queries and all keys and values."""
+    """Set weights of ``factors`` to zero where a head may not read a feature.
+
+    With q/k norms, a head's query reads only that head's normed query, and the latent reads only keys and values.
+    """
     masks = view.masks()
     return replace(factors, **{name: getattr(factors, name) * mask.to(factors.latent) for name, mask in masks.items()})
 
 
 def layer_tensors(factors: LayerFactors, view: AttentionView, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one ``self_attn``: factors of the features of ``view``, whose own parts stay as they are."""
+    """Return the tensors of one ``self_attn``, rounded to ``dtype``, on the CPU.
+
+    Args:
+        factors: factors [.., F] of the attention's features, already ``restricted``.
+        view: the source's attention, whose norms, output bias and sinks are copied.
+        dtype: the export's precision.
+    """
     attention, h = view.attention, view.heads
     query, cached = torch.cat([factors.q_nope, factors.q_pe], 1), torch.cat([factors.latent, factors.rope])
     tensors = {
@@ -149,9 +184,9 @@ def layer_tensors(factors: LayerFactors, view: AttentionView, dtype: torch.dtype
     if view.rules.sinks is not None:
         tensors["sinks"] = view.rules.sinks
     if view.normed:
-        # A head reads its own normed queries, what is cached the keys and values behind all of them.
-        own = query.unflatten(-1, (-1, h.width))[:, :, : h.queries]
-        tensors["q_b_proj.weight"] = torch.stack([own[i, :, i] for i in range(h.queries)]).flatten(0, 1)
+        # The features are the normed queries of all heads, then keys and values. Head i reads its queries alone.
+        by_head = query.unflatten(-1, (-1, h.width))[:, :, : h.queries]
+        tensors["q_b_proj.weight"] = torch.stack([by_head[i, :, i] for i in range(h.queries)]).flatten(0, 1)
         tensors["kv_a_proj_with_mqa.weight"] = cached[:, h.queries * h.width :]
         for part in NORMED:
             tensors |= {f"{part}.{name}": t for name, t in getattr(attention, part).state_dict().items()}

@@ -1,6 +1,18 @@
-"""Healing: a short distillation that wins back what compression lost.
+"""Healing: a short distillation that recovers quality lost to the conversion.
 
-The student learns the teacher's distributions over next tokens (Hinton et al., arXiv 1503.02531). It is trained in
-natural coordinates (``natural.py``), with rates in units of each tensor's size (``optimiser.py``), on batches that
-are a function of their step (``text.py``), and becomes the same kind of export again (``finish.py``).
+The student (an export) learns the teacher's next-token distributions (Hinton et al. 2015, arXiv 1503.02531).
+
+- ``run.py``: ``heal``, one run from start to finish.
+- ``settings.py``: the options of a run.
+- ``checks.py``: input checks that run before anything is written.
+- ``batches.py``: training and held-out texts; each batch depends only on the step number.
+- ``natural_coordinates.py``: the coordinates that healing trains in.
+- ``balance.py``: rescales the factors of each product to equal size.
+- ``losses.py``: the distillation loss, computed in chunks.
+- ``optimiser.py``: trainable parameters and learning rates relative to each tensor's size.
+- ``loop.py``: training steps, held-out evaluations, saves and rollbacks.
+- ``resume.py``: the state of a run on disk.
+- ``distributed.py``: differences between one process, DDP, FSDP2 and DeepSpeed.
+- ``write_export.py``: writes and verifies the healed export.
+- ``__main__.py``: ``python -m transmla.heal``, an alias of ``transmla heal``.
 """

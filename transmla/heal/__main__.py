@@ -1,4 +1,4 @@
-"""The old name of ``-m transmla heal``: ``accelerate launch -m transmla.heal DIR …``."""
+"""Alias of ``-m transmla heal``, for example ``accelerate launch -m transmla.heal DIR …``."""
 
 import sys
 

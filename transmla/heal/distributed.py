@@ -1,4 +1,4 @@
-"""What differs between one process, DDP, FSDP2 and DeepSpeed; the loop is the same for all."""
+"""Differences between one process, DDP, FSDP2 and DeepSpeed. The training loop is the same for all of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from transmla.heal.settings import Healing
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# How long processes wait for each other.
+# Longest time that a process waits for another one: the first process samples and writes the export alone.
 PATIENCE = timedelta(hours=12)
-# Modules that accelerate and torch put between others.
+# Names of the wrapper modules that accelerate and torch insert into a module's path.
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def make_accelerator(settings: Healing, output: Path) -> Accelerator:
-    """Accelerate as it was launched, with the precision and trackers that ``settings`` ask for."""
+    """Make an ``Accelerator`` for the current launch, with the precision and trackers of ``settings``.
+
+    Trackers write into ``OUTPUT.logs``.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
@@ -34,16 +37,15 @@ def make_accelerator(settings: Healing, output: Path) -> Accelerator:
         mixed_precision=precision,
         log_with=list(settings.track) or None,
         project_dir=str(output.with_name(output.name + ".logs")),
-        # While the first process samples, or writes the export, the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
 def configure(accelerator: Any, settings: Healing) -> None:
-    """Tell ``accelerator``, however it was launched, what a step is made of."""
+    """Set gradient accumulation, DeepSpeed's step sizes and FSDP2's precision on ``accelerator``, in place."""
     accelerator.gradient_accumulation_steps = settings.accumulate
     if uses_deepspeed(accelerator):
-        # DeepSpeed steps by itself, so it must know when.
+        # DeepSpeed decides when to step, so its configuration needs these numbers.
         accelerator.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": settings.batch // settings.accumulate // accelerator.num_processes,
             "gradient_accumulation_steps": settings.accumulate,
@@ -52,14 +54,14 @@ def configure(accelerator: Any, settings: Healing) -> None:
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        # As DDP does: computed in bfloat16, but gradients are added up and losses told in float32.
+        # The same as under DDP: computation in bfloat16, but gradients are reduced and losses returned in float32.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
 
 
 def kind(accelerator: Any) -> str:
-    """What a state was saved by, and so must be read by: precision and sharding."""
+    """Return the precision and sharding of a launch. A saved state can only be loaded by a launch of the same kind."""
     if uses_deepspeed(accelerator):
         sharding = f"DeepSpeed's stage {accelerator.deepspeed_plugin.zero_stage}, {accelerator.num_processes} processes"
     else:
@@ -68,40 +70,50 @@ def kind(accelerator: Any) -> str:
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
-    """Whether DeepSpeed runs the steps."""
+    """Return whether DeepSpeed runs the steps."""
     return "DEEPSPEED" in str(accelerator.distributed_type)
 
 
 def gather(accelerator: Any, model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """The parameters ``names`` of a prepared ``model``, whole, in float32 on the CPU of the first process.
+    """Gather full parameters of a prepared ``model``, in float32 on the CPU of the first process.
 
-    ``names`` are those that parameters had before anything was wrapped. All processes call this; on others than the
-    first, nothing is found.
+    All processes must call this function.
+
+    Args:
+        accelerator: the accelerator that prepared the model.
+        model: the prepared model; its parameters may be sharded.
+        names: parameters to gather, by their names before the model was wrapped.
+
+    Returns:
+        The parameters by name, each unsharded; on all other processes an empty dict.
+
+    Raises:
+        RuntimeError: if a name is missing from the prepared model.
     """
     if uses_deepspeed(accelerator):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole: Callable[[Tensor], Tensor] = safe_get_full_fp32_param
-        full: dict[str, Tensor] = dict(model.named_parameters())
+        unshard: Callable[[Tensor], Tensor] = safe_get_full_fp32_param
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
     else:
-        whole, full = _as_it_is, accelerator.get_state_dict(model)
-    found = {}
-    for name, tensor in full.items():
-        plain = unwrapped(name)
-        if plain in names:
-            tensor = whole(tensor)
+        unshard, parameters = _identity, accelerator.get_state_dict(model)
+    gathered = {}
+    for wrapped_name, tensor in parameters.items():
+        name = unwrapped(wrapped_name)
+        if name in names:
+            tensor = unshard(tensor)
             if accelerator.is_main_process:
-                found[plain] = tensor.detach().to("cpu", torch.float32, copy=True)
-    missing = names - set(found)
+                gathered[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+    missing = names - set(gathered)
     if missing and accelerator.is_main_process:
         raise RuntimeError(f"accelerate wraps the student in a way that hides '{min(missing)}'")
-    return found
+    return gathered
 
 
 def unwrapped(name: str) -> str:
-    """The name that a parameter had before DDP, compilation or activation checkpointing came between."""
+    """Return a parameter's name without the wrappers of DDP, compilation and activation checkpointing."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor

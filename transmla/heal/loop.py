@@ -1,4 +1,4 @@
-"""The steps of a healing, through accelerate: one process or many, a CPU or GPUs."""
+"""Training loop of a healing, through accelerate: one process or many, on CPUs or GPUs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from transmla.heal.resume import State, Store
 from transmla.heal.settings import Healing
 from transmla.reporter import Reporter
 
-# A loss that is no number sends the run back to its last state, at half the rate, so many times.
+# Largest number of returns to the last saved state after a NaN or infinite loss, each at half the learning rate.
 MOST_ROLLBACKS = 5
 
 
 class Loop:
-    """A prepared student, its optimiser and text, and where they stand."""
+    """Training loop over a prepared student, its optimiser and its texts.
+
+    Attributes:
+        state: steps, seconds, held-out curve and rollbacks so far.
+        best: weights of the evaluation with the lowest held-out KL, by name in the student; None before the first
+            evaluation, and empty on all processes but the first.
+        parameters: the trainable parameters.
+        saved_at: step of the last saved state; -1 if there is none.
+    """
 
     def __init__(
         self,
@@ -35,7 +43,18 @@ class Loop:
         store: Store,
         trainable: set[str],
     ) -> None:
-        """``trainable``: names, in the model as it was before accelerate wrapped it, of what may change."""
+        """Set up the loop.
+
+        Args:
+            accelerator: the accelerator that prepared ``model`` and ``optimiser``.
+            model: the prepared ``Distiller``.
+            optimiser: the prepared optimiser, whose groups have a ``unit``.
+            batches: training and held-out sequences.
+            settings: options of the healing.
+            state: a new state, or the state to resume from.
+            store: the folder that states are saved in.
+            trainable: names of the trainable parameters before accelerate wrapped the model.
+        """
         self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
         self.batches, self.settings, self.state, self.store = batches, settings, state, store
         self.trainable = trainable
@@ -44,13 +63,17 @@ class Loop:
         self.saved_at = -1
 
     def run(self, report: Reporter) -> None:
-        """Learn until the tokens or the minutes are spent, or nothing is gained any more."""
+        """Train until the tokens or minutes are used up, or ``patience`` evaluations bring no gain.
+
+        Raises:
+            TransmlaError: if the loss is still NaN or infinite after ``MOST_ROLLBACKS`` rollbacks.
+        """
         settings, state = self.settings, self.state
         steps = math.ceil(settings.max_tokens / (settings.batch * settings.length))
         report.stage("healing", steps)
         began = time.monotonic() - state.seconds
         if not state.curve:
-            self._look(0.0)
+            self._evaluate(0.0)
             self._save()
         rate, highest = 0.0, highest_rate(settings, state.curve[0]["held_out_kl"])
         while state.step < steps:
@@ -58,8 +81,8 @@ class Loop:
             if progress >= 1:
                 report.message(f"stopped after {settings.max_minutes} minutes")
                 break
-            if settings.patience is not None and state.looks_without_gain >= settings.patience:
-                report.message(f"stopped at step {state.step}: no gain in {settings.patience} looks")
+            if settings.patience is not None and state.evaluations_without_gain >= settings.patience:
+                report.message(f"stopped at step {state.step}: no gain in {settings.patience} evaluations")
                 break
             rate = set_rates(self.optimiser, progress, state.step, highest * state.slowed, settings.warmup)
             loss = self._step(self.batches[state.step])
@@ -71,71 +94,76 @@ class Loop:
             state.step += 1
             state.seconds = time.monotonic() - began
             if state.step % settings.eval_every == 0:
-                self._look(rate)
+                self._evaluate(rate)
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
         if state.curve[-1]["step"] != state.step:
-            self._look(rate)
+            self._evaluate(rate)
         self._save()
         if state.best_step == 0:
-            report.message("no look was better than the first: try more tokens, or a lower --learning-rate")
+            report.message("no evaluation was better than the first: try more tokens, or a lower --learning-rate")
 
     def _progress(self, steps: int) -> float:
-        """Share of the budget that is spent: of tokens, or of minutes if these end first."""
-        spent = self.state.step / steps
+        """Return the used share of the budget: of the tokens or of the minutes, whichever share is larger."""
+        used = self.state.step / steps
         if self.settings.max_minutes is not None:
-            # The first process's clock is everybody's: all must stop at the same step.
-            spent = max(spent, self._from_main(self.state.seconds / (60 * self.settings.max_minutes)))
-        return spent
+            # All processes must stop at the same step, so all use the first process's clock.
+            used = max(used, self._from_main(self.state.seconds / (60 * self.settings.max_minutes)))
+        return used
 
     def _from_main(self, value: float) -> float:
+        """Return the first process's ``value`` on all processes."""
         from accelerate.utils import broadcast_object_list
 
         return value if self.accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
     def _step(self, rows: Tensor) -> float:
-        """One step on ``rows`` [batch, length], of which this process takes its part; returns the mean loss."""
+        """Train one step on this process's part of ``rows`` [batch, length].
+
+        Returns:
+            The mean loss over all processes; NaN, with no optimiser step, if the loss or gradient is not finite.
+        """
         accelerator, parts = self.accelerator, self.settings.accumulate
-        each = len(rows) // accelerator.num_processes
-        mine = rows[accelerator.process_index * each : (accelerator.process_index + 1) * each]
+        size = len(rows) // accelerator.num_processes
+        local_rows = rows[accelerator.process_index * size : (accelerator.process_index + 1) * size]
         total = torch.zeros((), device=accelerator.device)
         self.model.train()
-        for micro in mine.to(accelerator.device).chunk(parts):
+        for micro in local_rows.to(accelerator.device).chunk(parts):
             with accelerator.accumulate(self.model):
                 loss, _ = self.model(micro)
                 accelerator.backward(loss)
             total += loss.detach() / parts
         norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
-        found = float(accelerator.reduce(total, "mean"))
-        # A gradient that is no number would spoil the weights although the loss is one. (DeepSpeed has stepped
-        # already; what it spoiled is read again from the last state.)
-        if math.isfinite(found) and math.isfinite(float(norm)):
+        mean_loss = float(accelerator.reduce(total, "mean"))
+        # A NaN gradient would ruin the weights even when the loss is finite. (DeepSpeed has already stepped here; the
+        # rollback reloads the weights from the last saved state.)
+        if math.isfinite(mean_loss) and math.isfinite(float(norm)):
             self.optimiser.step()
         else:
-            found = math.nan
+            mean_loss = math.nan
         self.optimiser.zero_grad()
-        return found
+        return mean_loss
 
     @torch.no_grad()
     def held_out_kl(self) -> float:
-        """Mean KL(teacher ‖ student) on what was kept aside."""
+        """Return the mean KL(teacher ‖ student) over the held-out sequences, in nats per position."""
         accelerator, rows = self.accelerator, self.batches.held_out()
         micro = max(1, self.settings.batch // accelerator.num_processes // self.settings.accumulate)
         self.model.eval()
         total = torch.zeros(2, device=accelerator.device)
         for start in range(0, len(rows), micro * accelerator.num_processes):
             first = start + micro * accelerator.process_index
-            mine = rows[first : first + micro]
-            # All processes run the model equally often; one that has nothing left does it for nothing.
-            weight = len(mine)
-            _, kl = self.model((mine if weight else rows[:1]).to(accelerator.device))
+            local_rows = rows[first : first + micro]
+            # Sharded models need every process in every forward pass. A process without rows runs one with weight 0.
+            weight = len(local_rows)
+            _, kl = self.model((local_rows if weight else rows[:1]).to(accelerator.device))
             total += torch.stack([kl.float() * weight, torch.tensor(float(weight), device=kl.device)])
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
-    def _look(self, rate: float) -> None:
-        """Measure, note it, and keep the weights if they are the best so far."""
+    def _evaluate(self, rate: float) -> None:
+        """Measure the held-out KL, add a point to the curve, and keep the weights if they are the best so far."""
         state, kl = self.state, self.held_out_kl()
         point: dict[str, Any] = {
             "step": state.step,
@@ -147,52 +175,59 @@ class Loop:
         }
         state.curve.append(point)
         state.losses = []
-        told = {name: value for name, value in point.items() if name != "step" and value is not None}
-        self.accelerator.log(told, step=state.step)
+        logged = {name: value for name, value in point.items() if name != "step" and value is not None}
+        self.accelerator.log(logged, step=state.step)
         if state.best_kl is None or kl < state.best_kl:
-            state.best_kl, state.best_step, state.looks_without_gain = kl, state.step, 0
-            found = gather(self.accelerator, self.model, self.trainable)
-            self.best = {name.removeprefix("student."): found[name] for name in sorted(found)}
+            state.best_kl, state.best_step, state.evaluations_without_gain = kl, state.step, 0
+            weights = gather(self.accelerator, self.model, self.trainable)
+            self.best = {name.removeprefix("student."): weights[name] for name in sorted(weights)}
         else:
-            state.looks_without_gain += 1
+            state.evaluations_without_gain += 1
 
     def _save(self) -> None:
+        """Save the models' and optimiser's states, then the pointer to them."""
         if self.saved_at != self.state.step:
             self.accelerator.save_state(str(self.store.states(self.state.step)))
         if self.accelerator.is_main_process:
             self.store.save(self.state, self.best)
         self.accelerator.wait_for_everyone()
-        self._saved()
+        self._after_save_or_load()
 
-    def _saved(self) -> None:
-        """After a state was written or read."""
+    def _after_save_or_load(self) -> None:
         self.saved_at = self.state.step
         if self.state.step == 0:
-            # Sharded optimisers take a step of nothing to have moments to save, which the first real one must not see.
+            # To have moments to save, sharded optimisers take an empty step. The first real step must not see these
+            # moments.
             self.optimiser.state.clear()
 
     def restore(self) -> None:
-        """Go on from what was saved."""
+        """Load model, optimiser, random states and best weights of the saved ``state``.
+
+        Raises:
+            TransmlaError: if the best weights are missing.
+        """
         self.accelerator.load_state(str(self.store.states(self.state.step)))
         self.best = self.store.best(self.state) if self.accelerator.is_main_process else {}
-        self._saved()
+        self._after_save_or_load()
 
     def _roll_back(self, report: Reporter) -> None:
-        """After a loss that is no number: back to the last state, at half the rate."""
+        """Return to the last saved state at half the learning rate, after a NaN or infinite loss."""
         failed, seconds = self.state.step, self.state.seconds
         rollbacks, slowed = self.state.rollbacks + 1, self.state.slowed / 2
         if rollbacks > MOST_ROLLBACKS:
             raise TransmlaError(
-                f"the loss is no number at step {failed}, after {MOST_ROLLBACKS} lowered rates",
+                f"the loss is NaN or infinite at step {failed}, although the rate was halved {MOST_ROLLBACKS} times",
                 limit="weights or text make the models overflow",
-                remedy="lower --learning-rate, or --precision no",
+                remedy="lower --learning-rate, or pass --precision no",
             )
         saved = self.store.read(self.state.key)
         assert saved is not None
         vars(self.state).update(vars(saved))
-        # What went wrong took its time too.
+        # The failed steps also count towards --max-minutes.
         self.state.rollbacks, self.state.slowed, self.state.seconds = rollbacks, slowed, seconds
         self.restore()
         if self.accelerator.is_main_process:
             self.store.save(self.state, self.best)
-        report.message(f"the loss was no number at step {failed}: back to step {self.state.step} at half the rate")
+        report.message(
+            f"the loss was NaN or infinite at step {failed}: returned to step {self.state.step} at half the rate"
+        )

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, computed in chunks so that a large vocabulary fits."""
+"""Distillation loss, computed in chunks of positions so that the logits of a large vocabulary fit in memory."""
 
 from __future__ import annotations
 
@@ -10,84 +10,109 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-# Values of one chunk of logits: 2048 positions of a vocabulary of 128 thousand, 1 GiB in float32.
+# Largest number of logits in one chunk: 2048 positions of a 128k vocabulary, 1 GiB in float32.
 CHUNK_VALUES = 2**28
 
 
 class Distiller(nn.Module):
-    """A student beside its teacher; ``forward`` is the loss.
+    """A student with its teacher; ``forward`` returns the loss.
 
-    One module, so that whatever accelerate wraps around a model (DDP, FSDP, compilation) sees the whole step. The
-    teacher is no submodule: nobody shards, saves or trains it.
+    Student and loss are one module, so that a wrapper of accelerate (DDP, FSDP, compilation) contains the whole step.
+    The teacher is kept in a list and is not a submodule, so it is never sharded, saved or trained.
     """
 
     def __init__(
         self, student: Any, teacher: Any, *, kl: float, cross_entropy: float, hidden: float, temperature: float
     ) -> None:
+        """Keep both models and the weights of the loss.
+
+        Args:
+            student: a causal LM, or a peft model around one.
+            teacher: a causal LM with the same vocabulary.
+            kl: weight of KL(teacher ‖ student).
+            cross_entropy: weight of the cross-entropy with the text's next tokens.
+            hidden: weight of the relative squared error of the hidden states.
+            temperature: softmax temperature of both models in the KL, during training.
+        """
         super().__init__()
         self.student = student
         self.teacher = [teacher]
-        # What is sharded layer by layer, where the file for accelerate does not say.
+        # FSDP wraps these classes if accelerate's configuration names none.
         self._no_split_modules = list(student._no_split_modules or ())
         self.kl, self.cross_entropy, self.hidden, self.temperature = kl, cross_entropy, hidden, temperature
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and KL(teacher ‖ student), nats per position, of ``tokens`` [B, T]; the KL without a gradient.
+        """Compute the loss and KL(teacher ‖ student) of ``tokens`` [B, T].
 
-        The temperature is one of learning: in evaluation it is 1.
+        The temperature applies in training mode only; in evaluation mode it is 1.
+
+        Returns:
+            The loss (a scalar) and the KL in nats per position (a scalar, without gradient).
         """
-        deep = self.hidden > 0
+        with_hidden = self.hidden > 0
         with torch.no_grad():
-            theirs = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=deep)
-        ours = trunk(self.student)(tokens, use_cache=False, output_hidden_states=deep)
+            taught = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=with_hidden)
+        learned = trunk(self.student)(tokens, use_cache=False, output_hidden_states=with_hidden)
         heads = Head.of(self.student), Head.of(self.teacher[0])
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1).flatten()
-        states = ours.last_hidden_state.flatten(0, 1), theirs.last_hidden_state.flatten(0, 1)
+        states = learned.last_hidden_state.flatten(0, 1), taught.last_hidden_state.flatten(0, 1)
         size = max(1, min(len(targets), CHUNK_VALUES // heads[0].projection.weight.shape[0]))
         sums = torch.zeros(3, device=tokens.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            # Logits are computed again in the backward pass instead of being kept.
+            # The backward pass recomputes the logits; they are too large to keep.
             chunk = checkpoint(self._chunk, *(s[part] for s in states), targets[part], heads, use_reentrant=False)
             sums = sums + chunk
         counts = torch.tensor([len(targets), (targets >= 0).sum(), len(targets)], device=tokens.device)
-        learned, words_missed, kl = sums / counts
-        total = self.kl * learned + self.cross_entropy * words_missed
-        if deep:
-            pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
-            errors = [_relative(mine, other) for mine, other in pairs]
+        kl_loss, token_loss, kl = sums / counts
+        total = self.kl * kl_loss + self.cross_entropy * token_loss
+        if with_hidden:
+            pairs = zip(learned.hidden_states[1:], taught.hidden_states[1:], strict=True)
+            errors = [_relative_error(student, teacher) for student, teacher in pairs]
             total = total + self.hidden * torch.stack(errors).mean()
         return total, kl.detach()
 
     def compile_parts(self) -> None:
-        """Compile what is done again and again: a chunk, and the layers of both models, one piece of code each.
+        """Compile the repeated parts: the loss of a chunk, and each layer of both models.
 
-        Layers whose hidden states are compared stay as they are: what captures them breaks every graph.
+        Layers are not compiled if ``hidden`` is positive: transformers' capture of hidden states breaks every graph.
         """
-        # Graphs of models before these count towards the same limit.
+        # torch limits the number of compiled graphs, and earlier models' graphs would count.
         torch._dynamo.reset()
         if not self.hidden:
             for layer in (*trunk(self.student).layers, *trunk(self.teacher[0]).layers):
                 layer.compile()
         self._chunk = torch.compile(self._chunk)  # type: ignore[method-assign]
 
-    def _chunk(self, mine: Tensor, other: Tensor, targets: Tensor, heads: tuple[Head, Head]) -> Tensor:
-        """Sums over a chunk of positions [3]: what the KL adds to the loss, cross-entropy, and the KL itself."""
-        warmth = self.temperature if self.training else 1.0
-        student = heads[0].logits(mine)
+    def _chunk(
+        self, student_states: Tensor, teacher_states: Tensor, targets: Tensor, heads: tuple[Head, Head]
+    ) -> Tensor:
+        """Return three sums [3] over a chunk of N positions: the KL's loss term, the cross-entropy, and the KL.
+
+        ``student_states`` [N, D_s] and ``teacher_states`` [N, D_t] are last hidden states, ``targets`` [N] are next
+        tokens (-100: none), ``heads`` are the student's and the teacher's.
+        """
+        temperature = self.temperature if self.training else 1.0
+        student = heads[0].logits(student_states)
         with torch.no_grad():
-            log_q = (heads[1].logits(other) / warmth).log_softmax(-1)
-        kl = kl_div((student / warmth).log_softmax(-1), log_q, reduction="sum", log_target=True)
-        missed = torch.zeros_like(kl)
+            log_q = (heads[1].logits(teacher_states) / temperature).log_softmax(-1)
+        kl = kl_div((student / temperature).log_softmax(-1), log_q, reduction="sum", log_target=True)
+        token_loss = torch.zeros_like(kl)
         if self.cross_entropy:
-            missed = cross_entropy(student, targets, ignore_index=-100, reduction="sum")
+            token_loss = cross_entropy(student, targets, ignore_index=-100, reduction="sum")
         # Gradients of softened distributions shrink with the square of the temperature (Hinton et al. 2015).
-        return torch.stack([warmth**2 * kl, missed, kl.detach()])
+        return torch.stack([temperature**2 * kl, token_loss, kl.detach()])
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a causal LM, and what its family does to logits: Granite divides them, Gemma caps them."""
+    """The head of a causal LM, with the operations that its family applies to logits.
+
+    Attributes:
+        projection: ``lm_head``, with weight [V, D].
+        divisor: divisor of the logits (Granite).
+        softcap: cap of the logits (Gemma), or None.
+    """
 
     projection: Any
     divisor: float
@@ -95,24 +120,29 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> Head:
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = whole.config
+        """Return the head of a causal LM, or of the LM inside a peft model."""
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = causal_lm.config
         return cls(
-            whole.lm_head, getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+            causal_lm.lm_head, getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
         )
 
     def logits(self, states: Tensor) -> Tensor:
-        """Of hidden states [..., D], in float32; FSDP2's parameters may be of another dtype than what reaches them."""
+        """Return the logits [..., V] of hidden states [..., D], in float32."""
+        # Under FSDP2, the head's dtype may differ from the dtype of the hidden states.
         logits: Tensor = self.projection(states.to(self.projection.weight.dtype)).float() / self.divisor
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def trunk(model: Any) -> Any:
-    """The model without its head."""
+    """Return the part of a causal LM below its head; for a peft model, of the LM inside."""
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 
 
-def _relative(mine: Tensor, other: Tensor) -> Tensor:
-    """Squared error of hidden states [B, T, D] against the teacher's energy, token by token, lest sinks be all."""
-    difference = (mine.float() - other.float()).square().sum(-1)
-    return (difference / other.float().square().sum(-1).clamp_min(1e-12)).mean()
+def _relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean relative squared error of hidden states [B, T, D].
+
+    Each token is divided by the energy of the teacher's state; otherwise attention sinks would dominate.
+    """
+    difference = (student.float() - teacher.float()).square().sum(-1)
+    return (difference / teacher.float().square().sum(-1).clamp_min(1e-12)).mean()

@@ -1,7 +1,7 @@
-"""An export in natural coordinates: latents of their own size, without norms that are identities, and balanced.
+"""Natural coordinates of an export: latents at their original size, no identity norms, balanced factors.
 
-Healing trains in these coordinates, because a tensor has one learning rate and its rows must be of similar size. The
-format of the export says which scales to take out (``Format.to_natural``); ``balance.py`` equalises what is left.
+Healing trains in these coordinates, because each tensor has one learning rate and its rows must have similar sizes.
+The export's format removes its latent scale (``Format.to_natural``); ``balance.py`` equalises the other factors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transmla.heal.balance import balance
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the names and modules of the MLA layers."""
+    """Yield the name and module of each MLA layer."""
     for name, module in model.named_modules():
         if hasattr(module, "kv_b_proj") and hasattr(module, "kv_a_layernorm"):
             yield name, module
@@ -33,7 +33,7 @@ def to_natural(model: nn.Module, form: Format) -> None:
 
 
 def measure_latents(model: nn.Module, *, watching: bool) -> None:
-    """Start, or stop, measuring the size of latents."""
+    """Start (``watching``) or stop measuring the sizes of the latents. A start clears earlier measurements."""
     for module in model.modules():
         if isinstance(module, LatentMeter):
             module.watching = watching
@@ -43,9 +43,16 @@ def measure_latents(model: nn.Module, *, watching: bool) -> None:
 
 @torch.no_grad()
 def to_export(model: nn.Module, weights: dict[str, Tensor], form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Turn natural ``weights`` into the tensors of an export, by the latent sizes that ``model`` measured.
+    """Convert weights in natural coordinates into the tensors of an export.
 
-    ``weights`` are some of the model's, whole layers' attentions among them; others change only their ``dtype``.
+    Args:
+        model: the model in natural coordinates, which has measured its latents.
+        weights: some of the model's weights by name. For each attention, all of its weights or none.
+        form: the export's format.
+        dtype: the export's precision.
+
+    Returns:
+        The export's tensors by name, contiguous, on the CPU, in ``dtype``.
     """
     tensors = dict(weights)
     for name, attention in attentions(model):

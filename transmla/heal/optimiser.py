@@ -1,4 +1,4 @@
-"""What may change, and how fast: rates in units of each tensor's own size."""
+"""Trainable parameters, and learning rates relative to each tensor's size."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from transmla.heal.settings import Healing
 
 BETAS = (0.9, 0.98)
 ATTENTION = ".self_attn."
-# The highest learning rate at one nat, in steps of so many tokens. Best of two to four rates on held-out validation
-# text, SmolLM2-135M, 3 million tokens, one H200: 1e-3 to 2e-3 at 0.06 nats, 4e-3 at 0.22, 6e-3 to 1e-2 at 0.68.
+# Peak learning rate for a student one nat from its teacher, with batches of RATED_TOKENS tokens. Chosen by held-out KL
+# on validation text among two to four rates per distance (SmolLM2-135M, 3 million tokens, one H200). The best rates:
+# 1e-3 to 2e-3 at 0.06 nats, 4e-3 at 0.22, 6e-3 to 1e-2 at 0.68.
 RATE_AT_ONE_NAT = 8e-3
 RATED_TOKENS = 16_384
-# Moments of fewer steps are too noisy for full ones.
+# Smallest number of warm-up steps: Adam's moments over fewer steps are too noisy for the full learning rate.
 FEWEST_RISING = 10
 
 
 def choose_trainable(student: Any, settings: Healing) -> Any:
-    """``student`` with gradients where ``settings`` wants them; for LoRA, wrapped by peft."""
+    """Enable gradients of the parameters that ``settings.trainable`` names, and disable all others, in place.
+
+    Returns:
+        ``student``; for LoRA, the peft model around it.
+    """
     student.requires_grad_(settings.trainable == "all")
     if settings.trainable == "attention":
         for name, parameter in student.named_parameters():
@@ -39,17 +44,18 @@ def choose_trainable(student: Any, settings: Healing) -> Any:
 
 
 def make_optimiser(model: nn.Module, settings: Healing, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW whose rate for a tensor is the learning rate times its group's ``unit``: the tensor's root mean square.
+    """Make an AdamW optimiser whose groups have a ``unit``; a tensor's learning rate is the rate times its unit.
 
-    Units are rounded to quarter powers of two (9 % at most), so that tensors share groups and a step is few kernels.
+    The unit is the tensor's root mean square, times ``settings.other_rate`` outside the attention. Units are rounded
+    to quarter powers of two (error at most 9 %). Tensors then share groups, and a step launches few kernels.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         if parameter.requires_grad:
             share = 1.0 if ATTENTION in name else settings.other_rate
-            size = _rank_update_size(name, named) if ".lora_B." in name else _size(parameter)
-            # What begins at zero grows to the size of a random matrix.
+            size = _lora_b_size(name, named) if ".lora_B." in name else _rms(parameter)
+            # A tensor of zeros gets the size of a random matrix.
             size = size or 1 / math.sqrt(parameter.shape[-1])
             unit = 2.0 ** (round(4 * math.log2(share * size)) / 4)
             groups.setdefault(unit, []).append(parameter)
@@ -57,21 +63,25 @@ def make_optimiser(model: nn.Module, settings: Healing, *, fused: bool) -> torch
     return torch.optim.AdamW(listed, betas=BETAS, weight_decay=0.0, fused=fused)
 
 
-def _size(tensor: Tensor) -> float:
+def _rms(tensor: Tensor) -> float:
     return float(tensor.detach().square().mean().sqrt())
 
 
-def _rank_update_size(name: str, named: dict[str, nn.Parameter]) -> float:
-    """What a step of B, which begins at zero, is measured by: the product B A shall move as the weight itself would."""
-    before, _, adapter = name.partition(".lora_B.")
-    weight, a = named[f"{before}.base_layer.weight"], named[f"{before}.lora_A.{adapter}"]
-    return _size(weight) / (_size(a) * math.sqrt(len(a)))
+def _lora_b_size(name: str, named: dict[str, nn.Parameter]) -> float:
+    """Return the size that a step of LoRA's B is relative to, because B itself starts at zero.
+
+    With this size, a step changes the product B A as much as it would change the adapted weight.
+    """
+    module, _, adapter = name.partition(".lora_B.")
+    weight, a = named[f"{module}.base_layer.weight"], named[f"{module}.lora_A.{adapter}"]
+    return _rms(weight) / (_rms(a) * math.sqrt(len(a)))
 
 
 def highest_rate(settings: Healing, kl: float) -> float:
-    """The learning rate asked for, or one that fits a student at ``kl`` nats from its teacher.
+    """Return the peak learning rate: ``settings.learning_rate``, or one that fits a student at ``kl`` nats.
 
-    The way to go grows with the root of the KL, and so do the steps; those of few tokens are noisier, and so shorter.
+    The distance between the weights grows with the square root of the KL, and so does the rate. Batches below
+    RATED_TOKENS are noisier and get a lower rate.
     """
     if settings.learning_rate is not None:
         return settings.learning_rate
@@ -80,9 +90,17 @@ def highest_rate(settings: Healing, kl: float) -> float:
 
 
 def set_rates(optimiser: Any, progress: float, step: int, highest: float, warmup: float) -> float:
-    """Rise to ``highest`` in the share ``warmup`` of the way, then follow a cosine to zero; returns the rate.
+    """Set the learning rates of a step: linear warm-up times a cosine decay to zero.
 
-    ``progress`` is the share of the way behind, in [0, 1); ``step`` counts from 0. The rise takes ten steps at least.
+    Args:
+        optimiser: an optimiser of ``make_optimiser``.
+        progress: used share of the budget, in [0, 1).
+        step: number of the step, from 0.
+        highest: peak learning rate.
+        warmup: share of the budget for the warm-up, which takes at least FEWEST_RISING steps; 0: no warm-up.
+
+    Returns:
+        The learning rate, before each group multiplies it by its ``unit``.
     """
     rising = min(1.0, progress / warmup, (step + 1) / FEWEST_RISING) if warmup else 1.0
     rate = highest * max(rising, 1e-3) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""Where a healing stands: what a resumed run goes on from, and what it must share with the one it continues."""
+"""State of a healing on disk, and the key that a resumed run must share with the run that it continues."""
 
 from __future__ import annotations
 
@@ -18,63 +18,85 @@ from transmla.heal.optimiser import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"
-# What may differ between a run and the one that continues it; models and texts are told by what is in them.
+# Settings that a resumed run may change. Models and texts are identified by hashes of their contents instead.
 _FREE = {"output", "track", "save_every", "student", "teacher", "revision", "data", "split", "column"}
 
 
 @dataclass
 class State:
-    """Steps and seconds done, the curve, and the best look at what was kept aside."""
+    """Progress of a run, saved as ``healing.json``.
+
+    Attributes:
+        key: hash of everything that a resumed run must share (``run_key``).
+        step: finished steps.
+        seconds: training time so far.
+        slowed: factor of the learning rate, halved by each rollback.
+        rollbacks: returns to a saved state after a NaN or infinite loss.
+        best_kl: lowest held-out KL so far, in nats per position; None before the first evaluation.
+        best_step: step of that evaluation.
+        evaluations_without_gain: evaluations since then.
+        curve: one point per evaluation.
+        losses: loss of each step since the last evaluation.
+    """
 
     key: str
     step: int = 0
     seconds: float = 0.0
-    # What the rates were lowered by, and how often, after losses that were no numbers.
     slowed: float = 1.0
     rollbacks: int = 0
     best_kl: float | None = None
     best_step: int = 0
-    looks_without_gain: int = 0
+    evaluations_without_gain: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
-    # Of the steps since the last look.
     losses: list[float] = field(default_factory=list)
 
 
 def run_key(settings: Healing, student: str, teacher: str, text: str, kind: str) -> str:
-    """What two parts of one run have in common: settings, fingerprints of models and text, and the processes' kind."""
+    """Return a hash of everything that a resumed run must share with the run that it continues.
+
+    Args:
+        settings: the settings; those in ``_FREE`` do not count.
+        student: fingerprint of the export.
+        teacher: fingerprint of the teacher's weights.
+        text: fingerprint of all tokens.
+        kind: precision and sharding (``distributed.kind``).
+    """
     chosen = settings.model_dump(mode="json", exclude=_FREE)
     return hashlib.sha256(json.dumps([chosen, student, teacher, text, kind], sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """``OUTPUT.partial``: states of accelerate, the best weights so far, and ``healing.json`` that points to them."""
+    """Folder ``OUTPUT.partial``: accelerate's states, the best weights, and ``healing.json``, which points to both."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, key: str) -> State | None:
-        """The state of the run that was begun here, if there is one.
+        """Return the saved state, or None if there is none.
 
         Raises:
-            TransmlaError: if it was another run.
+            TransmlaError: if the saved state has another ``key``.
         """
         values = read_json(self.folder / FILE)
         if values is None:
             return None
         if values.get("key") != key:
             raise TransmlaError(
-                f"'{self.folder}' was begun with another student, teacher, text, settings or kind of processes",
-                limit="a resumed healing must learn what the unbroken one would have",
-                remedy="repeat the command it was begun with, or delete it",
+                f"'{self.folder}' was started with another student, teacher, text, settings or kind of processes",
+                limit="a resumed healing must give the same result as an uninterrupted one",
+                remedy="repeat the command that started it, or delete the folder",
             )
         return State(**values)
 
     def states(self, step: int) -> Path:
-        """Where accelerate keeps model, optimiser and random states of ``step``."""
+        """Return the folder in which accelerate saves model, optimiser and random states of ``step``."""
         return self.folder / f"state-{step:08d}"
 
     def save(self, state: State, best: dict[str, Tensor] | None) -> None:
-        """Point to ``state``, whose ``states`` are written; drop those of other steps."""
+        """Write ``healing.json`` and, if new, the ``best`` weights; then delete the states of other steps.
+
+        Accelerate's states of ``state.step`` must have been written before.
+        """
         file = self._best(state)
         if best is not None and not file.is_file():
             write_tensors(file, best)
@@ -87,19 +109,19 @@ class Store:
                 older.unlink()
 
     def best(self, state: State) -> dict[str, Tensor]:
-        """The best weights of ``state``, in natural coordinates.
+        """Return the best weights of ``state`` by name, in natural coordinates.
 
         Raises:
-            TransmlaError: if they are gone.
+            TransmlaError: if their file is missing.
         """
         from safetensors.torch import load_file
 
         file = self._best(state)
         if not file.is_file():
             raise TransmlaError(
-                f"'{file}' is gone",
+                f"'{file}' is missing",
                 limit="it holds the best weights so far",
-                remedy=f"delete '{self.folder}' and begin again",
+                remedy=f"delete '{self.folder}' and start again",
             )
         return load_file(file)
 
@@ -107,25 +129,25 @@ class Store:
         return self.folder / f"best-{state.best_step:08d}.safetensors"
 
     def refuse_foreign(self) -> None:
-        """Refuse to continue, and so to clear away, what is no healing.
+        """Refuse a folder that holds something other than a healing, because healing would delete the folder.
 
         Raises:
-            TransmlaError: if the folder holds something, and no healing.
+            TransmlaError: if the folder is not empty and holds no healing.
         """
-        # One that died in its first save has no pointer yet.
+        # A run that was killed during its first save has states, but no `healing.json` yet.
         foreign = self.folder.is_dir() and any(
             not file.name.startswith(("state-", "best-")) for file in self.folder.iterdir()
         )
         if foreign and not (self.folder / FILE).is_file():
             raise TransmlaError(
                 f"'{self.folder}' holds no healing to continue",
-                limit="something else was begun there",
-                remedy="choose another --output, or delete it",
+                limit="another command has written into it",
+                remedy="choose another --output, or delete the folder",
             )
 
 
 def summary(state: State, settings: Healing) -> dict[str, Any]:
-    """What the manifest says of a healing."""
+    """Return the manifest's record of a healing, without the curve."""
     return {
         "settings": settings.model_dump(mode="json", exclude={"output", "track"}),
         "steps": state.step,

@@ -1,4 +1,4 @@
-"""A healing from end to end: two models and some text in, an export out."""
+"""One healing from start to finish: student, teacher and texts in, a healed export out."""
 
 from __future__ import annotations
 
@@ -36,24 +36,35 @@ from transmla.source.locate import resolve_source
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Where modules of transformers and torch hold their rates of dropout.
+# Attributes in which modules of transformers and torch store their dropout rate.
 DROPOUTS = ("attention_dropout", "residual_dropout", "dropout", "p")
-# Batches on which latents are measured, beside what was kept aside.
+# Training batches that latents are measured on, in addition to the held-out sequences.
 MEASURED = 4
-# A run of fewer steps or minutes ends before compiled code has paid for itself.
+# Fewest steps for which compilation pays: a shorter run ends before the compile time is recovered.
 WORTH_COMPILING = 100
+# The same limit in minutes, for runs with `max_minutes`.
 MINUTES_WORTH_COMPILING = 3
 
 
 def heal(
     settings: Healing, *, resume: bool = False, reporter: Reporter | None = None, accelerator: Accelerator | None = None
 ) -> Path:
-    """Heal the export ``settings.student`` into the new folder ``settings.output``; returns that folder.
+    """Heal the export ``settings.student`` into the new folder ``settings.output``.
 
-    Every process that accelerate started calls this. ``accelerator`` replaces the one made here.
+    Every process that accelerate started must call this function.
+
+    Args:
+        settings: the options.
+        resume: whether to continue the run that ``OUTPUT.partial`` holds.
+        reporter: receives the progress in the first process; None: no reports.
+        accelerator: replaces the accelerator that ``settings`` would make.
+
+    Returns:
+        The new folder.
 
     Raises:
-        TransmlaError: for bad input, before anything is written; for a loss that stays no number; for a full disk.
+        TransmlaError: for bad input, before anything is written; for a loss that stays NaN or infinite; for a healed
+            export that fails its verification; for a full disk.
     """
     output, student = Path(settings.output).expanduser(), Path(settings.student).expanduser()
     manifest = Manifest.read(student)
@@ -67,9 +78,9 @@ def heal(
     report = (reporter or Silent()) if accelerator.is_main_process else Silent()
     check_student(student, manifest.hashes)
     if settings.track:
-        accelerator.init_trackers("transmla", config=_plain(settings))
+        accelerator.init_trackers("transmla", config=_tracker_config(settings))
     with disk_errors(output):
-        learned = _learn(settings, manifest, workspace, accelerator, report)
+        learned = _train(settings, manifest, workspace, accelerator, report)
         gc.collect()
         torch.cuda.empty_cache()
         if accelerator.is_main_process:
@@ -81,50 +92,43 @@ def heal(
 
 @dataclass(frozen=True)
 class Learned:
-    """What is left of a run: its best weights in natural coordinates, where it stood, and what it read."""
+    """Result of the training.
+
+    Attributes:
+        best: the trained weights with the lowest held-out KL, by name, in natural coordinates; empty on all processes
+            but the first.
+        state: steps, curve and best evaluation of the run.
+        batches: the texts.
+    """
 
     best: dict[str, Tensor]
     state: State
     batches: Batches
 
 
-def _learn(settings: Healing, manifest: Manifest, workspace: Workspace, accelerator: Any, report: Reporter) -> Learned:
-    """The run itself. Models and moments are gone when it returns, so that the export finds room."""
-    student, path = Path(settings.student).expanduser(), resolve_source(settings.teacher, revision=settings.revision)
-    tokenizer = load_tokenizer(path)
-    check_tokenizers(load_tokenizer(student), tokenizer)
-    checkpoint = open_checkpoint(path)
-    report.stage("checking the teacher", len(checkpoint.shapes))
-    fingerprint = checkpoint.fingerprint(lambda done, _: report.advance(done))
-    half = accelerator.mixed_precision == "bf16"
-    teacher = load_model(path, dtype=torch.bfloat16 if half else torch.float32).to(accelerator.device).eval()
-    model = load_student(student, format_named(manifest.format))
-    check_models(model, teacher, settings)
+def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelerator: Any, report: Reporter) -> Learned:
+    """Load models and texts, and train the student.
+
+    Models and optimiser are freed on return, because writing the export needs the memory.
+    """
+    teacher_path = resolve_source(settings.teacher, revision=settings.revision)
+    tokenizer = load_tokenizer(teacher_path)
+    check_tokenizers(load_tokenizer(Path(settings.student).expanduser()), tokenizer)
+    fingerprint = _teacher_fingerprint(teacher_path, report)
+    model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
         batches = open_texts(settings, tokenizer, teacher, fingerprint, report)
 
-    torch.manual_seed(settings.seed)
-    model = choose_trainable(model, settings)
-    if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    distiller = Distiller(
-        model,
-        teacher,
-        kl=settings.kl,
-        cross_entropy=settings.cross_entropy,
-        hidden=settings.hidden,
-        temperature=settings.temperature,
-    )
+    distiller = _make_distiller(model, teacher, settings)
     compiles = _compiles(settings, accelerator.device)
     if compiles:
         distiller.compile_parts()
-    # Rates come from whole tensors, before anything is sharded.
+    # Names and learning rates need whole tensors, so both are computed before anything is sharded.
     trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
     fused = accelerator.device.type == "cuda"
     prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
     store = Store(workspace.folder)
-    prints = export_fingerprint(manifest.hashes), fingerprint, batches.fingerprint()
-    key = run_key(settings, *prints, kind(accelerator))
+    key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, batches.fingerprint(), kind(accelerator))
     state = store.read(key)
     loop = Loop(accelerator, prepared, optimiser, batches, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
@@ -132,11 +136,43 @@ def _learn(settings: Healing, manifest: Manifest, workspace: Workspace, accelera
     accelerator.wait_for_everyone()
     if state is not None:
         loop.restore()
-    # Under DDP, torch would cut every layer in two to send gradients early; between layers is early enough.
+    # Under DDP, torch would split the graph of each layer to send gradients earlier. Sending them between layers is
+    # early enough.
     with torch._dynamo.config.patch(optimize_ddp=False) if compiles else nullcontext():
         loop.run(report)
     accelerator.free_memory()
     return Learned(loop.best or {}, loop.state, batches)
+
+
+def _teacher_fingerprint(path: Path, report: Reporter) -> str:
+    checkpoint = open_checkpoint(path)
+    report.stage("checking the teacher", len(checkpoint.shapes))
+    return checkpoint.fingerprint(lambda done, _: report.advance(done))
+
+
+def _load_models(settings: Healing, manifest: Manifest, teacher_path: Path, accelerator: Any) -> tuple[Any, Any]:
+    """Load and check the student (float32, natural coordinates) and the teacher (float32 or bfloat16)."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    teacher = load_model(teacher_path, dtype=dtype).to(accelerator.device).eval()
+    student = load_student(Path(settings.student).expanduser(), format_named(manifest.format))
+    check_models(student, teacher, settings)
+    return student, teacher
+
+
+def _make_distiller(student: Any, teacher: Any, settings: Healing) -> Distiller:
+    """Seed torch, choose the trainable parameters, and combine both models."""
+    torch.manual_seed(settings.seed)
+    student = choose_trainable(student, settings)
+    if settings.checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return Distiller(
+        student,
+        teacher,
+        kl=settings.kl,
+        cross_entropy=settings.cross_entropy,
+        hidden=settings.hidden,
+        temperature=settings.temperature,
+    )
 
 
 def _compiles(settings: Healing, device: torch.device) -> bool:
@@ -147,8 +183,8 @@ def _compiles(settings: Healing, device: torch.device) -> bool:
     return device.type == "cuda" and settings.max_tokens >= WORTH_COMPILING * settings.batch * settings.length
 
 
-def _plain(settings: Healing) -> dict[str, Any]:
-    """Settings as trackers take them."""
+def _tracker_config(settings: Healing) -> dict[str, Any]:
+    """Return the settings as plain values: trackers accept no lists."""
     values = settings.model_dump(mode="json", exclude_none=True)
     return {name: ", ".join(v) if isinstance(v, list) else v for name, v in values.items()}
 
@@ -161,17 +197,17 @@ def _finish(
     device: torch.device,
     report: Reporter,
 ) -> None:
-    """Write the best weights as an export."""
+    """Write and verify the export in the workspace, then move it to the output folder."""
     report.stage("writing and verifying", 1)
     student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
     form = format_named(manifest.format)
-    model, changed = _healed(student, learned.best, settings, form)
-    _measure(model.to(device), learned.batches)
+    model, changed = _load_healed(student, learned.best, settings, form)
+    _measure_latents(model.to(device), learned.batches)
     tensors = natural.to_export(model, changed, form, getattr(torch, manifest.plan.dtype))
     del model
     shutil.rmtree(folder, ignore_errors=True)
-    told = summary(learned.state, settings) | {"curve": learned.state.curve}
-    write_export(folder, student, tensors, told, settings, str(device))
+    record = summary(learned.state, settings) | {"curve": learned.state.curve}
+    write_export(folder, student, tensors, record, settings, str(device))
     if workspace.output.exists():
         workspace.output.rmdir()
     folder.replace(workspace.output)
@@ -179,8 +215,10 @@ def _finish(
     report.advance(1)
 
 
-def _healed(student: Path, best: dict[str, Tensor], settings: Healing, form: Format) -> tuple[Any, dict[str, Tensor]]:
-    """The student with its ``best`` weights, in natural coordinates, and those of its tensors that changed."""
+def _load_healed(
+    student: Path, best: dict[str, Tensor], settings: Healing, form: Format
+) -> tuple[Any, dict[str, Tensor]]:
+    """Load the student with its ``best`` weights, in natural coordinates; return also its changed tensors by name."""
     model = load_student(student, form)
     if settings.trainable == "lora":
         model = choose_trainable(model, settings)
@@ -194,8 +232,8 @@ def _healed(student: Path, best: dict[str, Tensor], settings: Healing, form: For
 
 
 @torch.no_grad()
-def _measure(model: Any, batches: Batches) -> None:
-    """Let latents remember their sizes on what was kept aside and on a few batches."""
+def _measure_latents(model: Any, batches: Batches) -> None:
+    """Measure the latents' sizes on the held-out sequences and a few training batches."""
     natural.measure_latents(model, watching=True)
     for rows in (batches.held_out(), *(batches[step] for step in range(MEASURED))):
         for row in rows.to(model.device).split(1):
@@ -204,7 +242,7 @@ def _measure(model: Any, batches: Batches) -> None:
 
 
 def load_student(student: Path, form: Format) -> Any:
-    """An export in float32 and natural coordinates, without dropout: its teacher has none."""
+    """Load an export in float32 and natural coordinates, without dropout, because its teacher has none."""
     register()
     model = load_model(student, dtype=torch.float32)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""From healed weights to an export: the student's files, with what changed in its place."""
+"""Write a healed export: the student's files, with the changed tensors replaced."""
 
 from __future__ import annotations
 
@@ -31,28 +31,25 @@ CURVE = "healing.png"
 def write_export(
     folder: Path, student: Path, changed: dict[str, Tensor], summary: dict[str, Any], settings: Healing, device: str
 ) -> None:
-    """Write an export into the new ``folder``: ``student`` with the tensors ``changed``, and check it.
+    """Write a healed export into the new ``folder``, and verify it.
+
+    Args:
+        folder: the folder to create.
+        student: the export that was healed.
+        changed: the changed tensors by name; all others are copied from ``student``.
+        summary: the manifest's record of this healing, with its curve.
+        settings: the options, written into ``healing.yaml``.
+        device: the device that runs the verification.
 
     Raises:
-        TransmlaError: if what was written does not pass ``transmla verify``.
+        TransmlaError: if ``student`` lacks a changed tensor, or the new export fails ``transmla verify``.
     """
     folder.mkdir(parents=True)
     manifest = Manifest.read(student)
-    checkpoint, written = open_checkpoint(student), set()
-    for name in sorted(set(manifest.hashes) - {CURVE}):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = _shard(student / name) if name.endswith(".safetensors") else []
-        if not set(tensors) & set(changed):
-            shutil.copyfile(student / name, target)
-            continue
-        write_tensors(target, {n: changed.get(n, checkpoint.read(n)) for n in tensors})
-        written |= set(tensors) & set(changed)
-    if written != set(changed):
-        raise TransmlaError(f"the student has no tensor '{min(set(changed) - written)}'", remedy="convert it again")
+    _write_files(folder, student, manifest, changed)
     dumped = settings.model_dump(mode="json", exclude_none=True)
     write_text(folder / "healing.yaml", yaml.safe_dump(dumped, sort_keys=False))
-    _draw(folder / CURVE, summary)
+    _draw_curve(folder / CURVE, summary)
     manifest = replace(
         manifest,
         healing=[*manifest.healing, summary],
@@ -67,18 +64,34 @@ def write_export(
         raise TransmlaError(
             f"the healed export does not pass '{failed[0].name}'",
             limit=failed[0].detail,
-            remedy=f"look at '{folder}', and begin again in another --output, with a lower --learning-rate",
+            remedy=f"inspect '{folder}', then start again with another --output and a lower --learning-rate",
         )
 
 
-def _shard(file: Path) -> list[str]:
+def _write_files(folder: Path, student: Path, manifest: Manifest, changed: dict[str, Tensor]) -> None:
+    """Copy the student's files into ``folder``, and rewrite each shard that holds a changed tensor."""
+    checkpoint, written = open_checkpoint(student), set()
+    for name in sorted(set(manifest.hashes) - {CURVE}):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = _tensor_names(student / name) if name.endswith(".safetensors") else []
+        if not set(tensors) & set(changed):
+            shutil.copyfile(student / name, target)
+            continue
+        write_tensors(target, {n: changed.get(n, checkpoint.read(n)) for n in tensors})
+        written |= set(tensors) & set(changed)
+    if written != set(changed):
+        raise TransmlaError(f"the student has no tensor '{min(set(changed) - written)}'", remedy="convert it again")
+
+
+def _tensor_names(file: Path) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:
         return list(handle.keys())
 
 
-def _draw(file: Path, summary: dict[str, Any]) -> None:
-    """The curve, where matplotlib is installed."""
+def _draw_curve(file: Path, summary: dict[str, Any]) -> None:
+    """Draw the held-out curve if matplotlib is installed."""
     if find_spec("matplotlib"):
         write_curve(summary["curve"], file)

@@ -1,4 +1,16 @@
-"""Attention of a few new tokens to a latent cache: one file a backend, found by its presence."""
+"""Shelf of decode backends: attention of a few new tokens to a latent cache.
+
+- ``rows``: the cached rows, the score settings and ``Decode``, the signature of every backend.
+- ``reference``: plain PyTorch. It runs everywhere, and tests compare every kernel with it.
+- ``triton_decode``: split-KV flash decoding in Triton.
+- ``hopper``, ``hopper_kernel``: the kernel for H100 and H200, in Gluon, and its launch.
+- ``flashmla``, ``flashinfer``: adapters to two optional packages.
+- ``splits``: number of cache splits, and the kernel that merges their results (for Triton and Hopper).
+- ``custom_op``: wraps a backend as one operator for torch.compile.
+
+To add a backend, put one file into this folder. The file defines ``decode`` and ``refuses`` and binds a ``Backend``
+to ``BACKEND``; ``backends()`` then lists it. A test in ``tests/kernels/`` compares it with ``reference``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +29,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What a backend must serve: ``heads`` H, the widths r and d_r of a cached row, and where it runs."""
+    """Shape, dtype and device that a backend must serve.
+
+    Attributes:
+        heads: number of query heads H.
+        kv_lora_rank: width r of a cached latent.
+        qk_rope_head_dim: width d_r of a cached rotary key.
+        dtype: dtype of queries and cached rows.
+        device: device of queries and cached rows.
+    """
 
     heads: int
     kv_lora_rank: int
@@ -28,14 +48,16 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to decode.
+    """One implementation of decoding.
 
-    ``refuses(shape)`` says why it cannot serve a shape, in one line with what to do, or None. Among those that can,
-    the largest ``preference`` is chosen.
-
-    ``decode`` is what ``modeling.rows.Decode`` says.
-
-    ``opaque_to_compile``: it launches kernels that torch.compile cannot look into.
+    Attributes:
+        name: name by which a user selects the backend.
+        summary: short description for the log.
+        preference: rank for ``auto``. The largest preference among the backends that serve a shape is chosen.
+        refuses: returns one line with the reason why the backend cannot serve a shape, and the remedy if there is
+            one; None if the backend serves the shape.
+        decode: function with the signature of ``kernels.rows.Decode``.
+        opaque_to_compile: True if ``decode`` launches kernels that torch.compile cannot trace.
     """
 
     name: str
@@ -47,32 +69,36 @@ class Backend:
 
 
 def as_int32(values: Tensor | None) -> Tensor | None:
-    """Lengths and tables as kernels read them."""
+    """Return ``values`` (lengths [B] or a block table [B, pages]) as contiguous int32, which kernels read."""
     return values if values is None else values.to(torch.int32).contiguous()
 
 
 def backends() -> dict[str, Backend]:
-    """All backends by name."""
+    """Return all backends by name."""
     return scan("transmla.kernels", "BACKEND")
 
 
 def choose_backend(wanted: str, shape: DecodeShape) -> Backend:
-    """The backend called ``wanted``, or for ``auto`` the preferred one, that serves ``shape``.
+    """Return a backend that serves ``shape``.
 
-    One that was asked for and cannot is named once in the log, and the next is taken.
+    If the requested backend refuses ``shape``, the log warns with the reason and the next preferred backend is used.
+
+    Args:
+        wanted: name of a backend, or ``auto`` for the preferred one.
+        shape: shape, dtype and device to serve.
 
     Raises:
-        TransmlaError: if no backend is called ``wanted``.
+        TransmlaError: if no backend has the name ``wanted``.
     """
     ranked = sorted(backends().values(), key=lambda backend: -backend.preference)
     if wanted != "auto":
-        asked = lookup("transmla.kernels", "BACKEND", wanted, kind="backend")
-        ranked = [asked, *(backend for backend in ranked if backend is not asked)]
+        requested = lookup("transmla.kernels", "BACKEND", wanted, kind="backend")
+        ranked = [requested, *(backend for backend in ranked if backend is not requested)]
     for backend in ranked:
         reason = backend.refuses(shape)
         if reason is None:
             break
         level = logging.WARNING if backend.name == wanted else logging.DEBUG
         _log.log(level, "backend '%s' cannot serve this model: %s", backend.name, reason)
-    # `torch` refuses nothing.
+    # The loop always ends at a backend that serves the shape: `torch` refuses no shape.
     return backend

@@ -1,4 +1,4 @@
-"""Decode kernels as operators that torch.compile takes for one step, without looking inside."""
+"""Decode kernels wrapped as operators, each of which torch.compile records as one step without tracing into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _SCHEMA = (
 
 
 class Compilable:
-    """The ``decode`` of the backend called ``name``, as one operator in compiled code; elsewhere nothing is between."""
+    """``Decode`` function of the backend called ``name``, usable in compiled code.
+
+    Compiled code calls one operator. Eager code calls the backend's ``decode`` directly.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -27,10 +30,11 @@ class Compilable:
         self.operator = _operator(name)
 
     def __call__(self, q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Attend with ``q_latent`` [B, n, H, r] and ``q_pe`` [B, n, H, d_r] to ``rows``, as ``Decode`` defines."""
         if torch.compiler.is_compiling():
             parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
             return self.operator(q_latent, q_pe, scores.scaling, scores.mask, scores.softcap, *parts)
-        with _on(q_latent.device):
+        with _current_device(q_latent.device):
             return self.decode(q_latent, q_pe, rows, scores)
 
     def __reduce__(self) -> Any:
@@ -38,23 +42,24 @@ class Compilable:
 
 
 def compilable(backend: Backend) -> Any:
-    """What a model calls to decode with ``backend``."""
+    """Return the ``Decode`` function of ``backend`` in a form that torch.compile can handle."""
     return Compilable(backend.name) if backend.opaque_to_compile else backend.decode
 
 
-def _on(device: torch.device) -> Any:
-    """Kernels are launched on the current device, which need not be the tensors'."""
+def _current_device(device: torch.device) -> Any:
+    """Context in which ``device`` is the current one: kernels launch there, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def _operator(name: str) -> Any:
+    """Register the operator ``transmla::decode_<name>`` and return it."""
     decode = backends()[name].decode
 
     def run(
         q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, *rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with _on(q_latent.device):
+        with _current_device(q_latent.device):
             return decode(q_latent, q_pe, Rows(*rows), Scores(scaling, mask, softcap))
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

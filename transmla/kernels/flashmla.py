@@ -1,7 +1,7 @@
-"""FlashMLA's dense decode for Hopper, where its shape is met: 512 + 64 in bfloat16, pages of 64 tokens.
+"""Adapter to FlashMLA's dense decode for Hopper GPUs: r = 512, d_r = 64, bfloat16, pages of 64 tokens.
 
-It takes no mask and no soft-cap: a step that needs one (padding on the left, a static cache) goes to the `hopper`
-kernel.
+FlashMLA supports neither masks nor soft-caps. Steps that need one of them (padding on the left, a static cache) go to
+the `hopper` kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transmla.kernels import Backend, DecodeShape, as_int32
 from transmla.kernels import hopper as masked
 from transmla.kernels.rows import Rows, Scores
 
+# r, d_r and rows per page that FlashMLA accepts.
 RANK, WIDTH, PAGE = 512, 64, 64
 
 
@@ -27,9 +28,9 @@ def _library() -> Any:
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Decode`` says."""
+    """Attend to the latent rows; arguments and results as in ``Decode``."""
     pages = None if scores.mask is not None or scores.softcap is not None else rows.paged(PAGE)
-    if pages is None or not _together(pages):
+    if pages is None or not _adjacent(pages):
         return masked.decode(q_latent, q_pe, rows, scores)
     library, size = _library(), RANK + WIDTH
     output, lse = library.flash_mla_with_kvcache(
@@ -44,19 +45,19 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         use_legacy=True,
     )
     lse = lse.transpose(1, 2).contiguous()
-    # What sees nothing has no weight in a merge.
+    # FlashMLA returns +inf where a query attends to no row. -inf gives that result no weight in a merge.
     return output, lse.masked_fill(lse == float("inf"), float("-inf"))
 
 
-def _together(pages: Rows) -> bool:
-    """Whether latents and rotary keys lie side by side, as ``LatentLayer`` and paged caches keep them."""
+def _adjacent(pages: Rows) -> bool:
+    """Whether every row is [kv_c | k_pe] in one piece of memory, as in ``LatentLayer`` and in paged caches."""
     kv_c, k_pe = pages.kv_c, pages.k_pe
-    beside = k_pe.data_ptr() - kv_c.data_ptr() == RANK * kv_c.element_size()
-    return beside and kv_c.stride() == k_pe.stride() == (PAGE * (RANK + WIDTH), RANK + WIDTH, 1)
+    adjacent = k_pe.data_ptr() - kv_c.data_ptr() == RANK * kv_c.element_size()
+    return adjacent and kv_c.stride() == k_pe.stride() == (PAGE * (RANK + WIDTH), RANK + WIDTH, 1)
 
 
 def refuses(shape: DecodeShape) -> str | None:
-    """Why FlashMLA cannot serve a shape."""
+    """Return why FlashMLA cannot serve ``shape``, or None."""
     try:
         _library()
     except ImportError as error:
@@ -65,13 +66,14 @@ def refuses(shape: DecodeShape) -> str | None:
     if reason is not None:
         return f"steps with a mask need `hopper`: {reason}"
     if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (RANK, WIDTH):
-        return f"rows of {shape.kv_lora_rank} + {shape.qk_rope_head_dim}: it takes {RANK} + {WIDTH}"
+        return f"rows of {shape.kv_lora_rank} + {shape.qk_rope_head_dim}: FlashMLA takes {RANK} + {WIDTH}"
     if shape.dtype != torch.bfloat16:
-        return f"dtype {shape.dtype}: it takes bfloat16"
+        return f"dtype {shape.dtype}: FlashMLA takes bfloat16"
     return None
 
 
-# Not chosen by itself: large batches of 64 heads or more decode faster with it, but every mask goes to `hopper`.
+# Below `torch`, so that `auto` never chooses FlashMLA. It is faster than `hopper` for large batches with 64 heads or
+# more, but every step with a mask goes to `hopper`.
 BACKEND = Backend(
     "flashmla",
     "FlashMLA's dense decode for Hopper",

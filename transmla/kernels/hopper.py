@@ -1,4 +1,4 @@
-"""Decoding on Hopper GPUs with the kernel of ``hopper_kernel``."""
+"""Backend for Hopper GPUs: tile sizes and launch of the kernel in ``hopper_kernel``."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ if gluon is not None:
 
     from transmla.kernels.hopper_kernel import attend
 
+# Compute capability of H100 and H200.
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
+# Largest r for which ``choose_tiles`` has a tile.
 MAX_RANK = 512
-# Rotary keys are loaded this wide: as wide as a tile of weights is high, which takes their place.
+# Columns of a tile of rotary keys. A tile of weights has as many rows, because it reuses the memory of the keys.
 ROPE = 64
-# Registers of a thread that adds up values; what is left goes to those that make weights.
+# Registers per thread of the warps that add up values. The other registers go to the warps that compute weights.
 VALUE_REGISTERS = 160
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Decode`` says.
+    """Attend to the latent rows; arguments and results as in ``Decode``.
 
-    Rows must be 16-byte aligned and sequences whole rows apart, pages a multiple of the tile; else, and for rows of
-    8 bits and soft-capped scores, Triton takes over.
+    The kernel needs rows aligned to 16 bytes, a distance of whole rows between sequences, and pages of whole tiles.
+    Any other layout, float8 latents and soft-capped scores go to the Triton backend.
     """
     kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
     rank_block, tokens, stages = choose_tiles(rank)
-    fetched = _reachable(kv_c, tokens, page) and _reachable(k_pe, tokens, page)
-    if not fetched or total == 0 or rows.scale is not None or scores.softcap is not None:
+    fetchable = _fetchable(kv_c, tokens, page) and _fetchable(k_pe, tokens, page)
+    if not fetchable or total == 0 or rows.scale is not None or scores.softcap is not None:
         return triton_decode.decode(q_latent, q_pe, rows, scores)
     queries, width = new * heads, q_pe.shape[-1]
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
     blocks = math.ceil(queries / ROWS)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out, lse, parts, part_lse = allocate_results(q_latent, splits)
-    seen = q_latent if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
+    mask = q_latent if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
     attend[(blocks, splits, batch)](
         q_latent=q_latent,
         q_pe=q_pe,
-        kv=_rows(kv_c, tokens, rank_block),
-        pe=_rows(k_pe, tokens, ROPE),
-        mask=seen,
+        kv=_descriptor(kv_c, tokens, rank_block),
+        pe=_descriptor(k_pe, tokens, ROPE),
+        mask=mask,
         lengths=q_latent if lengths is None else lengths,
         table=q_latent if block_table is None else block_table,
         parts=parts,
@@ -64,9 +66,9 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         splits=splits,
         capacity=kv_c.stride(0) // kv_c.stride(1),
         pe_capacity=k_pe.stride(0) // k_pe.stride(1),
-        mask_batch=seen.stride(0),
-        mask_query=seen.stride(2),
-        mask_token=seen.stride(3),
+        mask_batch=mask.stride(0),
+        mask_query=mask.stride(2),
+        mask_token=mask.stride(3),
         table_batch=0 if block_table is None else block_table.stride(0),
         NEW=new,
         RANK=rank,
@@ -87,7 +89,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
 
 
 def choose_tiles(rank: int) -> tuple[int, int, int]:
-    """Columns and tokens of a tile of the cache, and how many tiles are held at once."""
+    """Return the columns and tokens of a cache tile for latents of width ``rank``, and the number of tile buffers."""
     if rank > 256:
         return 512, 32, 6
     if rank > 128:
@@ -95,18 +97,18 @@ def choose_tiles(rank: int) -> tuple[int, int, int]:
     return (128, 128, 4) if rank > 64 else (64, 128, 6)
 
 
-def _reachable(part: Tensor, tokens: int, page: int) -> bool:
-    """Whether TMA can fetch tiles of [B, T, width] (or of pages of it) as rows of one matrix."""
-    apart = part.stride(1)
-    aligned = part.data_ptr() % 16 == 0 and apart * part.element_size() % 16 == 0 and part.stride(2) == 1
-    whole = apart > 0 and part.stride(0) % apart == 0
+def _fetchable(part: Tensor, tokens: int, page: int) -> bool:
+    """Whether TMA can fetch tiles of ``part`` [B, T, width] or [pages, page, width] as rows of one matrix."""
+    row_stride = part.stride(1)
+    aligned = part.data_ptr() % 16 == 0 and row_stride * part.element_size() % 16 == 0 and part.stride(2) == 1
+    whole_rows = row_stride > 0 and part.stride(0) % row_stride == 0
     if page:
-        whole = whole and page % tokens == 0 and part.stride(0) == page * apart
-    return aligned and whole
+        whole_rows = whole_rows and page % tokens == 0 and part.stride(0) == page * row_stride
+    return aligned and whole_rows
 
 
-def _rows(cache: Tensor, tokens: int, columns: int) -> Any:
-    """The rows of all sequences or pages, one below the other, in tiles [tokens, columns]."""
+def _descriptor(cache: Tensor, tokens: int, columns: int) -> Any:
+    """TMA descriptor of ``cache`` as one matrix with the rows of all sequences or pages, in tiles [tokens, columns]."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     count = (cache.shape[0] - 1) * (cache.stride(0) // cache.stride(1)) + cache.shape[1]
     shape, strides = [count, cache.shape[2]], [cache.stride(1), 1]
@@ -114,17 +116,17 @@ def _rows(cache: Tensor, tokens: int, columns: int) -> Any:
 
 
 def refuses(shape: DecodeShape) -> str | None:
-    """Why this backend cannot serve a shape."""
+    """Return why the Hopper kernel cannot serve ``shape``, or None."""
     if gluon is None:
         return "Triton with Gluon is not installed: pip install 'triton>=3.6'"
     if shape.device.type != "cuda" or torch.cuda.get_device_capability(shape.device) != CAPABILITY:
-        return "it runs on Hopper GPUs (H100, H200)"
+        return "the kernel needs a Hopper GPU (H100, H200)"
     if shape.dtype not in DTYPES:
-        return f"dtype {shape.dtype}: it takes bfloat16 and float16"
+        return f"dtype {shape.dtype}: the kernel takes bfloat16 and float16"
     if shape.kv_lora_rank > MAX_RANK or shape.kv_lora_rank % 8:
-        return f"kv_lora_rank {shape.kv_lora_rank}: multiples of 8 up to {MAX_RANK}"
+        return f"kv_lora_rank {shape.kv_lora_rank}: the kernel takes multiples of 8 up to {MAX_RANK}"
     if shape.qk_rope_head_dim > ROPE or shape.qk_rope_head_dim % 8:
-        return f"qk_rope_head_dim {shape.qk_rope_head_dim}: multiples of 8 up to {ROPE}"
+        return f"qk_rope_head_dim {shape.qk_rope_head_dim}: the kernel takes multiples of 8 up to {ROPE}"
     return None
 
 

@@ -1,10 +1,14 @@
 """Split-KV flash decoding for Hopper GPUs, in Gluon, the low level of Triton.
 
-One program holds 64 query rows and has three groups of four warps. The first keeps the queries in registers and turns
-tiles of the cache into weights; the other two add up the values, each one half of the rank. The tensor memory
-accelerator (TMA) brings tiles into a ring of buffers, where a row serves as key and as value. So the softmax of one
-tile, the values of the tile before and the loads of the next ones go on at the same time: warp specialisation, as in
-FlashAttention-3 (arXiv 2407.08608), with another division of labour.
+One program serves 64 query rows with three groups of four warps. The first group keeps the queries in registers and
+computes the softmax weights of each cache tile. The other two groups add up the weighted values, each for one half of
+the rank. The tensor memory accelerator (TMA) loads tiles into a ring of buffers, where a row serves as key and as
+value. Three steps therefore run at the same time: the softmax of one tile, the values of the previous tile, and the
+loads of the next tiles. This is warp specialisation as in FlashAttention-3 (arXiv 2407.08608), with another division
+of work.
+
+Barriers of a buffer: ``full`` (the tile has arrived), ``ready`` (its weights are written), ``empty`` (the first half
+of the rank is added up). ``done``: the sums of all weights are written.
 """
 
 from __future__ import annotations
@@ -19,19 +23,19 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-except ImportError:  # no Triton, or one before 3.6
+except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
-# Query rows of a program.
+# Query rows (token, head) of one program.
 ROWS = 64
 
 if gluon is not None:
-    # Gluon's names differ between Triton 3.6 and 3.9.
+    # Triton 3.6 and 3.9 use different names for these functions.
     tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     buffer = gl.shared_memory_descriptor
     reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
     group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-    # What kernels read of this module must be a constant of theirs.
+    # Kernels can read a global of this module only if it is a constexpr.
     HEIGHT = gl.constexpr(ROWS)
 
     @gluon.jit
@@ -47,7 +51,11 @@ if gluon is not None:
 
     @gluon.jit
     def _bounds(mask, batch, mask_batch, mask_query, mask_token, total, NEW: gl.constexpr):
-        """Tokens some query sees lie in [first, last); [low, high) every query sees, or it is empty."""
+        """Ranges of a mask [NEW, total]: first, last, low, high.
+
+        Every token that some query attends to lies in [first, last). Every query attends to all of [low, high), which
+        may be empty.
+        """
         CHUNK: gl.constexpr = 2048
         layout: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
         first, last, low, high, holes = total, 0, 0, total, 0
@@ -58,7 +66,7 @@ if gluon is not None:
             counts = lane * 0
             row = mask + batch.to(gl.int64) * mask_batch + query * mask_query
             for at in range(0, total, 4 * CHUNK):
-                # All loads before the first use: one memory latency for four.
+                # All four loads come before the first use, so that they share one memory latency.
                 one, two = _seen(row, at, mask_token, total, lane), _seen(row, at + CHUNK, mask_token, total, lane)
                 three = _seen(row, at + 2 * CHUNK, mask_token, total, lane)
                 four = _seen(row, at + 3 * CHUNK, mask_token, total, lane)
@@ -77,7 +85,7 @@ if gluon is not None:
         kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile, last,
         TOKENS: gl.constexpr, PAGE: gl.constexpr,
     ):  # fmt: skip
-        """Ask for a tile of a sequence, if it has it; the buffer's barrier tells when it is there."""
+        """Start to load tile ``tile``, if it is before ``last``; the barrier ``full`` completes on its arrival."""
         wanted = tile < last
         token = tile * TOKENS
         row, pe_row = batch * capacity + token, batch * pe_capacity + token
@@ -103,14 +111,15 @@ if gluon is not None:
         LATE: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
         LOG: gl.constexpr,
     ):  # fmt: skip
-        """Queries times keys, and the softmax: weights [HEIGHT, TOKENS] of every tile, and the log-sum-exp."""
+        """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT]."""
         scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
         query_l: gl.constexpr = gl.DotOperandLayout(0, scores_l, 2)
         wide_l: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, wide_l))
         held = (row < rows)[:, None]
         rows_at = batch.to(gl.int64) * rows + row
-        # The last buffers are free until their tiles are asked for, which is done here once the queries are through.
+        # The last LATE buffers stage the queries on their way to registers. The tiles of these buffers are therefore
+        # loaded below, after the queries.
         stage_s = queries_s.index(STAGES * TOKENS // HEIGHT - 1)
         rank = gl.arange(0, RANK_BLOCK, layout=gl.SliceLayout(0, wide_l))
         width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
@@ -137,11 +146,11 @@ if gluon is not None:
             scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma(q_pe_s, pe_s.index(slot).permute((1, 0)), scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            # No warp may still read the rotary keys that the weights are about to replace.
+            # All warps must be done with the rotary keys before the weights overwrite them.
             group_barrier()
             if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
                 key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
-                # With lengths, new tokens see those up to themselves; a mask alone says what they see.
+                # With lengths, a new token attends to the rows up to itself. Without lengths, the mask alone decides.
                 end = length - NEW + 1 + row // heads if RAGGED else length + row * 0
                 seen = key[None, :] < end[:, None]
                 if MASKED:
@@ -150,7 +159,8 @@ if gluon is not None:
                     shown = gl.load(mask + batch.to(gl.int64) * mask_batch + at, mask=inside, other=0) != 0
                     seen = seen & shown if RAGGED else shown
                 scores = gl.where(seen, scores, float("-inf"))
-            # The weights are relative to a maximum that is followed in leaps: most tiles leave the sums alone.
+            # The reference maximum is raised only when the scores exceed it by 8 (base 2: a factor of 256). Most
+            # tiles therefore need no rescaling of the sums.
             higher = gl.max(scores, 1) * scale
             higher = gl.where(higher > best + 8, higher, best)
             shrink = gl.exp2(best - higher)
@@ -174,7 +184,7 @@ if gluon is not None:
 
     @gluon.jit
     def _next(slot, phase, SLOTS: gl.constexpr):
-        """The next buffer of a ring; the phase of its barrier flips with every round."""
+        """Return the next buffer of the ring and the parity of its barrier, which flips with every round."""
         around = slot == SLOTS - 1
         return gl.where(around, 0, slot + 1), gl.where(around, phase ^ 1, phase)
 
@@ -185,7 +195,10 @@ if gluon is not None:
         RANK: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
         LATE: gl.constexpr, PAGE: gl.constexpr,
     ):  # fmt: skip
-        """Weights times values, for one half of the rank; the second half's group also asks for tiles."""
+        """Second and third warp group: add up weights times values [HEIGHT, HALF] for one half of the rank.
+
+        The group of the second half (``SECOND``) also starts the loads of the tiles.
+        """
         HALF: gl.constexpr = RANK_BLOCK // 2
         START: gl.constexpr = HALF if SECOND else 0
         values_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -207,7 +220,7 @@ if gluon is not None:
                 _clear(values, tile * TOKENS, length, HALF, TOKENS)
             mixed = warpgroup_mma(weights_s.index(slot), values, mixed, is_async=True)
             if SECOND and tile > first:
-                # Both groups are through with the tile before: its buffer takes another.
+                # Once both groups are done with the previous tile, its buffer can take another tile.
                 mbarrier.wait(empty.index(before), phase_before)
                 _fetch(
                     kv, pe, kv_s, pe_s, full, before, table, batch, table_batch, capacity, pe_capacity,
@@ -231,7 +244,7 @@ if gluon is not None:
 
     @gluon.jit
     def _clear(values, at, length, HALF: gl.constexpr, TOKENS: gl.constexpr):
-        """Zero the rows behind the end: they may hold anything, and zero times anything must be zero."""
+        """Zero the rows behind the end of the sequence: they may hold NaN, and zero times NaN is not zero."""
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         CHUNK: gl.constexpr = 64 if HALF > 64 else HALF
         for down in gl.static_range(TOKENS // 16):
@@ -242,7 +255,7 @@ if gluon is not None:
         fence_async_shared()
         group_barrier()
 
-    # These change while a cache grows, and must not have the kernel compiled anew.
+    # These arguments change while a cache grows, and must not trigger recompilation.
     @gluon.jit(do_not_specialize=["total", "splits", "capacity", "pe_capacity"])
     def attend(
         q_latent, q_pe, kv, pe, mask, lengths, table, parts, part_lse, scale, heads, rows, total, splits, capacity,
@@ -251,7 +264,7 @@ if gluon is not None:
         PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
         LOG: gl.constexpr, REGISTERS: gl.constexpr,
     ):  # fmt: skip
-        """One block of query rows (token, head) of one sequence against one split of its cache."""
+        """Attend with one block of query rows (token, head) of one sequence to one split of its cache."""
         block, split, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
         unit = batch * splits + split
         length = total
@@ -280,10 +293,10 @@ if gluon is not None:
         mbarrier.init(done.index(0), count=1)
         kv_s = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, RANK_BLOCK], kv.layout)
         pe_s = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, 64], pe.layout)
-        # The queries pass through the buffers, before tiles do.
+        # The queries are staged in the last LATE buffers before the tiles of these buffers are loaded.
         LATE: gl.constexpr = (HEIGHT + TOKENS - 1) // TOKENS
         queries_s = reinterpret(kv_s, dtype, [STAGES * TOKENS // HEIGHT, HEIGHT, RANK_BLOCK], kv.layout)
-        # A tile's weights replace the rotary keys that they were made from.
+        # The weights of a tile overwrite its rotary keys, which are no longer needed.
         weights_l: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, TOKENS], dtype)
         weights_s = reinterpret(pe_s, dtype, [STAGES, HEIGHT, TOKENS], weights_l)
         q_pe_s = gl.allocate_shared_memory(dtype, [HEIGHT, 64], pe.layout)

@@ -1,4 +1,4 @@
-"""Decoding in plain PyTorch: the twin that every kernel is compared with, on any device and in any dtype."""
+"""Decoding in plain PyTorch, on any device and in any dtype. Tests compare every kernel with this backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transmla.kernels.rows import Rows, Scores
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Multi-query attention to the latent rows; shapes as ``Decode`` says.
+    """Attend to the latent rows as multi-query attention; arguments and results as in ``Decode``.
 
-    A query that may see nothing gets zeros, and a log-sum-exp of minus infinity.
+    A query that may attend to no row gets zeros [r] and a log-sum-exp of minus infinity.
     """
     batch, new, heads, rank = q_latent.shape
     (kv_c, k_pe), total, lengths, mask = rows.full(), rows.total, rows.lengths, scores.mask
@@ -20,11 +20,11 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         kv_c, k_pe = (pages[rows.block_table.long()].flatten(1, 2) for pages in (kv_c, k_pe))
     if lengths is not None:
         ends = lengths[:, None] - new + 1 + torch.arange(new, device=lengths.device)
-        there = (torch.arange(total, device=lengths.device) < ends[..., None])[:, None]
-        mask = there if mask is None else mask & there
-        # What lies behind the end may be anything, and zero times anything must be zero.
-        held = torch.arange(total, device=lengths.device) < lengths[:, None]
-        kv_c = kv_c.masked_fill(~held[..., None], 0)
+        causal = (torch.arange(total, device=lengths.device) < ends[..., None])[:, None]
+        mask = causal if mask is None else mask & causal
+        # Memory behind the end may hold NaN, and zero times NaN is not zero.
+        valid = torch.arange(total, device=lengths.device) < lengths[:, None]
+        kv_c = kv_c.masked_fill(~valid[..., None], 0)
     exact = torch.promote_types(kv_c.dtype, torch.float32)
     logits = torch.baddbmm(q_pe.flatten(1, 2) @ k_pe.mT, q_latent.flatten(1, 2), kv_c.mT)
     logits = (logits.to(exact) * scores.scaling).view(batch, new, heads, total)
@@ -39,7 +39,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
 
 
 def refuses(shape: DecodeShape) -> str | None:
-    """Nothing."""
+    """Return None: plain PyTorch serves every shape."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""What decoding reads: the rows of a latent cache."""
+"""Rows of a latent cache, settings of the attention scores, and the signature of a decode function."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Latents kv_c [B, T, r] and rotary keys k_pe [B, T, d_r] of every sequence.
+    """Cached rows of all sequences: latents and rotary keys, contiguous per sequence or in pages.
 
-    ``scale`` [B, T]: kv_c is e4m3, and each of its rows counts times its scale. ``lengths`` [B]: rows that each
-    sequence has, of T. ``block_table`` [B, pages]: rows lie in pages that all sequences share, [all pages, page, ·]
-    (and ``scale`` [all pages, page]); page j of sequence b is block_table[b, j]; needs ``lengths``. Lengths and pages
-    are integers of any width.
+    Lengths and page numbers may be integers of any width.
+
+    Attributes:
+        kv_c: latents [B, T, r]; with a block table [all pages, page, r].
+        k_pe: rotary keys [B, T, d_r]; with a block table [all pages, page, d_r].
+        scale: factor of each latent, [B, T] or [all pages, page]; then ``kv_c`` is float8 e4m3. None: no factor.
+        lengths: number of valid rows of each sequence [B], at most T. None: all T rows are valid.
+        block_table: page numbers [B, pages]; page j of sequence b is ``block_table[b, j]``. None: no pages.
+
+    Raises:
+        ValueError: if there is a block table without lengths.
     """
 
     kv_c: Tensor
@@ -27,16 +34,16 @@ class Rows:
 
     @property
     def page(self) -> int:
-        """Rows of a page; 0 if there are none."""
+        """Number of rows in a page; 0 without a block table."""
         return 0 if self.block_table is None else self.kv_c.shape[1]
 
     @property
     def total(self) -> int:
-        """T."""
+        """Number of rows T of a sequence; with pages, the rows of all pages in its block table."""
         return self.kv_c.shape[1] if self.block_table is None else self.block_table.shape[1] * self.page
 
     def full(self) -> tuple[Tensor, Tensor]:
-        """kv_c and k_pe in the dtype of k_pe."""
+        """Return ``kv_c``, multiplied by ``scale``, and ``k_pe``: both in the dtype of ``k_pe``, shapes as stored."""
         if self.scale is None:
             return self.kv_c, self.k_pe
         wide = torch.promote_types(self.k_pe.dtype, torch.float32)
@@ -47,28 +54,34 @@ class Rows:
             raise ValueError("rows in pages need lengths")
 
     def paged(self, size: int) -> Rows | None:
-        """The same rows as pages of ``size``, or None if they do not lie so, or have scales.
+        """Return a view of the same memory as pages of ``size`` rows.
 
-        Sequences that lie apart are whole buffers of pages, as ``LatentLayer`` has them: what lies behind T is read
-        as the end of the last page. The result has lengths, all T if there were none: what was all to be seen is then
-        causal, unless its reader says otherwise.
+        A sequence can be viewed so if its buffer consists of whole pages, as the buffers of ``LatentLayer`` do.
+        Memory behind row T then counts as the end of the last page.
+
+        The result always has lengths: T for every sequence if there were none. A kernel that treats lengths as causal
+        must therefore check ``self.lengths``, because rows without lengths are visible to every new token.
+
+        Returns:
+            Rows with kv_c [pages, size, r], k_pe [pages, size, d_r], lengths [B] and a block table; None if the memory
+            has another layout, or if the rows have scales.
         """
         if self.scale is not None:
             return None
         if self.block_table is not None:
             return self if self.page == size else None
         batch, total = self.kv_c.shape[:2]
-        room = self.kv_c.stride(0) // max(self.kv_c.stride(1), 1)
-        count = batch * room // size
+        capacity = self.kv_c.stride(0) // max(self.kv_c.stride(1), 1)
+        count = batch * capacity // size
         parts = []
         for part in (self.kv_c, self.k_pe):
-            apart, width = part.stride(1), part.shape[2]
-            end = part.storage_offset() + (count * size - 1) * apart + width
-            held = part.untyped_storage().nbytes() // part.element_size()
-            whole = room >= total and room % size == 0 and part.stride(0) == room * apart and part.stride(2) == 1
-            if not whole or end > held:
+            row_stride, width = part.stride(1), part.shape[2]
+            end = part.storage_offset() + (count * size - 1) * row_stride + width
+            allocated = part.untyped_storage().nbytes() // part.element_size()
+            whole_pages = capacity >= total and capacity % size == 0 and part.stride(0) == capacity * row_stride
+            if not whole_pages or part.stride(2) != 1 or end > allocated:
                 return None
-            parts.append(part.as_strided((count, size, width), (size * apart, apart, 1)))
+            parts.append(part.as_strided((count, size, width), (size * row_stride, row_stride, 1)))
         kv_c, k_pe = parts
         device = self.kv_c.device
         table = torch.arange(count, dtype=torch.int32, device=device).view(batch, -1)
@@ -80,12 +93,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores q · k are made and which of them count.
+    """Settings of the scores s = scaling · (q · k) and their mask.
 
     Attributes:
         scaling: factor on all scores.
-        mask: boolean, broadcastable to [B, 1, n, T]; True where a query may look. None: everywhere.
-        softcap: scores s become softcap · tanh(s / softcap).
+        mask: boolean, broadcastable to [B, 1, n, T]; True where a query may attend. None: everywhere.
+        softcap: scores s become softcap · tanh(s / softcap). None: no cap.
     """
 
     scaling: float
@@ -99,9 +112,11 @@ class Decode(Protocol):
     def __call__(self, q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
         """Attend with ``q_latent`` [B, n, H, r] and ``q_pe`` [B, n, H, d_r] to ``rows``.
 
-        Where ``rows`` has lengths, the new tokens are the last of each sequence, and each sees the rows up to itself.
+        With lengths, the new tokens are the last rows of each sequence, and each attends to the rows up to itself.
+        Without lengths, every new token attends to all T rows that the mask admits.
 
         Returns:
-            The mean of the latents under the attention [B, n, H, r], and the log-sum-exp of the scores [B, n, H].
+            The latents averaged with the attention weights [B, n, H, r], and the log-sum-exp of the scores [B, n, H],
+            to base e. A token that may attend to no row gets a log-sum-exp of minus infinity.
         """
         ...

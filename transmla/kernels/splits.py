@@ -1,4 +1,4 @@
-"""Cutting a cache into splits that are attended to side by side (Flash-Decoding, Dao et al. 2023), and merging them."""
+"""Number of cache splits that run in parallel (Flash-Decoding, Dao et al. 2023), and the merge of their results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_wait
-except ImportError:  # a CPU build of torch comes without
+except ImportError:  # a CPU build of torch has no Triton
     triton = None
 
-# In tiles of work: what a program costs beside its tiles, what writing and reading its part does to the whole device,
-# and what the merge costs.
+# Cost model, in units of the time for one tile: fixed cost of a program; cost of writing and reading one partial
+# result, which all multiprocessors share; cost of the merge kernel.
 PROGRAM_COST, PART_COST, MERGE_COST = 4.0, 8.0, 3.0
-# Values that a program of the merge holds.
+# Values in the registers of one program of the merge kernel.
 MERGED = 4096
-# What stands for a device's multiprocessors where there is none.
+# Number of multiprocessors assumed for a CPU, where Triton's interpreter runs the kernels.
 CPU_UNITS = 4
 
 if triton is not None:
@@ -30,34 +30,35 @@ if triton is not None:
         parts, part_lse, out, lse, rows, splits, log, RANK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
         EARLY: tl.constexpr,
     ):  # fmt: skip
-        """Some columns of one query row: its splits, weighted by their shares of the softmax."""
+        """Average the splits of one query row, for some columns, weighted by their shares of the softmax."""
         if EARLY:
-            # Launched while the splits' last programs end, so that the launch itself costs less.
+            # This kernel launches while the last programs of the splits still run, which hides the launch.
             gdc_wait()
         row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         split = tl.arange(0, SPLITS)
-        place = batch * splits * rows + row + split * rows
-        found = tl.load(part_lse + place, mask=split < splits, other=float("-inf"))
+        source = batch * splits * rows + row + split * rows
+        split_lse = tl.load(part_lse + source, mask=split < splits, other=float("-inf"))
         inside = (split < splits)[:, None] & (column < RANK)
-        part = tl.load(parts + place[:, None] * RANK + column, mask=inside, other=0.0)
-        top = tl.max(found)
-        share = tl.exp2(found - tl.where(top == float("-inf"), 0.0, top))
+        part = tl.load(parts + source[:, None] * RANK + column, mask=inside, other=0.0)
+        top = tl.max(split_lse)
+        share = tl.exp2(split_lse - tl.where(top == float("-inf"), 0.0, top))
         total = tl.sum(share)
-        some = total > 0
-        total = tl.where(some, total, 1.0)
+        attends = total > 0
+        total = tl.where(attends, total, 1.0)
         mean = tl.sum(part * share[:, None], 0) / total
-        at = batch * rows + row
-        tl.store(out + at * RANK + column, mean.to(out.dtype.element_ty), mask=column < RANK)
+        target = batch * rows + row
+        tl.store(out + target * RANK + column, mean.to(out.dtype.element_ty), mask=column < RANK)
         if tl.program_id(1) == 0:
-            tl.store(lse + at, tl.where(some, (top + tl.log2(total)) * log, float("-inf")))
+            tl.store(lse + target, tl.where(attends, (top + tl.log2(total)) * log, float("-inf")))
 
 
 def allocate_results(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the result of ``q_latent`` [B, n, H, r] and for what programs write.
+    """Allocate the results for queries ``q_latent`` [B, n, H, r], and the partial results of the splits.
 
-    Returns the means [B, n, H, r] and log-sum-exps [B, n, H]; then both of every split, [B, splits, n H, r] and
-    [B, splits, n H] in float32, which for one split are the same.
+    Returns:
+        Outputs [B, n, H, r]; log-sum-exps [B, n, H]; outputs of the splits [B, splits, n H, r] in float32; log-sum-exps
+        of the splits [B, splits, n H]. With one split, the last two are the first two.
     """
     batch, new, heads, rank = q_latent.shape
     out = torch.empty_like(q_latent)
@@ -69,7 +70,14 @@ def allocate_results(q_latent: Tensor, splits: int) -> tuple[Tensor, Tensor, Ten
 
 
 def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Merge ``parts`` [B, splits, rows, r] into ``out``, and their log-sum-exps, to base 2, into ``lse``, to base e."""
+    """Merge the results of the splits, in place.
+
+    Args:
+        parts: outputs of the splits [B, splits, n H, r].
+        part_lse: their log-sum-exps [B, splits, n H], to base 2.
+        out: receives the outputs [B, n, H, r].
+        lse: receives the log-sum-exps [B, n, H], to base e.
+    """
     batch, splits, rows, rank = parts.shape
     height = triton.next_power_of_2(splits)
     columns = min(triton.next_power_of_2(rank), max(16, MERGED // height))
@@ -100,14 +108,20 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def _launches_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (from Hopper on)."""
+    """Whether a kernel may launch while the previous one still runs (programmatic dependent launch, from Hopper on)."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
 def best_splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Splits of ``tiles`` tiles after which ``programs`` programs a split are done first, one a multiprocessor."""
+    """Return the number of splits with the lowest estimated time.
+
+    Args:
+        programs: programs of one split. A multiprocessor runs one program at a time.
+        tiles: cache tiles of a sequence.
+        device: device that runs the kernel.
+    """
     units = _multiprocessors(device)
 
     def cost(splits: int) -> float:

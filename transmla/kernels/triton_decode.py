@@ -1,8 +1,8 @@
 """Split-KV flash decoding over one shared latent row, in Triton.
 
-Every cached row [kv_c | k_pe] is read once, for all heads and for keys and values alike. The cache of a sequence is
-cut into splits that are attended to side by side (Flash-Decoding, Dao et al. 2023); a second kernel merges their
-results by log-sum-exp.
+Every cached row [kv_c | k_pe] is read once and serves all heads, as key and as value. The cache of a sequence is cut
+into splits that run in parallel (Flash-Decoding, Dao et al. 2023). A second kernel merges their results by
+log-sum-exp.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from transmla.kernels.splits import allocate_results, best_splits, merge_splits
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch comes without
+except ImportError:  # a CPU build of torch has no Triton
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# A row wider than this does not fit the registers of one program beside its queries.
+# Largest r. A wider row and its queries do not fit the registers of one program.
 MAX_RANK = 512
-# What a program of 64 query rows needs at that rank: 112 KiB; Ada and consumer Ampere have 99.
+# Shared memory, in bytes, of a program with 64 query rows at r = MAX_RANK: 112 KiB. Ada and consumer Ampere have
+# 99 KiB.
 WIDE_BYTES = 114688
+# Lowest compute capability whose kernels read float8 latents (Ada).
 FLOAT8_FROM = (8, 9)
 
 if triton is not None:
-    # These change while a cache grows, and must not have the kernel compiled anew.
+    # These arguments change while a cache grows, and must not trigger recompilation.
     @triton.jit(do_not_specialize=["total", "splits"])
     def _attend(
         q_latent,
@@ -80,7 +82,7 @@ if triton is not None:
         STAGES: tl.constexpr,
         LOG: tl.constexpr,
     ):
-        """One block of query rows (token, head) of one sequence against one split of its cache."""
+        """Attend with one block of query rows (token, head) of one sequence to one split of its cache."""
         block, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         row = block * ROWS + tl.arange(0, ROWS)
         rank = tl.arange(0, RANK_BLOCK)
@@ -90,12 +92,12 @@ if triton is not None:
         length = total
         if RAGGED:
             length = tl.load(lengths + batch)
-        # Whole blocks of tokens for every split, so that all but the last tile of a sequence are full.
+        # Every split has whole tiles, so that only the last tile of a sequence can be partly empty.
         share = tl.cdiv(tl.cdiv(length, TOKENS), splits) * TOKENS
         start = split * share
         stop = tl.maximum(start, tl.minimum(start + share, length))
         if MASKED:
-            # Only what some query of the block may see is read.
+            # Read only the range of tokens that some query attends to.
             first, last = stop, start
             for at in range(start, stop, TOKENS):
                 keys = at + tl.arange(0, TOKENS)
@@ -133,7 +135,7 @@ if triton is not None:
                 scores = scores * unit[None, :]
             scores = tl.dot(qr, tl.trans(pe), scores, input_precision=PRECISION) * scale
             if CAPPED:
-                # cap · tanh(s / cap), by a function that does not overflow.
+                # cap · tanh(s / cap), written with a sigmoid because it does not overflow.
                 scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
             seen = there[None, :]
             if MASKED:
@@ -143,7 +145,7 @@ if triton is not None:
                 seen = seen & (keys[None, :] < length - new + 1 + token[:, None])
             scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(best, tl.max(scores, 1))
-            # A row that has seen nothing yet has no maximum to subtract.
+            # A query row that has attended to no token yet has no maximum to subtract.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             shrink = tl.exp2(best - shift)
             p = tl.exp2(scores - shift[:, None])
@@ -165,10 +167,10 @@ if triton is not None:
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Attention to the latent rows; shapes as ``Decode`` says.
+    """Attend to the latent rows; arguments and results as in ``Decode``.
 
-    Rows may lie apart; if their values do, they are copied. Rows of 8 bits are read from Ada and Hopper on; other
-    devices decode them in PyTorch.
+    Rows may have any stride between them. Rows whose values are not contiguous are copied first. The kernel reads
+    float8 latents on Ada, Hopper and newer GPUs. Older GPUs decode them with the ``torch`` backend.
     """
     if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
         return plain.decode(q_latent, q_pe, rows, scores)
@@ -240,7 +242,7 @@ def _dense(part: Tensor) -> Tensor:
 
 
 def _tiles(queries: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
-    """Query rows and tokens of a tile, warps and pipeline stages of its program, for so much shared memory."""
+    """Query rows and tokens of a tile, warps and pipeline stages, for ``shared`` bytes of shared memory."""
     block = min(64, max(16, triton.next_power_of_2(queries)))
     wide = rank > 256
     if dtype == torch.float32:
@@ -252,14 +254,14 @@ def _tiles(queries: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[in
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    """What a program may hold of a multiprocessor's shared memory."""
+    """Shared memory, in bytes, that one program may use."""
     if device.type != "cuda":
         return WIDE_BYTES
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", WIDE_BYTES))
 
 
 def refuses(shape: DecodeShape) -> str | None:
-    """Why Triton cannot serve a shape."""
+    """Return why Triton cannot serve ``shape``, or None."""
     if triton is None:
         return "Triton is not installed: pip install triton"
     if shape.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""The config of a converted model of any family: the source's own fields, and what its latent attention is."""
+"""Config of the transmla format: the fields of the source family's config, and the shapes of the latent attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 MODEL_TYPE = "transmla"
-# What a checkpoint names the code by that it brings along.
+# ``auto_map`` of an export: the classes that ``trust_remote_code`` loads from the files beside its weights.
 AUTO_MAP = {
     "AutoConfig": "configuration_transmla.TransmlaConfig",
     "AutoModel": "modeling_transmla.TransmlaModel",
@@ -19,55 +19,65 @@ AUTO_MAP = {
 
 
 class TransmlaConfig(PretrainedConfig):  # type: ignore[misc,no-untyped-call]
-    """Reads a ``config.json``; what it returns is of a subclass of the source family's config.
+    """Reader of a ``config.json`` in the transmla format; returns a subclass of the source family's config.
 
-    Beside the family's fields there are ``source_model_type``, the family, and ``mla``, of two entries. ``layers``
-    gives each layer the index of its kind, or None where the source's attention stayed. ``kinds`` lists
-    ``kv_lora_rank``, ``qk_rope_head_dim``, ``qk_nope_head_dim``, ``v_head_dim``, ``inv_freq`` (radians per position of
-    the qk_rope_head_dim / 2 rotary slots), ``attention_factor`` (of cosines and sines) and ``latent_norm`` (whether
-    the latent has an RMSNorm); those of longrope also ``long_inv_freq`` and ``original_max_position_embeddings``,
-    behind which it holds.
+    Besides the family's fields, a config has ``source_model_type`` (the family) and ``mla``, a dict of two lists:
+
+    - ``layers``: for each layer, the index of its entry in ``kinds``, or None if it kept the source's attention.
+    - ``kinds``: one dict for each distinct kind of latent attention. Its keys are:
+
+      - ``kv_lora_rank``, ``qk_rope_head_dim``, ``qk_nope_head_dim``, ``v_head_dim``: widths r, d_r, d_n, d_v.
+      - ``inv_freq``: frequencies [d_r / 2] of the rotary slots, in radians per position.
+      - ``attention_factor``: factor on cosines and sines.
+      - ``latent_norm``: whether the latent has an RMSNorm.
+      - ``long_inv_freq``, ``original_max_position_embeddings`` (longrope only): frequencies [d_r / 2] for texts that
+        are longer than this number of positions.
     """
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the family that ``config_dict`` names."""
+        """Return the config of the family in ``source_model_type``.
+
+        Raises:
+            ValueError: if ``config_dict`` has no ``source_model_type``.
+        """
         if "source_model_type" not in config_dict:
             raise ValueError(
-                "this config.json names no source_model_type, as those of the format transmla do; read it by AutoConfig"
+                "this config.json has no source_model_type, so it is not a transmla export; read it with AutoConfig"
             )
         return config_class(config_dict["source_model_type"]).from_dict(config_dict, **kwargs)
 
 
 class _Converted:
-    """Mixed in before a family's config."""
+    """Mixin that ``config_class`` places before a family's config class."""
 
     architectures: list[str] | None
     source_model_type: str
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever, with the code that ``auto_map`` names."""
+        """Save the config, and beside it the code that ``auto_map`` names."""
         self.architectures = ["TransmlaForCausalLM"]
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_code(Path(save_directory))
 
     def __reduce__(self) -> Any:
-        """Pickled by its family: its class is made when it is needed."""
+        """Pickle the family's name instead of this class, which ``config_class`` creates at run time."""
         return _bare, (self.source_model_type,), self.__dict__
 
 
 def _bare(family: str) -> Any:
-    """A config of ``family`` without its state."""
-    found = config_class(family)
-    return found.__new__(found)
+    """A config of ``family`` without state, for unpickling."""
+    made = config_class(family)
+    return made.__new__(made)
 
 
 def write_code(folder: Path, beside: Path = Path(__file__).parent) -> None:
-    """Put what ``AUTO_MAP`` names into ``folder``, as far as it is ``beside``: this file and the model's.
+    """Copy the code files that ``AUTO_MAP`` names from the folder ``beside`` into ``folder``.
 
-    Where a checkpoint's code was fetched for its config alone, the model's is elsewhere; models save it themselves.
+    A missing file is skipped. The file of the model is missing if transformers fetched a checkpoint's code only for the
+    config; the model's ``save_pretrained`` then copies it.
     """
     for name in ("configuration_transmla.py", "modeling_transmla.py"):
         if (beside / name).is_file():
@@ -76,9 +86,9 @@ def write_code(folder: Path, beside: Path = Path(__file__).parent) -> None:
 
 @cache
 def config_class(family: str) -> Any:
-    """The config of ``family`` (a ``model_type`` of transformers) under this format's name."""
+    """Return the config class of ``family`` (a ``model_type`` of transformers) in the transmla format."""
     source = CONFIG_MAPPING[family]
-    # A plan for tensor parallelism splits the attention that was there before.
+    # The family's plan for tensor parallelism does not fit the new attention, so its attention entries are left out.
     plan = {name: how for name, how in (source.base_model_tp_plan or {}).items() if ".self_attn." not in name}
     body = {
         "model_type": MODEL_TYPE,
@@ -86,11 +96,11 @@ def config_class(family: str) -> Any:
         "__module__": __name__,
         "__doc__": source.__doc__,
     }
-    # One name for all: transformers registers a model under configs of the name that it was written for.
+    # All families share one class name: transformers compares the name with that of the registered config class.
     return type(TransmlaConfig.__name__, (_Converted, source), body)
 
 
 def converted_config(source: Any, mla: dict[str, Any]) -> Any:
-    """The config of what is made from a model of the ``source`` config; ``mla`` as ``TransmlaConfig`` says."""
+    """Return the config of a converted model, from the ``source`` config and ``mla`` (see ``TransmlaConfig``)."""
     fields = source.to_dict() | {"model_type": MODEL_TYPE, "source_model_type": source.model_type, "mla": mla}
     return TransmlaConfig.from_dict(fields | {"architectures": ["TransmlaForCausalLM"], "auto_map": AUTO_MAP})

@@ -1,6 +1,10 @@
-"""Multi-head latent attention in any family: the source's own classes, of which only ``self_attn`` is replaced.
+"""Multi-head latent attention for any family: the family's transformers classes with ``self_attn`` replaced.
 
-With its config, this file is all the code that an export of the own format brings along: torch and transformers only.
+This file and ``configuration_transmla.py`` are all the code that an export of the transmla format contains. They import
+only torch and transformers.
+
+Shapes: B sequences, T tokens, D hidden size, H heads, r latent width (``kv_lora_rank``), d_r rotary width
+(``qk_rope_head_dim``), d_n other width of queries and keys (``qk_nope_head_dim``), d_v value width (``v_head_dim``).
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .configuration_transmla import TransmlaConfig, config_class, write_code
 
-# What a family's attention adds to its scores: the attribute that holds it, and its name in attention functions.
+# Attributes of a family's attention that change the scores, and the argument names of attention functions for them.
 SCORE_EXTRAS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap", "sinks": "s_aux"}
-# Projections and norms of a family that norms its queries and keys.
+# Modules that are kept from a family with RMSNorms on queries and keys.
 NORMED = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
@@ -34,15 +38,15 @@ class LatentRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(rank)), eps
 
     def forward(self, kv_c: Tensor) -> Tensor:
-        """Every latent divided by its own root mean square."""
+        """Divide each latent of ``kv_c`` [..., r] by its root mean square and multiply it by the weight [r]."""
         wide = kv_c.float()
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(kv_c.dtype)
 
 
 class Frequencies(nn.Module):
-    """What rotary slots turn by: frequencies of their own, as a ``kind`` of layers in a config lists them.
+    """Rotary frequencies [d_r / 2] of a layer, from its entry in the config's ``mla["kinds"]``.
 
-    Longrope has two tables, and takes the long one for all positions once one of them lies behind ``short_length``.
+    Longrope has two tables. As soon as one position reaches ``short_length``, the long table applies to all positions.
     """
 
     def __init__(self, kind: dict[str, Any]) -> None:
@@ -50,18 +54,19 @@ class Frequencies(nn.Module):
         short = kind["inv_freq"]
         self.listed = [short, kind["long_inv_freq"]] if "long_inv_freq" in kind else [short]
         self.short_length, self.factor = kind.get("original_max_position_embeddings"), kind["attention_factor"]
-        # Integers: what casts a model must leave these as they are, or far positions turn by wrong angles.
+        # The buffer stores the bits of float32 values as integers, so that casting a model to half precision does not
+        # round the frequencies. Rounded frequencies give wrong angles at large positions.
         self.bits: Tensor
         self.register_buffer("bits", torch.empty(len(self.listed), len(short), dtype=torch.int32), persistent=False)
         self.fill()
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Put the frequencies where they belong: no checkpoint holds them."""
+        """Write the frequencies from the config into the buffer, which no checkpoint contains."""
         self.bits.copy_(torch.tensor(self.listed, dtype=torch.float32).view(torch.int32))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, 1, T, d_r/2] of ``positions`` [B, T]."""
+        """Return cosines and sines [B, 1, T, d_r / 2] for ``positions`` [B, T]."""
         tables = self.bits.view(torch.float32)
         inv_freq = tables[0]
         if self.short_length is not None:
@@ -71,9 +76,9 @@ class Frequencies(nn.Module):
 
 
 class PerHead(nn.Module):
-    """A linear map of each head's own features, [..., H, d] → [..., H, n]; the weight is [H · n, d].
+    """Separate linear map for each head, [..., H, d] → [..., H, n], with weight [H · n, d].
 
-    No ``nn.Linear``: adapters and quantisers would take it for one map of all heads.
+    The class is not an ``nn.Linear``, because adapters and quantisers would treat it as one map for all heads.
     """
 
     bias = None
@@ -83,17 +88,25 @@ class PerHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One product for each head, of all tokens together."""
+        """Map ``x`` [B, T, H, d] to [B, T, H, n], with one matrix product per head for all tokens."""
         heads, tokens = self.weight.unflatten(0, (x.shape[-2], -1)), x.shape[:-2]
         return (x.flatten(0, -3).transpose(0, 1) @ heads.mT).transpose(0, 1).unflatten(0, tokens)
 
 
 class TransmlaAttention(nn.Module):
-    """Attention to a cached latent and one rotary key, in the place of a family's own ``attention``.
+    """Attention to a cached latent and one rotary key; replaces a family's ``self_attn``.
 
-    Queries and cached rows are linear in the hidden states. Where the family norms its queries and keys they are not:
-    there its projections and norms stay, queries come head by head from its normed queries (``q_b_proj``), and cached
-    rows from its normed keys and its values.
+    Queries and cached rows are linear maps of the hidden states, unless the family normalises queries and keys. Then
+    the family's projections and norms stay. Queries are mapped from the normalised queries, head by head
+    (``q_b_proj``), and cached rows from the normalised keys and the values (``kv_a_proj_with_mqa``).
+
+    Args:
+        attention: the family's attention module.
+        config: config of the transmla format.
+        layer_idx: index of the layer.
+
+    Raises:
+        ValueError: if the family's attention has a feature that this class does not support (see ``refuse_unknown``).
     """
 
     q_proj: nn.Module
@@ -115,7 +128,7 @@ class TransmlaAttention(nn.Module):
         self.sliding_window = window_of(attention, config, layer_idx)
         self.attn_logit_softcapping = getattr(attention, "attn_logit_softcapping", None)
         self.sinks = getattr(attention, "sinks", None)
-        # The family's own, which knows what the family adds to its scores.
+        # The family's eager attention applies the family's changes to the scores.
         self.eager = sys.modules[type(attention).__module__].eager_attention_forward
 
         heads, cached = self.num_heads, self.kv_lora_rank + self.qk_rope_head_dim
@@ -144,29 +157,41 @@ class TransmlaAttention(nn.Module):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [B, T, D] for hidden states [B, T, D], and attention weights where the implementation has them.
+        """Attend with the tokens of ``hidden_states`` to all cached tokens.
 
-        ``position_ids`` [B, T] turn the rotary rows; the model's ``position_embeddings`` are of its own widths. The
-        ``cache`` is called ``past_key_values`` by transformers until 5.23.
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: ignored, because the model computes these with the source's head width.
+            attention_mask: mask as the attention implementation expects it.
+            past_key_values: the cache, as transformers until 5.23 passes it.
+            position_ids: positions [B, T].
+            cache: the cache, as newer transformers passes it.
+            kwargs: passed on to the attention implementation.
+
+        Returns:
+            Output [B, T, D], and the attention weights if the implementation returns them.
+
+        Raises:
+            ValueError: if ``position_ids`` is None.
         """
         if position_ids is None:
             raise ValueError(
-                f"{type(self).__name__} was given no position_ids: it turns by frequencies of its own; "
-                "call the model, which passes them, or pass them to the layer"
+                f"{type(self).__name__} needs position_ids, because its rotary frequencies differ from the model's; "
+                "call the model, which passes position_ids, or pass them to the layer"
             )
         query, cached = self._project(hidden_states)
         q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         kv_c = self.kv_a_layernorm(kv_c)
-        # Turned together: a step is many small operations, and each one costs its launch.
-        turned = self._turn(position_ids, torch.cat([q_pe, k_pe], 1))
-        q_pe, k_pe = turned.split([self.num_heads, 1], 1)
+        # Queries and key are rotated together: a decode step is bound by the number of kernel launches.
+        rotated = self._rotate(position_ids, torch.cat([q_pe, k_pe], 1))
+        q_pe, k_pe = rotated.split([self.num_heads, 1], 1)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx)
         key, value = self.expand_kv(kv_c, k_pe)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
-        extras = {given: getattr(self, name) for name, given in SCORE_EXTRAS.items()}
+        extras = {argument: getattr(self, attribute) for attribute, argument in SCORE_EXTRAS.items()}
         output, weights = attend(
             self,
             torch.cat([q_nope, q_pe], -1),
@@ -182,17 +207,21 @@ class TransmlaAttention(nn.Module):
         return dropout(output, self.residual_dropout, self.training), weights
 
     def expand_kv(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v] of all heads, from [B, 1, T, r] and [B, 1, T, d_r]."""
+        """Expand ``kv_c`` [B, 1, T, r] and ``k_pe`` [B, 1, T, d_r] for all heads.
+
+        Returns:
+            Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v].
+        """
         expanded = self.kv_b_proj(kv_c[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
         return torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], -1), value
 
     def __reduce__(self) -> Any:
-        """Pickled by the family's class: this one is made when it is needed."""
+        """Pickle the family's class instead of this one, which ``attention_class`` creates at run time."""
         return _bare_attention, (type(self).__mro__[2],), self.__dict__
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, T, H, d_n + d_r] and cached rows [B, T, r + d_r], not turned yet."""
+        """Queries [B, T, H, d_n + d_r] and cached rows [B, T, r + d_r] of ``x`` [B, T, D], before the rotation."""
         heads = self.num_heads, -1
         query = self.q_proj(x)
         if self.q_b_proj is None:
@@ -204,29 +233,33 @@ class TransmlaAttention(nn.Module):
         cached = self.kv_a_proj_with_mqa(torch.cat([key, self.v_proj(x)], -1))
         return self.q_b_proj(query.unflatten(-1, heads)), cached
 
-    def _turn(self, positions: Tensor, rows: Tensor) -> Tensor:
-        """Rotary embedding of ``rows`` [B, ·, T, d_r] in halves layout, by this layer's own frequencies."""
+    def _rotate(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """Apply the layer's rotary embedding to ``rows`` [B, ·, T, d_r], in which (i, i + d_r / 2) are pairs."""
         cos, sin = self.frequencies(positions)
         real, imaginary = rows.float().chunk(2, -1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(rows.dtype)
 
 
 def norm_heads(norm: Any, x: Tensor, width: int) -> Tensor:
-    """A family's ``norm`` of all heads [..., heads · ``width``] together, or of each."""
+    """Apply a family's ``norm`` to ``x`` [..., heads · width].
+
+    The norm covers all heads at once if its weight has heads · width entries, else each head separately.
+    """
     if norm.weight.numel() == x.shape[-1]:
         return norm(x)  # type: ignore[no-any-return]
     return norm(x.unflatten(-1, (-1, width))).flatten(-2)  # type: ignore[no-any-return]
 
 
 def has_bias(attention: Any) -> bool:
-    """Whether a family's queries, keys and values have biases."""
+    """Return whether the query, key and value projections of a family's ``attention`` have biases."""
     return (attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj).bias is not None
 
 
 def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
-    """How far back a layer looks: some families tell its attention, others leave it to the config.
+    """Return the sliding window of a layer in tokens, or None if the layer has no window.
 
-    A family whose configs have no such field does not look at one.
+    Some families store the window in the attention module, others only in the config. A config value is ignored if the
+    family's config class has no such field.
     """
     if not hasattr(type(config), "sliding_window"):
         return None
@@ -238,46 +271,46 @@ def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
 
 
 def refuse_unknown(attention: Any, config: Any) -> None:
-    """Refuse what a family does that this attention would leave out.
+    """Check that latent attention supports all features of a family's ``attention``.
 
     Raises:
-        ValueError: naming it.
+        ValueError: if the attention has other features; the message lists them.
     """
     unknown = {name for name, _ in attention.named_children()} - {*NORMED, "qkv_proj", "o_proj"}
-    unknown |= set() if attention.is_causal else {"attention to the future"}
+    unknown |= set() if attention.is_causal else {"non-causal attention"}
     unknown |= {"clip_qkv"} if getattr(config, "clip_qkv", None) else set()
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        # Its frequencies change with every length of the text.
+        # Dynamic frequencies change with the length of the text.
         unknown |= {"rope_type dynamic"} if table.get("rope_type") == "dynamic" else set()
         unknown |= {"llama_4_scaling_beta"} if table.get("llama_4_scaling_beta") else set()
     if unknown:
         raise ValueError(
-            f"{type(attention).__name__} has what latent attention would leave out: {', '.join(sorted(unknown))}; "
-            "let its layers keep their attention (None in mla.layers)"
+            f"{type(attention).__name__} has features that latent attention does not support: "
+            f"{', '.join(sorted(unknown))}; keep the attention of these layers (None in mla.layers)"
         )
 
 
 @cache
 def attention_class(plain: Any) -> type[nn.Module]:
-    """Latent attention that is, to whatever looks for it, a family's ``plain`` one."""
+    """Return the latent attention class for a family's attention class ``plain``, as a subclass of ``plain``."""
     return type(f"Transmla{plain.__name__}", (TransmlaAttention, plain), {"__module__": __name__})
 
 
 def _bare_attention(plain: Any) -> Any:
-    """Latent attention in the place of ``plain``, without its state."""
-    found = attention_class(plain)
-    return found.__new__(found)
+    """Latent attention for the class ``plain`` without state, for unpickling."""
+    made = attention_class(plain)
+    return made.__new__(made)
 
 
 def _bare_model(family: str, head: bool) -> Any:
-    """A model of ``family`` without its state."""
-    found = model_class(family, head=head)
-    return found.__new__(found)
+    """A model of ``family`` without state, for unpickling."""
+    made = model_class(family, head=head)
+    return made.__new__(made)
 
 
 def _initialise(decoder: Any, module: Any) -> None:
-    """What transformers calls for every module that no checkpoint gave its values."""
+    """Initialise a module whose parameters are not in the checkpoint; transformers calls this for each such module."""
     if isinstance(module, Frequencies):
         module.fill()
     elif isinstance(module, PerHead):
@@ -287,12 +320,12 @@ def _initialise(decoder: Any, module: Any) -> None:
 
 
 class _Converted:
-    """Mixed in before a family's model: built as it is, then latent attention put into its layers."""
+    """Mixin placed before a family's model class; replaces the attention of the layers once the model is built."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         decoder: Any = self.get_decoder()  # type: ignore[attr-defined]
-        # The decoder's own class knows nothing of what is new in its layers.
+        # The family's ``_init_weights`` does not know the new modules.
         decoder._init_weights = partial(_initialise, decoder)
         for i, layer in enumerate(decoder.layers):
             if config.mla["layers"][i] is not None:
@@ -301,35 +334,35 @@ class _Converted:
         decoder.init_weights()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As of any model of transformers, with the code that reads it."""
+        """Save the model as transformers does, and beside it the code that loads it."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_code(Path(save_directory), Path(__file__).parent)
 
     def __reduce__(self) -> Any:
-        """Pickled by its family: its class is made when it is needed."""
+        """Pickle the family's name instead of this class, which ``model_class`` creates at run time."""
         return _bare_model, (self.config.source_model_type, self.head), self.__dict__  # type: ignore[attr-defined]
 
 
-# What of the options of a model's ``from_pretrained`` says where its config is.
+# Options of ``from_pretrained`` that also locate the config.
 WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class _Entry(PreTrainedModel):  # type: ignore[misc]
-    """What an ``auto_map`` names: a door to the class of the family that a config names."""
+    """Class that ``auto_map`` names; its ``from_pretrained`` returns a model of the config's family."""
 
     config_class = TransmlaConfig
     head: bool
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        raise TypeError(f"{type(self).__name__} is a door to many classes: call its from_pretrained")
+        raise TypeError(f"{type(self).__name__} cannot be constructed; call its from_pretrained")
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of any model of transformers."""
+        """Load a model of the transmla format; the arguments are those of ``PreTrainedModel.from_pretrained``."""
         if config is None:
-            where = {name: kwargs[name] for name in WHERE if name in kwargs}
-            config = TransmlaConfig.from_pretrained(path, **where)
+            location = {name: kwargs[name] for name in WHERE if name in kwargs}
+            config = TransmlaConfig.from_pretrained(path, **location)
         return cls._of(config).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
@@ -342,23 +375,29 @@ class _Entry(PreTrainedModel):  # type: ignore[misc]
 
 
 class TransmlaModel(_Entry):
-    """A decoder without its head."""
+    """Decoder without a language-model head, of any family."""
 
     head = False
 
 
 class TransmlaForCausalLM(_Entry):
-    """A causal language model."""
+    """Causal language model of any family."""
 
     head = True
 
 
 @cache
 def model_class(family: str, *, head: bool) -> Any:
-    """The decoder of ``family`` (a ``model_type`` of transformers), or its causal LM, with latent attention."""
+    """Return the model class of ``family`` with latent attention.
+
+    Args:
+        family: a ``model_type`` of transformers.
+        head: True for the causal language model, False for the decoder.
+    """
     source: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if head else MODEL_MAPPING)[CONFIG_MAPPING[family]]
     name = f"Transmla{source.__name__}"
-    # Checkpoints may name tensors as the family once did (one for each expert): transformers converts them by class.
+    # A checkpoint may use the family's older tensor names (one tensor for each expert). transformers looks up their
+    # conversion by class name, so the family's conversion is registered for the new class as well.
     names = get_checkpoint_conversion_mapping(source.__name__) or get_checkpoint_conversion_mapping(family)
     if names:
         register_checkpoint_conversion_mapping(name, names, overwrite=True)

@@ -1,4 +1,7 @@
-"""The own format for transformers' Auto classes, where transmla is installed: no remote code is needed then."""
+"""Registration of the transmla format with transformers' Auto classes, and names that differ between its versions.
+
+Once registered, exports load without ``trust_remote_code``.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig, config_class
 from transmla.modeling.modeling_transmla import TransmlaForCausalLM, TransmlaModel
 
-# What models of transformers, and their outputs, call their cache; until 5.23 by the first of these names.
+# Name of the cache in the arguments and outputs of transformers' models: the first until 5.23, the second since.
 CACHE_ARGUMENT = next(
     name for name in ("past_key_values", "cache") if name in BaseModelOutputWithPast.__dataclass_fields__
 )
 
+# Auto classes, each with the class that reads an export for it.
 READERS: tuple[tuple[Any, Any], ...] = ((AutoModel, TransmlaModel), (AutoModelForCausalLM, TransmlaForCausalLM))
 
 
 class _Registering(TransmlaConfig):
-    """Makes the Auto classes know a family's config when the first one of it is read."""
+    """Config reader that also registers the config class of each family it reads with the Auto classes."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the config, after registering its class."""
         for auto, reader in READERS:
             auto.register(config_class(config_dict["source_model_type"]), reader, exist_ok=True)
         return super().from_dict(config_dict, **kwargs)
 
 
 def register() -> None:
-    """Let ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` read exports of the own format."""
+    """Register the transmla format with ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``."""
     AutoConfig.register(MODEL_TYPE, _Registering, exist_ok=True)

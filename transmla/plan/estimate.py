@@ -1,4 +1,4 @@
-"""What a conversion and its export will need: bytes, time, and who can run the shape."""
+"""Estimate the memory, disk space and time of a conversion, and the cache size of its export."""
 
 from __future__ import annotations
 
@@ -12,35 +12,49 @@ from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan.fit_settings import FitSettings
 
+# Memory sizes of common GPUs, in GB, for which the longest context is shown.
 GPU_GIGABYTES = (24, 80, 141)
-# Share of a GPU's memory that weights and cache may take; the rest is activations and the allocator.
+# Share of a GPU's memory that is available to weights and cache; activations and the allocator need the rest.
 USABLE = 0.9
-# Interpreter, torch and transformers once imported (resident, measured: 0.55–0.65 GB).
+# Resident bytes of a process that has imported torch and transformers (measured: 0.55–0.65 GB).
 BASE_MEMORY = 650 * 2**20
 
 
 def parameters(plan: Plan) -> int:
-    """Number of weights in the export."""
+    """Return the number of weights in the export."""
     form = format_named(plan.format)
     return plan.spec.num_hidden_layers * form.attention_parameters(plan) + form.other_parameters(plan)
 
 
 def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
-    """Largest size of the unfinished folder: the export, and the streams before and after a layer."""
+    """Return the peak size in bytes of the unfinished output folder: the export and the saved hidden states.
+
+    Args:
+        plan: the conversion's plan.
+        tokens: number of calibration tokens.
+        fit: settings of the fit; None if layers are not fitted.
+    """
     return parameters(plan) * value_bytes(plan.dtype) + _stream_bytes(plan, tokens, fit)
 
 
 def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int = 0) -> int:
-    """Peak resident memory of the conversion; ``held`` is the size of a GGUF source that is read whole."""
+    """Return the peak resident memory of the conversion in bytes.
+
+    Args:
+        plan: the conversion's plan.
+        tokens: number of calibration tokens.
+        fit: settings of the fit; None if layers are not fitted.
+        held: size in bytes of a GGUF source, which stays in memory throughout; 0 for other sources.
+    """
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
     layer = 4 * (attention + spec.layer_parameters)
-    # float64 copies of the attention's maps, the per-head key targets, and a dozen work matrices of the features
+    # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
     if fit is not None:
-        # the drift between the streams; of each layer of a window the source's stream behind it, the activations of a
-        # step, and weights, gradients and Adam's two moments
+        # The difference of the source's and the export's hidden states; and for each layer of a window the source's
+        # hidden states after the layer, one step's activations, the weights, the gradients and Adam's two moments.
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         activations = 4 * fit.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
         fitting = fit.window * (activations + 4 * 4 * 2 * _maps(spec))
@@ -50,20 +64,30 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int 
 
 
 def _maps(spec: AttentionSpec) -> int:
-    """Number of weights of an attention as maps of its features (``frontend``), and of its output projection."""
+    """Return the number of weights in one source attention: maps of the F features to q, k, v; output projection."""
     heads = spec.num_attention_heads
     return spec.head_dim * ((heads + 2 * spec.num_key_value_heads) * spec.features + heads * spec.hidden_size)
 
 
 def _stream_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
-    """What enters and leaves a layer: the source's stream, a first phase's, the export's, and factors fitted ahead."""
+    """Return the bytes of the streams that enter and leave a layer: of the source, first pass and export, in float32.
+
+    The factors that a window fitted for later layers are saved with them.
+    """
     streams = 1 + (method_named(plan.method).first_pass is not None) + (fit is not None)
     ahead = 0 if fit is None else (fit.window - 1) * 4 * format_named(plan.format).attention_parameters(plan)
     return 2 * (streams * 4 * tokens * plan.spec.hidden_size + ahead)
 
 
 def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | None) -> float:
-    """Estimated time of the conversion, from this machine's own matrix rate."""
+    """Return the estimated time of the conversion in seconds, from the matrix rate measured on ``device``.
+
+    Args:
+        plan: the conversion's plan.
+        tokens: number of calibration tokens.
+        device: the device that converts.
+        fit: settings of the fit; None if layers are not fitted.
+    """
     spec = plan.spec
     width, d = spec.hidden_size, spec.head_dim
     attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
@@ -72,7 +96,8 @@ def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | No
     features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
     factor = 30 * features**3 + 8 * features**2 * d * heads
     if fit is not None:
-        # the source once, the export forwards and twice backwards; its MLP has no weights to learn
+        # A step is a forward pass of the source, and a forward and a backward pass of the export. A backward pass costs
+        # as much as two forward passes; through the MLP, whose weights are frozen, as much as one.
         weights = 5 * attention + (3 * mlp if fit.through_mlp else 0)
         steps = fit.window * fit.steps * fit.tokens
         forward += 2 * steps * weights + 2 * fit.window * tokens * (attention + mlp)
@@ -81,7 +106,7 @@ def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | No
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Floating-point operations per second of a square matrix product, measured."""
+    """Measure the floating-point operations per second of a [size, size] matrix product on ``device``."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
@@ -92,39 +117,49 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 
 
 def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
-    """Tokens of one sequence whose cache a GPU holds beside the export's weights, (before, after), by its gigabytes."""
+    """Return the longest context, in tokens, whose cache fits a GPU together with the export's weights.
+
+    Returns:
+        GPU memory in GB → (tokens with the source's cache, tokens with the export's cache), for one sequence.
+    """
     weights, layers = parameters(plan) * value_bytes(plan.dtype), range(plan.spec.num_hidden_layers)
     windows = [plan.spec.kind(i).window for i in layers]
     before = [plan.spec.cache_values] * len(layers)
     after = [plan.spec.cache_values if i in plan.kept else plan.at(i).shape.cache_values for i in layers]
-    found = {}
+    longest = {}
     for gigabytes in GPU_GIGABYTES:
         free = int(max(0.0, USABLE * gigabytes * 1e9 - weights) / value_bytes(plan.dtype))
-        found[gigabytes] = longest_context(free, before, windows), longest_context(free, after, windows)
-    return found
+        longest[gigabytes] = longest_context(free, before, windows), longest_context(free, after, windows)
+    return longest
 
 
 def longest_context(free: int, values: list[int], windows: list[int | None]) -> int:
-    """Tokens for which ``free`` values last, where layers cache so many a token, no further back than their windows.
+    """Return the number of tokens of one sequence whose cache fits ``free`` values.
 
-    Where all layers have windows and these fit, the longest window.
+    Args:
+        free: number of values that fit the memory.
+        values: number of values that each layer caches per token.
+        windows: length of each layer's sliding window; None for layers that cache all tokens.
+
+    Returns:
+        The number of tokens; the longest window if all layers have windows and all windows fit.
     """
     tokens = 0
-    for seen in (*sorted({window for window in windows if window is not None}), None):
-        # What grows up to here, and what has stopped growing before.
+    for length in (*sorted({window for window in windows if window is not None}), None):
+        # Between ``tokens`` and ``length``, the caches of some layers grow; the other layers have filled their windows.
         growing = sum(v for v, window in zip(values, windows, strict=True) if window is None or window > tokens)
-        stopped = sum(v * (w or 0) for v, w in zip(values, windows, strict=True) if w is not None and w <= tokens)
+        full = sum(v * (w or 0) for v, w in zip(values, windows, strict=True) if w is not None and w <= tokens)
         if not growing:
             break
-        reached = (free - stopped) // growing
-        if seen is None or reached < seen:
+        reached = (free - full) // growing
+        if length is None or reached < length:
             return max(tokens, reached)
-        tokens = seen
+        tokens = length
     return tokens
 
 
 def bytes_per_token(plan: Plan, values: int) -> int:
-    """Cache bytes for ``values`` that all layers together cache of a token."""
+    """Return the bytes of ``values`` cached values in the export's precision."""
     return values * value_bytes(plan.dtype)
 
 
@@ -141,13 +176,13 @@ def summary(
     """Return everything that ``transmla plan`` shows, as plain values.
 
     Args:
-        plan: of the conversion.
-        tokens: of calibration text.
-        device: that converts.
-        fit: how every layer is fitted, if it is.
-        reconstruct: the name of that fit.
-        held: bytes of a GGUF source, which stay in memory throughout.
-        sampled: bytes of the whole model, which is in memory while it writes its own calibration text.
+        plan: the conversion's plan.
+        tokens: number of calibration tokens.
+        device: the device that converts.
+        fit: settings of the fit; None if layers are not fitted.
+        reconstruct: name of the fit.
+        held: size in bytes of a GGUF source, which stays in memory throughout; 0 for other sources.
+        sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
     """
     form = format_named(plan.format)
     before, after = plan.spec.cache_values, plan.shape.cache_values

@@ -1,4 +1,4 @@
-"""Which families convert, and to what: read off the registry and each family's own tiny model."""
+"""The table of supported model families, computed from the registry and a tiny model of each family."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from transmla.plan.make_plan import best_format
 from transmla.registry import scan
 from transmla.source.describe import describe, empty_model
 
-# What has a column of its own in the README.
+# Features that have their own column in docs/families.md.
 TICKED = ("biases", "q/k norms", "windows")
-# Versions of transformers that all families' tests have passed on.
+# Versions of transformers with which the tests of all families pass.
 TESTED = ("5.17", "5.23", "5.24")
 
 
 @dataclass(frozen=True)
 class Support:
-    """One family: its ``model_type``, models of it, the format that it becomes, and what its attention has.
+    """Support for one model family.
 
-    ``rope_types`` are the rotary scalings that its configs may ask for and that are carried exactly.
+    Attributes:
+        family: the family's ``model_type``.
+        models: names of models in the family.
+        format: the export format that a conversion chooses.
+        carried: features of the family's attention, all of which the export keeps.
+        rope_types: rotary scalings that the family's configs allow, all of which the export keeps exactly.
     """
 
     family: str
@@ -35,7 +40,7 @@ class Support:
 
 
 def supported() -> list[Support]:
-    """All families of the registry."""
+    """Return the support for every family in the registry."""
     families: dict[str, Family] = scan("transmla.families", "FAMILY")
     with _quiet():
         return [_support(family) for family in families.values()]
@@ -43,7 +48,7 @@ def supported() -> list[Support]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers says of configs that are no model's."""
+    """Silence transformers' warnings about the configs of tiny models."""
     from transformers import logging
 
     before = logging.get_verbosity()
@@ -55,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
 
 def notes() -> str:
-    """What holds for all families."""
+    """Return the note that follows the table: tested versions of transformers, and what is refused."""
     return (
         f"Tested with transformers {', '.join(TESTED)}. Refused by name: every other family, rope_type dynamic, "
         "quantised weights, and models of more than text, whose language model converts by itself."
@@ -63,31 +68,32 @@ def notes() -> str:
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """Return the table of docs/families.md, in Markdown."""
     lines = [["family", "models", "format", *TICKED, "rope types", "also carried"]]
     lines.append(["---"] * len(lines[0]))
-    for found in supported():
-        ticks = ["yes" if name in found.carried else "–" for name in TICKED]
-        rest = ", ".join(name for name in found.carried if name not in TICKED) or "–"
-        types = "all" if found.rope_types == ROPE_TYPES else ", ".join(found.rope_types)
-        lines.append([f"`{found.family}`", found.models, found.format, *ticks, types, rest])
+    for support in supported():
+        ticks = ["yes" if name in support.carried else "–" for name in TICKED]
+        rest = ", ".join(name for name in support.carried if name not in TICKED) or "–"
+        types = "all" if support.rope_types == ROPE_TYPES else ", ".join(support.rope_types)
+        lines.append([f"`{support.family}`", support.models, support.format, *ticks, types, rest])
     lines.append(["any other", "", "refused", *["" for _ in TICKED], "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _tiny(family: Family, **changes: Any) -> Any:
+    """Return the config of the family's tiny model, with ``changes``."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(family.name, **{"pad_token_id": None, **family.tiny, **changes})
 
 
 def _rope_types(family: Family, width: int) -> Iterator[str]:
-    """The rotary scalings of ``ROPE_TYPES`` that the family's configs take, for heads ``width`` wide."""
+    """Yield the rotary scalings of ``ROPE_TYPES`` that the family's configs allow, for heads of ``width`` channels."""
     from huggingface_hub.errors import StrictDataclassError
 
     known: dict[str, Any] = {"factor": 2.0, "original_max_position_embeddings": 128}
     for rope_type in ROPE_TYPES:
-        # A copy: configs of some versions share their defaults.
+        # Some versions of transformers share default values between configs, so change a copy.
         config = copy.deepcopy(_tiny(family))
         for table in rope_tables(config):
             pairs = round(width * table.get("partial_rotary_factor", 1.0)) // 2
@@ -100,16 +106,17 @@ def _rope_types(family: Family, width: int) -> Iterator[str]:
             table.update({"rope_type": rope_type} | more.get(rope_type, known))
         try:
             describe(_tiny(family, rope_parameters=config.rope_parameters))
-        except (StrictDataclassError, TransmlaError, KeyError):  # as a config of this family refuses, and as we do
+        except (StrictDataclassError, TransmlaError, KeyError):  # the family's config class or transmla refuses
             continue
         yield rope_type
 
 
 def _support(family: Family) -> Support:
+    """Describe one family, read from its tiny model without weights."""
     model: Any = empty_model(config := _tiny(family))
     spec = describe(config, model)
     attention, kinds = model.model.layers[0].self_attn, spec.kinds or (spec.kind(0),)
-    turned = {kind.turned for kind in kinds}
+    rotary_pairs = {kind.rotary_pairs for kind in kinds}
     has = {
         "biases": spec.biased,
         "q/k norms": spec.normed,
@@ -117,12 +124,12 @@ def _support(family: Family) -> Support:
         "experts": spec.experts,
         "soft-capped scores": any(kind.softcap for kind in kinds),
         "sinks": hasattr(attention, "sinks"),
-        "two rotary bases": len({kind.inv_freq[1] for kind in kinds if kind.turned > 1}) > 1,
-        "partial rotary": any(0 < count < spec.head_dim // 2 for count in turned),
+        "two rotary bases": len({kind.inv_freq[1] for kind in kinds if kind.rotary_pairs > 1}) > 1,
+        "partial rotary": any(0 < count < spec.head_dim // 2 for count in rotary_pairs),
         "interleaved rotary": family.interleaved,
-        "layers without rotary": 0 in turned,
+        "layers without rotary": 0 in rotary_pairs,
         "fused projections": hasattr(attention, "qkv_proj"),
     }
-    carried = tuple(name for name, there in has.items() if there)
+    carried = tuple(name for name, present in has.items() if present)
     form = best_format(spec).name
     return Support(family.name, family.models, form, carried, tuple(_rope_types(family, spec.head_dim)))

@@ -1,4 +1,4 @@
-"""How long every layer is fitted to the source after its closed form."""
+"""Settings of the fit that follows each layer's closed-form factors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ OFF, AUTO = "off", "auto"
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a layer is fitted.
+    """Settings of one layer's fit.
 
     Attributes:
-        steps: of Adam.
-        tokens: in one step, in whole sequences (no more than there are).
-        rate: highest learning rate, in units of each tensor's root mean square; it falls to zero.
+        steps: number of Adam steps.
+        tokens: tokens in one step, rounded down to whole sequences and limited to the calibration text.
+        rate: peak learning rate, in units of each tensor's root mean square; it decays to zero.
         through_mlp: measure the error after the layer's MLP; otherwise after its attention, at half the cost.
-        window: consecutive layers that are fitted together. The first of them is then final, and the others start
-            the next window.
-        small_cache_steps: factor on ``steps`` where less than SMALL_CACHE of the cache is kept.
+        window: number of consecutive layers that are fitted together. Only the first is final after the fit; the
+            others are starting points for the next window.
+        small_cache_steps: factor on ``steps`` if the export keeps less than SMALL_CACHE of the source's cache.
     """
 
     steps: int
@@ -33,10 +33,11 @@ class FitSettings:
     small_cache_steps: float = 1.0
 
 
-# Share of the source's cache below which a fit takes more steps. From 400 to 600 steps, SmolLM2-135M loses 0.5 % of its
-# perplexity at half the cache, 1.1 % at a third, 1.9 % at a quarter and 6 % at an eighth
+# Share of the source's cache below which a fit takes more steps. With 600 instead of 400 steps, the
+# perplexity of SmolLM2-135M falls by 0.5 % at half the cache, 1.1 % at a third, 1.9 % at a quarter and 6 % at an eighth
 # (scripts/results/quality/full-400-steps.json and full-600-steps.json).
 SMALL_CACHE = 0.4
+# Values of ``--reconstruct`` that fit layers, with their settings.
 FITS = {
     "fast": FitSettings(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
     "full": FitSettings(steps=400, tokens=4096, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
@@ -44,10 +45,16 @@ FITS = {
 
 
 def fit_settings(name: str, cache_ratio: float, *, experts: bool = False) -> FitSettings | None:
-    """Return the settings called ``name`` for a conversion that keeps ``cache_ratio`` of the cache; None for ``off``.
+    """Return the settings of a fit.
 
-    Layers with ``experts`` are fitted one at a time and up to their attention, because the choice of experts is not a
-    smooth function of the hidden states.
+    Args:
+        name: name of the fit, a key of FITS, or ``off``.
+        cache_ratio: share of the source's cache that the export keeps.
+        experts: whether layers have experts. Such layers are fitted one at a time, with the error after the attention,
+            because the choice of experts is not a smooth function of the hidden states.
+
+    Returns:
+        The settings; None for ``off``.
     """
     fit = FITS.get(name)
     if fit is not None and cache_ratio < SMALL_CACHE:
@@ -58,18 +65,25 @@ def fit_settings(name: str, cache_ratio: float, *, experts: bool = False) -> Fit
 
 
 def choose_fit(wanted: str, device: torch.device, sequences: int, *, baseline: str | None = None) -> tuple[str, str]:
-    """Return the fit that ``wanted`` stands for, and why it is ``off`` (empty if it is not).
+    """Resolve ``auto``, and explain why layers are not fitted.
 
-    ``auto`` is ``fast`` on a CPU and ``full`` on a GPU. It is ``off`` for a single calibration sequence, and for a
-    ``baseline`` method (its name), which is there to be compared with as published.
+    Args:
+        wanted: value of ``--reconstruct``. ``auto`` means ``fast`` on a CPU and ``full`` on a GPU, except that it
+            means ``off`` for a single calibration sequence and for a baseline method.
+        device: the device that converts.
+        sequences: number of calibration sequences.
+        baseline: name of the method if it is a baseline, whose published algorithm has no fit; otherwise None.
+
+    Returns:
+        The name of the fit, and the reason if it is ``off`` (otherwise an empty string).
 
     Raises:
-        TransmlaError: if a fit was asked for by name and there is only one sequence.
+        TransmlaError: if ``wanted`` names a fit and there is only one sequence.
     """
     if sequences < 2 and wanted in FITS:
         raise TransmlaError(
-            f"reconstruction '{wanted}' was asked for with one calibration sequence",
-            limit="it is fitted on some sequences and judged on others: at least 2",
+            f"--reconstruct {wanted} was given one calibration sequence",
+            limit="a fit needs at least 2: one to fit on, and one held-out sequence to evaluate on",
             remedy="raise --calibration-sequences, or pass --reconstruct off",
         )
     if wanted == OFF:

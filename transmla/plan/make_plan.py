@@ -1,4 +1,4 @@
-"""Decide everything about a conversion before any weight is read, and refuse what cannot work."""
+"""Decide everything about a conversion before any weight is read, and refuse conversions that cannot work."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from transmla.plan.shape import choose_shape, export_dtype, full_rank
 from transmla.recipe import Recipe
 
 AUTO = "auto"
-# Width of the rotary key in layers without rotary positions: one pair, the narrowest there is.
+# Width of the rotary key in layers without rotary positions: one pair of channels, the minimum.
 NO_ROTARY_WIDTH = 2
 
 
 def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str, *, unfitted_because: str | None = None) -> Plan:
     """Decide format, shape, rotary slots and precision of a conversion.
 
-    Every kind of layer caches as many values as the others, as far as it has anything to cache.
+    All kinds of layer cache the same number of values per token. Layers without rotary positions are an exception:
+    their latent is no wider than the full rank of their keys and values.
 
     Args:
         spec: the source's attention.
-        recipe: with ``reconstruct`` decided (``off``, ``fast`` or ``full``), because a fitted layer gets other widths.
-        source_dtype: the precision of the source's weights.
-        unfitted_because: why layers are not fitted, for the note that says what this changes.
+        recipe: the recipe; its ``reconstruct`` must be ``off``, ``fast`` or ``full``, because it changes the widths.
+        source_dtype: precision of the source's weights, such as "bfloat16".
+        unfitted_because: why layers are not fitted; adds a note on the widths that a fit would have.
 
     Raises:
-        TransmlaError: for a shape that is impossible, that the format cannot store, or that saves nothing.
+        TransmlaError: if the shape is impossible, the format cannot store the source, or the cache does not shrink.
     """
     method, kept = method_named(recipe.method), kept_layers(spec, recipe.layers)
     form, reason = choose_format(spec, recipe, kept)
     shape = choose_shape(spec, recipe, form)
     kinds = spec.kinds or (spec.kind(0),)
     planned = [_plan_kind(spec, kind, shape, form, method, recipe) for kind in kinds]
-    # The plan's own shape is that of the kind with the most rotary channels.
-    widest = max(range(len(kinds)), key=lambda i: kinds[i].turned)
+    # ``Plan.shape`` is the shape of the kind with the most rotary channels.
+    widest = max(range(len(kinds)), key=lambda i: kinds[i].rotary_pairs)
     first, rotary, rope_parameters = planned[widest]
     notes = [] if reason is None else [f"format {form.name}: {reason}"]
     notes += _layer_notes(spec, kept)
@@ -68,57 +69,67 @@ def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str, *, unfitte
 
 
 def choose_format(spec: AttentionSpec, recipe: Recipe, kept: tuple[int, ...]) -> tuple[Format, str | None]:
-    """Choose the export format: the one asked for, or the preferred one that can store the source.
+    """Choose the export format: the recipe's, or the most preferred one that can store the source.
 
-    ``kept`` layers keep the source's attention. Also returns why another format than the most preferred was taken.
+    Args:
+        spec: the source's attention.
+        recipe: the recipe, whose options the format must support.
+        kept: indices of the layers that keep the source's attention.
+
+    Returns:
+        The format, and the reason if it is not the most preferred one.
 
     Raises:
-        TransmlaError: if the format that was asked for cannot store the source, or cannot honour an option.
+        TransmlaError: if the recipe's format cannot store the source, or the format does not support an option.
     """
     ranked = _ranked()
     reason: str | None = None
     if recipe.format == AUTO:
         form = best_format(spec, kept)
         if form is not ranked[0]:
-            reason = f"the {ranked[0].name} format has no place for {ranked[0].lacks(spec, kept)}"
+            reason = f"the {ranked[0].name} format cannot store {ranked[0].lacks(spec, kept)}"
     else:
         form = format_named(recipe.format)
         gap = form.lacks(spec, kept)
         if gap is not None:
             raise TransmlaError(
-                f"{spec.family}: {gap} cannot be carried by the {form.name} format",
-                limit="it has no place for this",
+                f"{spec.family}: the {form.name} format cannot store {gap}",
                 remedy="leave --format out" + (", or convert all layers" if kept else ""),
             )
         if form is not ranked[0]:
             lacking = ranked[0].lacks(spec, kept)
-            reason = f"the {ranked[0].name} format has no place for {lacking}" if lacking else "it was asked for"
+            reason = f"the {ranked[0].name} format cannot store {lacking}" if lacking else "--format selects it"
     for option in sorted(frozenset().union(*(other.options for other in ranked)) - form.options):
         if getattr(recipe, option):
             flag = f"--{option.replace('_', '-')}"
-            takers = " or ".join(other.name for other in ranked if option in other.options)
+            supporting = " or ".join(other.name for other in ranked if option in other.options)
             raise TransmlaError(
-                f"{flag} needs the {takers} format",
-                limit=f"this export is of the format {form.name}: {reason or 'it was asked for'}",
+                f"{flag} needs the {supporting} format",
+                limit=f"this export has the {form.name} format: {reason or '--format selects it'}",
                 remedy=f"drop {flag}",
             )
     return form, reason
 
 
 def best_format(spec: AttentionSpec, kept: tuple[int, ...] = ()) -> Format:
-    """The preferred format of those that can store the source."""
+    """Return the most preferred format that can store the source; ``kept`` layers keep the source's attention."""
     return next(form for form in _ranked() if form.lacks(spec, kept) is None)
 
 
 def _ranked() -> list[Format]:
+    """Return all formats, most preferred first."""
     return sorted(formats().values(), key=lambda form: -form.preference)
 
 
 def kept_layers(spec: AttentionSpec, chosen: str | None) -> tuple[int, ...]:
-    """Return the layers that are not among those ``chosen``, such as "4-28" or "0-3,8"; none without a choice.
+    """Return the indices of the layers that are not converted.
+
+    Args:
+        spec: the source's attention.
+        chosen: layers to convert, such as "4-28" or "0-3,8"; None converts all layers.
 
     Raises:
-        TransmlaError: for layers that the model does not have, and for text that names no layers.
+        TransmlaError: if ``chosen`` names layers that the model does not have, or cannot be parsed.
     """
     if chosen is None:
         return ()
@@ -130,7 +141,7 @@ def kept_layers(spec: AttentionSpec, chosen: str | None) -> tuple[int, ...]:
             raise TransmlaError(
                 f"--layers {chosen}: '{part}' names no layers",
                 limit=f"the model has layers 0 to {spec.num_hidden_layers - 1}",
-                remedy=f"such as --layers 1-{spec.num_hidden_layers - 1}, or 0-3,8",
+                remedy=f"write for example --layers 1-{spec.num_hidden_layers - 1}, or 0-3,8",
             )
         converted |= set(layers)
     return tuple(i for i in range(spec.num_hidden_layers) if i not in converted)
@@ -140,24 +151,24 @@ def _plan_kind(
     spec: AttentionSpec, kind: LayerKind, shape: MLAShape, form: Format, method: Method, recipe: Recipe
 ) -> tuple[MLAShape, RotaryPlan, dict[str, Any]]:
     """Plan one kind of layer: its shape, its rotary slots, and the config's ``rope_parameters``."""
-    if not kind.turned:
-        # Without rotary positions the latent takes the whole budget, up to its full rank.
+    if not kind.rotary_pairs:
+        # Without rotary positions the latent gets the whole cache budget, up to the full rank of keys and values.
         full = full_rank(spec)
         rank = min(shape.cache_values - NO_ROTARY_WIDTH, full) if shape.cache_values < full else full
-        still = replace(shape, kv_lora_rank=rank, qk_rope_head_dim=NO_ROTARY_WIDTH, latent_rank=rank)
-        return still, RotaryPlan((0,), 1), dict(spec.rope_parameters)
+        latent_only = replace(shape, kv_lora_rank=rank, qk_rope_head_dim=NO_ROTARY_WIDTH, latent_rank=rank)
+        return latent_only, RotaryPlan((0,), 1), dict(spec.rope_parameters)
     slots, rope_parameters = form.rotary(spec, kind, shape.qk_rope_head_dim, custom=recipe.custom_rope)
-    return shape, RotaryPlan(slots, choose_fold(recipe, method, slots, kind.turned)), rope_parameters
+    return shape, RotaryPlan(slots, choose_fold(recipe, method, slots, kind.rotary_pairs)), rope_parameters
 
 
 def _layer_notes(spec: AttentionSpec, kept: tuple[int, ...]) -> list[str]:
-    """Notes on layers that cache less, or keep their attention."""
+    """Return notes on layers with sliding windows, and on layers that keep the source's attention."""
     notes = []
     windows = [window for i in range(spec.num_hidden_layers) if (window := spec.kind(i).window) is not None]
     if windows:
         notes.append(
-            f"{len(windows)} of {spec.num_hidden_layers} layers cache no more than {max(windows)} tokens back: what "
-            "their conversion saves is bounded too"
+            f"{len(windows)} of {spec.num_hidden_layers} layers cache at most the last {max(windows)} tokens, so long "
+            "contexts save no more in these layers"
         )
     if kept:
         notes.append(f"{len(kept)} of {spec.num_hidden_layers} layers keep the source's attention and cache")
@@ -165,7 +176,7 @@ def _layer_notes(spec: AttentionSpec, kept: tuple[int, ...]) -> list[str]:
 
 
 def _shape_note(spec: AttentionSpec, recipe: Recipe, form: Format, shape: MLAShape, because: str) -> list[str]:
-    """Say which widths a fitted conversion would have, if they are others."""
+    """Return a note on the widths that a fitted conversion would have, if they differ."""
     try:
         fitted = choose_shape(spec, recipe.model_copy(update={"reconstruct": "fast"}), form)
     except TransmlaError:
@@ -174,5 +185,5 @@ def _shape_note(spec: AttentionSpec, recipe: Recipe, form: Format, shape: MLASha
         return []
     return [
         f"layers are not fitted ({because}), so the rotary key is wider: latent {shape.kv_lora_rank} + rotary "
-        f"{shape.qk_rope_head_dim}, where a fitted conversion has {fitted.kv_lora_rank} + {fitted.qk_rope_head_dim}"
+        f"{shape.qk_rope_head_dim} instead of {fitted.kv_lora_rank} + {fitted.qk_rope_head_dim}"
     ]

@@ -8,34 +8,44 @@ from transmla.formats.base import Format
 from transmla.formats.runtimes import VLLM_DECODE, VLLM_PREFILL
 from transmla.recipe import Recipe
 
+# Share of the source's cache that the export keeps if the recipe gives neither a ratio nor widths.
 DEFAULT_CACHE_RATIO = 0.5
+# A ``kv_lora_rank`` that is chosen from the cache budget is a multiple of this number of channels.
 RANK_MULTIPLE = 16
 
 
 def export_dtype(wanted: str, source: str) -> str:
-    """bfloat16 or float32; half precision is not offered: it underflows in the latent norm, and factors overflow it."""
+    """Return the export's precision, "bfloat16" or "float32", for the recipe's ``wanted`` and the ``source``'s.
+
+    float16 is not supported: latent norms underflow in float16, and factors overflow.
+    """
     if wanted != "auto":
         return wanted
     return "float32" if source == "float32" else "bfloat16"
 
 
 def full_rank(spec: AttentionSpec) -> int:
-    """Rank of the keys and values of all heads, as maps of what the attention reads."""
+    """Return the full rank of keys and values together: min(2·G·d, F) for G heads of width d and F features."""
     return min(2 * spec.num_key_value_heads * spec.head_dim, spec.features)
 
 
 def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
-    """Return the widths asked for, or those that fit ``cache_ratio``, in an export of the format ``form``.
+    """Choose the widths of an export: the recipe's explicit widths, or widths that fit its ``cache_ratio``.
+
+    Args:
+        spec: the source's attention.
+        recipe: the recipe, with ``reconstruct`` decided.
+        form: the export's format.
 
     Raises:
-        TransmlaError: for widths that contradict each other, exceed a full rank, or fit no budget.
+        TransmlaError: if widths contradict each other, exceed a full rank, or do not fit the cache budget.
     """
     full = full_rank(spec)
     fixed = recipe.kv_lora_rank is not None or recipe.qk_rope_head_dim is not None
     if fixed and recipe.cache_ratio is not None:
         raise TransmlaError(
             "both a cache ratio and explicit widths were given",
-            limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim itself",
+            limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim",
             remedy="give one or the other",
         )
     budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
@@ -47,7 +57,7 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
     if rank <= 0:
         raise TransmlaError(
             f"a cache of {budget} values per token and layer cannot hold a rotary key of {d_r}",
-            limit=f"the latent needs at least {RANK_MULTIPLE} more",
+            limit=f"the latent needs at least {RANK_MULTIPLE} values more",
             remedy=f"raise --cache-ratio to {(d_r + RANK_MULTIPLE) / spec.cache_values:.3f} or lower"
             " --qk-rope-head-dim",
         )
@@ -82,23 +92,29 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
 
 
 def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, form: Format, *, fitted: bool) -> int:
-    """What turns of the source's head width, a half or a quarter of it; narrower only if nothing else fits.
+    """Choose the rotary key's width: all, half or a quarter of a head's rotary channels; fewer for a small budget.
 
-    A fitted layer makes do with fewer rotary channels and has more use for a wide latent (SmolLM2-135M, error of
-    single layers on validation text: 32 + 160 beats 64 + 128 by a third, 16 + 112 beats 32 + 96 by a tenth).
+    A fitted layer needs fewer rotary channels and gains more from a wide latent. On SmolLM2-135M, by the error of
+    single layers on validation text, rotary 32 + latent 160 beats 64 + 128 by a third, and 16 + 112 beats 32 + 96 by
+    a tenth.
     """
     wide, middle = (1.0, 0.4) if fitted else (0.5, 0.2)
-    widest = 2 * max(kind.turned for kind in spec.kinds or (spec.kind(0),))
+    widest = 2 * max(kind.rotary_pairs for kind in spec.kinds or (spec.kind(0),))
     width = widest // (1 if ratio >= wide else 2 if ratio >= middle else 4)
     while budget - width < RANK_MULTIPLE and width % 4 == 0:
         width //= 2
-    # Some tables (yarn) exist at full width alone.
+    # Some rotary tables (yarn) match the source at full width only.
     while width < widest and not form.holds_rotary(spec, width):
         width *= 2
     return width
 
 
 def _vllm_shape(rank: int, d_r: int, d_n: int, d_v: int, *, by_budget: bool) -> tuple[int, int, int, int]:
+    """Return the (kv_lora_rank, d_r, d_n, d_v) nearest to the given widths that vLLM has fast kernels for.
+
+    Raises:
+        TransmlaError: if no fast kernel takes these widths.
+    """
     ranks = [r for r, rope in VLLM_DECODE if rope == d_r]
     larger = [r for r in ranks if r >= rank]
     smaller = [r for r in ranks if r <= rank]
@@ -106,9 +122,9 @@ def _vllm_shape(rank: int, d_r: int, d_n: int, d_v: int, *, by_budget: bool) -> 
     if not heads or not (larger or (smaller and by_budget)):
         raise TransmlaError(
             f"no fast vLLM kernel takes rank {rank}, rope {d_r}, nope {d_n}, value {d_v}",
-            limit="decode takes 256+64 and 512+64, prefill heads of at most 192+64 and values of 256",
+            limit="decode takes latents of 256 and 512 with rotary 64, prefill heads up to 192+64 and values up to 256",
             remedy="set --qk-rope-head-dim 64, or drop --pad-for",
         )
-    # A budget is kept when a kernel fits inside it; an explicit rank is never cut.
+    # A rank from the cache budget is rounded down if a kernel allows it; an explicit rank is never reduced.
     chosen = max(smaller) if smaller and by_budget else min(larger)
     return chosen, d_r, *min(heads)

@@ -1,4 +1,4 @@
-"""Loading MLA models so that plain ``generate()`` decodes over their latent cache."""
+"""Load MLA models so that plain ``generate()`` decodes over their latent cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transmla.kernels.custom_op import compilable
 
 _log = logging.getLogger(__name__)
 
+# The only value of ``cache_dtype`` besides None.
 FLOAT8 = "float8_e4m3fn"
 
 
@@ -22,16 +23,16 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
     """Load a causal language model with MLA for fast decoding.
 
     Args:
-        path: an export, a checkpoint folder or a Hub id: any MLA model that transformers runs.
+        path: an export, a checkpoint folder or a Hub id. Any MLA model that transformers runs is accepted.
         backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.
-        cache_dtype: ``float8_e4m3fn`` to cache latents in 8 bits, with a scale for each token.
-        kwargs: for ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …).
+        cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …).
 
     Returns:
-        An ordinary transformers model, in evaluation mode.
+        A transformers model in evaluation mode.
 
     Raises:
-        TransmlaError: if it cannot be loaded, or has no MLA layer.
+        TransmlaError: if transformers cannot load the model, or for any reason listed in ``accelerate``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,14 +51,22 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
 
 
 def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None) -> Any:
-    """Let a loaded ``model`` decode over its latent; changes it in place and returns it.
+    """Change a loaded model in place so that it decodes over its latent cache.
 
-    Only this model's MLA layers change, by taking a subclass of their class; weights and state dict stay as they
-    are, and so does what ``save_pretrained`` writes.
+    Each MLA layer of this model becomes an instance of a subclass of its class. The weights, the state dict and the
+    files that ``save_pretrained`` writes do not change.
+
+    Args:
+        model: a transformers model with MLA layers.
+        backend: see ``load``.
+        cache_dtype: see ``load``.
+
+    Returns:
+        ``model``.
 
     Raises:
-        TransmlaError: if it has no MLA layer that transformers' own code runs, or an unknown ``backend`` or
-            ``cache_dtype`` (see ``load``).
+        TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
+            ``cache_dtype`` is unknown, or if a model with sliding windows is to cache float8 latents.
     """
     from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention, latent_class
 
@@ -65,17 +74,19 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
     if not layers:
         raise TransmlaError(
             f"{type(model).__name__} has no MLA layer to accelerate",
-            limit="its attention must cache a latent and have transformers' `expand_kv`",
-            remedy="convert it with `transmla convert`, and load the export",
+            limit="the attention must cache a latent and have transformers' `expand_kv` method",
+            remedy="convert the model with `transmla convert`, then load the export",
         )
     if cache_dtype not in (None, FLOAT8):
         raise TransmlaError(
-            f"unknown cache_dtype '{cache_dtype}'", limit=f"{FLOAT8}, or none for the model's own", remedy="choose one"
+            f"unknown cache_dtype '{cache_dtype}'",
+            limit=f"supported: {FLOAT8}",
+            remedy="use that, or leave out cache_dtype",
         )
     if cache_dtype is not None and any(getattr(layer, "sliding_window", None) for layer in layers):
         raise TransmlaError(
             f"{type(model).__name__} has sliding windows",
-            limit="rows of 8 bits are held by caches that only grow",
+            limit="float8 rows need a cache that keeps all tokens",
             remedy="leave out cache_dtype",
         )
     choose = partial(_choose, backend)
@@ -93,16 +104,16 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
     return model
 
 
-def _choose(wanted: str, layer: Any) -> None:
-    """Let a layer decode with the backend that serves it where it is, and as it is."""
+def _choose(backend: str, layer: Any) -> None:
+    """Give ``layer`` a backend that serves the current dtype and device of its weights."""
     weight: torch.Tensor = layer.kv_b_proj.weight
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
-    layer.backend = choose_for_device(wanted, shape)
+    layer.backend = choose_for_device(backend, shape)
     layer.decode = compilable(layer.backend)
     layer.place = weight.dtype, weight.device
 
 
 @cache
 def choose_for_device(wanted: str, shape: DecodeShape) -> Backend:
-    # Asked once for each shape, so that what cannot serve is named once.
+    """Return ``choose_backend(wanted, shape)``, cached so that the log names a backend that refuses only once."""
     return choose_backend(wanted, shape)

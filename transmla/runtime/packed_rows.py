@@ -1,7 +1,9 @@
-"""Latent rows in 8 bits: kv_c as e4m3 with one scale a token, k_pe as it is (rotary keys do not bear less).
+"""Packed rows of a latent cache: kv_c as float8 e4m3 with one scale per token, k_pe in its original dtype.
 
-All of a row lies in one line of bytes, [kv_c | scale | k_pe], each part 16-byte aligned, so that whatever a cache does
-with rows (selecting, repeating, cutting) it does with all of them. DeepSeek-V3 is served with such rows.
+Rotary keys stay in their dtype because they lose too much in 8 bits. DeepSeek-V3 is served with rows of this kind.
+
+One row is one line of bytes, [kv_c | scale | k_pe], with each part aligned to 16 bytes. Every cache operation on rows
+(selecting, repeating, cropping) therefore applies to all three parts at once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from torch import Tensor
 from transmla.kernels.rows import Rows
 
 FLOAT8 = torch.float8_e4m3fn
+# Largest float8 value.
 LARGEST = torch.finfo(FLOAT8).max
+# Alignment of each part, in bytes.
 ALIGNED = 16
 
 
@@ -21,12 +25,12 @@ def _aligned(size: int) -> int:
 
 
 def row_bytes(rank: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of a packed row of r + d_r values, ``dtype`` that of k_pe."""
+    """Return the bytes of a packed row with r = ``rank`` and d_r = ``width``; ``dtype`` is the dtype of k_pe."""
     return _aligned(rank) + ALIGNED + _aligned(width * dtype.itemsize)
 
 
 def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
-    """Rows [..., row_bytes] (uint8) of kv_c [..., r] and k_pe [..., d_r]."""
+    """Pack latents ``kv_c`` [..., r] and rotary keys ``k_pe`` [..., d_r] into rows [..., row_bytes] (uint8)."""
     rank, width = kv_c.shape[-1], k_pe.shape[-1]
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 2**10) / LARGEST
     rows = kv_c.new_zeros(*kv_c.shape[:-1], row_bytes(rank, width, k_pe.dtype), dtype=torch.uint8)
@@ -39,7 +43,17 @@ def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:
-    """The parts of rows [B, T, row_bytes], as views; ``dtype`` that of k_pe."""
+    """Return views of the parts of packed rows.
+
+    Args:
+        rows: packed rows [B, T, row_bytes] (uint8).
+        rank: r.
+        width: d_r.
+        dtype: dtype of the rotary keys.
+
+    Returns:
+        Rows with kv_c [B, T, r] (float8), k_pe [B, T, d_r] and scale [B, T] (float32).
+    """
     at = _aligned(rank)
     end = at + ALIGNED + width * dtype.itemsize
     scale = rows[..., at : at + 4].view(torch.float32)[..., 0]

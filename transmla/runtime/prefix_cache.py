@@ -1,8 +1,9 @@
-"""One prompt, many continuations: a prefix that is held once and attended to by the whole batch.
+"""Cache of one prompt for many continuations: the whole batch attends to a prefix that is cached once.
 
-TyphoonMLA (arXiv 2509.21081): the shared prefix is attended to in expanded form, whose work per query is the
-smallest and whose keys and values are read once for all sequences; every sequence's own suffix in absorbed form;
-the two merge by log-sum-exp. For few queries the prefix too is attended to as a latent.
+The method is TyphoonMLA (arXiv 2509.21081). Queries attend to the shared prefix in expanded form, which has the fewest
+products per query; its keys and values are read once for all sequences. Queries attend to the suffix of their own
+sequence in absorbed form. The two results are merged by log-sum-exp. With few queries, the prefix too is read in
+absorbed form.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from transformers.cache_utils import Cache
 from transmla.kernels.rows import Rows
 from transmla.runtime.latent_cache import LatentLayer
 
-# Products that a GPU does in the time it reads one value. Expanding pays where the products it saves take longer than
-# the wider rows that it reads: on an H200, rows of 512 + 64, 32 heads of 128, from about 42 queries on, as this number
-# has it (scripts/results/prefix.json).
+# Products that a GPU computes in the time in which it reads one value. The expanded form is faster if the products that
+# it saves take longer than reading its wider rows. Chosen on an H200 with rows of 512 + 64 and 32 heads of 128, where
+# the expanded form is faster from about 42 queries on (scripts/results/kernel_bench/prefix.json).
 PRODUCTS_PER_VALUE = 100
 
 
 class PrefixLayer(LatentLayer):
-    """A shared prefix [1, 1, P, r], [1, 1, P, d_r], and behind it the rows of each sequence.
+    """Shared prefix of one layer, and the rows that each sequence has behind the prefix.
 
-    ``update`` returns the sequences' own rows only; the attention finds the prefix in ``prefix``.
+    ``update`` returns only the rows behind the prefix. The attention reads the prefix from the attribute ``prefix``.
+
+    Attributes:
+        prefix: latents [1, 1, P, r] and rotary keys [1, 1, P, d_r], never packed.
+        expanded: keys and values [1, H, P, width] of the prefix, padded to one width; None until they are first used.
     """
 
     def __init__(self, kv_c: Tensor, k_pe: Tensor, *, packed: bool = False) -> None:
@@ -36,26 +41,31 @@ class PrefixLayer(LatentLayer):
 
     @property
     def shared(self) -> int:
-        """P."""
+        """Number of tokens P in the prefix."""
         return self.prefix[0].shape[2]
 
     def whole(self, rows: Rows) -> Rows:
-        """The prefix and behind it each sequence's own ``rows``."""
+        """Return the prefix followed by the ``rows`` [B, T, ·] of each sequence: rows [B, P + T, ·]."""
         parts = zip(self.prefix, rows.full(), strict=True)
-        return Rows(*(torch.cat([shared[:, 0].expand(len(own), -1, -1), own], 1) for shared, own in parts))
+        return Rows(*(torch.cat([shared[:, 0].expand(len(suffix), -1, -1), suffix], 1) for shared, suffix in parts))
 
     def get_seq_length(self) -> int:
-        """Tokens seen by every sequence."""
+        """Return the number of cached tokens of a sequence, prefix included."""
         return self.shared + self.own_length()
 
 
 def share(cache: Cache, *, packed: bool = False) -> Cache:
-    """Make all that ``cache`` holds, of one sequence, the prefix of any number of them; returns the cache.
+    """Turn the rows of one cached sequence into a prefix for any number of sequences, in place.
 
-    Rows behind it may be ``packed``; its own are not.
+    Args:
+        cache: the cache of one sequence.
+        packed: whether rows behind the prefix store latents as float8. The prefix itself is not packed.
+
+    Returns:
+        ``cache``.
 
     Raises:
-        ValueError: if it holds several sequences, or none.
+        ValueError: if the cache holds several sequences or none.
     """
     for i, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -66,29 +76,36 @@ def share(cache: Cache, *, packed: bool = False) -> Cache:
 
 
 def prefix_layer(cache: Any, layer: int) -> PrefixLayer | None:
-    """The layer of ``cache`` if it has a shared prefix."""
+    """Return the cache layer with index ``layer`` if it has a shared prefix, else None."""
     layers = getattr(cache, "layers", [])
-    found = layers[layer] if layer < len(layers) else None
-    return found if isinstance(found, PrefixLayer) else None
+    cached = layers[layer] if layer < len(layers) else None
+    return cached if isinstance(cached, PrefixLayer) else None
 
 
 def expanding_is_cheaper(module: Any, queries: int) -> bool:
-    """Whether ``queries`` tokens, over all sequences, read a shared prefix faster when it is expanded."""
+    """Return whether ``queries`` new tokens, summed over all sequences, attend to a prefix faster in expanded form."""
     expanded = module.qk_nope_head_dim + module.qk_rope_head_dim + module.v_head_dim
     absorbed = 2 * module.kv_lora_rank + module.qk_rope_head_dim
     return queries * (absorbed - expanded) > PRODUCTS_PER_VALUE * expanded
 
 
 def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors whose last dimension zeros make as wide as the widest, which is what flash attention takes."""
+    """Pad the last dimension of all tensors with zeros to the largest width, as flash attention requires."""
     width = max(t.shape[-1] for t in tensors)
     return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of ``q`` [1, H, M, d] to all of ``k`` [1, H, P, d] and ``v`` [1, H, P, d_v].
+    """Attend to all keys, without a mask. A GPU in half precision uses flash attention.
 
-    Returns [1, H, M, d_v] and the log-sum-exp of the scores [1, H, M]. On a GPU in half precision by flash attention.
+    Args:
+        q: queries [1, H, M, d].
+        k: keys [1, H, P, d]; columns behind d are ignored.
+        v: values [1, H, P, d_v].
+        scaling: factor on the scores.
+
+    Returns:
+        Outputs [1, H, M, d_v], and the log-sum-exp of the scores [1, H, M].
     """
     width = max(t.shape[-1] for t in (q, k, v))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and width <= 256:
@@ -101,6 +118,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Ten
 
 
 def merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> Tensor:
-    """Attention to two sets of keys from attention to each: means [..., d] and log-sum-exps [...]."""
+    """Merge the attention to two sets of keys, with outputs [..., d] and log-sum-exps [...], to outputs [..., d]."""
     weight = torch.sigmoid(left_lse - right_lse)[..., None].to(left.dtype)
     return left * weight + right * (1 - weight)

@@ -1,4 +1,4 @@
-"""Make a cache that holds one prompt for many continuations."""
+"""Cache one prompt for many continuations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from transmla.errors import TransmlaError
 
 
 def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
-    """A cache that holds one prompt once, for any number of continuations.
+    """Return a cache that holds one prompt once, for any number of continuations.
+
+    Pass the cache to ``generate`` as ``past_key_values`` (``cache`` from transformers 5.24 on). Every row of its
+    ``input_ids`` [B, P + n] must begin with the prompt, with n ≥ 1. Pad shorter rows between prompt and continuation,
+    and mark the padding in ``attention_mask``.
+
+    One ``generate`` call changes the cache. Pass a ``copy.deepcopy`` to use the cache again.
 
     Args:
-        model: from ``load`` or ``accelerate``.
+        model: a model from ``load`` or ``accelerate``.
         input_ids: the prompt [1, P].
 
-    Returns:
-        What ``generate`` takes as ``past_key_values`` (``cache`` from transformers 5.24 on), beside ``input_ids``
-        [B, P + n] that begin with the prompt (n ≥ 1; shorter ones padded between prompt and continuation, with an
-        ``attention_mask`` that says so). It is spent by one ``generate``; ``copy.deepcopy`` it before to use it again.
-
     Raises:
-        TransmlaError: for several prompts, or a model that is not accelerated.
+        TransmlaError: if ``input_ids`` is not one prompt, if the model is not accelerated, or if some of its layers
+            have no latent or have sliding windows.
     """
     from transformers import DynamicCache
 
@@ -30,34 +32,18 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
     from transmla.runtime.latent_attention import LatentAttention
     from transmla.runtime.prefix_cache import share
 
-    if input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
-        raise TransmlaError(
-            f"input_ids of shape {list(input_ids.shape)}", limit="a shared prefix is one prompt", remedy="give [1, P]"
-        )
-    if not any(isinstance(module, LatentAttention) for module in model.modules()):
-        raise TransmlaError(
-            f"{type(model).__name__} is not accelerated",
-            limit="stock attention knows no shared prefix",
-            remedy="load it with transmla.load, or pass it to transmla.accelerate",
-        )
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
-    kept = model.config.num_hidden_layers - len(layers)
-    if kept:
-        raise TransmlaError(
-            f"{kept} layers of {type(model).__name__} kept the source's attention",
-            limit="a shared prefix is held by latent layers alone",
-            remedy="give generate() the whole prompts, or convert all layers",
-        )
+    _check_shareable(model, input_ids, len(layers))
     packed = layers[0].packed
     cache = DynamicCache(config=model.config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise TransmlaError(
             f"{type(model).__name__} has sliding windows",
-            limit="a shared prefix is seen whole, however far behind",
+            limit="every token attends to a whole shared prefix, at any distance",
             remedy="give generate() the whole prompts",
         )
     try:
-        # What all sequences share is held once, and need not be packed.
+        # The prefix is cached once for all sequences, so packing it would save little.
         for layer in layers:
             layer.packed = False
         with torch.no_grad():
@@ -66,3 +52,26 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
         for layer in layers:
             layer.packed = packed
     return share(cache, packed=packed)
+
+
+def _check_shareable(model: Any, input_ids: torch.Tensor, latent_layers: int) -> None:
+    """Raise a TransmlaError if ``input_ids`` is not one prompt, or if a layer of ``model`` has no latent cache."""
+    if input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+        raise TransmlaError(
+            f"input_ids of shape {list(input_ids.shape)}",
+            limit="a shared prefix is one prompt",
+            remedy="give input_ids of shape [1, P]",
+        )
+    if not latent_layers:
+        raise TransmlaError(
+            f"{type(model).__name__} is not accelerated",
+            limit="transformers' attention does not support a shared prefix",
+            remedy="load the model with transmla.load, or pass it to transmla.accelerate",
+        )
+    layers = model.config.num_hidden_layers
+    if latent_layers != layers:
+        raise TransmlaError(
+            f"{layers - latent_layers} of {layers} layers of {type(model).__name__} kept the source's attention",
+            limit="only layers with a latent cache support a shared prefix",
+            remedy="give generate() the whole prompts, or convert all layers",
+        )

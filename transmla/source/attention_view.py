@@ -1,8 +1,16 @@
-"""What a source's attention is linear in: its features, and its weights as maps of them.
+"""The features of a source's attention, and its weights as linear maps of these features.
 
-All mathematics of conversion is of maps that read one input. That input are the hidden states; where there are biases,
-with a one behind them, so that a bias is one more column; and where queries and keys are normed, which no map of the
-hidden states can be, the normed queries, the normed keys and the values themselves.
+The mathematics of the conversion needs queries, keys and values that are linear in one input: the features [..., F].
+The features are computed from the attention's input x [..., D]. There are three cases:
+
+- Projections without biases: the features are x, so F = D. The maps are the projection weights.
+- Projections with biases: the features are x followed by a constant 1, so F = D + 1. The biases are the last column
+  of the maps.
+- Normed queries and keys: a norm is not linear in x. The features are therefore the normed queries, the normed keys
+  and the values, concatenated, so F = (H + 2G)·d. The maps are rows of the identity matrix.
+
+D is the hidden size, H the number of query heads, G the number of key/value heads, d the head width, T the number of
+tokens. In *halves layout*, RoPE rotates channel i of a head together with channel i + d/2, as in Llama.
 """
 
 from __future__ import annotations
@@ -20,21 +28,27 @@ from transmla.modeling.modeling_transmla import has_bias, norm_heads
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of query and key/value heads, their width, and the order [d] that puts a head's channels in halves.
+    """The heads of one attention.
 
-    The first ``turned`` channels of queries and keys count ``factor`` times.
+    Attributes:
+        queries: number of query heads, H.
+        groups: number of key/value heads, G.
+        width: channels in a head, d.
+        order: the family's channel for every channel of the halves layout [d].
+        rotary_channels: rotary channels; the first ones of a head in the family's order.
+        factor: multiplies the rotary channels of queries and keys (an attention factor on a part of the head).
     """
 
     queries: int
     groups: int
     width: int
     order: tuple[int, ...]
-    turned: int = 0
+    rotary_channels: int = 0
     factor: float = 1.0
 
 
 def read_projections(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """Weights [(H + 2G)·d, D] and biases [(H + 2G)·d] of queries, keys and values of a family's ``attention``."""
+    """Return the weights [(H + 2G)·d, D] and biases [(H + 2G)·d] of an attention's queries, keys and values."""
     if hasattr(attention, "qkv_proj"):
         return attention.qkv_proj.weight, attention.qkv_proj.bias
     parts = attention.q_proj, attention.k_proj, attention.v_proj
@@ -43,29 +57,36 @@ def read_projections(attention: Any) -> tuple[Tensor, Tensor | None]:
 
 
 class AttentionView:
-    """The features of one ``attention``, whose weights are there."""
+    """The features and the linear maps of one attention module.
+
+    Args:
+        attention: a family's attention module with its weights loaded.
+        heads: the heads of the attention.
+        rules: what the family does to attention scores before the softmax.
+    """
 
     def __init__(self, attention: Any, heads: Heads, rules: ScoreRules) -> None:
         self.attention, self.heads, self.rules = attention, heads, rules
         self.projection, self.bias = read_projections(attention)
         self.normed = hasattr(attention, "q_norm")
-        # A list would be sent to the device at every use; and most families need no other order at all.
+        # A tensor on the device: indexing with a Python list would copy the list to the device in every call.
+        # None for families whose heads are in halves layout already: they need no copy.
         self.order = None
         if heads.order != tuple(range(heads.width)):
             self.order = torch.tensor(heads.order, device=self.projection.device)
         self.scale = None
         if heads.factor != 1:
             self.scale = torch.ones(heads.width, device=self.projection.device)
-            self.scale[: heads.turned] = heads.factor
+            self.scale[: heads.rotary_channels] = heads.factor
 
     @property
     def width(self) -> int:
-        """Number of features."""
+        """Number of features, F."""
         rows, columns = self.projection.shape
         return rows if self.normed else columns + (self.bias is not None)
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [..., F] of what enters the attention, [..., D]."""
+        """Return the features [..., F] of the attention's input x [..., D]."""
         if not self.normed:
             return x if self.bias is None else pad(x, (0, 1), value=1.0)
         h, d = self.heads, self.heads.width
@@ -74,7 +95,11 @@ class AttentionView:
         return torch.cat([q, k, v], -1)
 
     def blocks(self) -> Tensor | None:
-        """Which part of the attention a feature [F] belongs to: a query head, or (H) keys and values; None for one."""
+        """Return the block number of every feature [F], or None when the features form a single block.
+
+        With normed queries and keys, block h < H holds the features of query head h. Block H holds the features of
+        all keys and values.
+        """
         if not self.normed:
             return None
         h = self.heads
@@ -82,16 +107,23 @@ class AttentionView:
         return torch.arange(h.queries + 1, device=counts.device).repeat_interleave(counts)
 
     def masks(self) -> dict[str, Tensor]:
-        """By the names of factors, where they may read features; empty where that is everywhere."""
+        """Return, by the name of a factor, a mask that is True for the features that the factor may read.
+
+        The masks are [H, 1, F] for ``q_nope`` and ``q_pe``, and [F] for ``latent`` and ``rope``. The result is empty
+        when every factor may read all features.
+        """
         blocks = self.blocks()
         if blocks is None:
             return {}
-        own = torch.arange(self.heads.queries, device=blocks.device)[:, None, None] == blocks
-        shared = blocks == self.heads.queries
-        return {"q_nope": own, "q_pe": own, "latent": shared, "rope": shared}
+        query_block = torch.arange(self.heads.queries, device=blocks.device)[:, None, None] == blocks
+        key_value_block = blocks == self.heads.queries
+        return {"q_nope": query_block, "q_pe": query_block, "latent": key_value_block, "rope": key_value_block}
 
     def heads_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, T, d], keys and values [N, G, T, d], queries and keys in halves, of features [N, T, F]."""
+        """Return queries [N, H, T, d], keys [N, G, T, d] and values [N, G, T, d] of features [N, T, F].
+
+        Queries and keys are in halves layout. RoPE is not applied.
+        """
         h = self.heads
         rows = features
         if not self.normed:
@@ -105,7 +137,10 @@ class AttentionView:
         return q.index_select(-1, self.order), k.index_select(-1, self.order), v
 
     def weights(self) -> LayerWeights:
-        """Queries, keys and values as maps of the features, float32, channels of queries and keys in halves."""
+        """Return the attention's weights as maps of the features, in float32.
+
+        q is [H, d, F], k and v are [G, d, F], o is [H, D, d]. Queries and keys are in halves layout.
+        """
         h, d = self.heads, self.heads.width
         if self.normed:
             maps = torch.eye(self.width, device=self.projection.device)
@@ -121,17 +156,24 @@ class AttentionView:
         return LayerWeights(q[:, order], k[:, order], v, o, self.rules)
 
 
-def halves_order(width: int, turned: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Channels [width] in halves layout, of which the first ``turned`` are; the others become pairs that stand still.
+def halves_order(width: int, rotary_channels: int, *, interleaved: bool) -> tuple[int, ...]:
+    """Return the channel order [width] that brings a head into halves layout.
+
+    The channels that RoPE does not rotate are paired too, after the rotary pairs; their frequency is 0.
+
+    Args:
+        width: channels in a head.
+        rotary_channels: rotary channels; they are the first ones of the head.
+        interleaved: whether RoPE rotates channel 2i together with channel 2i + 1, instead of the two halves.
 
     Raises:
-        ValueError: for an odd number of either.
+        ValueError: if ``width`` or ``rotary_channels`` is odd.
     """
-    if width % 2 or turned % 2:
-        raise ValueError(f"{turned} of {width} channels cannot be paired")
-    pairs = [(i, i + turned // 2) for i in range(turned // 2)]
+    if width % 2 or rotary_channels % 2:
+        raise ValueError(f"{rotary_channels} of {width} channels cannot be paired")
+    pairs = [(i, i + rotary_channels // 2) for i in range(rotary_channels // 2)]
     if interleaved:
-        pairs = [(2 * i, 2 * i + 1) for i in range(turned // 2)]
-    rest = (width - turned) // 2
-    pairs += [(turned + i, turned + rest + i) for i in range(rest)]
+        pairs = [(2 * i, 2 * i + 1) for i in range(rotary_channels // 2)]
+    rest = (width - rotary_channels) // 2
+    pairs += [(rotary_channels + i, rotary_channels + rest + i) for i in range(rest)]
     return tuple(channel for half in zip(*pairs, strict=True) for channel in half)

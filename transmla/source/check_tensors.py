@@ -11,40 +11,47 @@ from transmla.families.base import Family
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Family, model: Any) -> None:
-    """Compare every tensor that ``model`` needs with what the checkpoint holds.
+    """Compare the names and shapes of a checkpoint's tensors with those of the model.
 
-    Of tensors that transformers stacks from several on disk (experts) only the names are compared, with each other.
+    transformers stacks the weights of all experts of a layer into one tensor. For experts, only the names are checked:
+    every expert must have the same tensors.
+
+    Args:
+        shapes: shape of every tensor in the checkpoint, by name.
+        config: the source's transformers config.
+        family: the source's model family.
+        model: the source's causal LM without weights.
 
     Raises:
-        TransmlaError: naming the first tensors that are missing or of another shape.
+        TransmlaError: if a tensor is missing, has another shape, or is not part of the model.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        wanted.pop(family.tensors["head"], None)
-    stacked = {name.partition(".experts.")[0] + "." for name in wanted if ".experts." in name and name not in shapes}
-    wanted = {name: shape for name, shape in wanted.items() if not name.startswith(tuple(stacked))}
-    missing = [name for name in wanted if name not in shapes] + _missing_experts(shapes, len(stacked))
+        expected.pop(family.tensors["head"], None)
+    stacked = {name.partition(".experts.")[0] + "." for name in expected if ".experts." in name and name not in shapes}
+    expected = {name: shape for name, shape in expected.items() if not name.startswith(tuple(stacked))}
+    missing = [name for name in expected if name not in shapes] + _missing_experts(shapes, len(stacked))
     if missing:
         raise TransmlaError(
             f"{len(missing)} tensors are missing, the first is '{missing[0]}'",
-            limit=f"the config asks for {config.num_hidden_layers} layers of family {family.name}",
+            limit=f"config.json asks for {config.num_hidden_layers} layers of family {family.name}",
             remedy="download the checkpoint again, or correct its config.json",
         )
     blocks = tuple(block.rpartition(".mlp")[0] + "." for block in stacked)
     extra = [
         name
         for name in shapes
-        if name not in wanted
+        if name not in expected
         and name != family.tensors["head"]
         and not (name.startswith(blocks) and ".self_attn." not in name)
     ]
     if extra:
         raise TransmlaError(
-            f"the model has no place for tensor '{extra[0]}'" + (f" and {len(extra) - 1} more" if extra[1:] else ""),
+            f"tensor '{extra[0]}'" + (f" and {len(extra) - 1} more are" if extra[1:] else " is") + " not in the model",
             limit=f"family {family.name} with this config.json has no such weight, and nothing is dropped silently",
             remedy="use the config.json that belongs to these weights",
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if shapes[name] != shape:
             raise TransmlaError(
                 f"tensor '{name}' has shape {list(shapes[name])}",
@@ -54,18 +61,21 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: Any, family: Fa
 
 
 def _missing_experts(shapes: Mapping[str, tuple[int, ...]], blocks: int) -> list[str]:
-    """Tensors that some experts on disk have and others lack; there should be ``blocks`` layers of them."""
-    found: dict[str, set[tuple[int, str]]] = {}
+    """Return the tensors that some experts in the checkpoint have and others lack.
+
+    ``blocks`` is the expected number of layers with experts.
+    """
+    experts: dict[str, set[tuple[int, str]]] = {}
     for name in shapes:
         match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(.+)", name)
         if match:
-            found.setdefault(match[1], set()).add((int(match[2]), match[3]))
-    if blocks and len(found) != blocks:
-        return [f"experts of {blocks - len(found)} layers"]
-    numbers, parts = ({part[i] for parts in found.values() for part in parts} for i in (0, 1))
-    wanted = {(number, part) for number in numbers for part in parts}
+            experts.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    if blocks and len(experts) != blocks:
+        return [f"experts of {blocks - len(experts)} layers"]
+    numbers, parts = ({part[i] for parts in experts.values() for part in parts} for i in (0, 1))
+    complete = {(number, part) for number in numbers for part in parts}
     return [
         f"{block}.experts.{number}.{part}"
-        for block, there in sorted(found.items())
-        for number, part in sorted(wanted - there)
+        for block, present in sorted(experts.items())
+        for number, part in sorted(complete - present)
     ]

@@ -1,4 +1,4 @@
-"""Source checkpoints, read lazily: a Hugging Face folder or a GGUF file."""
+"""Open a source checkpoint, a Hugging Face folder or a GGUF file, and read its tensors on demand."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DTYPES = ("F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """Tensors by name without loading the model: shapes are known at once, values are read on demand.
+    """The tensors of a checkpoint, by name. Shapes are known at once; values are read on demand.
 
     Args:
-        folder: what the tokenizer and config load from (a local folder).
-        shapes: shape of every tensor.
-        read: returns one tensor by name.
-        gguf: file name inside ``folder`` when the source is a GGUF file, which is held whole in memory.
+        folder: local folder with the config and the tokenizer.
+        shapes: shape of every tensor, by name.
+        read: returns the tensor with a given name, on the CPU.
         size: bytes of all tensors on disk.
+        gguf: file name inside ``folder`` of a GGUF source; its tensors are all in memory. None for other sources.
     """
 
     def __init__(
@@ -43,18 +43,21 @@ class Checkpoint:
         gguf: str | None = None,
     ) -> None:
         self.folder, self.read, self.size, self.gguf = folder, read, size, gguf
-        # Old Llama checkpoints also store their rotary tables, which the config already says.
+        # Old Llama checkpoints store their rotary frequencies, which follow from the config.
         self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
     def layer(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors under ``prefix``, keyed without it."""
+        """Read all tensors whose names begin with ``prefix``. The keys of the result leave the prefix out."""
         return {name.removeprefix(prefix): self.read(name) for name in self.shapes if name.startswith(prefix)}
 
     def fingerprint(self, progress: Callable[[int, int], None] | None = None) -> str:
-        """Hash of every tensor's name, dtype, shape and bytes; refuses NaN and Inf on the way.
+        """Return a SHA-256 over every tensor's name, dtype, shape and CRC-32, and check that all values are finite.
+
+        Args:
+            progress: called after each tensor with the number of tensors done and the number of all tensors.
 
         Raises:
-            TransmlaError: if a tensor holds a value that is not finite.
+            TransmlaError: if a tensor holds NaN or Inf.
         """
         digest = hashlib.sha256()
         for done, name in enumerate(sorted(self.shapes), start=1):
@@ -74,17 +77,22 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a checkpoint without reading its weights (a GGUF file is read whole).
+    """Open a checkpoint without reading its weights. A GGUF file is the exception: it is loaded into memory.
+
+    Args:
+        path: checkpoint folder or GGUF file.
+        allow_pickle: whether pickled weights may be opened.
 
     Raises:
-        TransmlaError: no weights there, a shard missing or cut off, or a pickle that was not asked for.
+        TransmlaError: if there are no weights, if a file is missing, cut off or of another format, if a tensor has
+            another dtype than float32, float16 or bfloat16, or if the weights are pickled and ``allow_pickle`` is off.
     """
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(path)
     if not (path / "config.json").is_file():
         raise TransmlaError(
             f"no config.json in '{path}'",
-            limit="a checkpoint folder holds config.json and safetensors",
+            limit="a checkpoint folder holds config.json and safetensors files",
             remedy="check SOURCE",
         )
     if (path / _INDEX).is_file():
@@ -108,7 +116,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
-    where: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         file = folder / shard
@@ -132,12 +140,12 @@ def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
                     limit="weights must be float32, float16 or bfloat16",
                     remedy="convert the unquantised checkpoint",
                 )
-            where[name] = file
+            files[name] = file
             shapes[name] = tuple(view.get_shape())
 
     def read(name: str) -> Tensor:
-        # Opened for each tensor: the pages read of a mapped file stay resident until its last tensor goes.
-        with safe_open(where[name], framework="pt") as handle:
+        # Open the file for each tensor: a mapped file keeps its pages in memory until its last tensor is freed.
+        with safe_open(files[name], framework="pt") as handle:
             return handle.get_tensor(name)
 
     size = sum((folder / shard).stat().st_size for shard in shards)
@@ -145,8 +153,8 @@ def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
 
 
 def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
-    found = [name for name in _PICKLES if (folder / name).is_file()]
-    if not found:
+    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    if not pickles:
         raise TransmlaError(
             f"no weights in '{folder}'",
             limit=f"expected model.safetensors or {_INDEX}",
@@ -154,16 +162,16 @@ def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
         )
     if not allow:
         raise TransmlaError(
-            f"'{folder}' holds pickled weights ({found[0]})",
+            f"'{folder}' holds pickled weights ({pickles[0]})",
             limit="a pickle can run code when it is opened",
-            remedy="convert it to safetensors, or pass --allow-pickle if you trust it",
+            remedy="convert the weights to safetensors, or pass --allow-pickle if you trust them",
         )
     index = folder / _PICKLES[1]
     files = sorted(set(_weight_map(index).values())) if index.is_file() else [_PICKLES[0]]
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            # torch.load cannot map files from before torch 1.6, which are not zip archives.
             mapped = zipfile.is_zipfile(folder / file)
             tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=mapped)
         except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, EOFError) as error:
@@ -194,7 +202,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         model = load_model(path, dtype=torch.bfloat16)
     except TransmlaError:
         raise
-    except Exception as error:  # the readers underneath raise whatever the bytes make them raise
+    except Exception as error:  # the libraries that parse GGUF raise many types for a damaged file
         raise TransmlaError(
             f"'{path.name}' cannot be read as GGUF",
             limit=f"{type(error).__name__}: {error}",
@@ -206,7 +214,11 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _refuse_lost_scaling(path: Path) -> None:
-    """transformers reads the rope scaling of a GGUF file as none at all: a silently different model."""
+    """Refuse a GGUF file with RoPE scaling. transformers ignores the scaling, which silently changes the model.
+
+    Raises:
+        TransmlaError: if the file scales its rotary frequencies.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -215,6 +227,6 @@ def _refuse_lost_scaling(path: Path) -> None:
     if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         raise TransmlaError(
             f"'{path.name}' scales its rotary frequencies",
-            limit="transformers does not read that from a GGUF file",
+            limit="transformers ignores the RoPE scaling in a GGUF file",
             remedy="convert the original checkpoint folder",
         )

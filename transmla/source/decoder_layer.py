@@ -1,7 +1,7 @@
-"""A family's own decoder layers, built one at a time and run with any attention in the place of their own.
+"""Build one of a family's decoder layers at a time, and run it with any attention inside.
 
-What stands around the attention (norms before or after it, multipliers, experts) is the family's code, and nothing of
-it is written again here.
+Everything around the attention (norms, multipliers, MLP, experts) stays the family's code in transformers. Only the
+attention's ``forward`` is replaced, so nothing of a family is implemented a second time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transmla.errors import TransmlaError
 
 
-class _Reached(Exception):
-    """Carries what was asked for out of a model or layer that would go on."""
+class _Captured(Exception):
+    """Stops a forward pass and carries out the tensor that was captured."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -25,21 +25,27 @@ class _Reached(Exception):
 
 
 def layer_with(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Decoder layer ``index`` of a ``model`` without weights, holding ``tensors`` as they are named on disk.
+    """Build one decoder layer with its weights.
+
+    Args:
+        model: the source's causal LM without weights.
+        index: number of the layer.
+        tensors: the layer's tensors, with their names in the checkpoint relative to the layer.
+        dtype: dtype of the layer's parameters.
 
     Raises:
-        TransmlaError: if they are not the layer's.
+        TransmlaError: if the tensors do not belong to the layer.
     """
     module = copy.deepcopy(model.model.layers[index])
     if set(tensors) == set(module.state_dict()):
         module.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=True, assign=True)
     else:
-        module = _converted(model, index, tensors, dtype)
+        module = _load_through_transformers(model, index, tensors, dtype)
     return module.requires_grad_(False)
 
 
-def _converted(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """The layer, when transformers must rename or stack what is on disk (experts), as it does for whole models."""
+def _load_through_transformers(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Load the layer with ``from_pretrained``, which renames tensors and stacks experts as for a whole model."""
     from transformers import PreTrainedModel
 
     base: Any = [c for c in type(model.model).__mro__ if issubclass(c, PreTrainedModel)][-2]
@@ -51,24 +57,24 @@ def _converted(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.
         self.model.layers = nn.ModuleList([kind(config, index)])
         self.post_init()
 
-    # The module tells transformers what the family's experts can do.
-    alone: Any = type(f"{kind.__name__}Alone", (base,), {"__init__": build, "__module__": base.__module__})
+    # The base's ``__module__``: transformers looks there for what the family's experts support.
+    one_layer: Any = type(f"{kind.__name__}Alone", (base,), {"__init__": build, "__module__": base.__module__})
     named = {f"model.layers.0.{name}": tensor.cpu() for name, tensor in tensors.items()}
     try:
-        found, info = alone.from_pretrained(
+        loaded, info = one_layer.from_pretrained(
             None, config=model.config, state_dict=named, dtype=dtype, output_loading_info=True
         )
     except (RuntimeError, ValueError) as error:
-        raise _foreign(index, "what its experts are stacked from is not complete") from error
+        raise _mismatch(index, "the weights of its experts are not complete") from error
     wrong = [f"{key}: {sorted(map(str, info[key]))[0]}" for key in ("missing_keys", "unexpected_keys") if info.get(key)]
     if wrong:
-        raise _foreign(index, "; ".join(wrong).replace("model.layers.0.", ""))
-    return found.model.layers[0].eval()
+        raise _mismatch(index, "; ".join(wrong).replace("model.layers.0.", ""))
+    return loaded.model.layers[0].eval()
 
 
-def _foreign(index: int, reason: str) -> TransmlaError:
+def _mismatch(index: int, reason: str) -> TransmlaError:
     return TransmlaError(
-        f"the tensors of layer {index} are not its family's",
+        f"the tensors of layer {index} do not match its model family",
         limit=reason,
         remedy="download the checkpoint again",
     )
@@ -76,41 +82,53 @@ def _foreign(index: int, reason: str) -> TransmlaError:
 
 @torch.no_grad()
 def embedded(model: Any, tokens: Tensor, embedding: Tensor) -> Tensor:
-    """What enters the first layer of a ``model`` without weights, whose embedding is [V, D]; [N, T] → [N, T, D]."""
+    """Return the input of the first decoder layer [N, T, D] for token ids [N, T], in float32.
+
+    The family's code runs up to the first layer, so that its multipliers and norms of the embedding apply.
+
+    Args:
+        model: the source's causal LM without weights.
+        tokens: token ids [N, T].
+        embedding: the source's embedding [V, D].
+    """
     words, tokens = tokens.unique(return_inverse=True)
     trunk = copy.copy(model.model)
     trunk._modules = dict(model.model._modules)
     trunk.embed_tokens = copy.deepcopy(model.model.embed_tokens)
-    # Only the rows of these words are there, and padding's may be none of them.
+    # The embedding is cut to the tokens in use, so the padding token's index may be out of range.
     trunk.embed_tokens.padding_idx = None
     trunk.embed_tokens.weight = nn.Parameter(embedding[words].float(), requires_grad=False)
     first = copy.deepcopy(model.model.layers[0])
-    first.register_forward_pre_hook(_leave)
+    first.register_forward_pre_hook(_capture_input)
     trunk.layers = nn.ModuleList([first])
-    # One sequence at a time: some families make masks as large as its square.
-    return torch.cat([_reached(trunk, row[None]) for row in tokens])
+    # One sequence at a time: some families allocate an attention mask [T, T] for each sequence.
+    return torch.cat([_first_layer_input(trunk, row[None]) for row in tokens])
 
 
-def _reached(trunk: Any, row: Tensor) -> Tensor:
+def _first_layer_input(trunk: Any, row: Tensor) -> Tensor:
     try:
         trunk(input_ids=row, use_cache=False)
-    except _Reached as reached:
-        return reached.value.float()
+    except _Captured as captured:
+        return captured.value.float()
     raise AssertionError("the first layer was not run")
 
 
 def run_layer(module: Any, hidden: Tensor, attend: Callable[[Tensor], Tensor], *, until: str | None = None) -> Tensor:
-    """Run a decoder layer on ``hidden`` [N, T, D] with ``attend`` for its attention; [N, T, D].
+    """Run a decoder layer with another attention, and return its output [N, T, D].
 
-    With ``until``, the name of one of its modules, what enters that module is returned, and nothing after it run.
+    Args:
+        module: the decoder layer.
+        hidden: hidden states before the layer [N, T, D].
+        attend: the attention, from its input [N, T, D] to its output after ``o_proj`` [N, T, D].
+        until: name of a submodule. The layer then stops before this submodule, and the result is the submodule's input.
     """
     attention, stop = module.self_attn, None if until is None else module.get_submodule(until)
     attention.forward = lambda hidden_states, **_: (attend(hidden_states), None)
-    hook = None if stop is None else stop.register_forward_pre_hook(_leave)
+    hook = None if stop is None else stop.register_forward_pre_hook(_capture_input)
     try:
         output = module(hidden, attention_mask=None, position_embeddings=None)
-    except _Reached as reached:
-        return reached.value
+    except _Captured as captured:
+        return captured.value
     finally:
         del attention.forward
         if hook is not None:
@@ -119,13 +137,13 @@ def run_layer(module: Any, hidden: Tensor, attend: Callable[[Tensor], Tensor], *
 
 
 def attention_input(module: Any, hidden: Tensor) -> Tensor:
-    """What the attention of a decoder layer is given for ``hidden``; [N, T, D] → [N, T, D]."""
+    """Return the input of a decoder layer's attention [N, T, D] for hidden states before the layer [N, T, D]."""
 
-    def reached(x: Tensor) -> Tensor:
-        raise _Reached(x)
+    def capture(x: Tensor) -> Tensor:
+        raise _Captured(x)
 
-    return run_layer(module, hidden, reached)
+    return run_layer(module, hidden, capture)
 
 
-def _leave(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-    raise _Reached(arguments[0])
+def _capture_input(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    raise _Captured(arguments[0])

@@ -1,4 +1,4 @@
-"""From a Hugging Face config to an ``AttentionSpec``, and the check that the tensors agree with it."""
+"""Read a source's Hugging Face config, and derive the model family and the ``AttentionSpec`` from it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from transmla.source.load import split_gguf
 
 
 def read_config(path: Path) -> Any:
-    """The config of a source, as transformers reads it.
+    """Read the config of a checkpoint folder or GGUF file with transformers.
 
     Raises:
-        TransmlaError: an unreadable config, or one that needs ``trust_remote_code``.
+        TransmlaError: if the config is unreadable, needs ``trust_remote_code``, or belongs to a converted model.
     """
     from transformers import AutoConfig
 
     folder, extra = split_gguf(path)
     if _is_export(folder):
         raise TransmlaError(
-            f"'{path}' is converted already", limit="its attention is latent", remedy="convert its source"
+            f"'{path}' is already converted", limit="its attention is MLA", remedy="convert the original model"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
-    except Exception as error:  # its readers and validators share no narrower class
+    except Exception as error:  # transformers' config readers and validators share no narrower class
         if "trust_remote_code" in str(error):
             raise TransmlaError(
-                f"'{path}' needs code of its own (trust_remote_code)",
+                f"'{path}' needs custom code (trust_remote_code)",
                 limit="transmla runs no code from a checkpoint",
                 remedy="convert a model whose class ships with transformers",
             ) from error
@@ -47,7 +47,7 @@ def read_config(path: Path) -> Any:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether ``folder`` holds an export of the own format."""
+    """Return whether ``folder`` holds an export in the transmla format."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "transmla"  # type: ignore[no-any-return]
     except (OSError, ValueError, AttributeError):
@@ -55,17 +55,17 @@ def _is_export(folder: Path) -> bool:
 
 
 def family_of(config: Any) -> Family:
-    """The family of ``config``, after it has accepted every attribute of it.
+    """Return the model family of ``config``, after the family has checked every attribute of the config.
 
     Raises:
-        TransmlaError: for an unknown family, a model of more than text, or what no format carries.
+        TransmlaError: if the family is unknown, the model is multimodal, or no export format can carry an attribute.
     """
     text = getattr(config, "text_config", None)
     if text is not None:
         raise TransmlaError(
-            f"'{config.model_type}' is a model of text and more",
+            f"'{config.model_type}' is a multimodal model",
             limit="transmla converts causal language models",
-            remedy=f"save its language model, of model_type '{text.model_type}', by itself, and convert that",
+            remedy=f"save its language model, of model_type '{text.model_type}', as a separate model, and convert that",
         )
     family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
     family.check(config)
@@ -73,10 +73,10 @@ def family_of(config: Any) -> Family:
 
 
 def empty_model(config: Any) -> Any:
-    """The source's causal LM without weights: parameters on the meta device, buffers as they are.
+    """Build the source's causal LM without weights: parameters on the meta device, buffers with their values.
 
     Raises:
-        TransmlaError: if transformers cannot build it.
+        TransmlaError: if transformers cannot build the model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -87,7 +87,7 @@ def empty_model(config: Any) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    except (KeyError, ValueError, TypeError) as error:  # an unknown activation, for one
+    except (KeyError, ValueError, TypeError) as error:  # for example, an unknown activation
         raise TransmlaError(
             f"transformers cannot build a {config.model_type} model from the source's config",
             limit=f"{type(error).__name__}: {error}",
@@ -96,28 +96,32 @@ def empty_model(config: Any) -> Any:
 
 
 def describe(config: Any, model: Any = None) -> AttentionSpec:
-    """What the project needs to know of a source, read off its config and its ``model`` without weights.
+    """Return the ``AttentionSpec`` of a source.
+
+    Args:
+        config: the source's transformers config.
+        model: the source's causal LM without weights; built from ``config`` if None.
 
     Raises:
-        TransmlaError: for a family or an attribute that cannot be converted, by name.
+        TransmlaError: if the family, or an attribute of the config or the attention, cannot be converted.
     """
     family = family_of(config)
     model = empty_model(config) if model is None else model
     layers = model.model.layers
     attention = layers[0].self_attn
     try:
-        found = [_kind(model, i) for i in range(len(layers))]
+        layer_kinds = [_layer_kind(model, i) for i in range(len(layers))]
     except ValueError as error:
         raise TransmlaError(
             f"{family.name}: {str(error).partition(';')[0]}",
             limit="nothing is dropped silently",
             remedy="convert a model without it",
         ) from error
-    kinds = tuple(dict.fromkeys(found))
-    outside = [
+    kinds = tuple(dict.fromkeys(layer_kinds))
+    outside_attention = [
         sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("self_attn.")) for layer in layers
     ]
-    inside = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
+    inside_attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     uniform = kinds == (LayerKind(kinds[0].inv_freq, kinds[0].attention_factor, kinds[0].scaling),)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     return AttentionSpec(
@@ -137,22 +141,22 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         inv_freq=kinds[0].inv_freq,
         attention_factor=kinds[0].attention_factor,
         scaling=kinds[0].scaling,
-        layer_parameters=max(outside),
-        other_parameters=sum(p.numel() for p in model.parameters()) - inside,
+        layer_parameters=max(outside_attention),
+        other_parameters=sum(p.numel() for p in model.parameters()) - inside_attention,
         normed=hasattr(attention, "q_norm"),
         biased=has_bias(attention),
         experts=any(".experts." in name for name, _ in model.named_parameters()),
         native_gap=family.native(config),
         kinds=() if uniform else kinds,
-        layers=() if uniform else tuple(kinds.index(kind) for kind in found),
+        layers=() if uniform else tuple(kinds.index(kind) for kind in layer_kinds),
     )
 
 
-def _kind(model: Any, layer: int) -> LayerKind:
-    """The kind of a layer, as its family built it.
+def _layer_kind(model: Any, layer: int) -> LayerKind:
+    """Return the kind of one layer, read from the modules that its family built.
 
     Raises:
-        ValueError: naming what latent attention would leave out.
+        ValueError: if MLA would leave out a part of the attention; the message names the part.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -166,18 +170,19 @@ def _kind(model: Any, layer: int) -> LayerKind:
     factor, long = float(getattr(rotary, f"{prefix}attention_scaling")), None
     if not getattr(attention, "use_rope", True):
         inv_freq, factor, table = torch.zeros_like(inv_freq), 1.0, {}
-    still = attention.head_dim // 2 - len(inv_freq)
+    unrotated = attention.head_dim // 2 - len(inv_freq)
     short_length = table["original_max_position_embeddings"] if table.get("rope_type") == "longrope" else None
     if short_length is not None:
         of_type = {"layer_type": layer_type} if layer_type else {}
         long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=short_length + 1, **of_type)
     return LayerKind(
-        inv_freq=(*inv_freq.tolist(), *[0.0] * still),
-        attention_factor=1.0 if still else factor,
+        inv_freq=(*inv_freq.tolist(), *[0.0] * unrotated),
+        # With partial RoPE the factor scales the rotary channels only, so it cannot be a factor of the whole score.
+        attention_factor=1.0 if unrotated else factor,
         scaling=float(attention.scaling),
         window=window_of(attention, config, layer),
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        turned_factor=factor if still else 1.0,
-        long_inv_freq=None if long is None else (*long.double().tolist(), *[0.0] * still),
+        rotary_factor=factor if unrotated else 1.0,
+        long_inv_freq=None if long is None else (*long.double().tolist(), *[0.0] * unrotated),
         short_length=short_length,
     )

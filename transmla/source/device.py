@@ -1,4 +1,4 @@
-"""The device that a run uses, and whether it is fast in bfloat16."""
+"""Choose the device of a run, and tell whether it is fast in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from transmla.errors import TransmlaError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one."""
+    """Return the device with a given name. ``auto`` means the first GPU, or the CPU if there is no GPU.
+
+    Raises:
+        TransmlaError: if the device does not exist or cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -22,7 +26,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
+    """Return whether the device multiplies bfloat16 matrices faster than float32 matrices."""
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return True

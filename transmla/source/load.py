@@ -15,15 +15,15 @@ from transmla.modeling.transformers_api import register
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint folder or GGUF file.
+    """Load the tokenizer of a checkpoint folder or GGUF file.
 
     Raises:
-        TransmlaError: if there is none.
+        TransmlaError: if the tokenizer is missing or unreadable.
     """
     from transformers import AutoTokenizer
 
     folder, extra = split_gguf(path)
-    # An export's config would ask whether its code may be run.
+    # Without the registered classes, transformers would ask for trust_remote_code when ``folder`` is an export.
     register()
     try:
         return AutoTokenizer.from_pretrained(folder, **extra)
@@ -37,7 +37,7 @@ def load_tokenizer(path: Path) -> Any:
 
 @contextmanager
 def eval_mode(model: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode for the while; each module gets its own training flag back."""
+    """Put ``model`` into evaluation mode inside the block, then restore every module's training flag."""
     training = [] if model is None else [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -49,21 +49,27 @@ def eval_mode(model: nn.Module | None) -> Iterator[None]:
 
 
 def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and ``from_pretrained`` arguments for a path that may be a GGUF file."""
+    """Return the folder and the additional ``from_pretrained`` arguments for a checkpoint folder or GGUF file."""
     return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
 
 
 def load_model(path: Path, *, dtype: torch.dtype | str, **kwargs: Any) -> Any:
-    """Any causal LM, whole, through transformers; a GGUF file is de-quantised."""
+    """Load a whole causal LM through transformers, in evaluation mode. A GGUF file is dequantised.
+
+    Args:
+        path: checkpoint folder or GGUF file.
+        dtype: dtype of the parameters, as ``from_pretrained`` takes it.
+        kwargs: further arguments of ``from_pretrained``.
+    """
     import transformers
 
     folder, extra = split_gguf(path)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if extra and gguf_config is not None:
-        # From 5.2x on transformers keeps GGUF weights packed unless told otherwise.
+        # From 5.2x on, transformers keeps GGUF weights packed by default.
         extra["quantization_config"] = gguf_config(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **kwargs)
     if getattr(model.config, "attn_logit_softcapping", None):
-        # Until 5.22 other attention was the default, and left the caps out.
+        # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")
     return model.eval()

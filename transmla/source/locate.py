@@ -1,4 +1,4 @@
-"""Where a source is: a local path, a file that an installed package carries, or the Hub's cache."""
+"""Resolve a source's name to a local path: a local file, a file in an installed package, or a Hub download."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from pathlib import Path
 
 from transmla.errors import TransmlaError
 
-# What a Hub download leaves out: other frameworks' copies of the same weights.
+# Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
 
 
 def resolve_source(
     source: str, *, revision: str | None = None, weights: bool = True, allow_pickle: bool = False
 ) -> Path:
-    """A local path for ``source``: itself, a file inside an installed package, or a Hub download.
+    """Return a local path for a source. A Hub model is downloaded into the Hub's cache.
 
-    ``package:NAME/FILE`` names a file that an installed Python package carries as data; the package is
-    not imported. Without ``weights`` a Hub download fetches configs and tokenizer only.
+    Args:
+        source: a local path, a Hub id such as org/name, or ``package:NAME/FILE`` for a data file inside an installed
+            Python package. The package is not imported.
+        revision: branch, tag or commit of a Hub model.
+        weights: whether to download the weights of a Hub model, besides its config and tokenizer.
+        allow_pickle: whether to download pickled weights too.
+
+    Raises:
+        TransmlaError: if there is no such source, or if the Hub refuses the download or cannot be reached.
     """
     if source.startswith("package:"):
         return _package_file(source.removeprefix("package:"))
@@ -48,7 +55,7 @@ def _package_file(reference: str) -> Path:
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file():
         raise TransmlaError(
-            f"package '{name}' carries no file '{file}'",
+            f"package '{name}' has no file '{file}'",
             limit=f"it holds: {', '.join(sorted(p.name for p in path.parent.glob('*.*'))[:8])}",
             remedy="correct the source",
         )
@@ -65,18 +72,18 @@ def _download(repo_id: str, revision: str | None, *, weights: bool, allow_pickle
     except HFValidationError as error:
         raise TransmlaError(
             f"'{repo_id}' is neither a local path nor a valid Hub id",
-            limit="ids look like org/name",
+            limit="a Hub id has the form org/name",
             remedy="check SOURCE",
         ) from error
     except HfHubHTTPError as error:
         raise TransmlaError(
             f"the Hub refused '{repo_id}'",
             limit=str(error).strip().partition("\n")[0],
-            remedy="check the id and --revision; `hf auth login` if it is gated",
+            remedy="check the id and --revision; run `hf auth login` if the model is gated",
         ) from error
-    except OSError as error:  # a dead network, and nothing in the cache
+    except OSError as error:  # no network, and no copy in the cache
         raise TransmlaError(
             f"cannot reach the Hub for '{repo_id}'",
-            limit="no network, and it is not in the local cache",
-            remedy="name a local folder instead, or connect",
+            limit="there is no network, and the model is not in the local cache",
+            remedy="connect to the network, or give a local folder as the source",
         ) from error

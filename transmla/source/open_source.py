@@ -1,4 +1,4 @@
-"""A source that can be converted: found, described, checked, and the text to calibrate it on."""
+"""Open a source: resolve its name, describe its attention, and check its tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ from transmla.source.locate import resolve_source
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found convertible: its shapes are checked, no weight has been read."""
+    """A source that can be converted. Its tensors' names and shapes are checked; its weights are not read yet.
+
+    Attributes:
+        path: local checkpoint folder or GGUF file.
+        config: the transformers config.
+        model: the causal LM without weights.
+        spec: description of the attention.
+        family: the model family.
+        checkpoint: reads the weights.
+        dtype: dtype in which the embedding is stored, such as "bfloat16".
+    """
 
     path: Path
     config: Any
-    # The whole model, without weights.
     model: Any
     spec: AttentionSpec
     family: Family
@@ -33,9 +42,14 @@ class Source:
 
 
 def open_source(recipe: Recipe) -> Source:
-    """Find, describe and check a source; every refusal that needs no weights happens here."""
-    known = resolve_source(recipe.source, revision=recipe.revision, weights=False)
-    config = read_config(known)
+    """Resolve, describe and check the source of a recipe.
+
+    The config is checked before any weights are downloaded.
+
+    Raises:
+        TransmlaError: if the source is missing, unreadable, or cannot be converted.
+    """
+    config = read_config(resolve_source(recipe.source, revision=recipe.revision, weights=False))
     family = family_of(config)
     model = empty_model(config)
     spec = describe(config, model)
@@ -47,5 +61,5 @@ def open_source(recipe: Recipe) -> Source:
 
 
 def runs_in_bfloat16(source: Source, device: torch.device) -> bool:
-    """Whether the source is run in bfloat16: it is stored in it, and the device is faster with it."""
+    """Return whether to run the source in bfloat16: its weights are bfloat16, and the device is faster with it."""
     return source.dtype == "bfloat16" and is_fast_in_bfloat16(device)

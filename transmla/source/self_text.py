@@ -1,4 +1,4 @@
-"""Sample calibration text from a model itself."""
+"""Sample calibration text from the source model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,30 @@ def sample_self(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Texts drawn from the model's own distribution: temperature 1, nothing cut off, EOS a token like others.
+    """Sample token sequences from the model's distribution, at temperature 1, without top-k or top-p.
 
-    Every row is the start token (BOS; EOS or padding where there is none) and `length - 1` samples. A batch
-    depends on (seed, its index, its rows) alone, and no global random state is touched. `progress` gets
-    (sequences done, sequences) after each batch. Returns int64 [sequences, length] on the CPU.
-    Raises TransmlaError when nothing can start a text.
+    A sequence is a start token and ``length`` - 1 samples. The start token is BOS, or else EOS or padding. Sampling
+    continues after EOS. A batch depends only on the seed, its index and its number of sequences. The global random
+    state does not change.
+
+    Args:
+        model: causal LM to sample from; its training flags are restored afterwards.
+        tokenizer: the model's tokenizer.
+        sequences: number of sequences.
+        length: tokens in a sequence.
+        seed: seed of the samples.
+        batch_size: sequences that are sampled together.
+        progress: called after each batch with the number of sequences done and the number of all sequences.
+
+    Returns:
+        Token ids [sequences, length], int64, on the CPU.
+
+    Raises:
+        TransmlaError: if a number is below 1, or if the tokenizer has no token that can start a text.
     """
     if sequences < 1 or length < 1 or batch_size < 1:
         raise TransmlaError(
-            f"{sequences} sequences of {length} tokens in batches of {batch_size}", limit="all at least 1"
+            f"{sequences} sequences of {length} tokens in batches of {batch_size}", limit="all must be at least 1"
         )
     starts = (
         tokenizer.bos_token_id,
@@ -57,7 +71,7 @@ def sample_self(
 def _sample_batch(model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
-    # Not model.generate: it merges the checkpoint's own settings (top_k, penalties) into any it is given.
+    # Not model.generate, which adds the checkpoint's generation settings (top_k, penalties) to the given ones.
     tokens = torch.full((rows, length), start, dtype=torch.int64, device=model.device)
     cache = None
     for position in range(1, length):

@@ -1,4 +1,4 @@
-"""What every method is, and the pieces they share."""
+"""The contract of a conversion method, and functions that several methods use."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from transmla.registry import lookup
 class Method:
     """A way to factor one attention layer.
 
-    ``factorize(weights, stats, plan)`` works in float64 and never changes its input; ``freqfold(stride)``
-    is the method's own choice of how many neighbouring frequencies to fold when every ``stride``-th source
-    frequency keeps a rotary slot. A method of two phases gives the layer after its ``first_pass``: a second
-    hidden stream runs through those layers, and ``factorize`` finds its moments in ``stats.converted_moment``.
-    A ``baseline`` method is there to be compared with: it is not fitted any further unless asked for.
+    Attributes:
+        name: the value of ``--method``.
+        summary: one line for ``--help``.
+        factorize: function of weights, statistics and plan that returns the factors. It works in float64 and does not
+            change its arguments.
+        freqfold: the method's preferred number of neighbouring frequencies to fold, as a function of the stride: every
+            stride-th source frequency keeps a rotary slot.
+        first_pass: for a method with two passes, a function that returns the layer after the first pass. A second
+            copy of the hidden states runs through these layers, and ``factorize`` reads its second moment from
+            ``stats.converted_moment``.
+        baseline: whether the method is for comparison only. Its factors are then not fitted by default.
     """
 
     name: str
@@ -33,7 +39,7 @@ class Method:
 
 
 def source_frequencies(plan: Plan, like: Tensor) -> Tensor:
-    """The source's ``inv_freq`` [p] as a tensor like ``like``."""
+    """Return the source's ``inv_freq`` [p] as a tensor with the dtype and device of ``like``."""
     return torch.tensor(plan.spec.inv_freq, dtype=like.dtype, device=like.device)
 
 
@@ -48,10 +54,14 @@ def assemble(
     v_up: Tensor,
     inv_freq: Tensor,
 ) -> LayerFactors:
-    """Factors of a layer whose position-free queries and output projection are the source's own."""
+    """Return factors that keep the source's queries (as ``q_nope``), output projection and score rules.
+
+    The other arguments are fields of ``LayerFactors``, with the shapes given there. The latent's rows are made
+    orthonormal.
+    """
     gain = plan.spec.attention_factor**2
     factors = LayerFactors(
-        # yarn scales cos and sin, so only the rotary part of a runtime's score carries its gain.
+        # A runtime applies yarn's gain through cos and sin, so only to the rotary part of the scores.
         q_nope=weights.q * gain,
         q_pe=q_pe,
         latent=latent,
@@ -68,6 +78,10 @@ def assemble(
 
 
 def method_named(name: str) -> Method:
-    """The conversion method called ``name``."""
+    """Return the conversion method called ``name``.
+
+    Raises:
+        TransmlaError: if there is no such method.
+    """
     method: Method = lookup("transmla.core.methods", "METHOD", name, kind="method")
     return method

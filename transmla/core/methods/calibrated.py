@@ -1,15 +1,15 @@
-"""The project's closed form: calibrated in phase, weighted by attention, read out jointly. The default.
+"""The default method: a closed form with calibrated phase, attention-weighted moments and a joint read-out.
 
-All moments are taken over the tokens that are attended to, each weighted by the squared attention it
-receives: an error on key or value j moves head h's output at i in proportion to a_ij, so its energy counts
-with a_ij². Then
+Moments weight each token by the squared attention weights that the token receives. An error on key or value j changes
+head h's output at position i in proportion to a_ij, so its energy counts with a_ij². The method has three steps:
 
-1. rotary slots take the complex principal components of the keys, weighted by the energy of the queries
-   that read them and by 1 − |φ|², the share of a channel that no constant can stand for (``core.phase``);
-2. what a constant must carry once the slots are read, and the values, share one latent: the optimum
-   rank-r projection of both, keys scaled against values by mean channel norm;
-3. every head reads its rotated keys from the latent and all slots at once (``core.readout``), folded into
-   W_UK and the rotary queries: nothing changes at run time.
+1. The rotary slots take the complex principal components of the keys (``core.concentrate``). Their weights are the
+   energy of the queries, times 1 − |φ|². This is the fraction of a channel that no constant can replace
+   (``core.phase``).
+2. One latent serves the values and the part of the keys that the slots do not supply. It is the optimal rank-r
+   projection of both. Keys are scaled relative to values by their mean channel norms.
+3. Every head reads its rotated keys from the latent and all slots together (``core.readout``). The coefficients become
+   part of W_UK and of the rotary queries, so the run-time computation is plain MLA.
 """
 
 from __future__ import annotations
@@ -24,18 +24,26 @@ from transmla.core.methods.base import Method, assemble, source_frequencies
 from transmla.core.readout import Distances, joint_readout
 from transmla.core.rope import to_complex, to_halves
 
-# Keys against values of equal mean channel norm. Of 0.2 to 2 on WikiText-2 validation text, 0.35 to 0.7 differ
-# by under 5 %, and 0.2 and 2 are clearly worse.
+# Factor on the keys when the latent is chosen, relative to values of equal mean channel norm. Chosen from 0.2 to 2 on
+# WikiText-2 validation text: 0.35 to 0.7 differ by less than 5 %, and 0.2 and 2 are clearly worse.
 KEY_WEIGHT = 0.5
 
 
 def rotary_weight(query: Tensor, moment: Tensor, phi: Tensor, group: int) -> Tensor:
-    """Importance [G, p] of each key channel's rotation, from queries [H, p, D] and φ [H, p]."""
+    """Return the importance [G, p] of the rotation of each key channel.
+
+    Args:
+        query: complex queries [H, p, D] as maps of the attention's input.
+        moment: E[x xᵀ] [D, D] of this input.
+        phi: φ [H, p] at the channels' frequencies.
+        group: number H/G of query heads that share one key head.
+    """
     energy = ((query @ moment.to(query.dtype)) * query.conj()).sum(-1).real
     return (energy * (1 - phi.abs().square())).view(-1, group, phi.shape[-1]).sum(1)
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    """Return the factors of one layer by the three steps above; shapes as in ``LayerFactors``."""
     attended = regularise(stats.attended_moment)
     kappa, query = to_complex(weights.k), to_complex(weights.q)
     group = plan.spec.group_size
@@ -45,16 +53,17 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
 
     weight = rotary_weight(query, regularise(stats.second_moment), distances.channel, group)
     kept = concentrate(kappa, attended, weight, plan.rotary)
-    nothing = attended.new_zeros(0, attended.shape[0])
-    _, alone = joint_readout(kappa, nothing, kept.z, kept.mix, attended, distances)
-    # What never turns is the same key for all heads; less what each would read from slots it were one for each.
-    alone = alone * ~distances.still[:, None]
-    still = distances.channel[..., None] * kappa.repeat_interleave(group, 0)
-    key = to_halves(still - (alone * distances.slot[:, None]) @ kept.z)
+    no_latent = attended.new_zeros(0, attended.shape[0])
+    _, slot_readout = joint_readout(kappa, no_latent, kept.z, kept.mix, attended, distances)
+    # Heads of a group have the same key on channels that are not rotated. Subtracting each head's read-out from the
+    # slots would make the keys different and cost more rank.
+    slot_readout = slot_readout * ~distances.is_unrotated[:, None]
+    constant_keys = distances.channel[..., None] * kappa.repeat_interleave(group, 0)
+    key = to_halves(constant_keys - (slot_readout * distances.slot[:, None]) @ kept.z)
 
-    # Heads that share a key ask for nearly the same rows; together they weigh as one.
-    share = KEY_WEIGHT * match_channel_norms(key, weights, attended) / group**0.5
-    target = torch.cat([(key * share).flatten(0, 1), weights.v.flatten(0, 1)])
+    # Heads that share a key need nearly the same rows, so together they count as one head.
+    key_scale = KEY_WEIGHT * match_channel_norms(key, weights, attended) / group**0.5
+    target = torch.cat([(key * key_scale).flatten(0, 1), weights.v.flatten(0, 1)])
     latent = latent_basis(target, attended, plan.shape.latent_rank)
 
     from_latent, from_slots = joint_readout(kappa, latent, kept.z, kept.mix, attended, distances)

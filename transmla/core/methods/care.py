@@ -1,9 +1,8 @@
-"""CARE: a joint low rank of keys and values weighted by their covariance (arXiv 2603.17946, section 3.1).
+"""CARE: covariance-weighted joint low-rank approximation of keys and values (arXiv 2603.17946, section 3.1).
 
-For comparison. RoPE is concentrated as TransMLA does; then y = [b·k ; v], the scaled rest of the keys and
-the values, is replaced by U·D·y, where the rank-r product minimises the error of what is *read* from y, keys
-with their scale undone, under the damped second moment H = E[y yᵀ] + δI: the singular vectors of S·H^{1/2}.
-The published code keeps δ at a tenth of the mean diagonal.
+A baseline for comparison. RoPE is concentrated as in TransMLA. Let y = [b·k ; v] hold the values and the rest of the
+keys, scaled by b. CARE replaces y by a rank-r product U·D·y. The product minimises the error of S·y, which undoes the
+keys' scale, under the damped second moment H = E[y yᵀ] + δI. Its rows are the singular vectors of S·H^{1/2}.
 """
 
 from __future__ import annotations
@@ -16,18 +15,20 @@ from transmla.core.methods.base import Method
 from transmla.core.methods.transmla import read_out, rotate_keys
 from transmla.core.rope import to_complex
 
+# δ as a fraction of the mean diagonal of E[y yᵀ]; the value of the published code.
 DAMPING = 0.1
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    """Return the factors of one layer by CARE, section 3.1; shapes as in ``LayerFactors``."""
     moment = regularise(stats.second_moment)
     kept, rest = rotate_keys(to_complex(weights.k), moment, plan.rotary)
     values = weights.v.flatten(0, 1)
     scale = match_channel_norms(rest, weights, moment)
     outputs = torch.cat([rest * scale, values])
-    read = torch.cat([(1 / scale).expand(len(rest)), torch.ones_like(values[:, 0])])
+    undo_scale = torch.cat([(1 / scale).expand(len(rest)), torch.ones_like(values[:, 0])])
     damped = regularise(outputs @ moment @ outputs.mT, DAMPING)
-    rows = latent_basis(torch.diag(read), damped, plan.shape.latent_rank)
+    rows = latent_basis(torch.diag(undo_scale), damped, plan.shape.latent_rank)
     return read_out(weights, plan, kept, rows @ outputs, moment)
 
 

@@ -1,8 +1,8 @@
-"""MHA2MLA's joint SVD of keys and values: the weights alone, no data (arXiv 2502.14837, section 3.2).
+"""MHA2MLA: joint SVD of the weights of keys and values, without data (arXiv 2502.14837, section 3.2).
 
-For comparison. MHA2MLA caches rotary keys of every head, frequencies chosen head by head, which no shared
-rotary key can hold; here RoPE is concentrated as TransMLA does, and what it leaves, [k ; v], is cut by its
-plain singular values.
+A baseline for comparison. MHA2MLA caches rotary keys of every head and chooses frequencies for each head. A shared
+rotary key cannot hold these keys, so RoPE is concentrated as in TransMLA here. The rest of the keys and the values,
+[k ; v], are approximated by their largest singular values.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transmla.core.rope import to_complex
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
+    """Return the factors of one layer by MHA2MLA, section 3.2; shapes as in ``LayerFactors``."""
     kept, rest = rotate_keys(to_complex(weights.k), regularise(stats.second_moment), plan.rotary)
     identity = torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
     latent = latent_basis(torch.cat([rest, weights.v.flatten(0, 1)]), identity, plan.shape.latent_rank)

@@ -1,8 +1,11 @@
 """TransMLA as published: RoRoPE, FreqFold and balanced joint PCA (arXiv 2502.07864, sections 4.2–4.4).
 
-The baseline every other method is compared with. Keys are rotated by real, unweighted PCA across heads
-and folded frequencies; channels outside the rotary slice drop their rotation (phase one); keys and values
-are scaled to equal mean channel norm, the keys' taken in the rotated basis, and compressed by one uncentred PCA.
+The baseline for all other methods. The method has two passes:
+
+1. A real, unweighted PCA across heads and folded frequencies gives the key channels that keep RoPE. The other channels
+   lose their rotation.
+2. The other keys, in the basis of this PCA, and the values are scaled to equal mean channel norm. One uncentred PCA
+   compresses both.
 """
 
 from __future__ import annotations
@@ -18,7 +21,16 @@ from transmla.core.rope import to_complex, to_halves
 
 
 def rotate_keys(kappa: Tensor, moment: Tensor, rotary: RotaryPlan) -> tuple[Concentration, Tensor]:
-    """RoRoPE: the channels that keep RoPE, and the others [n, D] in the basis of the same rotation."""
+    """Apply RoRoPE (section 4.2) with FreqFold (section 4.3).
+
+    Args:
+        kappa: complex keys [G, p, D].
+        moment: E[x xᵀ] [D, D].
+        rotary: the rotary slots and the size of a fold.
+
+    Returns:
+        The channels that keep RoPE, and the other channels [n, D] in the rotated basis, in halves layout.
+    """
     heads, pairs, _ = kappa.shape
     uniform = torch.ones(heads, pairs, dtype=moment.dtype, device=moment.device)
     every = RotaryPlan(tuple(f for f in range(pairs) for _ in range(heads)), rotary.freqfold)
@@ -30,11 +42,20 @@ def rotate_keys(kappa: Tensor, moment: Tensor, rotary: RotaryPlan) -> tuple[Conc
 
 
 def read_out(weights: LayerWeights, plan: Plan, kept: Concentration, latent: Tensor, moment: Tensor) -> LayerFactors:
-    """The layer whose rotary channels are ``kept`` and whose other keys and values are read from ``latent`` [r, D]."""
+    """Return the layer with given rotary channels and latent.
+
+    Args:
+        weights: the source's weights.
+        plan: the plan of the layer.
+        kept: the channels that keep RoPE.
+        latent: rows [r, D]; the other keys and the values are read from them by regression.
+        moment: E[x xᵀ] [D, D], the metric of the regression.
+    """
     kappa, query = to_complex(weights.k), to_complex(weights.q)
     group = plan.spec.group_size
     mix = kept.mix.repeat_interleave(group, 1)
-    latent, _ = orthonormal_rows(latent)  # dead keys or values would leave rows of zeros
+    # Keys or values of zero give latent rows of zero, with which the regression would be singular.
+    latent, _ = orthonormal_rows(latent)
     return assemble(
         weights,
         plan,
@@ -48,7 +69,7 @@ def read_out(weights: LayerWeights, plan: Plan, kept: Concentration, latent: Ten
 
 
 def remove_rope(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
-    """Phase one: channels outside the rotary slice lose their rotation, nothing is cut."""
+    """Return the layer after the first pass: only the rotary slice keeps its rotation, the rank is full."""
     moment = regularise(stats.second_moment)
     kept, _ = rotate_keys(to_complex(weights.k), moment, plan.rotary)
     everything = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
@@ -56,7 +77,10 @@ def remove_rope(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFa
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
-    """Both phases; the second measures what the layers before it make of the text without their RoPE."""
+    """Return the factors of one layer after both passes; shapes as in ``LayerFactors``.
+
+    The PCA uses ``stats.converted_moment`` if present: the inputs that the earlier layers give after the first pass.
+    """
     kept, rest = rotate_keys(to_complex(weights.k), regularise(stats.second_moment), plan.rotary)
     moment = regularise(stats.second_moment if stats.converted_moment is None else stats.converted_moment)
     scale = match_channel_norms(rest, weights, moment)

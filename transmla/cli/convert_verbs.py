@@ -1,0 +1,134 @@
+"""The verbs that read a source: families, plan, inspect and convert."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transmla.cli.options import JsonOption, overrides, with_recipe_options
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Checkpoint folder, .gguf file, Hub id, package:NAME/FILE, or a recipe (.yaml).",
+    ),
+]
+
+
+def families(
+    *,
+    markdown: Annotated[bool, typer.Option(help="Print the table of docs/families.md.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the model families that convert, the format that each becomes, and what its attention may have.
+
+    Example: transmla families
+    """
+    from transmla.cli import console
+    from transmla.plan import family_table
+
+    if as_json:
+        print(json.dumps([vars(row) for row in family_table.supported()], indent=2))
+    elif markdown:
+        print(family_table.markdown())
+    else:
+        rows = [[f.family, f.format, ", ".join(f.carried), f.models] for f in family_table.supported()]
+        console.table("families", ["model_type", "format", "its attention has", "models"], rows)
+        console.say(family_table.notes())
+
+
+@with_recipe_options("calibration")
+def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
+    """Show what a conversion would do: shape, cache, contexts, runtimes and cost. Converts nothing.
+
+    A Hub id is downloaded first, once its config is known to be convertible.
+
+    Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
+    """
+    from transmla.cli import console
+    from transmla.convert.prepare import prepare, summarise
+
+    prepared = prepare(_recipe(source, options | {"output": "unused"}))
+    summary = summarise(prepared)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        console.show_plan(prepared.plan, summary)
+
+
+@with_recipe_options("calibration")
+def inspect(
+    source: SourceArgument,
+    *,
+    report: Annotated[Path | None, typer.Option(help="Also draw a report: a .png or .html file.")] = None,
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Measure a source before converting it: spectra, rotary energy, and the error at several cache budgets.
+
+    Runs the source over the calibration text and writes no weights. The shapes are those that `convert` chooses with
+    the same options; the errors are those of the closed form, before any fit.
+
+    Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
+    """
+    from transmla.cli import console, inspect_report
+    from transmla.convert.inspect import inspect_source
+    from transmla.evaluate import figures
+
+    recipe = _recipe(source, options | {"output": "unused"})
+    if report:
+        figures.check_picture(report)
+    with console.Bars() as bars:
+        inspection = inspect_source(recipe, bars)
+    if as_json:
+        print(json.dumps(inspection.to_dict(), indent=2))
+    else:
+        console.show_inspection(inspection)
+    if report:
+        inspect_report.write_picture(inspection, report)
+        console.err.print(f"wrote {report}", highlight=False, markup=False)
+
+
+@with_recipe_options("calibration", "eval")
+def convert(
+    source: SourceArgument,
+    *,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
+    **options: Any,
+) -> None:
+    """Convert a checkpoint to Multi-head Latent Attention.
+
+    Writes a folder that transformers loads. An interrupted run leaves OUTPUT.partial, which --resume continues. With
+    --eval, source and export are compared on a text at the end.
+
+    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
+    """
+    from transmla.cli import console
+    from transmla.convert import pipeline
+    from transmla.evaluate.compare import evaluate_export
+    from transmla.evaluate.perplexity import check_stride
+    from transmla.export.manifest import Manifest
+
+    recipe = _recipe(source, options | {"output": output})
+    if recipe.eval:
+        check_stride(recipe.eval.window, recipe.eval.stride)
+    with console.Bars() as bars:
+        folder = pipeline.convert(recipe, resume=resume, reporter=bars)
+        evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
+    if evaluation:
+        console.show_before_after(Manifest.read(folder).plan, evaluation)
+    console.say(f"wrote {folder}; next: transmla verify {folder}")
+
+
+def _recipe(source: str, options: dict[str, Any]) -> Any:
+    from transmla.recipe import parse_recipe, read_recipe
+
+    given = overrides(options)
+    if source.endswith((".yaml", ".yml")):
+        return read_recipe(Path(source), given)
+    return parse_recipe({"source": source, **given}, "command line")

@@ -1,0 +1,206 @@
+"""The verbs that read an export: verify, eval, bench, heal and push."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transmla.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    help_of,
+    with_evaluation_options,
+    with_healing_options,
+)
+from transmla.errors import TransmlaError
+from transmla.heal.settings import Healing
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
+    *,
+    source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision to run the export in: float32 or bfloat16.")] = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Check an export: file hashes, loading, cached against full forward passes, cache bytes, and more.
+
+    Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
+
+    Example: transmla verify llama-mla --source meta-llama/Llama-3.1-8B
+    """
+    import torch
+
+    from transmla.cli import console
+    from transmla.evaluate.verify import verify as run
+    from transmla.formats.model_checks import TOLERANCE
+    from transmla.source.device import pick_device
+
+    precision = getattr(torch, dtype, None)
+    if precision not in TOLERANCE:
+        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
+    failed = 0
+    for check in run(folder, source=source, dtype=precision, device=str(pick_device(device))):
+        console.show_check(check)
+        failed += not check.passed
+    if failed:
+        console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
+        raise typer.Exit(1)
+    console.say(f"verified; next: transmla push {folder} ORG/NAME")
+
+
+@with_evaluation_options
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE."),
+    ],
+    *,
+    baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Measure perplexity over fixed windows, and the distance from a baseline.
+
+    Example: transmla eval llama-mla --baseline meta-llama/Llama-3.1-8B --text wikitext --split test
+    """
+    from transmla.cli import console
+    from transmla.evaluate.compare import evaluate_models
+    from transmla.recipe import Evaluation, parse_section
+
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = parse_section(Evaluation, given)
+    with console.Bars() as bars:
+        result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console.show_evaluation(result, settings.text)
+
+
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="An export, or any MLA model of transformers.")],
+    *,
+    baseline: Annotated[str | None, typer.Option(help="Also measure this model, as transformers runs it.")] = None,
+    batch: Annotated[
+        list[int], typer.Option(min=1, help="Sequences at once; give it several times for several batches.")
+    ] = [1, 8],  # noqa: B006
+    context: Annotated[
+        list[int], typer.Option(min=2, help="Tokens in the cache; give it several times for several contexts.")
+    ] = [  # noqa: B006
+        1024,
+        4096,
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Tokens to decode at each point; the median time counts.")] = 16,
+    backend: Annotated[
+        str, typer.Option(help="Decode kernels: auto, torch, triton, hopper, flashmla or flashinfer.")
+    ] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Also draw tokens per second into this .png file.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure decoding speed by batch and context, against a baseline and the device's own copy speed.
+
+    Example: transmla bench llama-mla --baseline meta-llama/Llama-3.1-8B --batch 1 --batch 32 --context 16384
+    """
+    from transmla.cli import console
+    from transmla.evaluate import figures
+    from transmla.evaluate.compare import bench_models
+
+    if plot:
+        figures.check_picture(plot, (".png",))
+    with console.Bars() as bars:
+        results = bench_models(
+            model,
+            baseline,
+            batches=batch,
+            contexts=context,
+            steps=steps,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            reporter=bars,
+        )
+    if as_json:
+        print(json.dumps({role: result.to_dict() for role, result in results.items()}, indent=2))
+    else:
+        console.show_bench(results)
+    if plot:
+        figures.write_speeds(results, plot)
+        console.err.print(f"wrote {plot}", highlight=False, markup=False)
+
+
+@with_healing_options
+def heal(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="An export.")],
+    *,
+    teacher: Annotated[str, typer.Option(help="The source, or a larger model with the same tokenizer.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    revision: Annotated[str | None, typer.Option(help=help_of(Healing, "revision"))] = None,
+    data: Annotated[list[str], typer.Option(help=help_of(Healing, "data"))] = ["self"],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Continue a healing that was interrupted.")] = False,
+    track: Annotated[list[str] | None, typer.Option(help=help_of(Healing, "track"))] = None,
+    **options: Any,
+) -> None:
+    """Distil an export from its source for some minutes, to win back what compression lost.
+
+    The result is again an export, verified on writing. On several GPUs, by DDP, FSDP2 or DeepSpeed:
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m transmla heal DIR --teacher …
+
+    Example: transmla heal llama-mla --teacher meta-llama/Llama-3.1-8B -o llama-mla-healed --data wikitext
+    --data self
+    """
+    from accelerate import PartialState
+
+    from transmla.cli import console
+    from transmla.export.manifest import Manifest
+    from transmla.heal.run import heal as run
+    from transmla.recipe import parse_section
+
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
+    settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
+    with console.Bars() as bars:
+        healed = run(settings, resume=resume, reporter=bars)
+    if not PartialState().is_main_process:
+        return
+    console.show_healing(Manifest.read(healed).healing[-1])
+    console.say(f"wrote {healed}; next: transmla eval {healed} --baseline {teacher}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A verified export.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="ORG/NAME on the Hub.")],
+    *,
+    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    token: Annotated[str | None, typer.Option(help="Access token (default: the one you are logged in with).")] = None,
+    dry_run: Annotated[bool, typer.Option(help="List files and sizes, send nothing.")] = False,
+) -> None:
+    """Upload a verified export to the Hugging Face Hub, in one commit.
+
+    Example: transmla push llama-mla you/llama-mla --dry-run
+    """
+    from transmla.cli import console
+    from transmla.export import push as hub
+
+    result = hub.push(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=message,
+        token=token,
+        dry_run=dry_run,
+    )
+    rows = [[file.path, f"{file.size:,}"] for file in result.files]
+    console.table(f"{'would push' if dry_run else 'pushed'} to {result.repo_id}", ["file", "bytes"], rows)
+    console.say(result.url)
