@@ -26,7 +26,7 @@ def cli_page() -> str:
     lines = [
         "# Command line",
         "",
-        "Every setting of a conversion is also a key of a recipe (`transmla convert recipe.yaml`); flags take precedence. "
+        "Every setting of a conversion is also a key of a recipe (`transmla convert recipe.yaml`); flags win. "
         "This page is generated (`python scripts/generate_docs.py`).",
     ]
     group: Any = get_command(build())

@@ -51,7 +51,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "transmla.json").read_text())["healing"][-1]["curve"]
 
 
-ALONE = [sys.executable, "-m", "transmla.heal"]
+ALONE = [sys.executable, "-m", "transmla", "heal"]
 
 
 @pytest.mark.parametrize(

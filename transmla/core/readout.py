@@ -92,7 +92,8 @@ def joint_readout(
     ones = torch.ones(rank, rank, dtype=dtype, device=z.device)
     unrotated = kappa.new_zeros(*kappa.shape[:2], rank)
     if rank and bool(distances.is_unrotated.any()):
-        unrotated[:, distances.is_unrotated] = regress(kappa[:, distances.is_unrotated], latent.to(dtype), moment.to(dtype))
+        still = distances.is_unrotated
+        unrotated[:, still] = regress(kappa[:, still], latent.to(dtype), moment.to(dtype))
     coefficients = []
     for head in range(heads):
         slot = distances.slot[head]

@@ -78,27 +78,27 @@ def backends() -> dict[str, Backend]:
     return scan("transmla.kernels", "BACKEND")
 
 
-def choose_backend(wanted: str, shape: DecodeShape) -> Backend:
+def choose_backend(name: str, shape: DecodeShape) -> Backend:
     """Return a backend that serves ``shape``.
 
     If the requested backend refuses ``shape``, the log warns with the reason and the next preferred backend is used.
 
     Args:
-        wanted: name of a backend, or ``auto`` for the preferred one.
+        name: name of a backend, or ``auto`` for the preferred one.
         shape: shape, dtype and device to serve.
 
     Raises:
-        TransmlaError: if no backend has the name ``wanted``.
+        TransmlaError: if no backend has the name ``name``.
     """
     ranked = sorted(backends().values(), key=lambda backend: -backend.preference)
-    if wanted != "auto":
-        requested = lookup("transmla.kernels", "BACKEND", wanted, kind="backend")
+    if name != "auto":
+        requested = lookup("transmla.kernels", "BACKEND", name, kind="backend")
         ranked = [requested, *(backend for backend in ranked if backend is not requested)]
     for backend in ranked:
         reason = backend.refuses(shape)
         if reason is None:
             break
-        level = logging.WARNING if backend.name == wanted else logging.DEBUG
+        level = logging.WARNING if backend.name == name else logging.DEBUG
         _log.log(level, "backend '%s' cannot serve this model: %s", backend.name, reason)
     # The loop always ends at a backend that serves the shape: `torch` refuses no shape.
     return backend

@@ -64,11 +64,11 @@ def fit_settings(name: str, cache_ratio: float, *, experts: bool = False) -> Fit
     return fit
 
 
-def choose_fit(wanted: str, device: torch.device, sequences: int, *, baseline: str | None = None) -> tuple[str, str]:
+def choose_fit(requested: str, device: torch.device, sequences: int, *, baseline: str | None = None) -> tuple[str, str]:
     """Resolve ``auto``, and explain why layers are not fitted.
 
     Args:
-        wanted: value of ``--reconstruct``. ``auto`` means ``fast`` on a CPU and ``full`` on a GPU, except that it
+        requested: value of ``--reconstruct``. ``auto`` means ``fast`` on a CPU and ``full`` on a GPU, except that it
             means ``off`` for a single calibration sequence and for a baseline method.
         device: the device that converts.
         sequences: number of calibration sequences.
@@ -78,18 +78,18 @@ def choose_fit(wanted: str, device: torch.device, sequences: int, *, baseline: s
         The name of the fit, and the reason if it is ``off`` (otherwise an empty string).
 
     Raises:
-        TransmlaError: if ``wanted`` names a fit and there is only one sequence.
+        TransmlaError: if ``requested`` names a fit and there is only one sequence.
     """
-    if sequences < 2 and wanted in FITS:
+    if sequences < 2 and requested in FITS:
         raise TransmlaError(
-            f"--reconstruct {wanted} was given one calibration sequence",
+            f"--reconstruct {requested} was given one calibration sequence",
             limit="a fit needs at least 2: one to fit on, and one held-out sequence to evaluate on",
             remedy="raise --calibration-sequences, or pass --reconstruct off",
         )
-    if wanted == OFF:
+    if requested == OFF:
         return OFF, "--reconstruct off"
-    if wanted != AUTO:
-        return wanted, ""
+    if requested != AUTO:
+        return requested, ""
     if sequences < 2:
         return OFF, "one calibration sequence"
     if baseline is not None:

@@ -14,13 +14,13 @@ DEFAULT_CACHE_RATIO = 0.5
 RANK_MULTIPLE = 16
 
 
-def export_dtype(wanted: str, source: str) -> str:
-    """Return the export's precision, "bfloat16" or "float32", for the recipe's ``wanted`` and the ``source``'s.
+def export_dtype(requested: str, source: str) -> str:
+    """Return the export's precision, "bfloat16" or "float32", for the recipe's ``requested`` and the ``source``'s.
 
     float16 is not supported: latent norms underflow in float16, and factors overflow.
     """
-    if wanted != "auto":
-        return wanted
+    if requested != "auto":
+        return requested
     return "float32" if source == "float32" else "bfloat16"
 
 

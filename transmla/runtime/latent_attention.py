@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the family's ``forward`` with a cache layer that grows without copying."""
         weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
-        if (weight.dtype, weight.device) != self.place:
+        if (weight.dtype, weight.device) != self.placed_for:
             self.choose(self)
         cache = kwargs.get(CACHE_ARGUMENT)
         grow_in_place(cache, self.layer_idx, packed=self.packed)

@@ -110,10 +110,10 @@ def _choose(backend: str, layer: Any) -> None:
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
     layer.backend = choose_for_device(backend, shape)
     layer.decode = compilable(layer.backend)
-    layer.place = weight.dtype, weight.device
+    layer.placed_for = weight.dtype, weight.device
 
 
 @cache
-def choose_for_device(wanted: str, shape: DecodeShape) -> Backend:
-    """Return ``choose_backend(wanted, shape)``, cached so that the log names a backend that refuses only once."""
-    return choose_backend(wanted, shape)
+def choose_for_device(name: str, shape: DecodeShape) -> Backend:
+    """Return ``choose_backend(name, shape)``, cached so that the log names a backend that refuses only once."""
+    return choose_backend(name, shape)
