@@ -183,7 +183,7 @@ def test_a_model_that_changes_dtype_gets_a_new_backend(monkeypatch: pytest.Monke
     assert requests == []
     model.double().generate(**inputs, max_new_tokens=2)
     assert {shape.dtype for shape in requests} == {torch.float64}
-    assert layer.place[0] == torch.float64
+    assert layer.placed_for[0] == torch.float64
     assert layer.prefix is None
 
 

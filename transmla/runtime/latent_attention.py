@@ -44,8 +44,8 @@ class LatentAttention(nn.Module):
 
     Attributes:
         decode: decode function of the chosen backend.
-        choose: sets ``decode`` and ``place`` from the dtype and device of the weights.
-        place: dtype and device for which ``decode`` was chosen.
+        choose: sets ``decode`` and ``placed_for`` from the dtype and device of the weights.
+        placed_for: dtype and device for which ``decode`` was chosen.
         layer_idx: index of the layer.
         kv_lora_rank: width r of a latent.
         qk_rope_head_dim: width d_r of a rotary key.
@@ -55,7 +55,7 @@ class LatentAttention(nn.Module):
 
     decode: Decode
     choose: Callable[[LatentAttention], None]
-    place: tuple[torch.dtype, torch.device]
+    placed_for: tuple[torch.dtype, torch.device]
     layer_idx: int
     kv_lora_rank: int
     qk_rope_head_dim: int
