@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from transmla.artifacts import LayerWeights
 from transmla.convert.factorize import factorize
-from transmla.convert.reconstruct import reconstruct
+from transmla.convert.fit_layers import reconstruct
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.linalg import regularise
 from transmla.plan.fit_settings import FITS

@@ -11,8 +11,8 @@ from helpers.uncut_exports import FAMILIES, make_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transmla.convert.factorize import factorize
-from transmla.convert.fit_parameters import FitParameters
-from transmla.convert.reconstruct import FitProblem
+from transmla.convert.fit_layers import FitProblem
+from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import fit_settings

@@ -15,8 +15,9 @@ from transmla.formats.base import format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal.batches import TokenStream
 from transmla.heal.distributed import unwrapped
+from transmla.heal.learning_rate import highest_rate, set_rates
 from transmla.heal.losses import Distiller
-from transmla.heal.optimiser import choose_trainable, highest_rate, make_optimiser, set_rates
+from transmla.heal.optimiser import choose_trainable, make_optimiser
 from transmla.heal.settings import Healing
 from transmla.recipe import Recipe
 

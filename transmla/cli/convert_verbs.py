@@ -111,7 +111,7 @@ def convert(
     from transmla.cli import console
     from transmla.convert import pipeline
     from transmla.evaluate.compare import evaluate_export
-    from transmla.evaluate.perplexity import check_stride
+    from transmla.evaluate.perplexity_and_kl import check_stride
     from transmla.export.manifest import Manifest
 
     recipe = _recipe(source, options | {"output": output})

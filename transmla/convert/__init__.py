@@ -5,11 +5,11 @@ prepare             decide everything from the recipe before a weight is read
 calibration_text    load or sample the calibration tokens
 layers              convert one decoder layer after the other
 source_layer        run one source layer over the calibration text, and measure its statistics
-norm_ratio          the factor on a norm's weight that corrects for a changed eps
+eps_correction      the factor on a norm's weight that corrects for a changed eps
 streams             the hidden states that are carried from layer to layer
 factorize           factor a layer's weights in closed form
-reconstruct         fit the factors of a few layers to the source's layers
-fit_parameters      the parameters of a fit, as one scaled vector
+fit_layers          fit the factors of a few layers to the source's layers
+fit_vector          the parameters of a fit, as one scaled vector
 cuda_graphs         run the steps of a fit as a CUDA graph, with deterministic kernels
 finish              write the files that follow the layers
 inspect             measure a source before it is converted

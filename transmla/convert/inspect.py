@@ -11,9 +11,9 @@ from torch import Tensor
 from transmla.artifacts import Plan
 from transmla.convert.calibration_text import calibration_tokens, check_length
 from transmla.convert.factorize import factorize
+from transmla.convert.fit_layers import held_out
 from transmla.convert.layers import relative_error
 from transmla.convert.prepare import Prepared, prepare, with_cache_ratio
-from transmla.convert.reconstruct import held_out
 from transmla.convert.source_layer import Observations, SourceLayer
 from transmla.core.spectrum import Spectrum, spectrum
 from transmla.errors import TransmlaError

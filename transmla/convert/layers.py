@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerWeights
+from transmla.convert.eps_correction import NormRatio
 from transmla.convert.factorize import factorize
-from transmla.convert.norm_ratio import NormRatio
+from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
 from transmla.convert.prepare import Prepared
-from transmla.convert.reconstruct import Reconstruction, held_out, reconstruct
 from transmla.convert.source_layer import Observations, SourceLayer, steps
 from transmla.convert.streams import Streams
 from transmla.core.fused_attention import fused_attention

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
-from transmla.convert.norm_ratio import NormRatio
+from transmla.convert.eps_correction import NormRatio
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family

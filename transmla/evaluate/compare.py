@@ -12,7 +12,7 @@ import torch
 
 from transmla.errors import TransmlaError
 from transmla.evaluate.bench import Bench, bench
-from transmla.evaluate.perplexity import check_stride, evaluate
+from transmla.evaluate.perplexity_and_kl import check_stride, evaluate
 from transmla.export.card import write_card
 from transmla.export.manifest import Manifest
 from transmla.formats.base import format_named

@@ -4,7 +4,7 @@ base            ``Format``, the contract of every format, and the look-up by nam
 native          the native format: a dense DeepSeek-V3 without custom code
 native_layout   names and layout of the native format's attention tensors
 native_rotary   the rotary table that runtimes compute from a DeepSeek-V3 config
-latent_scale    the latent scale of native exports, removed for healing and restored for saving
+native_natural  the latent scale of native exports, removed for healing and restored for saving
 transmla        the transmla format: the source family's classes with latent attention inside
 runtimes        which runtimes read an export, and with which kernels
 model_checks    checks of a loaded export, shared by the formats

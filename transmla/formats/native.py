@@ -16,9 +16,9 @@ from transmla.artifacts import AttentionSpec, LayerFactors, LayerKind, MLAShape,
 from transmla.core.reference_attention import absorbed_attention
 from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
-from transmla.formats.latent_scale import from_natural, to_natural
 from transmla.formats.model_checks import TOLERANCE, Check, observe_layers, relative_difference
 from transmla.formats.native_layout import RMS_NORM_EPS, export_shape, export_tensors, layer_factors
+from transmla.formats.native_natural import from_natural, to_natural
 from transmla.formats.native_rotary import choose_slots, native_slots
 from transmla.formats.runtimes import Runtime, native_runtimes
 from transmla.source.attention_view import AttentionView

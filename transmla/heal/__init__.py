@@ -9,7 +9,8 @@ The student (an export) learns the teacher's next-token distributions (Hinton et
 - ``natural_coordinates.py``: the coordinates that healing trains in.
 - ``balance.py``: rescales the factors of each product to equal size.
 - ``losses.py``: the distillation loss, computed in chunks.
-- ``optimiser.py``: trainable parameters and learning rates relative to each tensor's size.
+- ``learning_rate.py``: the peak learning rate and its schedule.
+- ``optimiser.py``: trainable parameters, and AdamW in units of each tensor's size.
 - ``loop.py``: training steps, held-out evaluations, saves and rollbacks.
 - ``resume.py``: the state of a run on disk.
 - ``distributed.py``: differences between one process, DDP, FSDP2 and DeepSpeed.

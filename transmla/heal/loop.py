@@ -12,7 +12,7 @@ from torch import Tensor
 from transmla.errors import TransmlaError
 from transmla.heal.batches import Batches
 from transmla.heal.distributed import gather
-from transmla.heal.optimiser import highest_rate, set_rates
+from transmla.heal.learning_rate import highest_rate, set_rates
 from transmla.heal.resume import State, Store
 from transmla.heal.settings import Healing
 from transmla.reporter import Reporter

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.formats.base import Format
-from transmla.formats.latent_scale import LatentMeter
+from transmla.formats.native_natural import LatentMeter
 from transmla.heal.balance import balance
 
 

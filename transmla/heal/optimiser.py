@@ -1,4 +1,4 @@
-"""Trainable parameters, and learning rates relative to each tensor's size."""
+"""Trainable parameters, and an optimiser whose units are each tensor's own size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ from transmla.heal.settings import Healing
 
 BETAS = (0.9, 0.98)
 ATTENTION = ".self_attn."
-# Peak learning rate for a student one nat from its teacher, with batches of RATED_TOKENS tokens. Chosen by held-out KL
-# on validation text among two to four rates per distance (SmolLM2-135M, 3 million tokens, one H200). The best rates:
-# 1e-3 to 2e-3 at 0.06 nats, 4e-3 at 0.22, 6e-3 to 1e-2 at 0.68.
-RATE_AT_ONE_NAT = 8e-3
-RATED_TOKENS = 16_384
-# Smallest number of warm-up steps: Adam's moments over fewer steps are too noisy for the full learning rate.
-FEWEST_RISING = 10
 
 
 def choose_trainable(student: Any, settings: Healing) -> Any:
@@ -75,35 +68,3 @@ def _lora_b_size(name: str, named: dict[str, nn.Parameter]) -> float:
     module, _, adapter = name.partition(".lora_B.")
     weight, a = named[f"{module}.base_layer.weight"], named[f"{module}.lora_A.{adapter}"]
     return _rms(weight) / (_rms(a) * math.sqrt(len(a)))
-
-
-def highest_rate(settings: Healing, kl: float) -> float:
-    """Return the peak learning rate: ``settings.learning_rate``, or one that fits a student at ``kl`` nats.
-
-    The distance between the weights grows with the square root of the KL, and so does the rate. Batches below
-    RATED_TOKENS are noisier and get a lower rate.
-    """
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    noise = min(1.0, settings.batch * settings.length / RATED_TOKENS)
-    return RATE_AT_ONE_NAT * math.sqrt(min(max(kl, 0.0), 1.0) * noise)
-
-
-def set_rates(optimiser: Any, progress: float, step: int, highest: float, warmup: float) -> float:
-    """Set the learning rates of a step: linear warm-up times a cosine decay to zero.
-
-    Args:
-        optimiser: an optimiser of ``make_optimiser``.
-        progress: used share of the budget, in [0, 1).
-        step: number of the step, from 0.
-        highest: peak learning rate.
-        warmup: share of the budget for the warm-up, which takes at least FEWEST_RISING steps; 0: no warm-up.
-
-    Returns:
-        The learning rate, before each group multiplies it by its ``unit``.
-    """
-    rising = min(1.0, progress / warmup, (step + 1) / FEWEST_RISING) if warmup else 1.0
-    rate = highest * max(rising, 1e-3) * 0.5 * (1 + math.cos(math.pi * progress))
-    for group in optimiser.param_groups:
-        group["lr"] = group["unit"] * rate
-    return rate

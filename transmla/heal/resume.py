@@ -14,7 +14,7 @@ from torch import Tensor
 from transmla.errors import TransmlaError
 from transmla.export.files import write_json, write_tensors
 from transmla.export.hashes import read_json
-from transmla.heal.optimiser import highest_rate
+from transmla.heal.learning_rate import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"

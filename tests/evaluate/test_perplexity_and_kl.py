@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from transmla.errors import TransmlaError
-from transmla.evaluate import perplexity as module
-from transmla.evaluate.perplexity import Evaluation, evaluate
+from transmla.evaluate import perplexity_and_kl as module
+from transmla.evaluate.perplexity_and_kl import Evaluation, evaluate
 
 VOCABULARY = 50
 

@@ -14,10 +14,10 @@ from helpers.tiny_sources import build_model
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors, Plan
-from transmla.convert import reconstruct as fits
+from transmla.convert import fit_layers as fits
 from transmla.convert.factorize import factorize
+from transmla.convert.fit_layers import JITTER, FitProblem, held_out, reconstruct
 from transmla.convert.pipeline import convert
-from transmla.convert.reconstruct import JITTER, FitProblem, held_out, reconstruct
 from transmla.convert.source_layer import SourceLayer
 from transmla.errors import TransmlaError
 from transmla.plan.fit_settings import FITS, SMALL_CACHE, FitSettings, choose_fit, fit_settings

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors
 from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
-from transmla.convert.fit_parameters import FitParameters
+from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates
