@@ -139,7 +139,7 @@ class Recipe(Strict):
         "auto", json_schema_extra=METHOD, description="precision of the export"
     )
     seed: int = Field(0, ge=0, lt=2**31, json_schema_extra=METHOD, description="seed of everything that is drawn")
-    device: str = Field("auto", json_schema_extra=METHOD, description="auto, cpu, cuda, cuda:1, …")
+    device: str = Field("auto", json_schema_extra=METHOD, description="device: auto, cpu, cuda, cuda:1, …")
     calibration: Calibration = Calibration()
     eval: Evaluation | None = None
 

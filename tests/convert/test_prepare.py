@@ -12,6 +12,7 @@ import pytest
 from transmla.convert.inspect import inspect_source
 from transmla.convert.pipeline import convert
 from transmla.convert.prepare import prepare, summarise
+from transmla.errors import TransmlaError
 from transmla.export.manifest import Manifest
 from transmla.recipe import Recipe
 from transmla.reporter import Silent
@@ -81,3 +82,11 @@ def test_a_note_says_which_shape_a_fitted_conversion_would_have(
     assert f"latent {unfitted.shape.kv_lora_rank} + rotary {unfitted.shape.qk_rope_head_dim}" in note
     assert f"{fitted.shape.kv_lora_rank} + {fitted.shape.qk_rope_head_dim}" in note
     assert not any("not fitted" in note for note in fitted.notes)
+
+
+def test_a_misspelt_format_is_refused_before_anything_is_downloaded(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transmla.convert.prepare.open_source", None)
+    with pytest.raises(TransmlaError, match="unknown format 'nativ'"):
+        prepare(make_recipe(Path("org/name"), format="nativ"))

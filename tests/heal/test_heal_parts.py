@@ -35,9 +35,9 @@ def test_natural_coordinates_keep_the_logits(
     with torch.no_grad():
         expected = model(tokens).logits
         natural.to_natural(model, format_named("native"))
-        natural.measure_latents(model, watching=True)
+        natural.measure_latents(model, format_named("native"), watching=True)
         logits = model(tokens).logits
-        natural.measure_latents(model, watching=False)
+        natural.measure_latents(model, format_named("native"), watching=False)
     assert torch.allclose(logits, expected, atol=1e-3)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     back = load(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from transmla.convert.inspect import Inspection
-from transmla.evaluate.figures import _figure, check_picture
+from transmla.evaluate.figures import check_picture, new_figure
 
 _PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -59,7 +59,7 @@ def write_picture(inspection: Inspection, path: Path) -> None:
 
 
 def _draw(inspection: Inspection) -> bytes:
-    figure = _figure(13, 9)
+    figure = new_figure(13, 9)
     (decay, errors), (energy, phase) = figure.subplots(2, 2)
     _draw_decay(decay, inspection)
     _draw_errors(errors, inspection)

@@ -9,9 +9,10 @@ import torch
 
 from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
+from transmla.formats.base import format_named
 from transmla.plan import estimate
 from transmla.plan.fit_settings import FitSettings, choose_fit, fit_settings
-from transmla.plan.make_plan import make_plan
+from transmla.plan.make_plan import AUTO, make_plan
 from transmla.recipe import Recipe
 from transmla.source.device import pick_device
 from transmla.source.open_source import Source, open_source, runs_in_bfloat16
@@ -48,6 +49,8 @@ def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
     Raises:
         TransmlaError: if the source cannot be converted, the device cannot be used, or an option or shape is invalid.
     """
+    if recipe.format != AUTO:
+        format_named(recipe.format)  # refuses a misspelt format before anything is downloaded
     source = open_source(recipe)
     device = pick_device(recipe.device)
     baseline = recipe.method if method_named(recipe.method).baseline else None

@@ -47,7 +47,7 @@ def write_speeds(found: dict[str, Bench], path: Path) -> None:
     """
     from matplotlib.ticker import LogLocator
 
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for role, style in (("model", "-"), ("baseline", "--")):
         points = found[role].points if role in found else []
@@ -72,7 +72,7 @@ def write_curve(curve: list[dict[str, Any]], path: Path) -> None:
         curve: one point per evaluation, as the manifest records them.
         path: the file to write.
     """
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     tokens = [point["tokens"] for point in curve]
     axes.plot(tokens, [point["held_out_kl"] for point in curve], marker=".", label="held-out: KL(teacher ‖ student)")
@@ -83,7 +83,7 @@ def write_curve(curve: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

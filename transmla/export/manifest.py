@@ -97,14 +97,51 @@ class Manifest:
         finished_hashes(folder)
         try:
             manifest: Manifest = _reader().validate_python(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+            mistake = _mistake(manifest)
         except ValidationError as error:
-            mistake = error.errors()[0]
+            first = error.errors()[0]
+            mistake = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        if mistake:
             raise TransmlaError(
-                f"{MANIFEST} does not describe a conversion",
-                limit=f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg'].lower()}",
-                remedy="run `transmla convert` again",
-            ) from error
+                f"{MANIFEST} does not describe a conversion", limit=mistake, remedy="run `transmla convert` again"
+            )
         return manifest
+
+
+# What readers of a manifest rely on in its untyped records: key → type.
+_LAYER = {"layer": int, "relative_error": float}
+_HEALING = {"settings": dict, "tokens": int, "seconds": (int, float), "held_out_kl": dict}
+_HEALING_SETTINGS = {"teacher": str, "data": list, "trainable": str}
+_HEALING_KL = {"before": (int, float), "after": (int, float)}
+
+
+def _mistake(manifest: Manifest) -> str:
+    """Name the first thing that types do not check and that is wrong; empty if nothing is."""
+    plan = manifest.plan
+    if plan.format != manifest.format:
+        return f"format is {manifest.format}, plan.format {plan.format}"
+    if plan.dtype not in ("bfloat16", "float32"):
+        return f"plan.dtype is '{plan.dtype}', not bfloat16 or float32"
+    if plan.spec.cache_values <= 0 or not manifest.layers:
+        return "plan.spec caches nothing" if manifest.layers else "layers is empty"
+    if "transmla" not in manifest.versions:
+        return "versions.transmla is missing"
+    for i, layer in enumerate(manifest.layers):
+        if mistake := _wrong_key(layer, _LAYER):
+            return f"layers.{i}.{mistake}"
+    for i, record in enumerate(manifest.healing):
+        mistake = _wrong_key(record, _HEALING)
+        mistake = mistake or _wrong_key(record["settings"], _HEALING_SETTINGS, "settings.")
+        mistake = mistake or _wrong_key(record["held_out_kl"], _HEALING_KL, "held_out_kl.")
+        if mistake:
+            return f"healing.{i}.{mistake}"
+    return ""
+
+
+def _wrong_key(record: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:
+    """The first key of ``expected`` that is missing from ``record`` or has another type; empty if all are right."""
+    wrong = (key for key, kind in expected.items() if not isinstance(record.get(key), kind))
+    return next((f"{prefix}{key} is missing or has the wrong type" for key in wrong), "")
 
 
 @cache

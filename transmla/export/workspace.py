@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.export.files import write_json, write_tensors
-from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256
+from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256, read_json
 
 
 @dataclass
@@ -88,14 +87,14 @@ class Workspace:
             progress = Progress(key)
             self.save_progress(progress)
             return progress
-        progress = Progress(**json.loads(file.read_text()))
-        if progress.key != key:
+        values = read_json(file) or {}
+        if values.get("key") != key or not set(values) <= {item.name for item in fields(Progress)}:
             raise TransmlaError(
                 f"'{self.folder}' was begun with other weights, settings or versions",
                 limit="a resumed conversion must end in the same bytes",
                 remedy="repeat the first run's command with --resume, or delete the folder",
             )
-        return progress
+        return Progress(**values)
 
     def size(self) -> int:
         """Return the bytes that an unfinished run has written."""

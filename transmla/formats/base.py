@@ -207,6 +207,10 @@ class Format(ABC):
         """
         return {name: name for name in source if ".self_attn." not in name}
 
+    def measure(self, attention: nn.Module, *, watching: bool) -> None:
+        """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""
+        return
+
     def to_natural(self, attention: nn.Module) -> None:
         """Fold extreme scales out of the weights of one ``attention`` module, in place; its output does not change.
 

@@ -18,7 +18,7 @@ from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
 from transmla.formats.model_checks import TOLERANCE, Check, observe_layers, relative_difference
 from transmla.formats.native_layout import RMS_NORM_EPS, export_shape, export_tensors, layer_factors
-from transmla.formats.native_natural import from_natural, to_natural
+from transmla.formats.native_natural import from_natural, measure, to_natural
 from transmla.formats.native_rotary import choose_slots, native_slots
 from transmla.formats.runtimes import Runtime, native_runtimes
 from transmla.source.attention_view import AttentionView
@@ -174,6 +174,9 @@ class NativeFormat(Format):
         written = set(export)
         names = {n: n for n in source if ".self_attn." not in n and "norm" not in n and n in written}
         return names | ({HEAD: EMBEDDING} if tied else {})
+
+    def measure(self, attention: nn.Module, *, watching: bool) -> None:
+        measure(attention, watching=watching)
 
     def to_natural(self, attention: nn.Module) -> None:
         """Fold the latent norms into the projections, in place (``latent_scale.to_natural``)."""

@@ -47,6 +47,15 @@ class LatentMeter(nn.Module):
         return latent
 
 
+def measure(attention: nn.Module, *, watching: bool) -> None:
+    """Start (``watching``) or stop measuring the latents of one natural ``attention``. A start clears the past."""
+    for module in attention.modules():
+        if isinstance(module, LatentMeter):
+            module.watching = watching
+            if watching:
+                module.reset()
+
+
 @torch.no_grad()
 def to_natural(attention: Any) -> None:
     """Fold the latent norms of one ``attention`` (float32) into its projections, in place; its output does not change.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from transmla.formats.base import Format
-from transmla.formats.native_natural import LatentMeter
 from transmla.heal.balance import balance
 
 
@@ -32,13 +31,10 @@ def to_natural(model: nn.Module, form: Format) -> None:
         balance(attention, interleaved=form.interleaved)
 
 
-def measure_latents(model: nn.Module, *, watching: bool) -> None:
+def measure_latents(model: nn.Module, form: Format, *, watching: bool) -> None:
     """Start (``watching``) or stop measuring the sizes of the latents. A start clears earlier measurements."""
-    for module in model.modules():
-        if isinstance(module, LatentMeter):
-            module.watching = watching
-            if watching:
-                module.reset()
+    for _, attention in attentions(model):
+        form.measure(attention, watching=watching)
 
 
 @torch.no_grad()

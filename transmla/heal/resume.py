@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ class Store:
         values = read_json(self.folder / FILE)
         if values is None:
             return None
-        if values.get("key") != key:
+        if values.get("key") != key or not set(values) <= {item.name for item in fields(State)}:
             raise TransmlaError(
-                f"'{self.folder}' was started with another student, teacher, text, settings or kind of processes",
+                f"'{self.folder}' was started with another student, teacher, text, version or kind of "
+                "processes, or with other settings",
                 limit="a resumed healing must give the same result as an uninterrupted one",
                 remedy="repeat the command that started it, or delete the folder",
             )

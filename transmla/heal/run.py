@@ -202,7 +202,7 @@ def _finish(
     student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
     form = format_named(manifest.format)
     model, changed = _load_healed(student, learned.best, settings, form)
-    _measure_latents(model.to(device), learned.batches)
+    _measure_latents(model.to(device), learned.batches, form)
     tensors = natural.to_export(model, changed, form, getattr(torch, manifest.plan.dtype))
     del model
     shutil.rmtree(folder, ignore_errors=True)
@@ -232,13 +232,13 @@ def _load_healed(
 
 
 @torch.no_grad()
-def _measure_latents(model: Any, batches: Batches) -> None:
+def _measure_latents(model: Any, batches: Batches, form: Format) -> None:
     """Measure the latents' sizes on the held-out sequences and a few training batches."""
-    natural.measure_latents(model, watching=True)
+    natural.measure_latents(model, form, watching=True)
     for rows in (batches.held_out(), *(batches[step] for step in range(MEASURED))):
         for row in rows.to(model.device).split(1):
             model.model(row, use_cache=False)
-    natural.measure_latents(model, watching=False)
+    natural.measure_latents(model, form, watching=False)
 
 
 def load_student(student: Path, form: Format) -> Any:

@@ -12,6 +12,7 @@ import torch
 from transmla.artifacts import AttentionSpec, LayerKind
 from transmla.errors import TransmlaError
 from transmla.families.base import Family
+from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.modeling.modeling_transmla import has_bias, refuse_unknown, window_of
 from transmla.registry import lookup
 from transmla.source.load import split_gguf
@@ -49,7 +50,8 @@ def read_config(path: Path) -> Any:
 def _is_export(folder: Path) -> bool:
     """Return whether ``folder`` holds an export in the transmla format."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "transmla"  # type: ignore[no-any-return]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("model_type") == MODEL_TYPE)
     except (OSError, ValueError, AttributeError):
         return False
 
