@@ -82,8 +82,8 @@ class Store:
             return None
         if values.get("key") != key or not set(values) <= {item.name for item in fields(State)}:
             raise TransmlaError(
-                f"'{self.folder}' was started with another student, teacher, text, version or kind of "
-                "processes, or with other settings",
+                f"'{self.folder}' was started with another student, teacher, text, settings, version or kind "
+                "of processes",
                 limit="a resumed healing must give the same result as an uninterrupted one",
                 remedy="repeat the command that started it, or delete the folder",
             )
