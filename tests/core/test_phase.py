@@ -99,7 +99,7 @@ def test_keys_that_the_slots_hold_completely_are_exact(heads: int) -> None:
     for head in range(2 * heads):
         # Each channel is read from the slots of its frequency only.
         torch.testing.assert_close(from_slots[head] @ kept.z, kappa[head // 2], atol=1e-8, rtol=0)
-        assert float((from_slots[head] * ~measured.own).abs().max()) <= 1e-8
+        assert float((from_slots[head] * ~measured.has_slot).abs().max()) <= 1e-8
 
 
 def test_constant_is_exact_for_one_distance() -> None:
