@@ -79,13 +79,15 @@ except ModuleNotFoundError:
 else:
     raise SystemExit("transmla can be imported")
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 prompts, new, folders = json.loads(sys.argv[1])
 fixed = dict(do_sample=False, temperature=None, max_new_tokens=new, min_new_tokens=new)
 plain = dict(return_tensors="pt", return_token_type_ids=False)
 outputs = {}
 for folder in folders:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    # In float64 no near-tie between two tokens is decided by the order of a sum, which differs between CPUs.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     alone = {}
     for use_cache in (True, False):

@@ -255,11 +255,16 @@ def test_exports_are_pickled_inspected_and_loaded_as_any_model(pair: tuple[Any, 
     source, export, folder = pair
     ids = torch.arange(3, 12)[None]
     fast = transmla.load(folder)
-    assert pickle.loads(pickle.dumps(fast))(ids).logits.equal(fast(ids).logits)
-    again = pickle.loads(pickle.dumps(export))
-    assert again(ids).logits.equal(export(ids).logits)
+    for model, again in (
+        (fast, pickle.loads(pickle.dumps(fast))),
+        (export, pickle.loads(pickle.dumps(export))),
+        (export, copy.deepcopy(export)),
+    ):
+        weights = again.state_dict()
+        assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
+        # Products of experts sum in an order that depends on where their weights lie in memory.
+        assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
     assert type(pickle.loads(pickle.dumps(export.config))) is type(export.config)
-    assert copy.deepcopy(export)(ids).logits.equal(export(ids).logits)
     theirs, ours = (model(ids, output_attentions=True).attentions for model in (source, export))
     assert len(ours) == len(theirs)
     assert torch.allclose(ours[0], theirs[0], atol=1e-4)
