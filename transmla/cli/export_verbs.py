@@ -12,6 +12,7 @@ from transmla.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    given_options,
     help_of,
     with_evaluation_options,
     with_healing_options,
@@ -74,7 +75,7 @@ def evaluate(
     from transmla.evaluate.compare import evaluate_models
     from transmla.recipe import Evaluation, parse_section
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(options)
     settings = parse_section(Evaluation, given)
     with console.Bars() as bars:
         result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
@@ -164,7 +165,7 @@ def heal(
     from transmla.heal.run import heal as run
     from transmla.recipe import parse_section
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(options)
     named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
     settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     with console.Bars() as bars:

@@ -51,13 +51,18 @@ def with_healing_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Return the flags that were given, nested as in a recipe file."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(options)
     for section, (_, main) in SECTIONS.items():
         names = [name for name in given if name == section or name.startswith(f"{section}_")]
         values = {name.removeprefix(section).removeprefix("_") or main: given.pop(name) for name in names}
         if values:
             given[section] = values
     return given
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given; a flag that may be repeated has an empty list otherwise."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
 
 
 def help_of(model: type[BaseModel], field: str) -> str:
@@ -115,19 +120,23 @@ def _help(info: Any, *, default: bool = True) -> str:
     listed = f" ({', '.join(choices)})" if choices else ""
     # By identity: a seed of 0 is a default worth showing.
     shown = default and info.default is not None and info.default is not False
+    default_text = ", ".join(info.default) if isinstance(info.default, tuple) else info.default
+    shown = shown and default_text != ""
     return (
-        f"{info.description[0].upper()}{info.description[1:]}{listed}{f' (default: {info.default})' if shown else ''}"
+        f"{info.description[0].upper()}{info.description[1:]}{listed}{f' (default: {default_text})' if shown else ''}"
     )
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The plain type of a field. Choices are text, which the recipe checks."""
+    """The plain type of a field; a list if the flag may be given several times. Choices are text."""
     # `int | None` is a UnionType, `Annotated[int, …] | None` a Union.
     union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     arms = typing.get_args(annotation) if union else (annotation,)
     for arm in arms:
         while typing.get_origin(arm) is Annotated:
             arm = typing.get_args(arm)[0]
+        if typing.get_origin(arm) is tuple:
+            return list[typing.get_args(arm)[0]]  # type: ignore[misc]
         if arm in (bool, int, float, str):
             return arm
     return str
