@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from transmla.source.text import load_tokens, pydoc_text
+from transmla.source.text import load_tokens
+from transmla.source.texts.pydoc import pydoc_text
 
 VOCABULARY, LENGTH, BATCH = 2048, 256, 16
 START = "<s>"

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from transmla.errors import TransmlaError
+from transmla.shares import Mixture
 
 
 class Strict(BaseModel):
@@ -38,18 +39,27 @@ Reconstruct = Annotated[
 class Calibration(Strict):
     """The text on which a conversion measures and fits the model."""
 
-    source: str = Field(
-        "self",
+    source: Mixture = Field(
+        ("auto",),
         json_schema_extra=TEXT,
-        description="text to calibrate on: self (sampled from the model), pydoc (the prose that CPython ships), "
-        "a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, org/name)",
+        description="text to calibrate on; give it several times for a mixture, as NAME or NAME:WEIGHT. auto: prose, "
+        "code, documentation, chats and samples of the model; self: samples of the model; pydoc, stdlib, packages: "
+        "documentation and code on this machine; a .txt/.md/.jsonl/.json/.csv/.parquet file; or a Hub dataset "
+        "(wikitext, c4, org/name). Rows of messages go through the chat template",
     )
     split: str | None = Field(
-        None, json_schema_extra=TEXT, description="split of a dataset, or of pydoc (train or test)"
+        None, json_schema_extra=TEXT, description="split of datasets, or of pydoc, stdlib and packages (train or test)"
     )
-    column: str | None = Field(None, json_schema_extra=TEXT, description="text column of a dataset")
-    sequences: PositiveInt = Field(64, json_schema_extra=TEXT, description="number of calibration sequences")
-    length: int = Field(512, ge=2, json_schema_extra=TEXT, description="tokens per calibration sequence")
+    column: str | None = Field(None, json_schema_extra=TEXT, description="column of texts or chats of a dataset")
+    sequences: PositiveInt | None = Field(
+        None, json_schema_extra=TEXT, description="number of calibration sequences (default: 128 on a GPU, 64 on a CPU)"
+    )
+    length: int | None = Field(
+        None,
+        ge=2,
+        json_schema_extra=TEXT,
+        description="tokens per calibration sequence (default: 1024 on a GPU, 512 on a CPU)",
+    )
 
 
 class Evaluation(Strict):
@@ -216,4 +226,4 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return ``recipe`` as YAML, without fields that are None."""
-    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)

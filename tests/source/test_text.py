@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transmla.errors import TransmlaError
-from transmla.source import text as data
 from transmla.source.self_text import sample_self
 from transmla.source.text import SPREAD, load_blocks, load_tokens
+from transmla.source.texts import pydoc as data
 
 ROWS = ["first row", "second row", None, "third row"]
 JOINED = "first row\n\nsecond row\n\nthird row"
@@ -202,9 +202,12 @@ def test_hub_datasets_stream_only_what_is_needed(
         for read in range(1, 100_000):
             yield {"text": f"row {read}"}
 
-    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+    def load_dataset(
+        path: str, name: str | None, *, split: str, revision: str | None, streaming: bool
+    ) -> Iterator[dict[str, str]]:
         assert streaming
         assert (path, name, split) == expected
+        assert (revision is not None) == (path == "Salesforce/wikitext")
         return rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -227,13 +230,19 @@ def test_an_unreachable_hub_is_an_error_of_one_line(
     ("file", "content", "options", "message"),
     [
         ("missing.txt", None, {}, "no file"),
-        ("table.csv", "a,b", {}, r"has an unknown file type; supported: \.txt, \.md, \.jsonl"),
+        ("table.xls", "a,b", {}, r"has an unknown file type; supported: \.txt, \.md, \.jsonl"),
+        ("table.csv", "a,b\n1,2\n", {}, r"has no column 'text'; its columns: a, b"),
         ("empty.txt", "", {}, "holds no text"),
         ("blank.md", " \n\n ", {}, "holds no text"),
         ("empty.jsonl", "", {}, "holds no text"),
         ("broken.jsonl", '{"text": "a"}\n{broken\n', {}, "cannot be read"),
         ("latin.txt", "caf\xe9".encode("latin-1"), {}, "not UTF-8"),
-        ("short.txt", "one two three", {}, r"has \d+ tokens; 4 sequences of 8 tokens need 32; lower --cal"),
+        (
+            "short.txt",
+            "one two three",
+            {},
+            r"has \d+ tokens, \d+ too few; 4 sequences of 8 tokens need 32; lower --cal",
+        ),
         ("short.txt", "one two three", {"remedy": "be brief"}, "need 32; be brief"),
         ("split.txt", "text", {"split": "test"}, "no split 'test'"),
         ("column.txt", "text", {"column": "body"}, "no column 'body'"),
@@ -257,7 +266,7 @@ def test_unusable_files_and_options_are_refused(
 
 
 def test_self_and_unknown_pydoc_splits_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(TransmlaError, match="sampling needs the model"):
+    with pytest.raises(TransmlaError, match="only for calibration and healing; it is sampled"):
         load_tokens("self", tokenizer)
     with pytest.raises(TransmlaError, match="choose train or test"):
         load_tokens("pydoc", tokenizer, split="validation")

@@ -145,7 +145,7 @@ def heal(
     teacher: Annotated[str, typer.Option(help="The source, or a larger model with the same tokenizer.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     revision: Annotated[str | None, typer.Option(help=help_of(Healing, "revision"))] = None,
-    data: Annotated[list[str], typer.Option(help=help_of(Healing, "data"))] = ["self"],  # noqa: B006
+    data: Annotated[list[str], typer.Option(help=help_of(Healing, "data"))] = ["auto"],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Continue a healing that was interrupted.")] = False,
     track: Annotated[list[str] | None, typer.Option(help=help_of(Healing, "track"))] = None,
     **options: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,20 @@ from transmla.recipe import Recipe
 from transmla.reporter import Reporter
 from transmla.source.device import pick_device
 from transmla.source.load import load_model
+from transmla.source.mixture import Part, interleave, openings, parts_of, read_rows
 from transmla.source.open_source import Source, runs_in_bfloat16
-from transmla.source.self_text import sample_self
-from transmla.source.text import load_blocks
+from transmla.source.samples import sampled_rows
+from transmla.source.text import SELF
+
+
+def longest_sequence(spec: AttentionSpec) -> int:
+    """Return the tokens of the longest calibration sequence that ``check_length`` accepts."""
+    return min(spec.max_position_embeddings, _short_length(spec) or spec.max_position_embeddings)
+
+
+def _short_length(spec: AttentionSpec) -> int | None:
+    """Return the tokens up to which longrope uses its short frequencies; None without longrope."""
+    return min((kind.short_length for kind in spec.kinds if kind.short_length is not None), default=None)
 
 
 def check_length(spec: AttentionSpec, length: int) -> None:
@@ -27,8 +39,8 @@ def check_length(spec: AttentionSpec, length: int) -> None:
     Raises:
         TransmlaError: if the sequences are too long.
     """
-    short = min((kind.short_length for kind in spec.kinds if kind.short_length is not None), default=length)
-    if length > short:
+    short = _short_length(spec)
+    if short is not None and length > short:
         raise TransmlaError(
             f"calibration sequences of {length} tokens are longer than {short}",
             limit=f"longrope uses its short frequencies up to {short} tokens, and layers are converted with these",
@@ -42,47 +54,84 @@ def check_length(spec: AttentionSpec, length: int) -> None:
         )
 
 
-def calibration_tokens(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> Tensor:
-    """Load or sample the calibration tokens of a recipe.
+@dataclass(frozen=True)
+class CalibrationText:
+    """The texts of one conversion, before samples of the model are drawn.
+
+    Attributes:
+        parts: the mixture.
+        texts: token ids [rows, length] of every part but ``self``, by name.
+        sequences: rows of the whole mixture.
+        length: tokens in a row.
+    """
+
+    parts: tuple[Part, ...]
+    texts: dict[str, Tensor]
+    sequences: int
+    length: int
+
+    @property
+    def sampled(self) -> int:
+        """Number of rows that are sampled from the model."""
+        return self.sequences - sum(len(rows) for rows in self.texts.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the parts by name."""
+        return {part.name: part.share for part in self.parts}
+
+
+def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report: Reporter) -> CalibrationText:
+    """Read the texts of a recipe's calibration, before a weight is loaded.
 
     Args:
-        recipe: the recipe, whose ``calibration`` names a text, or ``self`` to sample from the source.
+        recipe: the recipe, with ``sequences`` and ``length`` resolved.
+        spec: the source's attention.
+        tokenizer: the source's tokenizer.
+        report: receives the progress.
+
+    Raises:
+        TransmlaError: if a text cannot be read, is too short for its share, or does not fit the tokenizer or the model.
+    """
+    calibration = recipe.calibration
+    sequences, length = calibration.sequences, calibration.length
+    assert sequences is not None
+    assert length is not None
+    parts = parts_of(calibration.source, split=calibration.split, column=calibration.column, report=report)
+    texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=spec.vocab_size)
+    return CalibrationText(parts, texts, sequences, length)
+
+
+def calibration_tokens(
+    recipe: Recipe, source: Source, tokenizer: Any, calibration: CalibrationText, fingerprint: str, report: Reporter
+) -> Tensor:
+    """Return the calibration tokens; samples of the source are drawn if the mixture holds ``self``.
+
+    Args:
+        recipe: the recipe of the conversion.
         source: the opened source.
         tokenizer: the source's tokenizer.
+        calibration: the texts.
+        fingerprint: hash of the source's weights.
         report: receives the progress of sampling.
 
     Returns:
-        Token ids [sequences, length].
-
-    Raises:
-        TransmlaError: if the tokenizer produces tokens outside the model's vocabulary.
+        Token ids [sequences, length]. Every run of rows holds the parts in nearly their shares.
     """
-    calibration = recipe.calibration
-    if calibration.source != "self":
-        blocks = load_blocks(
-            calibration.source,
+    texts = dict(calibration.texts)
+    if calibration.sampled:
+        device = pick_device(recipe.device)
+        dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
+        begin = openings(texts, tokenizer, seed=recipe.seed)
+        model = load_model(source.path, dtype=dtype).to(device)
+        texts[SELF] = sampled_rows(
+            model,
             tokenizer,
-            sequences=calibration.sequences,
+            begin,
+            rows=calibration.sampled,
             length=calibration.length,
-            split=calibration.split,
-            column=calibration.column,
+            seed=recipe.seed,
+            fingerprint=fingerprint,
+            report=report,
         )
-        if int(blocks.max()) >= source.spec.vocab_size:
-            raise TransmlaError(
-                f"the tokenizer produces token {int(blocks.max())}",
-                limit=f"the model's vocabulary has {source.spec.vocab_size}",
-                remedy="use the tokenizer that belongs to this model",
-            )
-        return blocks
-    device = pick_device(recipe.device)
-    dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
-    report.stage("sampling calibration text", calibration.sequences)
-    model = load_model(source.path, dtype=dtype).to(device)
-    return sample_self(
-        model,
-        tokenizer,
-        sequences=calibration.sequences,
-        length=calibration.length,
-        seed=recipe.seed,
-        progress=lambda done, _: report.advance(done),
-    )
+    return interleave(calibration.parts, texts, calibration.sequences)

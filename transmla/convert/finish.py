@@ -8,11 +8,11 @@ from typing import Any
 
 from transmla.convert.prepare import Prepared
 from transmla.export.card import write_card
-from transmla.export.files import write_json, write_text
 from transmla.export.hashes import hash_files, write_index
 from transmla.export.manifest import FitRecord, Manifest, SourceRecord, versions
 from transmla.export.tokenizer import write_tokenizer
 from transmla.export.workspace import Progress, Workspace
+from transmla.files import write_json, write_text
 from transmla.formats.base import format_named
 from transmla.recipe import dump_recipe
 
@@ -53,6 +53,7 @@ def write_rest(
         plan=plan,
         source=SourceRecord(recipe.source, recipe.revision, _hub_commit(source.path), fingerprint),
         reconstruct=recipe.reconstruct,
+        texts=progress.texts,
         fit=_fit_record(prepared),
         versions=versions(),
         layers=progress.layers,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import Plan
-from transmla.convert.calibration_text import calibration_tokens, check_length
+from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.factorize import factorize
 from transmla.convert.fit_layers import held_out
 from transmla.convert.layers import relative_error
@@ -99,9 +99,11 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     prepared = prepare(recipe)
     source, recipe = prepared.source, prepared.recipe
     plans = _plans(prepared, reporter)
-    check_length(source.spec, recipe.calibration.length)
-    tokens = calibration_tokens(recipe, source, load_tokenizer(source.path), reporter)
-    source.checkpoint.fingerprint()  # raises if a weight is NaN or infinite
+    check_length(source.spec, recipe.calibration.length or 0)
+    tokenizer = load_tokenizer(source.path)
+    text = read_calibration(recipe, source.spec, tokenizer, reporter)
+    fingerprint = source.checkpoint.fingerprint()  # raises if a weight is NaN or infinite
+    tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, reporter)
     half = runs_in_bfloat16(source, prepared.device)
     layer = SourceLayer(source.model, source.family, source.spec, prepared.device, half=half)
     stream = embedded(source.model, tokens, source.checkpoint.read(source.family.tensors["embed"]))

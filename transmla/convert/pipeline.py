@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transmla.convert.calibration_text import calibration_tokens, check_length
+from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.finish import write_rest
 from transmla.convert.layers import LayerConverter
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
-from transmla.export.files import disk_errors
 from transmla.export.manifest import versions
 from transmla.export.workspace import Progress, Workspace
+from transmla.files import disk_errors
 from transmla.plan.estimate import disk_bytes
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
@@ -61,30 +61,35 @@ def convert(
     output = Path(recipe.output).expanduser()
     if not output.name:  # "." has no name to append ".partial" to
         output = output.resolve()
-    shape = (recipe.calibration.sequences, recipe.calibration.length) if calibration is None else calibration.shape
-    prepared = prepare(recipe, sequences=shape[0])
+    prepared = prepare(recipe, sequences=None if calibration is None else len(calibration))
     source, recipe = prepared.source, prepared.recipe
+    amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
+    sequences, length = amount if calibration is None else calibration.shape
     workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
     workspace.refuse_overwrite(resume=resume)
     tokenizer = load_tokenizer(source.path)
-    _check_disk(output, disk_bytes(prepared.plan, shape[0] * shape[1], prepared.fit) - workspace.size())
+    _check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
 
-    check_length(source.spec, shape[1])
-    tokens = calibration
+    check_length(source.spec, length)
+    tokens, text = calibration, None
     if tokens is None and resume:
         tokens = workspace.tokens()
-    if tokens is None and recipe.calibration.source != "self":
-        tokens = calibration_tokens(recipe, source, tokenizer, report)
+    if tokens is None:
+        text = read_calibration(recipe, source.spec, tokenizer, report)
     report.stage("checking weights", len(source.checkpoint.shapes))
     fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
     for note in prepared.plan.notes:
         report.message(note)
     if tokens is None:
-        tokens = calibration_tokens(recipe, source, tokenizer, report)
+        assert text is not None
+        tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report)
 
     with disk_errors(output):
         progress = workspace.open(_key(prepared, fingerprint, tokens))
         workspace.save_tokens(tokens)
+        if text is not None:
+            progress.texts = text.shares
+            workspace.save_progress(progress)
         final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
         write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint)
         workspace.finish()

@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
-from transmla.artifacts import Plan
+from transmla.artifacts import AttentionSpec, Plan
+from transmla.convert.calibration_text import longest_sequence
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan import estimate
 from transmla.plan.fit_settings import FitSettings, choose_fit, fit_settings
-from transmla.plan.make_plan import AUTO, make_plan
+from transmla.plan.make_plan import AUTO as AUTO_FORMAT
+from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe
+from transmla.shares import shares
 from transmla.source.device import pick_device
 from transmla.source.open_source import Source, open_source, runs_in_bfloat16
+from transmla.source.text import AUTO, SELF
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Prepared:
     """All decisions about one conversion.
 
     Attributes:
-        recipe: the recipe, with ``reconstruct`` resolved to ``off``, ``fast`` or ``full``.
+        recipe: the recipe, with ``reconstruct`` resolved to ``off``, ``fast`` or ``full``, and with the amount of
+            calibration text chosen.
         source: the opened and checked source, whose weights have not been read.
         device: the device that converts.
         unfitted_because: why layers are not fitted; None if they are fitted.
@@ -39,6 +44,10 @@ class Prepared:
     plan: Plan
 
 
+# Sequences and tokens per sequence of the calibration text by device, if the recipe does not say.
+AMOUNTS = {"cuda": (128, 1024), "cpu": (64, 512)}
+
+
 def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
     """Open the recipe's source, and choose device, fit and plan.
 
@@ -49,13 +58,26 @@ def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
     Raises:
         TransmlaError: if the source cannot be converted, the device cannot be used, or an option or shape is invalid.
     """
-    if recipe.format != AUTO:
+    if recipe.format != AUTO_FORMAT:
         format_named(recipe.format)  # refuses a misspelt format before anything is downloaded
     source = open_source(recipe)
     device = pick_device(recipe.device)
+    recipe = _with_amounts(recipe, source.spec, device)
     baseline = recipe.method if method_named(recipe.method).baseline else None
-    name, because = choose_fit(recipe.reconstruct, device, sequences or recipe.calibration.sequences, baseline=baseline)
+    sequences = sequences or recipe.calibration.sequences or 0
+    name, because = choose_fit(recipe.reconstruct, device, sequences, baseline=baseline)
     return _decide(source, recipe.model_copy(update={"reconstruct": name}), device, because or None)
+
+
+def _with_amounts(recipe: Recipe, spec: AttentionSpec, device: torch.device) -> Recipe:
+    """Return the recipe with sequences and length of the calibration text chosen, within the source's context."""
+    calibration = recipe.calibration
+    sequences, length = AMOUNTS["cuda" if device.type == "cuda" else "cpu"]
+    chosen = {
+        "sequences": calibration.sequences or sequences,
+        "length": calibration.length or min(length, longest_sequence(spec)),
+    }
+    return recipe.model_copy(update={"calibration": calibration.model_copy(update=chosen)})
 
 
 def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
@@ -86,8 +108,10 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
     held = source.checkpoint.size if source.checkpoint.gguf else 0
     # To sample from a half-precision source, a CPU without fast bfloat16 loads the model in float32.
     widened = 2 if source.dtype != "float32" and not runs_in_bfloat16(source, prepared.device) else 1
-    sampled = source.checkpoint.size * widened if recipe.calibration.source == "self" else 0
-    tokens = recipe.calibration.sequences * recipe.calibration.length
+    calibration = recipe.calibration
+    samples = {SELF, AUTO} & set(shares(calibration.source))
+    sampled = source.checkpoint.size * widened if samples else 0
+    tokens = (calibration.sequences or 0) * (calibration.length or 0)
     return estimate.summary(
         prepared.plan,
         tokens,

@@ -16,9 +16,9 @@ import yaml
 from torch import Tensor
 
 from transmla.artifacts import Plan
-from transmla.export.files import write_json
 from transmla.export.hashes import CARD, MANIFEST, VERIFICATION, check_hashes, export_fingerprint
 from transmla.export.manifest import Manifest
+from transmla.files import write_json
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, compare_decoding
 from transmla.modeling.transformers_api import CACHE_ARGUMENT, register

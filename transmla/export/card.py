@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
-from transmla.export.files import write_text
 from transmla.export.hashes import CARD
 from transmla.export.manifest import Manifest
+from transmla.files import write_text
 from transmla.recipe import Recipe, dump_recipe
+from transmla.shares import name_and_weight
 
 _TEMPLATE = """---
 {metadata}---
@@ -57,7 +58,7 @@ The file `recipe.yaml` holds these settings (local paths are shortened here):
 The settings in effect were `method: {method}`, `freqfold: {fold}` and `reconstruct: {reconstruct}`.
 
 Each layer was compared with the same layer of the source, on calibration text. Both layers read the source's hidden
-states. The relative squared error of the attention output is {mean_error:.3f} on average over the layers, and
+states.{texts} The relative squared error of the attention output is {mean_error:.3f} on average over the layers, and
 {max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
 the hashes of the files.
 {healing}{notes}"""
@@ -121,6 +122,12 @@ def public_name(name: str) -> str:
     return os.path.basename(os.path.abspath(path)) if local else name
 
 
+def _public_entry(entry: str) -> str:
+    """Return an entry ``NAME`` or ``NAME:WEIGHT`` of a mixture with a public name."""
+    name, weight = name_and_weight(entry)
+    return public_name(name) if weight is None else f"{public_name(name)}:{weight:g}"
+
+
 def public_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with every local path cut to its last part, because the card is published."""
     calibration, evaluation = recipe.calibration, recipe.eval
@@ -128,7 +135,7 @@ def public_recipe(recipe: Recipe) -> Recipe:
         update={
             "source": public_name(recipe.source),
             "output": Path(recipe.output).name,
-            "calibration": calibration.model_copy(update={"source": public_name(calibration.source)}),
+            "calibration": calibration.model_copy(update={"source": tuple(map(_public_entry, calibration.source))}),
             "eval": evaluation and evaluation.model_copy(update={"text": public_name(evaluation.text)}),
         }
     )
@@ -183,12 +190,19 @@ def write_card(
         method=plan.method,
         fold=plan.rotary.freqfold,
         reconstruct=manifest.reconstruct,
+        texts=_texts(manifest.texts),
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         healing="".join(_healing(folder, record) for record in manifest.healing),
         notes=f"\n## Notes\n{notes}\n" if notes else "",
     )
     write_text(folder / CARD, card)
+
+
+def _texts(shares: dict[str, float]) -> str:
+    """Return the card's sentence on the calibration texts; empty if they are unknown."""
+    listed = ", ".join(f"{share:.0%} `{public_name(name)}`" for name, share in shares.items())
+    return f" The text was {listed}." if shares else ""
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from transmla.errors import TransmlaError
-from transmla.export.files import write_json
+from transmla.files import write_json
 
 PROGRESS = "progress.json"
 MANIFEST = "transmla.json"

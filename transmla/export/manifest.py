@@ -13,8 +13,8 @@ from typing import Any
 from transmla import __version__
 from transmla.artifacts import Plan
 from transmla.errors import TransmlaError
-from transmla.export.files import write_json
 from transmla.export.hashes import MANIFEST, finished_hashes
+from transmla.files import write_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Manifest:
         final_norm_correction: factor on the weight of the model's last norm.
         hashes: SHA-256 of every file in hex, by relative path.
         fit: settings of the fit; None if the layers were not fitted.
+        texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.
     """
 
@@ -79,6 +80,7 @@ class Manifest:
     final_norm_correction: float
     hashes: dict[str, str]
     fit: FitRecord | None = None
+    texts: dict[str, float] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:

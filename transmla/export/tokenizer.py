@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transmla.export.files import write_json
+from transmla.files import write_json
 
 _COPIED = (
     "tokenizer.json",

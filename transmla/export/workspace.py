@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.export.files import write_json, write_tensors
 from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256, read_json
+from transmla.files import write_json, write_tensors
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Progress:
         hashes: SHA-256 of the written shards in hex, by file name.
         checksum: CRC-32 of the saved hidden states.
         final_norm: factor on the weight of the last norm; None until all layers are written.
+        texts: shares of the calibration texts by name; empty if the caller gave tokens.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Progress:
     hashes: dict[str, str] = field(default_factory=dict)
     checksum: int = 0
     final_norm: float | None = None
+    texts: dict[str, float] = field(default_factory=dict)
 
 
 class Workspace:

@@ -1,25 +1,24 @@
-"""Texts for training and evaluation. All texts have equal shares, and a batch depends only on its step number."""
+"""Texts for training and evaluation, in the shares of a mixture. A batch depends only on its step number."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transmla.errors import TransmlaError
 from transmla.heal.checks import check_amount
 from transmla.heal.settings import Healing
 from transmla.reporter import Reporter
-from transmla.source.self_text import sample_self
-from transmla.source.text import load_tokens
+from transmla.source.mixture import LONGEST_OPENING, Part, check_vocabulary, openings, parts_of, turns
+from transmla.source.samples import sampled_rows
+from transmla.source.text import SELF, load_tokens, start_token
 
-# Largest number of sequences sampled at once, by device type.
-SAMPLED_AT_ONCE = {"cuda": 2048, "cpu": 32}
-# Largest share of a GPU's memory that the caches of these sequences may use.
-SAMPLING_SHARE = 0.2
+# Openings that are taken from one text at most.
+MOST_BEGINNINGS = 2048
 
 
 class TokenStream:
@@ -27,29 +26,46 @@ class TokenStream:
 
     Attributes:
         name: the text's name.
+        share: the text's share of the training sequences.
         length: tokens per sequence.
         seed: seed of the orders.
+        head: the tokens that every sequence begins with: BOS or none.
         tokens: the training tokens.
         held_out: the held-out sequences [held_out, length], which are never trained on.
         sequences: sequences per epoch.
     """
 
-    def __init__(self, name: str, tokens: Tensor, *, length: int, held_out: int, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokens: Tensor,
+        *,
+        length: int,
+        held_out: int,
+        seed: int,
+        share: float = 1.0,
+        bos: int | None = None,
+    ) -> None:
         """Split a text into training and held-out tokens.
 
         Args:
             name: the text's name.
-            tokens: one stream [N], cut at another offset each epoch; or rows [n, length], which stay whole.
+            tokens: one stream [N] without BOS, cut at another offset each epoch; or rows [n, length], which stay whole.
             length: tokens per sequence.
             held_out: sequences to hold out, taken from the end of the text.
             seed: seed of orders and offsets.
+            share: the text's share of the training sequences.
+            bos: token that is put before every sequence of a stream, or None.
         """
-        self.name, self.length, self.seed = name, length, seed
+        self.name, self.length, self.seed, self.share = name, length, seed, share
         self._cached_epoch: tuple[int, tuple[int, Tensor]] | None = None
-        held_out_size = held_out * length if tokens.dim() == 1 else held_out
-        self.tokens, self.held_out = tokens[:-held_out_size], tokens[-held_out_size:].reshape(-1, length)
-        # A stream gives up one sequence, so that an epoch can start at any offset below `length`.
-        self.sequences = (len(self.tokens) // length - 1) if tokens.dim() == 1 else len(self.tokens)
+        self.head = tokens.new_tensor([bos] if bos is not None and tokens.dim() == 1 else [], dtype=torch.int64)
+        self._body = length - len(self.head)
+        held_out_size = held_out * self._body if tokens.dim() == 1 else held_out
+        self.tokens, rows = tokens[:-held_out_size], tokens[-held_out_size:].reshape(held_out, -1)
+        self.held_out = torch.cat([self.head.expand(held_out, -1), rows], 1)
+        # A stream gives up one sequence, so that an epoch can start at any offset below its length.
+        self.sequences = (len(self.tokens) // self._body - 1) if tokens.dim() == 1 else len(self.tokens)
 
     def __getitem__(self, index: int) -> Tensor:
         """Return sequence ``index`` [length] of the endless series."""
@@ -58,8 +74,8 @@ class TokenStream:
         row = int(order[position])
         if self.tokens.dim() == 2:
             return self.tokens[row]
-        start = offset + row * self.length
-        return self.tokens[start : start + self.length]
+        start = offset + row * self._body
+        return torch.cat([self.head, self.tokens[start : start + self._body]])
 
     def _epoch(self, epoch: int) -> tuple[int, Tensor]:
         """Return the offset of the first cut and the order [sequences] of an epoch; the last result is cached."""
@@ -69,23 +85,28 @@ class TokenStream:
 
     def _draw(self, epoch: int) -> tuple[int, Tensor]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        offset = int(torch.randint(self.length, (1,), generator=generator))
+        offset = int(torch.randint(self._body, (1,), generator=generator))
         return offset, torch.randperm(self.sequences, generator=generator)
 
 
 class Batches:
-    """Batches of ``batch`` sequences from several texts, in equal shares."""
+    """Batches of ``batch`` sequences from several texts, in their shares."""
 
     def __init__(self, texts: list[TokenStream], batch: int) -> None:
         self.texts, self.batch = texts, batch
+        self._turns = turns([text.share for text in texts])
+        # Text and index in this text of every sequence so far.
+        self._sequences: list[tuple[int, int]] = []
+        self._counts = [0] * len(texts)
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the batch of ``step`` [batch, length]; the number of processes does not matter."""
-        rows = []
-        for i in range(step * self.batch, (step + 1) * self.batch):
-            index, which = divmod(i, len(self.texts))
-            rows.append(self.texts[which][index])
-        return torch.stack(rows)
+        while len(self._sequences) < (step + 1) * self.batch:
+            which = next(self._turns)
+            self._sequences.append((which, self._counts[which]))
+            self._counts[which] += 1
+        chosen = self._sequences[step * self.batch : (step + 1) * self.batch]
+        return torch.stack([self.texts[which][index] for which, index in chosen])
 
     def fingerprint(self) -> str:
         """Return one SHA-256 hash of all training and held-out tokens."""
@@ -101,83 +122,97 @@ class Batches:
         return torch.stack([text.held_out for text in self.texts], 1).flatten(0, 1)
 
 
-def open_texts(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Batches:
-    """Open all texts of ``settings``. The text ``self`` is sampled from ``teacher`` once and cached for later runs.
+def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
+    """Read all texts of ``settings`` but ``self``, before a model is loaded.
 
     Args:
-        settings: names and amounts of the texts.
+        settings: names, shares and amounts of the texts.
+        tokenizer: the teacher's tokenizer.
+        report: receives the progress.
+
+    Returns:
+        The parts of the mixture, and the tokens [N] of each text by name, without BOS.
+
+    Raises:
+        TransmlaError: if a text cannot be read or is too short.
+    """
+    parts = parts_of(settings.data, split=settings.split, column=settings.column, report=report)
+    bos = start_token(tokenizer)
+    texts = {}
+    for part in parts:
+        if part.name == SELF:
+            check_amount(SELF, settings.self_tokens, part.share, settings)
+            continue
+        report.stage(f"reading {part.name}", 1)
+        limit = math.ceil(part.share * settings.max_tokens) + (settings.held_out + 2) * settings.length
+        tokens = load_tokens(part.name, tokenizer, limit=limit, split=part.split, column=part.column)
+        check_amount(part.name, tokens.numel(), part.share, settings)
+        texts[part.name] = tokens if bos is None else tokens[1:]
+        report.advance(1, f"{len(tokens):,} tokens")
+    return parts, texts
+
+
+def make_batches(
+    settings: Healing,
+    parts: Sequence[Part],
+    texts: Mapping[str, Tensor],
+    tokenizer: Any,
+    teacher: Any,
+    fingerprint: str,
+    report: Reporter,
+) -> Batches:
+    """Return the batches of the mixture. The text ``self`` is sampled from ``teacher``, once for all runs.
+
+    Args:
+        settings: shares and amounts of the texts.
+        parts: the mixture.
+        texts: tokens of every part but ``self``, as ``read_texts`` returns them.
         tokenizer: the teacher's tokenizer.
         teacher: the model that ``self`` is sampled from.
         fingerprint: hash of the teacher's weights, which identifies the cached samples.
         report: receives the progress.
 
     Raises:
-        TransmlaError: if a text is too short, or holds a token outside the teacher's vocabulary.
+        TransmlaError: if a text holds a token outside the teacher's vocabulary.
     """
-    share = -(-settings.max_tokens // len(settings.data))
-    texts = []
-    for name in settings.data:
-        if name == "self":
-            tokens = self_text(settings, tokenizer, teacher, fingerprint, report)
+    bos = start_token(tokenizer)
+    streams = []
+    for part in parts:
+        if part.name == SELF:
+            tokens = sampled_rows(
+                teacher,
+                tokenizer,
+                openings(_beginnings(texts, bos), tokenizer, seed=settings.seed),
+                rows=-(-settings.self_tokens // settings.length),
+                length=settings.length,
+                seed=settings.seed,
+                fingerprint=fingerprint,
+                report=report,
+            )
         else:
-            report.stage(f"reading {name}", 1)
-            extra = (settings.held_out + 1) * settings.length
-            tokens = load_tokens(name, tokenizer, limit=share + extra, split=settings.split, column=settings.column)
-            report.advance(1, f"{len(tokens):,} tokens")
-        _check_text(name, tokens, settings, teacher)
-        texts.append(TokenStream(name, tokens, length=settings.length, held_out=settings.held_out, seed=settings.seed))
-    return Batches(texts, settings.batch)
-
-
-def _check_text(name: str, tokens: Tensor, settings: Healing, teacher: Any) -> None:
-    vocabulary = teacher.config.vocab_size
-    if int(tokens.max()) >= vocabulary:
-        raise TransmlaError(
-            f"'{name}' holds token {int(tokens.max())}",
-            limit=f"the teacher's vocabulary has {vocabulary} entries",
-            remedy="use the tokenizer that belongs to the teacher",
+            tokens = texts[part.name]
+        check_vocabulary(part.name, tokens, teacher.config.get_text_config().vocab_size)
+        streams.append(
+            TokenStream(
+                part.name,
+                tokens,
+                length=settings.length,
+                held_out=settings.held_out,
+                seed=settings.seed,
+                share=part.share,
+                bos=bos,
+            )
         )
-    check_amount(name, tokens.numel(), settings)
+    return Batches(streams, settings.batch)
 
 
-def _sampling_batch(model: Any, length: int) -> int:
-    """Return the number of sequences to sample at once. Free memory plays no part, so samples are reproducible."""
-    device, config = model.device, model.config
-    if device.type != "cuda":
-        return SAMPLED_AT_ONCE["cpu"]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache_bytes = 2 * config.num_key_value_heads * width * config.num_hidden_layers * model.dtype.itemsize * length
-    available = torch.cuda.get_device_properties(device).total_memory * SAMPLING_SHARE
-    return max(1, min(SAMPLED_AT_ONCE["cuda"], int(available / cache_bytes)))
-
-
-def self_text(settings: Healing, tokenizer: Any, teacher: Any, fingerprint: str, report: Reporter) -> Tensor:
-    """Return rows [n, length] sampled from the teacher at temperature 1, with n · length ≥ ``settings.self_tokens``.
-
-    The samples are read from the Hugging Face assets cache if they are there, and written to it otherwise. The
-    arguments are those of ``open_texts``.
-    """
-    from huggingface_hub import cached_assets_path
-    from safetensors.torch import load_file
-
-    from transmla.export.files import write_tensors
-
-    rows = -(-settings.self_tokens // settings.length)
-    device = teacher.device.type
-    batch = _sampling_batch(teacher, settings.length)
-    key = f"{fingerprint} {rows} {settings.length} {settings.seed} {device} {teacher.dtype} {batch}"
-    folder = cached_assets_path("transmla", namespace="self", subfolder=hashlib.sha256(key.encode()).hexdigest()[:32])
-    file = Path(folder) / "tokens.safetensors"
-    if not file.is_file():
-        report.stage("sampling from the teacher", rows)
-        tokens = sample_self(
-            teacher,
-            tokenizer,
-            sequences=rows,
-            length=settings.length,
-            seed=settings.seed,
-            batch_size=batch,
-            progress=lambda done, _: report.advance(done),
-        )
-        write_tensors(file, {"tokens": tokens})
-    return load_file(file)["tokens"]
+def _beginnings(texts: Mapping[str, Tensor], bos: int | None) -> dict[str, Tensor]:
+    """Return rows of every text that samples may continue, spread over the text."""
+    head = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    rows = {}
+    for name, tokens in texts.items():
+        width = min(len(tokens), 2 * LONGEST_OPENING)
+        cut = tokens[: len(tokens) // width * width].view(-1, width)
+        cut = cut[:: max(1, len(cut) // MOST_BEGINNINGS)][:MOST_BEGINNINGS]
+        rows[name] = torch.cat([head.expand(len(cut), -1), cut], 1)
+    return rows

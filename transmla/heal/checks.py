@@ -21,7 +21,7 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
 
     Raises:
         TransmlaError: if a batch does not divide among processes and micro-batches, all loss weights are 0, the
-            sharding is not supported, peft is missing for LoRA, or ``self_tokens`` is too small.
+            sharding is not supported, or peft is missing for LoRA.
     """
     processes = accelerator.num_processes
     parts = processes * settings.accumulate
@@ -38,8 +38,6 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
         raise TransmlaError(
             "--trainable lora needs peft", limit="it is not installed", remedy="pip install 'transmla[lora]'"
         )
-    if "self" in settings.data:
-        check_amount("self", settings.self_tokens, settings)
 
 
 def _check_sharding(accelerator: Any) -> None:
@@ -60,15 +58,21 @@ def _check_sharding(accelerator: Any) -> None:
         )
 
 
-def check_amount(name: str, tokens: int, settings: Healing) -> None:
+def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None:
     """Check that the text ``name`` has enough tokens.
 
     The text must supply its share of the training tokens within ``max_epochs`` epochs, and the held-out sequences.
 
+    Args:
+        name: the text.
+        tokens: number of its tokens.
+        part: its share of the training tokens, between 0 and 1.
+        settings: the amounts.
+
     Raises:
         TransmlaError: if ``tokens`` are too few.
     """
-    share = -(-settings.max_tokens // len(settings.data))
+    share = math.ceil(part * settings.max_tokens)
     sequences = max(1, -(-share // (settings.max_epochs * settings.length)))
     missing = (sequences + settings.held_out + 1) * settings.length - tokens
     if missing > 0:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.export.files import write_json, write_tensors
 from transmla.export.hashes import read_json
+from transmla.files import write_json, write_tensors
 from transmla.heal.learning_rate import highest_rate
 from transmla.heal.settings import Healing
 

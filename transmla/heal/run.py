@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from transmla.export.files import disk_errors
 from transmla.export.hashes import export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace
+from transmla.files import disk_errors
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
-from transmla.heal.batches import Batches, open_texts
+from transmla.heal.batches import Batches, make_batches, read_texts
 from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
@@ -114,10 +114,12 @@ def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelera
     teacher_path = resolve_source(settings.teacher, revision=settings.revision)
     tokenizer = load_tokenizer(teacher_path)
     check_tokenizers(load_tokenizer(Path(settings.student).expanduser()), tokenizer)
+    with accelerator.main_process_first():
+        parts, texts = read_texts(settings, tokenizer, report)
     fingerprint = _teacher_fingerprint(teacher_path, report)
     model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
-        batches = open_texts(settings, tokenizer, teacher, fingerprint, report)
+        batches = make_batches(settings, parts, texts, tokenizer, teacher, fingerprint, report)
 
     distiller = _make_distiller(model, teacher, settings)
     compiles = _compiles(settings, accelerator.device)

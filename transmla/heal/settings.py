@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from transmla.recipe import Strict
+from transmla.shares import Mixture
 
 # Panels of --help. A field without a panel is an argument, or a flag that may be given several times.
 TEXT: dict[str, Any] = {"panel": "Text"}
@@ -26,14 +27,13 @@ class Healing(Strict):
     output: str = Field(description="folder to write")
     revision: str | None = Field(None, description="branch, tag or commit of a teacher on the Hub")
 
-    data: tuple[str, ...] = Field(
-        ("self",),
-        min_length=1,
-        description="text to learn from: self (sampled from the teacher), pydoc, a .txt/.jsonl/.parquet file, or a Hub "
-        "dataset; several are taken in equal shares",
+    data: Mixture = Field(
+        ("auto",),
+        description="text to learn from; give it several times for a mixture, as NAME or NAME:WEIGHT. auto, self, "
+        "pydoc, stdlib, packages, a file or a Hub dataset, as for `convert --calibration`",
     )
     self_tokens: PositiveInt = Field(
-        2_000_000, json_schema_extra=TEXT, description="tokens to sample from the teacher for `--data self`"
+        2_000_000, json_schema_extra=TEXT, description="tokens to sample from the teacher for the text `self`"
     )
     split: str | None = Field(
         None, json_schema_extra=TEXT, description="split of a dataset, or of pydoc (train or test)"

@@ -17,9 +17,9 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.figures import write_curve
 from transmla.evaluate.verify import verify
 from transmla.export.card import write_card
-from transmla.export.files import write_tensors, write_text
 from transmla.export.hashes import hash_files
 from transmla.export.manifest import Manifest
+from transmla.files import write_tensors, write_text
 from transmla.formats.base import format_named
 from transmla.heal.settings import Healing
 from transmla.recipe import read_recipe

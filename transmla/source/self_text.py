@@ -1,8 +1,8 @@
-"""Sample calibration text from the source model."""
+"""Sample text from the source model: continuations of given openings, or whole texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.errors import TransmlaError
 from transmla.source.load import eval_mode
+
+# A sample is repetitive if fewer than this share of its runs of GRAM tokens are different.
+DISTINCT, GRAM = 0.5, 4
+# Samples drawn in addition, as a share, to replace repetitive ones.
+SPARE = 0.1
 
 
 @torch.inference_mode()
@@ -21,13 +26,14 @@ def sample_self(
     length: int,
     seed: int = 0,
     batch_size: int = 32,
+    openings: Sequence[Sequence[int]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Sample token sequences from the model's distribution, at temperature 1, without top-k or top-p.
 
-    A sequence is a start token and ``length`` - 1 samples. The start token is BOS, or else EOS or padding. Sampling
-    continues after EOS. A batch depends only on the seed, its index and its number of sequences. The global random
-    state does not change.
+    A sequence is an opening and samples that continue it; ``openings`` are taken in turn. Without openings, a sequence
+    begins with a start token: BOS, or else EOS or padding. Sampling continues after EOS. A batch depends only on the
+    seed, its index and its number of sequences. The global random state does not change.
 
     Args:
         model: causal LM to sample from; its training flags are restored afterwards.
@@ -36,6 +42,7 @@ def sample_self(
         length: tokens in a sequence.
         seed: seed of the samples.
         batch_size: sequences that are sampled together.
+        openings: token ids that sequences begin with; longer ones are cut to half the length.
         progress: called after each batch with the number of sequences done and the number of all sequences.
 
     Returns:
@@ -48,6 +55,22 @@ def sample_self(
         raise TransmlaError(
             f"{sequences} sequences of {length} tokens in batches of {batch_size}", limit="all must be at least 1"
         )
+    if not openings:
+        openings = [[_start(model, tokenizer)]]
+    blocks = []
+    with eval_mode(model):
+        for index, first in enumerate(range(0, sequences, batch_size)):
+            rows = min(batch_size, sequences - first)
+            generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + index)
+            begin = [openings[(first + row) % len(openings)] for row in range(rows)]
+            blocks.append(_sample_batch(model, begin, length, generator))
+            if progress:
+                progress(first + rows, sequences)
+    return torch.cat(blocks)
+
+
+def _start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that a sample without an opening starts with."""
     starts = (
         tokenizer.bos_token_id,
         model.config.bos_token_id,
@@ -57,26 +80,51 @@ def sample_self(
     start = next((token for token in starts if token is not None), None)
     if start is None:
         raise TransmlaError("the tokenizer has no BOS, EOS or padding token to start a sample from")
-    blocks = []
-    with eval_mode(model):
-        for index, first in enumerate(range(0, sequences, batch_size)):
-            rows = min(batch_size, sequences - first)
-            generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + index)
-            blocks.append(_sample_batch(model, start, rows, length, generator))
-            if progress:
-                progress(first + rows, sequences)
-    return torch.cat(blocks)
+    return int(start)
 
 
-def _sample_batch(model: PreTrainedModel, start: int, rows: int, length: int, generator: torch.Generator) -> Tensor:
+def _sample_batch(
+    model: PreTrainedModel, openings: Sequence[Sequence[int]], length: int, generator: torch.Generator
+) -> Tensor:
+    """Return rows [len(openings), length] that continue the openings."""
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
     # Not model.generate, which adds the checkpoint's generation settings (top_k, penalties) to the given ones.
-    tokens = torch.full((rows, length), start, dtype=torch.int64, device=model.device)
-    cache = None
-    for position in range(1, length):
-        output = model(tokens[:, position - 1 : position], use_cache=True, **{CACHE_ARGUMENT: cache})
-        cache = output[CACHE_ARGUMENT]
+    tokens = torch.zeros(len(openings), length, dtype=torch.int64)
+    given = torch.zeros(len(openings), length, dtype=torch.bool)
+    for row, opening in enumerate(openings):
+        part = torch.tensor(opening[: max(1, length // 2)])
+        tokens[row, : len(part)], given[row, : len(part)] = part, True
+    # Every opening is given up to this position, so the model reads it in one pass.
+    begin = int(given.sum(1).min())
+    tokens, given = tokens.to(model.device), given.to(model.device)
+    cache, read = None, 0
+    for position in range(begin, length):
+        output = model(tokens[:, read:position], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+        cache, read = output[CACHE_ARGUMENT], position
         probabilities = output.logits[:, -1].float().softmax(dim=-1).to(model.device)
-        tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        tokens[:, position] = torch.where(given[:, position], tokens[:, position], sampled)
     return tokens.cpu()
+
+
+def without_repetition(rows: Tensor, count: int) -> Tensor:
+    """Return the ``count`` rows that repeat themselves least, in order.
+
+    Rows in which at least ``DISTINCT`` of the runs of ``GRAM`` tokens differ are all equally good; the first are taken.
+
+    Args:
+        rows: sampled sequences [N, length], N at least ``count``.
+        count: number of rows to return.
+    """
+    if rows.shape[1] <= GRAM:
+        return rows[:count]
+    shares = torch.tensor([_distinct(row) for row in rows]).clamp_max(DISTINCT)
+    chosen = torch.sort(shares, descending=True, stable=True).indices[:count]
+    return rows[chosen.sort().values]
+
+
+def _distinct(row: Tensor) -> float:
+    """Return the share of different runs of ``GRAM`` tokens in a row [length]."""
+    runs = row.unfold(0, GRAM, 1)
+    return len(torch.unique(runs, dim=0)) / len(runs)

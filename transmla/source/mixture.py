@@ -1,0 +1,215 @@
+"""Mixtures of texts: which texts, in what shares, as rows of tokens.
+
+Every row starts with BOS where the tokenizer starts texts with it. The text ``self`` is sampled from the model, and
+``auto`` is the default mixture: texts of several domains, and samples of the model that continue them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.errors import TransmlaError
+from transmla.reporter import Reporter
+from transmla.shares import shares
+from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
+from transmla.source.text import AUTO, SELF, load_blocks, start_token, takes_column, takes_split
+from transmla.source.texts.hub import hub_is_reachable
+
+# The default mixture with and without a Hub. Entries without a weight share the rest equally.
+WITH_HUB = (
+    "self:0.4",
+    "wikipedia-en",
+    "pg19",
+    "magicoder",
+    "ultrachat",
+    "pydoc:0.05",
+    "wikipedia-de:0.025",
+    "wikipedia-es:0.025",
+    "wikipedia-fr:0.025",
+    "wikipedia-zh:0.025",
+)
+WITHOUT_HUB = ("self:0.6", "stdlib", "pydoc", "packages")
+# Tokens of a text that a sample continues, at least and at most.
+SHORTEST_OPENING, LONGEST_OPENING = 8, 64
+# Fewest bytes per token at which a tokenizer serves a language. Byte by byte it would be 1.
+SERVED = 2.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text of a mixture.
+
+    Attributes:
+        name: the text, as ``load_tokens`` takes it, or ``self``.
+        share: its share of the rows; the shares of a mixture sum to 1.
+        split: split of the text, or None.
+        column: column of the text, or None.
+    """
+
+    name: str
+    share: float
+    split: str | None = None
+    column: str | None = None
+
+
+def parts_of(
+    entries: Sequence[str], *, split: str | None = None, column: str | None = None, report: Reporter
+) -> tuple[Part, ...]:
+    """Return the parts of a mixture, with ``auto`` replaced by the texts that can be read here.
+
+    Args:
+        entries: ``NAME`` or ``NAME:WEIGHT`` of each text.
+        split: split of every text that has splits.
+        column: column of every text that has columns.
+        report: receives one line that says what ``auto`` is.
+
+    Raises:
+        TransmlaError: if ``split`` or ``column`` fits none of the texts.
+    """
+    parts: dict[str, Part] = {}
+    for name, share in shares(entries).items():
+        if name == AUTO:
+            hub = hub_is_reachable()
+            inner = shares(WITH_HUB if hub else WITHOUT_HUB)
+            report.message(_describe(inner, hub=hub))
+        else:
+            inner = {name: 1.0}
+        for text, part in inner.items():
+            # A split or column that the user gives is meant for the texts that the user names.
+            options = (None, None) if name == AUTO else (takes_split(text) and split, takes_column(text) and column)
+            known = parts.get(text, Part(text, 0.0, options[0] or None, options[1] or None))
+            parts[text] = replace(known, share=known.share + share * part)
+    for option, value in (("split", split), ("column", column)):
+        if value is not None and not any(getattr(part, option) for part in parts.values()):
+            raise TransmlaError(f"{', '.join(parts)} has no {option} {value!r}", remedy=f"leave the {option} out")
+    return tuple(parts.values())
+
+
+def _describe(inner: Mapping[str, float], *, hub: bool) -> str:
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in inner.items())
+    return f"auto text: {listed}" + ("" if hub else " (the Hub is out of reach; self continues openings of many kinds)")
+
+
+def order(parts: Sequence[Part], count: int) -> list[int]:
+    """Return the part of each of ``count`` rows. Every run of rows holds the parts in nearly their shares."""
+    return list(itertools.islice(turns([part.share for part in parts]), count))
+
+
+def turns(shares_of_texts: Sequence[float]) -> Iterator[int]:
+    """Yield endlessly which text supplies the next row: the one that is furthest behind its share."""
+    taken = [0] * len(shares_of_texts)
+    for i in itertools.count(1):
+        due = [share * i - n for share, n in zip(shares_of_texts, taken, strict=True)]
+        index = due.index(max(due))
+        taken[index] += 1
+        yield index
+
+
+def read_rows(
+    parts: Sequence[Part], tokenizer: Any, *, sequences: int, length: int, vocabulary: int
+) -> dict[str, Tensor]:
+    """Read the rows of every part but ``self``.
+
+    Args:
+        parts: the mixture.
+        tokenizer: the model's tokenizer.
+        sequences: rows of the whole mixture.
+        length: tokens in a row.
+        vocabulary: number of the model's embeddings.
+
+    Returns:
+        Token ids [rows, length] by name; parts without a row are missing.
+
+    Raises:
+        TransmlaError: if a text cannot be read, is too short for its share, or has a token outside the vocabulary.
+    """
+    chosen = order(parts, sequences)
+    texts = {}
+    for index, part in enumerate(parts):
+        rows = chosen.count(index)
+        if part.name == SELF or not rows:
+            continue
+        tokens = load_blocks(part.name, tokenizer, sequences=rows, length=length, split=part.split, column=part.column)
+        check_vocabulary(part.name, tokens, vocabulary)
+        texts[part.name] = tokens
+    return texts
+
+
+def check_vocabulary(name: str, tokens: Tensor, vocabulary: int) -> None:
+    """Check that the model has an embedding for every token of a text.
+
+    Raises:
+        TransmlaError: if it has not.
+    """
+    if int(tokens.max()) >= vocabulary:
+        raise TransmlaError(
+            f"'{name}' holds token {int(tokens.max())}",
+            limit=f"the model's vocabulary has {vocabulary} entries",
+            remedy="use the tokenizer that belongs to this model",
+        )
+
+
+def interleave(parts: Sequence[Part], texts: Mapping[str, Tensor], sequences: int) -> Tensor:
+    """Return the rows [sequences, length] of the mixture, in the order of ``order``."""
+    rows = {name: iter(text) for name, text in texts.items()}
+    return torch.stack([next(rows[parts[index].name]) for index in order(parts, sequences)])
+
+
+def openings(texts: Mapping[str, Tensor], tokenizer: Any, *, seed: int) -> list[list[int]]:
+    """Return what samples begin with: beginnings of the given texts' rows in turn with openings of other kinds.
+
+    Args:
+        texts: token ids [rows, length] of the texts to continue, by name; may be empty.
+        tokenizer: the model's tokenizer. Its chat template, if any, renders questions of a user.
+        seed: seed of the order and of the lengths.
+    """
+    generator = random.Random(seed)
+    bos = start_token(tokenizer)
+    head = [] if bos is None else [bos]
+    written = [head + tokens for tokens in _written(tokenizer)]
+    generator.shuffle(written)
+    real = []
+    for row in (row for rows in zip(*_equally_many(texts), strict=True) for row in rows):
+        tokens = row.tolist()
+        longest = max(1, min(LONGEST_OPENING, len(tokens) // 2))
+        cut = generator.randint(min(SHORTEST_OPENING, longest), longest)
+        start = generator.randrange(len(head), len(tokens) - cut + 1)
+        real.append(head + tokens[start : start + cut])
+    return [opening for pair in zip(_cycled(written, len(real)), real, strict=False) for opening in pair] or written
+
+
+def _equally_many(texts: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """Return the rows of every text; those of shorter texts are repeated."""
+    most = max((len(rows) for rows in texts.values()), default=0)
+    return [_cycled(list(rows), most) for rows in texts.values()]
+
+
+def _cycled(items: list[Any], count: int) -> list[Any]:
+    return [items[i % len(items)] for i in range(max(count, len(items)))]
+
+
+def _written(tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of the openings in the languages that the tokenizer serves, and of the users' questions."""
+
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    found = [tokenize(text) for text in ENGLISH]
+    for texts in LANGUAGES.values():
+        tokens = [tokenize(text) for text in texts]
+        if sum(len(text.encode()) for text in texts) >= SERVED * sum(map(len, tokens)):
+            found += tokens
+    if getattr(tokenizer, "chat_template", None):
+        for prompt in PROMPTS:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            found.append(tokenize(text.removeprefix(tokenizer.bos_token or "")))
+    return [tokens for tokens in found if tokens]
