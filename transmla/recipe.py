@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from transmla.errors import TransmlaError
 from transmla.shares import Mixture
@@ -30,10 +30,16 @@ METHOD: dict[str, Any] = {"panel": "Method"}
 TEXT: dict[str, Any] = {"panel": "Calibration text"}
 EVALUATION: dict[str, Any] = {"panel": "Evaluation"}
 
-# YAML reads a bare `off` as false.
-Reconstruct = Annotated[
-    Literal["auto", "off", "fast", "full"], BeforeValidator(lambda value: "off" if value is False else value)
-]
+HEAL_AUTO, HEAL_OFF = "auto", "off"
+
+
+def _off(value: Any) -> Any:
+    """Return what YAML means by a bare `off`, which it reads as false."""
+    return "off" if value is False else value
+
+
+Reconstruct = Annotated[Literal["auto", "off", "fast", "full"], BeforeValidator(_off)]
+Heal = Annotated[Literal["auto", "off"] | PositiveFloat, BeforeValidator(_off)]
 
 
 class Calibration(Strict):
@@ -141,6 +147,12 @@ class Recipe(Strict):
         json_schema_extra=METHOD,
         description="fit every layer to the source after its closed form; auto is full on a GPU, fast on a CPU, and "
         "off for baseline methods. A fitted conversion has a narrower rotary key and a wider latent",
+    )
+    heal: Heal = Field(
+        "auto",
+        json_schema_extra=METHOD,
+        description="distil the export from its source at the end: auto (on a GPU that has the memory), off, or a "
+        "number of minutes",
     )
     freqfold: PositiveInt | None = Field(
         None, json_schema_extra=METHOD, description="neighbouring rotary frequencies that are concentrated together"

@@ -103,22 +103,23 @@ def convert(
 ) -> None:
     """Convert a checkpoint to Multi-head Latent Attention.
 
-    Writes a folder that transformers loads. An interrupted run leaves OUTPUT.partial, which --resume continues. With
-    --eval, source and export are compared on a text at the end.
+    Writes a folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
+    interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, source and export
+    are compared on a text at the end.
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
     """
     from transmla.cli import console
-    from transmla.convert import pipeline
     from transmla.evaluate.compare import evaluate_export
     from transmla.evaluate.perplexity_and_kl import check_stride
     from transmla.export.manifest import Manifest
+    from transmla.workflow import convert_and_heal
 
     recipe = _recipe(source, options | {"output": output})
     if recipe.eval:
         check_stride(recipe.eval.window, recipe.eval.stride)
     with console.Bars() as bars:
-        folder = pipeline.convert(recipe, resume=resume, reporter=bars)
+        folder = convert_and_heal(recipe, resume=resume, reporter=bars)
         evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
     if evaluation:
         console.show_before_after(Manifest.read(folder).plan, evaluation)

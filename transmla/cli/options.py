@@ -129,6 +129,8 @@ def _help(info: Any, *, default: bool = True) -> str:
 
 def _flag_type(annotation: Any) -> Any:
     """The plain type of a field; a list if the flag may be given several times. Choices are text."""
+    if any(isinstance(choice, str) for choice in _choices(annotation)):
+        return str
     # `int | None` is a UnionType, `Annotated[int, …] | None` a Union.
     union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     arms = typing.get_args(annotation) if union else (annotation,)

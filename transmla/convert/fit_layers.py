@@ -134,7 +134,8 @@ class FitProblem:
     def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean squared error of every layer, and the mean square of what the source's layer adds.
 
-        Both divide each token by the root mean square of the source's hidden state after the layer.
+        Both divide each token by the root mean square of the source's hidden state after the layer, and bound what one
+        token can contribute.
 
         Args:
             factors: the factors of each layer.
@@ -150,11 +151,13 @@ class FitProblem:
             # The next layer's RMSNorm divides every token by its root mean square, so the error is measured likewise.
             weights = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in targets]
             added = [after - before for before, after in pairwise([source, *targets])]
-            energies = [(add * weight).square().mean() for add, weight in zip(added, weights, strict=True)]
+            energies = [
+                _bounded((add * weight).square().mean(-1)).mean() for add, weight in zip(added, weights, strict=True)
+            ]
         outputs = self._run(converted, factors)
         wait_for_side_stream(self.device)
         triples = zip(outputs, targets, weights, strict=True)
-        errors = [((output - target) * weight).square().mean() for output, target, weight in triples]
+        errors = [_bounded(((output - target) * weight).square().mean(-1)).mean() for output, target, weight in triples]
         return torch.stack(errors), torch.stack(energies)
 
     def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None]) -> list[Tensor]:
@@ -200,6 +203,16 @@ class FitProblem:
         limit = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         moved = (tokens + JITTER * step * limit.clamp_max(1)).view_as(source)
         return moved, moved + drift * shares[:, None, None]
+
+
+def _bounded(errors: Tensor) -> Tensor:
+    """Return e / (1 + e) for relative squared errors e of tokens.
+
+    Some models give a few tokens massive activations (arXiv 2402.17762). A token that has them only in the source, or
+    only in the export, has an error a thousand times that of all others, which no later layer can mend. Without the
+    bound, it would be all that a fit sees.
+    """
+    return errors / (1 + errors)
 
 
 def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, seed: int) -> None:

@@ -40,15 +40,23 @@ SAVE_SECONDS = 20.0
 
 
 def convert(
-    recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None, calibration: Tensor | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    calibration: Tensor | None = None,
+    prepared: Prepared | None = None,
+    folder: Path | None = None,
 ) -> Path:
-    """Convert ``recipe.source`` into the folder ``recipe.output``.
+    """Convert ``recipe.source`` into the folder ``recipe.output``, without healing.
 
     Args:
         recipe: the recipe of the conversion.
         resume: continue an unfinished conversion of the same recipe.
         reporter: receives progress; None reports nothing.
         calibration: token ids [sequences, length] to use instead of the recipe's calibration text.
+        prepared: the decisions about this recipe, if they were made before; None makes them.
+        folder: folder to write instead of ``recipe.output``.
 
     Returns:
         The folder of the export.
@@ -58,10 +66,8 @@ def convert(
             the files written so far remain for ``resume``.
     """
     report = reporter or Silent()
-    output = Path(recipe.output).expanduser()
-    if not output.name:  # "." has no name to append ".partial" to
-        output = output.resolve()
-    prepared = prepare(recipe, sequences=None if calibration is None else len(calibration))
+    output = folder or output_folder(recipe)
+    prepared = prepared or prepare(recipe, sequences=None if calibration is None else len(calibration))
     source, recipe = prepared.source, prepared.recipe
     amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
     sequences, length = amount if calibration is None else calibration.shape
@@ -96,10 +102,17 @@ def convert(
     return output
 
 
+def output_folder(recipe: Recipe) -> Path:
+    """Return the folder of the recipe's export."""
+    output = Path(recipe.output).expanduser()
+    # "." has no name to append ".partial" to.
+    return output if output.name else output.resolve()
+
+
 def _key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
     """Return a hash of everything that must be equal when a run is resumed."""
     device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
-    settings = prepared.recipe.model_dump(exclude={"device", "eval"})
+    settings = prepared.recipe.model_dump(exclude={"device", "eval", "heal"})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     fit = None if prepared.fit is None else asdict(prepared.fit)
     numerics = [machine, is_fast_in_bfloat16(device), fit]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.heal.settings import Healing
+from transmla.source.device import pick_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,14 +27,19 @@ def make_accelerator(settings: Healing, output: Path) -> Accelerator:
 
     Trackers write into ``OUTPUT.logs``.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
-    precision = settings.precision
+    device = None if settings.device == "auto" else pick_device(settings.device)
+    precision, cpu = settings.precision, device is not None and device.type == "cpu"
     if precision == "auto":
-        on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        on_gpus = torch.cuda.is_available() and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
         precision = "bf16" if on_gpus else "no"
+    if device is not None and device.index is not None:
+        PartialState().device = device
+        torch.cuda.set_device(device)
     return Accelerator(
+        cpu=cpu,
         mixed_precision=precision,
         log_with=list(settings.track) or None,
         project_dir=str(output.with_name(output.name + ".logs")),

@@ -93,6 +93,7 @@ class Healing(Strict):
     batch: PositiveInt = Field(32, json_schema_extra=OPTIMISER, description="sequences per step, over all processes")
     seed: int = Field(0, ge=0, lt=2**31, json_schema_extra=OPTIMISER, description="seed of order and sampling")
 
+    device: str = Field("auto", json_schema_extra=SPEED, description="device: auto, cpu, cuda, cuda:1, …")
     precision: Literal["auto", "bf16", "no"] = Field(
         "auto", json_schema_extra=SPEED, description="mixed precision; auto is bf16 on GPUs and no on CPUs"
     )

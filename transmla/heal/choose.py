@@ -1,0 +1,105 @@
+"""Choose the healing that ends a conversion: how long, which weights, and in what parts, from the device's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transmla.artifacts import Plan
+from transmla.formats.base import format_named
+from transmla.heal.settings import Healing
+from transmla.plan.estimate import parameters
+from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
+
+# Tokens of the default healing. Halving them costs a tenth of the KL, doubling them wins less (docs/healing.md).
+TOKENS = 6_000_000
+# Bytes per trained weight: the float32 weight, its gradient, and Adam's two moments.
+TRAINED_BYTES = 16
+# Share of the device's free memory that a healing may plan with; the allocator and kernels' workspaces need the rest.
+USABLE = 0.85
+# Activation values per token, layer and unit of width that a backward pass keeps: residual stream, norms, projections,
+# attention and MLP.
+ACTIVATIONS = 34
+# Bytes of the logits of one chunk and of their gradients (``losses.CHUNK_VALUES``).
+LOGITS_BYTES = 6 * 2**30
+# Smallest free memory, in bytes, of a machine whose CPU heals: none does by default.
+HOW = "transmla heal OUTPUT --teacher SOURCE"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The healing at the end of a conversion.
+
+    Attributes:
+        settings: settings of the healing that differ from the defaults; None if there is none.
+        reason: one line for the user: what is healed and how long, or why nothing is.
+    """
+
+    settings: dict[str, Any] | None
+    reason: str
+
+
+def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) -> Choice:
+    """Choose the healing that ends the conversion of ``recipe``.
+
+    Args:
+        recipe: the recipe, with its request ``heal``.
+        plan: plan of the conversion.
+        device: the device that heals.
+        free: free memory of the device in bytes.
+
+    Returns:
+        The choice. ``auto`` heals on a GPU that has the memory. MINUTES heals anywhere.
+    """
+    if recipe.heal == HEAL_OFF:
+        return Choice(None, "")
+    if recipe.heal == HEAL_AUTO and device.type != "cuda":
+        return Choice(None, f"not healed, which takes a GPU to be quick; --heal MINUTES, or later: {HOW}")
+    for trainable in ("all", "attention", "lora"):
+        if trainable == "all" and plan.spec.experts:
+            continue
+        for parts in (1, 2, 4, 8):
+            if memory_bytes(plan, trainable, parts) <= USABLE * free:
+                return _chosen(recipe, trainable, parts)
+    least = memory_bytes(plan, "lora", 8)
+    return Choice(
+        None,
+        f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
+        f"on several GPUs: accelerate launch -m {HOW}",
+    )
+
+
+def _chosen(recipe: Recipe, trainable: str, parts: int) -> Choice:
+    settings: dict[str, Any] = {"trainable": trainable, "accumulate": parts, "checkpointing": parts == 8}
+    if recipe.heal == HEAL_AUTO:
+        settings["max_tokens"] = TOKENS
+        amount = f"{TOKENS / 1e6:.0f} million tokens"
+    else:
+        settings["max_minutes"] = recipe.heal
+        amount = f"{recipe.heal:g} minutes"
+    what = {"all": "all weights", "attention": "the attention", "lora": "low-rank updates of the attention"}[trainable]
+    return Choice(settings, f"ends with a healing of {amount}, {what} (--heal off leaves it out)")
+
+
+def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
+    """Return the estimated peak memory of a healing in bytes.
+
+    Args:
+        plan: plan of the export.
+        trainable: ``all``, ``attention`` or ``lora``.
+        parts: parts that a batch is computed in; 8 parts also recompute activations.
+    """
+    spec, defaults = plan.spec, Healing.model_construct()
+    weights = parameters(plan)
+    attention = spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
+    trained = {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
+    teacher = 2 * weights
+    tokens = defaults.batch * defaults.length // parts
+    # In bfloat16. The MLP's inner width counts three times: gate, up and their product.
+    values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
+    kept = spec.hidden_size if parts == 8 else values
+    activations = 2 * tokens * (spec.num_hidden_layers * kept + values)
+    logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
+    return 4 * weights + (TRAINED_BYTES - 4) * trained + teacher + activations + logits

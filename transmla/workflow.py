@@ -1,0 +1,102 @@
+"""One run from a source to a healed export: ``transmla convert``.
+
+The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A killed run leaves at least one of
+``OUTPUT.unhealed.partial``, ``OUTPUT.unhealed`` and ``OUTPUT.partial``, and ``resume`` continues from each of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from transmla.convert.pipeline import convert, output_folder
+from transmla.convert.prepare import Prepared, prepare
+from transmla.errors import TransmlaError
+from transmla.export.hashes import MANIFEST
+from transmla.export.workspace import Workspace
+from transmla.heal.choose import Choice, choose_healing
+from transmla.heal.run import heal
+from transmla.heal.settings import Healing
+from transmla.recipe import Recipe, dump_recipe
+from transmla.reporter import Reporter, Silent
+
+
+def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
+    """Convert ``recipe.source`` into ``recipe.output``, and heal it as ``recipe.heal`` asks.
+
+    Args:
+        recipe: the recipe of the conversion.
+        resume: continue an unfinished run of the same recipe, in whichever part it was killed.
+        reporter: receives progress; None reports nothing.
+
+    Returns:
+        The folder of the export, healed if healing was chosen.
+
+    Raises:
+        TransmlaError: as ``convert`` and ``heal``; all input is checked before a model is loaded.
+    """
+    report = reporter or Silent()
+    output = output_folder(recipe)
+    Workspace(output, shards=0).refuse_overwrite(resume=resume)
+    prepared = prepare(recipe)
+    choice = choice_for(prepared)
+    if choice.reason:
+        report.message(choice.reason)
+    if choice.settings is None:
+        return convert(recipe, resume=resume, reporter=report, prepared=prepared)
+    unhealed = output.with_name(output.name + ".unhealed")
+    if not (resume and _is_conversion_of(prepared, unhealed)):
+        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed)
+    settings = healing_settings(prepared, unhealed, output, choice)
+    del prepared
+    gc.collect()
+    heal(settings, resume=resume, reporter=report)
+    shutil.rmtree(unhealed)
+    return output
+
+
+def choice_for(prepared: Prepared) -> Choice:
+    """Return the healing that ends the conversion ``prepared``, or why there is none."""
+    device = prepared.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return choose_healing(prepared.recipe, prepared.plan, device, free)
+
+
+def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: Choice) -> Healing:
+    """Return the settings of the healing: the choice, on the texts of the conversion."""
+    recipe, calibration = prepared.recipe, prepared.recipe.calibration
+    return Healing.model_validate(
+        {
+            "student": str(unhealed),
+            "teacher": recipe.source,
+            "output": str(output),
+            "revision": recipe.revision,
+            "data": calibration.source,
+            "split": calibration.split,
+            "column": calibration.column,
+            "device": str(prepared.device),
+            "seed": recipe.seed,
+            **(choice.settings or {}),
+        }
+    )
+
+
+def _is_conversion_of(prepared: Prepared, folder: Path) -> bool:
+    """Return whether ``folder`` holds the finished conversion ``prepared``.
+
+    Raises:
+        TransmlaError: if it holds the conversion of another recipe.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    if (folder / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(prepared.recipe):
+        raise TransmlaError(
+            f"'{folder}' was converted with other settings",
+            limit="a resumed run must give the same result as an uninterrupted one",
+            remedy="repeat the first run's command with --resume, or delete the folder",
+        )
+    return True
