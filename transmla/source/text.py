@@ -113,15 +113,22 @@ def load_tokens(
     return torch.tensor(tokens, dtype=torch.int64)
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the BOS token if the tokenizer starts every text with it, else None."""
+    bos: int | None = tokenizer.bos_token_id
+    starts = bos is not None and list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1] == [bos]
+    return bos if starts else None
+
+
 def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
     """Return the first ``limit`` tokens of the joined pieces. Only a prefix is read and tokenised."""
 
-    def tokenize(text: str, *, special: bool = False) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         # verbose=False: no warning that the text is longer than the model's context.
-        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    bos = tokenizer.bos_token_id
-    head = [bos] if bos is not None and tokenize("a", special=True)[:1] == [bos] else []
+    bos = start_token(tokenizer)
+    head = [] if bos is None else [bos]
     needed = sys.maxsize if limit is None else limit + CUT_MARGIN
     text, chars = "", CHARS_PER_TOKEN * needed
     while True:
@@ -140,6 +147,21 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         chars *= 2
 
 
+def text_options(source: str) -> frozenset[str]:
+    """Return the options that a text takes, of ``split`` and ``column``."""
+    if source == "pydoc":
+        return frozenset({"split"})
+    if _is_dataset(source):
+        return frozenset({"split", "column"})
+    return frozenset({"column"} if Path(source).suffix.lower() in TABLE_BUILDERS else ())
+
+
+def _is_dataset(source: str) -> bool:
+    """Return whether a text, neither ``pydoc`` nor ``self``, is a Hub dataset instead of a file."""
+    path = Path(source).expanduser()
+    return source in ALIASES or not (path.is_file() or path.suffix.lower() in (*TEXT_SUFFIXES, *TABLE_BUILDERS))
+
+
 def _text_pieces(source: str, split: str | None, column: str | None, name: str | None) -> Iterator[str]:
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
     path = Path(source).expanduser()
@@ -152,7 +174,7 @@ def _text_pieces(source: str, split: str | None, column: str | None, name: str |
     if source == "pydoc":
         _refuse_options("pydoc", column=column, name=name)
         return iter([pydoc_text(split or "train")])
-    if source in ALIASES or not (path.is_file() or suffix in (*TEXT_SUFFIXES, *TABLE_BUILDERS)):
+    if _is_dataset(source):
         return _hub_rows(source, split or "train", column, name)
     if not path.is_file():
         raise TransmlaError(f"no file {source}", remedy="check the path")
