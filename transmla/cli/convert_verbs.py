@@ -104,19 +104,17 @@ def convert(
     """Convert a checkpoint to Multi-head Latent Attention.
 
     Writes a folder that transformers loads. An interrupted run leaves OUTPUT.partial, which --resume continues. With
-    --eval, source and export are compared on a text at the end.
+    --eval, which may be given several times, source and export are compared on these texts at the end.
 
-    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
+    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
     from transmla.cli import console
     from transmla.convert import pipeline
-    from transmla.evaluate.compare import evaluate_export
-    from transmla.evaluate.perplexity_and_kl import check_stride
+    from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
 
     recipe = _recipe(source, options | {"output": output})
-    if recipe.eval:
-        check_stride(recipe.eval.window, recipe.eval.stride)
+    check_evaluation(recipe)
     with console.Bars() as bars:
         folder = pipeline.convert(recipe, resume=resume, reporter=bars)
         evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
