@@ -167,7 +167,7 @@ def check_config(config: Any, windows: Windows, name: str = "model") -> None:
             limit=f"max_position_embeddings is {longest}",
             remedy=f"use a window of at most {longest}",
         )
-    vocabulary, highest = getattr(config, "vocab_size", None), int(windows.text.max())
+    vocabulary, highest = getattr(config, "vocab_size", None), max(int(windows.text.max()), windows.bos or 0)
     if vocabulary is not None and highest >= vocabulary:
         raise TransmlaError(
             f"the text holds token {highest}",
