@@ -37,9 +37,7 @@ img {{ max-width: 100% }}
 </head>
 <body>
 <h1>{title}</h1>
-<dl>
 {facts}
-</dl>
 {sections}
 </body>
 </html>
@@ -65,12 +63,13 @@ def write_report(path: Path, title: str, facts: Mapping[str, str], sections: Seq
     Args:
         path: the .html file.
         title: title of the page, as plain text.
-        facts: lines of the header: value by name, as plain text.
+        facts: lines of the header: value by name, as plain text; may be empty.
         sections: content of the page, in order.
     """
     lines = [f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items()]
+    header = "\n".join(["<dl>", *lines, "</dl>"]) if lines else ""
     parts = [f"<section>\n<h2>{html.escape(part.title)}</h2>\n{part.html}\n</section>" for part in sections]
-    page = _PAGE.format(title=html.escape(title), facts="\n".join(lines), sections="\n".join(parts))
+    page = _PAGE.format(title=html.escape(title), facts=header, sections="\n".join(parts))
     write_text(path, page)
 
 
