@@ -136,7 +136,7 @@ def test_options_apply_to_the_texts_that_take_them(place: Path) -> None:
 
 
 REFUSALS = {
-    "self": ({"text": ("words.txt", "self")}, "the text 'self' is no text to evaluate on; it is sampled"),
+    "self": ({"text": ("words.txt", "self")}, "the text 'self' is no text to evaluate on; .* not written; give a file"),
     "auto": ({"text": "auto"}, "the text 'auto' is no text to evaluate on"),
     "missing": ({"text": ("words.txt", "nowhere.txt")}, "no file nowhere.txt"),
     "empty": ({"text": ("words.txt", "empty.txt")}, "empty.txt holds no text"),

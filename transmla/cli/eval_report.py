@@ -12,7 +12,7 @@ from transmla.export.evaluation_table import caption, table_columns, table_rows,
 
 _POSITIONS = (
     "The position of a prediction is the number of tokens before it in its window. A point is the mean over the "
-    "positions from its label to the next one. A line shows ± one standard error over windows."
+    "positions from its label to the next one. Error bars show ± one standard error over windows."
 )
 
 

@@ -41,7 +41,7 @@ def check_texts(settings: Evaluation) -> None:
     if sampled := [name for name in settings.text if name in SAMPLED]:
         raise TransmlaError(
             f"the text '{sampled[0]}' is no text to evaluate on",
-            limit="it is sampled from the model, so the model would be tested on its own words",
+            limit="a model is evaluated on text that it has not written",
             remedy="give a file, a Hub dataset or `pydoc`",
         )
     takers = {"split": "pydoc and Hub datasets", "column": "tables and Hub datasets"}
