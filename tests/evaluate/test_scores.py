@@ -97,7 +97,9 @@ def test_means_errors_and_positions_equal_the_direct_ones(
     assert sum(part["tokens"] for part in found["positions"]) == found["tokens"]
     for name in ("nll", "nll_difference", "kl"):
         total = sum(part[name] * part["tokens"] for part in found["positions"])
-        assert total == pytest.approx(found[name] * found["tokens"], rel=1e-5, abs=1e-5)
+        # The means come from float32 sums over a batch, whose rounding is relative to the whole nll.
+        rounding = 1e-6 * found["nll"] * found["tokens"]
+        assert total == pytest.approx(found[name] * found["tokens"], rel=1e-5, abs=rounding)
     for part in found["positions"]:
         inside = (part["first"] <= everything["position"]) & (everything["position"] <= part["last"])
         assert part["tokens"] == inside.sum()
