@@ -62,7 +62,7 @@ def measured(export: Path, model: Path, arguments: argparse.Namespace) -> dict[s
     """Return the perplexity of ``export`` and of its source ``model``, and the KL between the two."""
     settings = Evaluation(text="pydoc", window=LENGTH, max_windows=64)
     result = evaluate_models(str(export), str(model), settings, device=arguments.device, reporter=Silent())
-    return {name: round(result[name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
+    return {name: round(result["mean"][name], 4) for name in ("baseline_perplexity", "perplexity", "kl")}
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ def distances(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     texts = {"test": Evaluation(text=arguments.text, max_windows=16), "pydoc": Evaluation(text="pydoc", max_windows=8)}
     values: dict[str, Any] = {}
     for name, settings in texts.items():
-        result = evaluate_models(str(folder), arguments.model, settings, device=arguments.device, reporter=Silent())
+        found = evaluate_models(str(folder), arguments.model, settings, device=arguments.device, reporter=Silent())
+        result = found["mean"]
         values |= {f"{name} perplexity": round(result["perplexity"], 3), f"{name} KL": round(result["kl"], 4)}
         values[f"{name} perplexity of the source"] = round(result["baseline_perplexity"], 3)
     return values

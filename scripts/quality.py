@@ -137,14 +137,12 @@ def measure(arguments: argparse.Namespace, row: Row, seed: int | None) -> dict[s
         measured = evaluate_models(
             str(folder),
             arguments.model,
-            Evaluation(
-                text=file, split=None, column=None, window=arguments.window, max_windows=arguments.windows, stride=None
-            ),
+            Evaluation(text=file, window=arguments.window, max_windows=arguments.windows),
             device=arguments.device,
             reporter=Silent(),
         )
         names = ("perplexity", "baseline_perplexity", "kl", "top1_agreement")
-        result |= {f"{name}_{key}": round(measured[key], 4) for key in names}
+        result |= {f"{name}_{key}": round(measured["mean"][key], 4) for key in names}
     shutil.rmtree(folder)
     return result
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from transmla.errors import TransmlaError
-from transmla.shares import Mixture
+from transmla.shares import Mixture, Texts
 
 
 class Strict(BaseModel):
@@ -69,25 +69,31 @@ class Calibration(Strict):
 
 
 class Evaluation(Strict):
-    """The text on which an export is compared with its source."""
+    """The texts on which an export is compared with its source."""
 
-    text: str = Field(
-        "pydoc",
+    text: Texts = Field(
+        ("pydoc",),
         json_schema_extra=EVALUATION,
-        description="text to evaluate on: pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset",
+        description="text to evaluate on: pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, "
+        "org/name); give the flag several times for several texts",
     )
     split: str | None = Field(
-        None, json_schema_extra=EVALUATION, description="split of a dataset, or of pydoc (train or test; default: test)"
+        None,
+        json_schema_extra=EVALUATION,
+        description="split of pydoc (train or test) and of Hub datasets (default: test of pydoc and wikitext, "
+        "validation of c4, train of others)",
     )
-    column: str | None = Field(None, json_schema_extra=EVALUATION, description="text column of a dataset")
+    column: str | None = Field(
+        None, json_schema_extra=EVALUATION, description="text column of tables and Hub datasets (default: text)"
+    )
     window: int = Field(2048, ge=2, json_schema_extra=EVALUATION, description="tokens per window")
     max_windows: PositiveInt | None = Field(
-        None, json_schema_extra=EVALUATION, description="number of windows at most (default: the whole text)"
+        None, json_schema_extra=EVALUATION, description="number of windows per text at most (default: the whole text)"
     )
     stride: PositiveInt | None = Field(
         None,
         json_schema_extra=EVALUATION,
-        description="tokens between the starts of two windows (default: the window)",
+        description="tokens between the starts of two windows (default: windows do not overlap)",
     )
 
 

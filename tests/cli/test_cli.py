@@ -420,11 +420,12 @@ def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
     code, out, _ = run(*argv)
     found = json.loads(out)
     assert code == 0
-    assert (found["windows"], found["window"], found["stride"]) == (3, 64, 64)
-    assert found["perplexity"] > 1
-    assert found["baseline_perplexity"] > 1
-    assert found["kl"] > 0
-    assert 0 <= found["top1_agreement"] <= 1
+    (text,) = found["texts"]
+    assert (text["text"], text["windows"], text["window"], text["stride"]) == ("text.txt", 3, 64, 64)
+    assert text["perplexity"] > 1
+    assert text["baseline_perplexity"] > 1
+    assert text["kl"] > 0
+    assert 0 <= text["top1_agreement"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -434,7 +435,7 @@ def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
         ("convert", ["--output", "--resume", "--kv-lora-rank", "--calibration-length", "--allow-pickle"]),
         ("inspect", ["--report", "--calibration", "--method", "--json"]),
         ("verify", ["--source", "--dtype", "--device"]),
-        ("eval", ["--baseline", "--window", "--stride", "--json"]),
+        ("eval", ["--baseline", "--text", "--window", "--stride", "--report", "--json"]),
         ("push", ["--private", "--revision", "--dry-run"]),
     ],
 )

@@ -5,6 +5,8 @@ convert_verbs  families, plan, inspect, convert
 export_verbs   verify, eval, bench, heal, push
 options        flags made from the fields of recipes, evaluations and healings
 console        progress bars and tables
+report         pages of tables and figures: one HTML file made of sections
+eval_report    the report of ``transmla eval``
 inspect_report the report of ``transmla inspect`` as a picture or a page
 """
 

@@ -22,6 +22,7 @@ from transmla.convert.inspect import Inspection
 from transmla.evaluate.bench import Bench
 from transmla.evaluate.verify import Check
 from transmla.export.card import cache_rows
+from transmla.export.evaluation_table import caption, table_columns, table_rows
 
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
@@ -74,11 +75,14 @@ def say(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a small table; the first column is text, the others are right-aligned."""
+def table(title: str, columns: list[str], rows: list[list[str]], *, wrap: bool = True) -> None:
+    """Print a small table; the first column is text, the others are right-aligned.
+
+    ``wrap``: whether a narrow screen may wrap all columns, or only the first.
+    """
     drawn = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right")
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0 and not wrap, overflow="fold")
     for row in rows:
         drawn.add_row(*map(escape, row))
     out.print(drawn)
@@ -189,22 +193,11 @@ def show_check(check: Check) -> None:
     out.print(f"{mark}  {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
 
 
-def show_evaluation(result: dict[str, Any], text: str) -> None:
-    """Print perplexity, and the distance from the baseline if there was one."""
-    rows = [["perplexity", f"{result['perplexity']:.3f}"]]
-    if result["baseline_perplexity"] is not None:
-        rows = [
-            ["perplexity, baseline", f"{result['baseline_perplexity']:.3f}"],
-            *rows,
-            ["KL(baseline ‖ model), nats per token", f"{result['kl']:.4f}"],
-            ["same top-1 token", f"{result['top1_agreement']:.1%}"],
-        ]
-    rows.append(["seconds", f"{result['seconds']:.1f}"])
-    table(
-        f"{text}: {result['windows']} windows × {result['window']} tokens, stride {result['stride']}",
-        ["", "value"],
-        rows,
-    )
+def show_evaluation(result: dict[str, Any]) -> None:
+    """Print the table of an evaluation: one row per text, and their mean."""
+    compared = "" if result["baseline"] is None else f" compared with {result['baseline']}"
+    table(f"{result['model']}{compared}", table_columns(result), table_rows(result), wrap=False)
+    say(f"{caption(result)} {duration(result['seconds'])} on {result['device']}.")
 
 
 def show_bench(results: dict[str, Bench]) -> None:
@@ -250,14 +243,6 @@ def show_healing(record: dict[str, Any]) -> None:
 
 
 def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:
-    """Print the table that closes a conversion whose recipe has an ``eval`` section."""
-    table(
-        f"before and after, measured on {evaluation['text']} ({evaluation['windows']} × {evaluation['window']} tokens)",
-        ["", "source", "MLA"],
-        [
-            *map(list, cache_rows(plan)),
-            ["perplexity", f"{evaluation['baseline_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}"],
-            ["KL to the source, nats per token", "–", f"{evaluation['kl']:.4f}"],
-            ["same top-1 token", "–", f"{evaluation['top1_agreement']:.1%}"],
-        ],
-    )
+    """Print the tables that close a conversion whose recipe has an ``eval`` section."""
+    table("before and after", ["", "source", "MLA"], [*map(list, cache_rows(plan))])
+    show_evaluation(evaluation)

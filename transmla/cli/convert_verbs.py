@@ -104,20 +104,18 @@ def convert(
     """Convert a checkpoint to Multi-head Latent Attention.
 
     Writes a folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
-    interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, source and export
-    are compared on a text at the end.
+    interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
+    several times, source and export are compared on these texts at the end.
 
-    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25
+    Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
     from transmla.cli import console
-    from transmla.evaluate.compare import evaluate_export
-    from transmla.evaluate.perplexity_and_kl import check_stride
+    from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
     from transmla.workflow import convert_and_heal
 
     recipe = _recipe(source, options | {"output": output})
-    if recipe.eval:
-        check_stride(recipe.eval.window, recipe.eval.stride)
+    check_evaluation(recipe)
     with console.Bars() as bars:
         folder = convert_and_heal(recipe, resume=resume, reporter=bars)
         evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from transmla.cli.report import Section, paragraph, picture, table, write_report
 from transmla.convert.inspect import Inspection
 from transmla.evaluate.figures import check_picture, new_figure
 
-_PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>body {{ font: 15px/1.5 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
-img {{ width: 100% }} td, th {{ padding: .15em .9em; text-align: right }} tr:nth-child(even) {{ background: #f4f4f4 }}
-</style>
-<h1>{title}</h1>
-<p>{text}</p>
-<table>{table}</table>
-<img alt="spectra, rotary energy, phases and errors by layer" src="data:image/png;base64,{image}">
-"""
 _TEXT = (
     "Error is ‖MLA − source‖² / ‖source‖² of a layer's attention output, on calibration text and before any"
     " reconstruction."
@@ -37,28 +24,26 @@ def write_picture(inspection: Inspection, path: Path) -> None:
         TransmlaError: for another suffix, a folder that is not there, or without matplotlib.
     """
     check_picture(path)
-    image = _draw(inspection)
+    figure = _draw(inspection)
     if path.suffix == ".png":
-        path.write_bytes(image)
+        figure.savefig(path, format="png", dpi=110)
         return
     rows = [
-        "<tr><th>cache</th><th>kv_lora_rank</th><th>qk_rope_head_dim</th><th>mean error</th></tr>",
-        *(
-            f"<tr><td>{plan.cache_ratio:.1%}</td><td>{plan.shape.kv_lora_rank}</td>"
-            f"<td>{plan.shape.qk_rope_head_dim}</td><td>{inspection.mean_error(budget):.4f}</td></tr>"
-            for budget, plan in inspection.plans.items()
-        ),
+        [
+            f"{plan.cache_ratio:.1%}",
+            str(plan.shape.kv_lora_rank),
+            str(plan.shape.qk_rope_head_dim),
+            f"{inspection.mean_error(budget):.4f}",
+        ]
+        for budget, plan in inspection.plans.items()
     ]
-    page = _PAGE.format(
-        title=html.escape(f"{inspection.source} under MLA"),
-        text=_TEXT,
-        table="\n".join(rows),
-        image=base64.b64encode(image).decode(),
-    )
-    path.write_text(page, encoding="utf-8")
+    errors = table(["cache", "kv_lora_rank", "qk_rope_head_dim", "mean error"], rows) + paragraph(_TEXT)
+    layers = picture(figure, "spectra, rotary energy, phases and errors by layer")
+    sections = [Section("Mean error by budget", errors), Section("Layers", layers)]
+    write_report(path, f"{inspection.source} under MLA", {}, sections)
 
 
-def _draw(inspection: Inspection) -> bytes:
+def _draw(inspection: Inspection) -> Any:
     figure = new_figure(13, 9)
     (decay, errors), (energy, phase) = figure.subplots(2, 2)
     _draw_decay(decay, inspection)
@@ -70,9 +55,7 @@ def _draw(inspection: Inspection) -> bytes:
     figure.colorbar(shown, ax=phase, label="|φ|")
     phase.set(title="phase: 1 = RoPE can be a constant, 0 = it cannot", xlabel="frequency, fast → slow", ylabel="layer")
     figure.suptitle(f"{inspection.source} under MLA")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 def _draw_decay(axes: Any, inspection: Inspection) -> None:

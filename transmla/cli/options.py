@@ -17,7 +17,7 @@ from transmla.heal.settings import Healing
 from transmla.recipe import Calibration, Evaluation, Recipe
 from transmla.registry import scan
 
-# A section's flags begin with its name; the flag of this field is the name alone: --calibration pydoc.
+# A section's flags begin with its name. The flag of this field may also be the name alone: --calibration pydoc.
 SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "calibration": (Calibration, "source"),
     "eval": (Evaluation, "text"),
@@ -98,17 +98,21 @@ def _parameters(model: type[BaseModel], *, prefix: str = "", main: str = "") -> 
         extra = info.json_schema_extra
         if isinstance(extra, dict):
             name = "_".join(part for part in (prefix, "" if field == main else field) if part)
-            parameters.append(_parameter(name, model, field, str(extra["panel"])))
+            also = (f"{prefix}_{field}",) if field == main else ()
+            parameters.append(_parameter(name, model, field, str(extra["panel"]), also))
     return parameters
 
 
-def _parameter(name: str, model: type[BaseModel], field: str, panel: str) -> inspect.Parameter:
-    """The keyword parameter of one flag; None if it is not given."""
+def _parameter(
+    name: str, model: type[BaseModel], field: str, panel: str, also: tuple[str, ...] = ()
+) -> inspect.Parameter:
+    """The keyword parameter of one flag, with its other names ``also``; None if it is not given."""
     info, flag = model.model_fields[field], "--" + name.replace("_", "-")
     kind = _flag_type(info.annotation)
     if kind is bool and info.default is None:
         flag = f"{flag}/--no-{flag[2:]}"
-    option = typer.Option(flag, help=escape(_help(info)), rich_help_panel=panel, show_default=False)
+    flags = [flag, *("--" + other.replace("_", "-") for other in also)]
+    option = typer.Option(*flags, help=escape(_help(info)), rich_help_panel=panel, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -1,6 +1,9 @@
 """Evaluation: the quality, consistency and decoding speed of an export.
 
 - ``perplexity_and_kl.py``: perplexity of a model on a text, and its KL divergence from a baseline.
+- ``windows.py``: the windows over a text, with or without BOS, and the predictions that count.
+- ``scores.py``: sums by window and position, standard errors, and the mean over texts.
+- ``texts.py``: check, read and cut the texts of an evaluation.
 - ``bench.py``: decoding speed over a grid of batch sizes and context lengths.
 - ``compare.py``: both measurements for models given by name, with a baseline.
 - ``verify.py``: the checks of ``transmla verify``.

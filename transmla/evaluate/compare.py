@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ import torch
 
 from transmla.errors import TransmlaError
 from transmla.evaluate.bench import Bench, bench
-from transmla.evaluate.perplexity_and_kl import check_stride, evaluate
-from transmla.export.card import write_card
-from transmla.export.manifest import Manifest
+from transmla.evaluate.perplexity_and_kl import check_config, check_vocabularies, evaluate, text_config
+from transmla.evaluate.scores import mean_over_texts
+from transmla.evaluate.texts import Text, check_texts, read_texts
+from transmla.export.card import public_evaluation, write_card
+from transmla.export.hashes import EVALUATION
+from transmla.export.manifest import Manifest, versions
+from transmla.files import write_json
 from transmla.formats.base import format_named
 from transmla.modeling.transformers_api import register
 from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
 from transmla.runtime.load import accelerate
 from transmla.source.device import pick_device
-from transmla.source.load import load_model, load_tokenizer
+from transmla.source.load import load_config, load_model, load_tokenizer
 from transmla.source.locate import resolve_source
-from transmla.source.text import load_tokens
 
 
 def evaluate_models(
@@ -36,50 +40,105 @@ def evaluate_models(
     revision: str | None = None,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Measure the perplexity of a model on a text and, given a baseline, its KL divergence from the baseline.
+    """Measure the perplexity of a model on texts and, given a baseline, its KL divergence from the baseline.
+
+    All texts are read and checked before a model is loaded, and the models are loaded once.
 
     Args:
         model: local folder or Hub name.
         baseline: local folder or Hub name, or None.
-        settings: text and windows. The default split of ``pydoc`` is ``test``.
+        settings: texts and windows.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device of both models, or ``auto``.
         revision: revision of the baseline on the Hub.
-        reporter: receives the progress.
+        reporter: receives the progress, in windows of all texts.
 
     Returns:
-        The names of model, baseline, text and split, and the fields of ``perplexity.Evaluation``; plain values.
+        Plain values. ``texts`` has one entry per text: its name (``text``), its ``split``, and the fields of
+        ``perplexity_and_kl.Evaluation``. ``mean`` is their mean (``scores.mean_over_texts``). The other keys are
+        ``model``, ``baseline``, ``window`` (tokens), ``starts_with_bos``, ``device``, ``dtype``, ``seconds`` and
+        ``versions``.
 
     Raises:
-        TransmlaError: if a model or the text cannot be loaded, or ``evaluate`` refuses them.
+        TransmlaError: if a model or a text cannot be loaded, or ``evaluate`` refuses them.
     """
-    check_stride(settings.window, settings.stride)
+    _check_dtype(dtype)
+    check_texts(settings)
     torch_device = pick_device(device)
     path = resolve_source(model)
-    split = settings.split or ("test" if settings.text == "pydoc" else None)
+    texts = _read_texts(path, settings)
+    vocabulary = _check_model(path, texts, "model")
+    other = None if baseline is None else resolve_source(baseline, revision=revision)
+    if other is not None:
+        check_vocabularies(vocabulary, _check_model(other, texts, "baseline"))
+    reference = None if other is None else _load(other, dtype, torch_device)
+    loaded = _load(path, dtype, torch_device)
+    reporter.stage("evaluating", sum(text.windows.count for text in texts))
+    results: list[dict[str, Any]] = []
+    for text in texts:
+        before = sum(result["windows"] for result in results)
+        result = evaluate(
+            loaded,
+            text.windows.text,
+            window=settings.window,
+            max_windows=settings.max_windows,
+            stride=settings.stride,
+            bos=text.windows.bos,
+            baseline=reference,
+            progress=partial(_advance, reporter, before, text.name),
+        )
+        results.append({"text": text.name, "split": text.split, **result.to_dict()})
+    return {
+        "model": model,
+        "baseline": baseline,
+        "window": settings.window,
+        "starts_with_bos": results[0]["starts_with_bos"],
+        "texts": results,
+        "mean": mean_over_texts(results),
+        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else str(torch_device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "seconds": sum(result["seconds"] for result in results),
+        "versions": versions(),
+    }
+
+
+def _advance(reporter: Reporter, before: int, text: str, done: int, _: int) -> None:
+    reporter.advance(before + done, text)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Check the recipe's ``eval`` texts before a conversion: read them, and compare them with the source's config.
+
+    Raises:
+        TransmlaError: if a text cannot be read, or the source does not support it.
+    """
+    if recipe.eval is not None:
+        check_texts(recipe.eval)
+        path = resolve_source(recipe.source, revision=recipe.revision, weights=False)
+        _check_model(path, _read_texts(path, recipe.eval), "source")
+
+
+def _read_texts(path: Path, settings: Evaluation) -> list[Text]:
+    """Read the texts with the tokenizer of the model in ``path``."""
     with _load_errors(path):
         tokenizer = load_tokenizer(path)
-    stride = settings.stride or settings.window
-    limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
-    tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
-    other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, torch_device)
-    loaded = _load(path, dtype, torch_device)
-    windows = max(1, (len(tokens) - settings.window) // stride + 1)
-    reporter.stage("evaluating", min(windows, settings.max_windows or windows))
-    result = evaluate(
-        loaded,
-        tokens,
-        window=settings.window,
-        max_windows=settings.max_windows,
-        stride=settings.stride,
-        baseline=other,
-        progress=lambda done, _: reporter.advance(done),
-    )
-    return {"model": model, "baseline": baseline, "text": settings.text, "split": split, **result.to_dict()}
+    return read_texts(settings, tokenizer)
+
+
+def _check_model(path: Path, texts: list[Text], name: str) -> int | None:
+    """Check by its config that a model supports the texts, and return the size of its vocabulary."""
+    with _load_errors(path):
+        config = load_config(path)
+    for text in texts:
+        check_config(config, text.windows, name)
+    return getattr(text_config(config), "vocab_size", None)
 
 
 def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a new export on the recipe's ``eval`` text against its source, and write the result into the card.
+    """Evaluate a new export on the recipe's ``eval`` texts against its source.
+
+    The result is written into the card as a table, and into ``evaluation.json`` with all its numbers. Local paths are
+    cut to their last part in both, because they are published.
 
     Args:
         folder: the export.
@@ -101,8 +160,10 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
         revision=recipe.revision,
         reporter=reporter,
     )
+    published = public_evaluation(result)
+    write_json(folder / EVALUATION, published)
     manifest = Manifest.read(folder)
-    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec), result)
+    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec), published)
     return result
 
 
@@ -139,6 +200,7 @@ def bench_models(
     Raises:
         TransmlaError: if a model cannot be loaded, has no MLA layer, or does not fit (see ``bench``).
     """
+    _check_dtype(dtype)
     torch_device = pick_device(device)
     results = {}
     for role, name in (("baseline", baseline), ("model", model)):
@@ -156,9 +218,12 @@ def bench_models(
     return results
 
 
-def _load(path: Path, dtype: str, device: torch.device) -> Any:
+def _check_dtype(dtype: str) -> None:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
+
+
+def _load(path: Path, dtype: str, device: torch.device) -> Any:
     register()
     with _load_errors(path):
         return load_model(path, dtype=dtype).to(device)

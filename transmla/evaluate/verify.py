@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from transmla.artifacts import Plan
-from transmla.export.hashes import CARD, MANIFEST, VERIFICATION, check_hashes, export_fingerprint
+from transmla.export.hashes import UNHASHED, VERIFICATION, check_hashes, export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.files import write_json
 from transmla.formats.base import Format, format_named
@@ -68,7 +68,7 @@ def verify(
 
 def _checks(folder: Path, manifest: Manifest, source: str | None, dtype: torch.dtype, device: str) -> Iterator[Check]:
     form = format_named(manifest.format)
-    problems = check_hashes(folder, manifest.hashes, free=(CARD, MANIFEST, VERIFICATION))
+    problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
     yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
 
     model, problem = _load(folder, form, dtype, device)

@@ -6,5 +6,6 @@
 - ``hashes``: names, hashes and fingerprint of an export's files; index of the shards.
 - ``tokenizer``: write the tokenizer, the chat template and the generation config.
 - ``card``: write the model card ``README.md``.
+- ``evaluation_table``: the table of an evaluation, for the terminal, the card and the report.
 - ``push``: upload a verified export to the Hub in one commit.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
+from transmla.export.evaluation_table import caption, table_columns, table_rows
 from transmla.export.hashes import CARD
 from transmla.export.manifest import Manifest
 from transmla.files import write_text
@@ -41,7 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained(path{load_arguments})
 | | source | this model |
 |---|---|---|
 {rows}
-
+{evaluation}
 ## How it was made
 
 This command converted the source:
@@ -62,6 +64,14 @@ states.{texts} The relative squared error of the attention output is {mean_error
 {max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
 the hashes of the files.
 {healing}{notes}"""
+
+_EVALUATION = """
+## Evaluation
+
+{table}
+
+The baseline is the source. {caption} The file `evaluation.json` has more numbers, such as the KL by position.
+"""
 
 _HEALING = """
 ## Healing
@@ -136,9 +146,21 @@ def public_recipe(recipe: Recipe) -> Recipe:
             "source": public_name(recipe.source),
             "output": Path(recipe.output).name,
             "calibration": calibration.model_copy(update={"source": tuple(map(_public_entry, calibration.source))}),
-            "eval": evaluation and evaluation.model_copy(update={"text": public_name(evaluation.text)}),
+            "eval": evaluation
+            and evaluation.model_copy(update={"text": tuple(public_name(name) for name in evaluation.text)}),
         }
     )
+
+
+def public_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation with every local path cut to its last part, because it is published.
+
+    Args:
+        result: the result of ``evaluate.compare.evaluate_models``, with a baseline.
+    """
+    names = {key: public_name(result[key]) for key in ("model", "baseline")}
+    texts = [{**text, "text": public_name(text["text"])} for text in result["texts"]]
+    return {**result, **names, "texts": texts}
 
 
 def _healing(folder: Path, record: dict[str, Any]) -> str:
@@ -157,7 +179,7 @@ def _healing(folder: Path, record: dict[str, Any]) -> str:
 
 
 def write_card(
-    folder: Path, manifest: Manifest, recipe: Recipe, words: CardWords, evaluation: dict[str, Any] | None = None
+    folder: Path, manifest: Manifest, recipe: Recipe, words: CardWords, evaluation: Mapping[str, Any] | None = None
 ) -> None:
     """Write ``README.md`` into ``folder``.
 
@@ -166,15 +188,13 @@ def write_card(
         manifest: the export's manifest.
         recipe: recipe of the conversion.
         words: the sentences and settings of the export's format.
-        evaluation: perplexity and KL divergence from the source, as ``transmla eval`` measures them; None before an
-            evaluation.
+        evaluation: comparison with the source, as ``public_evaluation`` returns it; None before an evaluation.
     """
     plan, shown = manifest.plan, public_recipe(recipe)
     errors = [layer["relative_error"] for layer in manifest.layers]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla", *words.tags]}
     if recipe.source.count("/") == 1 and shown.source == recipe.source:  # a Hub id
         metadata["base_model"] = recipe.source
-    rows = [*_plan_rows(plan), *(_evaluation_rows(evaluation) if evaluation else [])]
     notes = "".join(f"\n- {note}" for note in plan.notes)
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
@@ -185,7 +205,8 @@ def write_card(
         layout=words.layout,
         load_arguments=words.load_arguments,
         precision=f"\n{words.precision}\n" if words.precision else "",
-        rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in rows),
+        rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in _plan_rows(plan)),
+        evaluation=_evaluation(evaluation) if evaluation else "",
         recipe=dump_recipe(shown),
         method=plan.method,
         fold=plan.rotary.freqfold,
@@ -215,11 +236,9 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
     return [*cache_rows(plan), attention]
 
 
-def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
-    text = f"{public_name(evaluation['text'])}, {evaluation['windows']} windows of {evaluation['window']} tokens"
-    before, after = evaluation["baseline_perplexity"], evaluation["perplexity"]
-    return [
-        (f"perplexity ({text})", f"{before:.2f}", f"{after:.2f}"),
-        ("KL divergence from the source, nats per token", "–", f"{evaluation['kl']:.4f}"),
-        ("top-1 agreement with the source", "–", f"{evaluation['top1_agreement']:.1%}"),
-    ]
+def _evaluation(result: Mapping[str, Any]) -> str:
+    """Return the card's section on an evaluation."""
+    columns = table_columns(result)
+    lines = [columns, ["---"] * len(columns), *table_rows(result)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _EVALUATION.format(table=table, caption=caption(result))

@@ -17,7 +17,11 @@ PROGRESS = "progress.json"
 MANIFEST = "transmla.json"
 CARD = "README.md"
 VERIFICATION = "verification.json"
+EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.safetensors"
+
+# Files of an export that its manifest does not hash: they are written after it.
+UNHASHED = (CARD, MANIFEST, VERIFICATION, EVALUATION)
 
 UNFINISHED_SUFFIX = ".partial"
 TEMPORARY_SUFFIXES = (".tmp", ".incomplete", UNFINISHED_SUFFIX, "~")
@@ -152,13 +156,13 @@ def write_index(folder: Path) -> None:
 def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
     """Return the SHA-256 in hex of every file in ``folder`` that an export lists in its manifest, by relative path.
 
-    The card, the manifest, the verification record and the files of an unfinished conversion are left out.
+    The files in ``UNHASHED`` and the files of an unfinished conversion are left out.
 
     Args:
         folder: folder of the export.
         known: hashes that are computed already.
     """
-    skipped = {MANIFEST, CARD, PROGRESS, CALIBRATION, VERIFICATION}
+    skipped = {*UNHASHED, PROGRESS, CALIBRATION}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in skipped)
     names = [p.relative_to(folder).as_posix() for p in files if not p.name.startswith("stream-")]
     return {name: known.get(name) or file_sha256(folder / name) for name in names}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from transmla.errors import TransmlaError
 from transmla.export.hashes import (
-    CARD,
     MANIFEST,
+    UNHASHED,
     VERIFICATION,
     check_hashes,
     export_files,
@@ -144,7 +144,7 @@ def _checked_files(folder: Path) -> list[PushFile]:
             limit=f"a push needs a {VERIFICATION} that was written for exactly these files",
             remedy=f"run `transmla verify {folder}`",
         )
-    problems = check_hashes(folder, hashes, free=(CARD, MANIFEST, VERIFICATION))
+    problems = check_hashes(folder, hashes, free=UNHASHED)
     problems += [f"{path} would not be uploaded" for path in sorted(hashes) if stays_behind(PurePosixPath(path))]
     if problems:
         raise TransmlaError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from transmla.errors import TransmlaError
-from transmla.export.hashes import CARD, MANIFEST, VERIFICATION, check_hashes
+from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.heal.distributed import uses_deepspeed
 from transmla.heal.losses import Head, trunk
 from transmla.heal.settings import Healing
@@ -106,7 +106,7 @@ def check_student(student: Path, hashes: dict[str, str]) -> None:
     Raises:
         TransmlaError: if a file is missing, changed or not listed.
     """
-    problems = check_hashes(student, hashes, free=(CARD, MANIFEST, VERIFICATION))
+    problems = check_hashes(student, hashes, free=UNHASHED)
     if problems:
         raise TransmlaError(
             f"'{student}' has changed since it was written", limit=problems[0], remedy="convert it again"

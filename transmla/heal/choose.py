@@ -24,7 +24,6 @@ USABLE = 0.85
 ACTIVATIONS = 34
 # Bytes of the logits of one chunk and of their gradients (``losses.CHUNK_VALUES``).
 LOGITS_BYTES = 6 * 2**30
-# Smallest free memory, in bytes, of a machine whose CPU heals: none does by default.
 HOW = "transmla heal OUTPUT --teacher SOURCE"
 
 
@@ -91,12 +90,12 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
         trainable: ``all``, ``attention`` or ``lora``.
         parts: parts that a batch is computed in; 8 parts also recompute activations.
     """
-    spec, defaults = plan.spec, Healing.model_construct()
+    spec, fields = plan.spec, Healing.model_fields
     weights = parameters(plan)
     attention = spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
     trained = {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
     teacher = 2 * weights
-    tokens = defaults.batch * defaults.length // parts
+    tokens = fields["batch"].default * fields["length"].default // parts
     # In bfloat16. The MLP's inner width counts three times: gate, up and their product.
     values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
     kept = spec.hidden_size if parts == 8 else values

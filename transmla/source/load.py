@@ -47,6 +47,15 @@ def _gguf_tokenizer(path: Path) -> Any:
     return _tokenizer(folder, **extra)
 
 
+def load_config(path: Path) -> Any:
+    """Load the transformers config of a checkpoint folder or GGUF file. Loaders raise any type if it is damaged."""
+    from transformers import AutoConfig
+
+    folder, extra = split_gguf(path)
+    register()
+    return AutoConfig.from_pretrained(folder, **extra)
+
+
 @contextmanager
 def eval_mode(model: nn.Module | None) -> Iterator[None]:
     """Put ``model`` into evaluation mode inside the block, then restore every module's training flag."""

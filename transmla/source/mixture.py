@@ -19,7 +19,7 @@ from transmla.errors import TransmlaError
 from transmla.reporter import Reporter
 from transmla.shares import shares
 from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
-from transmla.source.text import AUTO, SELF, load_blocks, start_token, takes_column, takes_split
+from transmla.source.text import AUTO, SELF, load_blocks, start_token, text_options
 from transmla.source.texts.hub import hub_is_reachable
 
 # The default mixture with and without a Hub. Entries without a weight share the rest equally.
@@ -83,8 +83,9 @@ def parts_of(
             inner = {name: 1.0}
         for text, part in inner.items():
             # A split or column that the user gives is meant for the texts that the user names.
-            options = (None, None) if name == AUTO else (takes_split(text) and split, takes_column(text) and column)
-            known = parts.get(text, Part(text, 0.0, options[0] or None, options[1] or None))
+            takes = text_options(text) if name != AUTO else frozenset()
+            options = [value if key in takes else None for key, value in (("split", split), ("column", column))]
+            known = parts.get(text, Part(text, 0.0, *options))
             parts[text] = replace(known, share=known.share + share * part)
     for option, value in (("split", split), ("column", column)):
         if value is not None and not any(getattr(part, option) for part in parts.values()):

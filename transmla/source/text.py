@@ -122,9 +122,10 @@ def load_tokens(
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the BOS with which the tokenizer starts every text; None if it starts texts without one."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
+    """Return the BOS token if the tokenizer starts every text with it, else None."""
+    bos: int | None = tokenizer.bos_token_id
+    starts = bos is not None and list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1] == [bos]
+    return bos if starts else None
 
 
 def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
@@ -154,6 +155,17 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         chars *= 2
 
 
+def text_options(source: str) -> frozenset[str]:
+    """Return the options that a text takes, of ``split`` and ``column``."""
+    if source in (SELF, AUTO):
+        return frozenset()
+    if source in scan("transmla.source.texts", "TEXT"):
+        return frozenset({"split"})
+    if _is_file(source):
+        return frozenset({"column"} if is_table(Path(source)) else ())
+    return frozenset({"split", "column"})
+
+
 def _text_pieces(
     source: str, split: str | None, column: str | None, name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
@@ -178,18 +190,6 @@ def _text_pieces(
             _refuse_options(source, column=column)
         return file_pieces(path, column, tokenizer)
     return hub_pieces(source, split, column, name, tokenizer)
-
-
-def takes_split(source: str) -> bool:
-    """Return whether a text has splits: named texts and Hub datasets do."""
-    return source not in (SELF, AUTO) and not _is_file(source)
-
-
-def takes_column(source: str) -> bool:
-    """Return whether a text has columns: tables and Hub datasets do."""
-    path = Path(source).expanduser()
-    named = source in (SELF, AUTO, *scan("transmla.source.texts", "TEXT"))
-    return not named and (is_table(path) if _is_file(source) else True)
 
 
 def _is_file(source: str) -> bool:
