@@ -14,6 +14,7 @@ from transmla.cli.options import (
     JsonOption,
     given_options,
     help_of,
+    section_options,
     with_evaluation_options,
     with_healing_options,
 )
@@ -62,27 +63,64 @@ def evaluate(
     ],
     *,
     baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    retrieval_plot: Annotated[Path | None, typer.Option(help="Also draw a heat map into this .png file.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Measure perplexity over fixed windows, and the distance from a baseline.
+    """Measure perplexity over fixed windows, scores of lm-evaluation-harness, or retrieval; all beside a baseline.
+
+    With `--tasks` or `--retrieval`, perplexity is measured only if `--text` is given.
 
     Example: transmla eval llama-mla --baseline meta-llama/Llama-3.1-8B --text wikitext --split test
+
+    Example: transmla eval llama-mla --baseline meta-llama/Llama-3.1-8B --tasks hellaswag --tasks gsm8k --retrieval
     """
     from transmla.cli import console
+    from transmla.evaluate import figures, harness, retrieval, tasks
     from transmla.evaluate.compare import evaluate_models
+    from transmla.evaluate.settings import RetrievalSettings, TaskSettings
     from transmla.recipe import Evaluation, parse_section
 
     given = given_options(options)
-    settings = parse_section(Evaluation, given)
+    by_task, by_retrieval = "tasks" in given, "retrieval" in given
+    by_text = "text" in given or not (by_task or by_retrieval)
+    settings = parse_section(Evaluation, section_options(given, Evaluation, "text", wanted=by_text))
+    for_tasks = parse_section(TaskSettings, section_options(given, TaskSettings, "tasks", wanted=by_task))
+    options_left = section_options(given, RetrievalSettings, "retrieval", wanted=by_retrieval)
+    for_retrieval = parse_section(RetrievalSettings, options_left)
+    if retrieval_plot:
+        section_options({"retrieval": retrieval_plot}, RetrievalSettings, "retrieval", wanted=by_retrieval)
+        figures.check_picture(retrieval_plot, (".png",))
+    lengths = retrieval.choose_lengths(model, baseline, for_retrieval) if by_retrieval else ()
+    loaded_tasks = harness.open_tasks(for_tasks) if by_task else []
+    run: dict[str, Any] = {"dtype": dtype, "device": device}
+    found: dict[str, Any] = {}
     with console.Bars() as bars:
-        result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
+        if by_text:
+            found = evaluate_models(model, baseline, settings, **run, reporter=bars)
+        if by_task:
+            scores = tasks.evaluate_tasks(model, baseline, for_tasks, loaded_tasks, **run, reporter=bars)
+        if by_retrieval:
+            keys = retrieval.evaluate_retrieval(model, baseline, for_retrieval, lengths, **run, reporter=bars)
+    if by_text and not as_json:
+        console.show_evaluation(found, settings.text)
+    if by_task:
+        found["tasks"] = scores.to_dict()
+        if not as_json:
+            console.show_tasks(scores)
+    if by_retrieval:
+        found["retrieval"] = keys.to_dict()
+        if not as_json:
+            console.show_retrieval(keys)
     if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        console.show_evaluation(result, settings.text)
+        print(json.dumps(found, indent=2))
+    if retrieval_plot:
+        from transmla.evaluate.score_report import heat_map
+
+        retrieval_plot.write_bytes(heat_map(keys))
+        console.err.print(f"wrote {retrieval_plot}", highlight=False, markup=False)
 
 
 def bench(

@@ -57,13 +57,13 @@ def evaluate_models(
     torch_device = pick_device(device)
     path = resolve_source(model)
     split = settings.split or ("test" if settings.text == "pydoc" else None)
-    with _load_errors(path):
+    with load_errors(path):
         tokenizer = load_tokenizer(path)
     stride = settings.stride or settings.window
     limit = None if settings.max_windows is None else settings.window + (settings.max_windows - 1) * stride
     tokens = load_tokens(settings.text, tokenizer, limit=limit, split=split, column=settings.column)
-    other = None if baseline is None else _load(resolve_source(baseline, revision=revision), dtype, torch_device)
-    loaded = _load(path, dtype, torch_device)
+    other = None if baseline is None else load_named(resolve_source(baseline, revision=revision), dtype, torch_device)
+    loaded = load_named(path, dtype, torch_device)
     windows = max(1, (len(tokens) - settings.window) // stride + 1)
     reporter.stage("evaluating", min(windows, settings.max_windows or windows))
     result = evaluate(
@@ -144,7 +144,7 @@ def bench_models(
     for role, name in (("baseline", baseline), ("model", model)):
         if name is None:
             continue
-        loaded = _load(resolve_source(name), dtype, torch_device)
+        loaded = load_named(resolve_source(name), dtype, torch_device)
         if role == "model":
             accelerate(loaded, backend=backend)
         results[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
@@ -156,16 +156,26 @@ def bench_models(
     return results
 
 
-def _load(path: Path, dtype: str, device: torch.device) -> Any:
+def load_named(path: Path, dtype: str, device: torch.device) -> Any:
+    """Load a model in evaluation mode, with the attention that transformers gives it.
+
+    Args:
+        path: checkpoint folder or GGUF file.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: device of the model.
+
+    Raises:
+        TransmlaError: if ``dtype`` is unknown or the model cannot be loaded.
+    """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
     register()
-    with _load_errors(path):
+    with load_errors(path):
         return load_model(path, dtype=dtype).to(device)
 
 
 @contextmanager
-def _load_errors(path: Path) -> Iterator[None]:
+def load_errors(path: Path) -> Iterator[None]:
     """Convert any exception into a one-line ``TransmlaError``: damaged files make loaders raise any type."""
     try:
         yield

@@ -116,12 +116,11 @@ def load_tokens(
 def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
     """Return the first ``limit`` tokens of the joined pieces. Only a prefix is read and tokenised."""
 
-    def tokenize(text: str, *, special: bool = False) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         # verbose=False: no warning that the text is longer than the model's context.
-        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    bos = tokenizer.bos_token_id
-    head = [bos] if bos is not None and tokenize("a", special=True)[:1] == [bos] else []
+    head = text_start(tokenizer)
     needed = sys.maxsize if limit is None else limit + CUT_MARGIN
     text, chars = "", CHARS_PER_TOKEN * needed
     while True:
@@ -138,6 +137,12 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         if len(tokens) >= needed:
             return (head + tokens)[:limit]
         chars *= 2
+
+
+def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens before every text: ``[BOS]`` if the tokenizer adds it, else no token."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _text_pieces(source: str, split: str | None, column: str | None, name: str | None) -> Iterator[str]:
