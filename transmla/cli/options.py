@@ -152,7 +152,7 @@ def _flag_type(annotation: Any) -> Any:
         while typing.get_origin(arm) is Annotated:
             arm = typing.get_args(arm)[0]
         if typing.get_origin(arm) is tuple:
-            return list[typing.get_args(arm)[0]]  # type: ignore[misc]
+            return list[_flag_type(typing.get_args(arm)[0])]  # type: ignore[misc]
         if arm in (bool, int, float, str):
             return arm
     return str

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from transmla.source.text import text_start
 
 # Request types of the harness; each is a method of its models.
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+# Attributes of tasks that are refused, with the reason.
+REFUSED = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it has pictures or sound"}
 # Resamples for the standard error of a metric that is no mean. The harness's default of 100,000 takes minutes.
 BOOTSTRAP = 1000
 
@@ -143,13 +145,7 @@ def _report_progress(lm: Any, name: str, reporter: Reporter) -> None:
     hook = _Counter(reporter)
     lm.set_cache_hook(hook)
     for kind in REQUESTS:
-
-        def run(requests: list[Any], *, method: Any = getattr(lm, kind), title: str = f"{name}: {kind}") -> Any:
-            reporter.stage(title, len(requests))
-            hook.done = 0
-            return method(requests, disable_tqdm=True)
-
-        setattr(lm, kind, run)
+        setattr(lm, kind, partial(hook.answer, getattr(lm, kind), f"{name}: {kind}"))
 
 
 @dataclass
@@ -158,6 +154,12 @@ class _Counter:
 
     reporter: Reporter
     done: int = 0
+
+    def answer(self, method: Any, title: str, requests: list[Any]) -> Any:
+        """Return the answers of a harness model's ``method``, under a new bar."""
+        self.done = 0
+        self.reporter.stage(title, len(requests))
+        return method(requests, disable_tqdm=True)
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """Count one answer."""

@@ -60,9 +60,13 @@ class Rate:
         return self.correct / self.prompts
 
     @property
-    def stderr(self) -> float:
-        """Standard error of ``value``; NaN for a single prompt."""
-        return math.sqrt(self.value * (1 - self.value) / (self.prompts - 1)) if self.prompts > 1 else math.nan
+    def stderr(self) -> float | None:
+        """Standard error of ``value``; None for a single prompt."""
+        return math.sqrt(self.value * (1 - self.value) / (self.prompts - 1)) if self.prompts > 1 else None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return plain values for JSON."""
+        return {"value": self.value, "stderr": self.stderr}
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,16 @@ class Retrieval:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        rows = []
-        for row in self.rows():
-            rates = {name: getattr(row, name) for name in ("model", "baseline")}
-            values = {
-                name: rate and {"value": rate.value, "stderr": _finite(rate.stderr)} for name, rate in rates.items()
+        rows = [
+            {
+                "kind": row.kind,
+                "length": row.length,
+                "model": row.model and row.model.to_dict(),
+                "baseline": row.baseline and row.baseline.to_dict(),
+                "kept": row.kept,
             }
-            rows.append({"kind": row.kind, "length": row.length, **values, "kept": row.kept})
+            for row in self.rows()
+        ]
         return asdict(self) | {"rows": rows}
 
 
@@ -273,8 +280,3 @@ def greedy(model: Any, tokens: Tensor, steps: int) -> Tensor:
         output = model(found[-1], use_cache=True, **{CACHE_ARGUMENT: output[CACHE_ARGUMENT]})
         found.append(output.logits[:, -1:].argmax(dim=-1))
     return torch.cat(found, dim=1)
-
-
-def _finite(number: float) -> float | None:
-    """Return ``number``, or None for NaN, which JSON does not have."""
-    return None if math.isnan(number) else number

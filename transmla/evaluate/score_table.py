@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from transmla.evaluate.retrieval import Rate, Retrieval
 from transmla.evaluate.tasks import Score, TaskScores
 
@@ -45,8 +43,7 @@ def _value(score: Score | Rate | None) -> str:
     """Format a score and its standard error."""
     if score is None:
         return "–"
-    error = score.stderr
-    return f"{score.value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
+    return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
 
 
 def _share(kept: float | None) -> str:
