@@ -169,12 +169,14 @@ def test_a_length_above_the_context_is_refused_before_loading(make_source: Calla
     (source / "model.safetensors").unlink()
     assert choose_lengths(str(source), None, settings()) == (1024, 2048)
     assert choose_lengths(str(source), None, settings(retrieval_length=(512, 300))) == (300, 512)
-    with pytest.raises(TransmlaError, match="4096 tokens is longer than the context of .*; max_position_embeddings is"):
+    with pytest.raises(
+        TransmlaError, match=r"4096 tokens is longer than the context of .*; max_position_embeddings is"
+    ):
         choose_lengths(str(source), None, settings(retrieval_length=(1024, 4096)))
 
 
 def test_a_length_too_short_for_the_pairs_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(TransmlaError, match="a retrieval prompt of 150 tokens is too short; .* need"):
+    with pytest.raises(TransmlaError, match=r"a retrieval prompt of 150 tokens is too short; .* need"):
         PromptWriter(tokenizer, 256, 0).write("multi-key", 150, 0.5, 0)
 
 
@@ -194,5 +196,8 @@ def test_the_command_line_measures_source_and_export(
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert set(found) == {"retrieval"}
-    assert [(row["kind"], row["length"]) for row in found["retrieval"]["rows"]] == [("passkey", 512), ("multi-key", 512)]
+    assert [(row["kind"], row["length"]) for row in found["retrieval"]["rows"]] == [
+        ("passkey", 512),
+        ("multi-key", 512),
+    ]
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -15,21 +15,27 @@ from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transmla.errors import TransmlaError
 from transmla.evaluate.settings import TaskSettings
 from transmla.reporter import Reporter
 from transmla.source.text import text_start
 
+# The harness's "tasks", "groups" and "group_map", each by name.
+LoadedTasks = dict[str, dict[str, Any]]
 # Request types of the harness; each is a method of its models.
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 # Attributes of tasks that are refused, with the reason.
 REFUSED = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it has pictures or sound"}
+# Seed of the choice of examples, the harness's own, and of tasks that sample.
+SEED = 1234
 # Resamples for the standard error of a metric that is no mean. The harness's default of 100,000 takes minutes.
 BOOTSTRAP = 1000
 
 
-def open_tasks(settings: TaskSettings) -> list[Any]:
-    """Return the harness's tasks and groups, with their data, before any model is loaded.
+def open_tasks(settings: TaskSettings) -> LoadedTasks:
+    """Return the harness's tasks and groups by name, with their data, before any model is loaded.
 
     The index of the harness's own tasks takes half a minute, so it is read only if ``settings.tasks_path`` does not
     have all tasks.
@@ -62,20 +68,28 @@ def open_tasks(settings: TaskSettings) -> list[Any]:
                     limit=f"the nearest names: {', '.join(near)}" if near else "no name is near",
                     remedy="correct the name, or give the folder of your task files by --tasks-path",
                 )
-        tasks: dict[str, Any] = {}
-        members: set[str] = set()
+        found: LoadedTasks = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in settings.tasks:
             loaded = _load_task(manager, name)
-            members |= {child for children in loaded.get("group_map", {}).values() for child in children}
-            tasks |= loaded["tasks"] | loaded.get("groups", {})
-    for name, task in tasks.items():
+            for part in found:
+                found[part] |= loaded.get(part, {})
+    for name, task in found["tasks"].items():
         for attribute, reason in (
             ("UNSAFE_CODE", "it runs code that the model writes"),
             ("MULTIMODAL", "it has media"),
         ):
             if getattr(task, attribute, False):
                 raise TransmlaError(f"task '{name}' is not supported", limit=reason, remedy="choose another task")
-    return [task for name, task in tasks.items() if name not in members]
+        _set_examples(task, settings.num_fewshot)
+    return found
+
+
+def _set_examples(task: Any, number: int | None) -> None:
+    """Set the number of examples in the prompts. As in the harness, a task that sets 0 itself stays without."""
+    default = task.get_config("num_fewshot")
+    if default is None or (number is not None and default != 0):
+        task.set_config(key="num_fewshot", value=number or 0)
+    task.set_fewshot_seed(seed=SEED)
 
 
 def _load_task(manager: Any, name: str) -> Any:
@@ -92,7 +106,13 @@ def _load_task(manager: Any, name: str) -> Any:
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: list[Any], settings: TaskSettings, *, name: str, reporter: Reporter
+    model: Any,
+    tokenizer: Any,
+    tasks: LoadedTasks,
+    settings: TaskSettings,
+    *,
+    name: str,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Run the harness on a loaded model and return the harness's own results.
 
@@ -102,7 +122,7 @@ def run_tasks(
         model: a causal LM of transformers.
         tokenizer: its tokenizer.
         tasks: the result of ``open_tasks``.
-        settings: documents, examples and batches.
+        settings: documents and batches.
         name: role of the model on the progress bars.
         reporter: receives the progress.
 
@@ -110,7 +130,7 @@ def run_tasks(
         TransmlaError: if the harness fails.
     """
     with quiet_harness():
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
         lm = HFLM(
@@ -121,14 +141,11 @@ def run_tasks(
             add_bos_token=True if text_start(tokenizer) else None,
         )
         _report_progress(lm, name, reporter)
+        torch.manual_seed(SEED)
         try:
-            results: dict[str, Any] = simple_evaluate(
-                lm,
-                tasks=tasks,
-                num_fewshot=settings.num_fewshot,
-                limit=settings.limit,
-                bootstrap_iters=BOOTSTRAP,
-                log_samples=False,
+            # Not `simple_evaluate`, which lists the installed packages in a second process.
+            results: dict[str, Any] = evaluate(
+                lm, tasks, limit=settings.limit, bootstrap_iters=BOOTSTRAP, log_samples=False
             )
         # The harness states its limits, such as a prompt longer than the context, by errors of these classes.
         except (AssertionError, ValueError) as error:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from transmla.evaluate.harness import run_tasks
+from transmla.evaluate.harness import LoadedTasks, run_tasks
 from transmla.evaluate.open_model import free_memory, open_model
 from transmla.evaluate.settings import TaskSettings
 from transmla.reporter import Reporter
@@ -85,7 +85,7 @@ def evaluate_tasks(
     model: str,
     baseline: str | None,
     settings: TaskSettings,
-    tasks: list[Any],
+    tasks: LoadedTasks,
     *,
     dtype: str = "auto",
     device: str = "auto",
