@@ -169,9 +169,7 @@ def test_a_length_above_the_context_is_refused_before_loading(make_source: Calla
     (source / "model.safetensors").unlink()
     assert choose_lengths(str(source), None, settings()) == (1024, 2048)
     assert choose_lengths(str(source), None, settings(retrieval_length=(512, 300))) == (300, 512)
-    with pytest.raises(
-        TransmlaError, match=r"4096 tokens is longer than the context of .*; max_position_embeddings is"
-    ):
+    with pytest.raises(TransmlaError, match=r"4096 tokens is longer than the context of .* is 2048"):
         choose_lengths(str(source), None, settings(retrieval_length=(1024, 4096)))
 
 
@@ -201,3 +199,14 @@ def test_the_command_line_measures_source_and_export(
         ("multi-key", 512),
     ]
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flags_of_retrieval_need_retrieval(tmp_path: Path) -> None:
+    for flags, says in (
+        (["--retrieval-plot", "map.png"], "--retrieval-plot has no effect here; add --retrieval"),
+        (["--retrieval", "--retrieval-plot", "map.svg"], "a figure is a .png file"),
+        (["--retrieval", "--retrieval-length", "20"], "input should be greater than or equal to 256"),
+    ):
+        done = CliRunner().invoke(build(), ["eval", str(tmp_path), *flags])
+        assert isinstance(done.exception, TransmlaError)
+        assert says in str(done.exception)

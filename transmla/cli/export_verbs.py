@@ -63,7 +63,6 @@ def evaluate(
     ],
     *,
     baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
-    retrieval_plot: Annotated[Path | None, typer.Option(help="Also draw a heat map into this .png file.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -90,11 +89,11 @@ def evaluate(
     for_tasks = parse_section(TaskSettings, section_options(given, TaskSettings, "tasks", wanted=by_task))
     options_left = section_options(given, RetrievalSettings, "retrieval", wanted=by_retrieval)
     for_retrieval = parse_section(RetrievalSettings, options_left)
-    if retrieval_plot:
-        section_options({"retrieval": retrieval_plot}, RetrievalSettings, "retrieval", wanted=by_retrieval)
-        figures.check_picture(retrieval_plot, (".png",))
+    picture = for_retrieval.retrieval_plot
+    if picture:
+        figures.check_picture(picture, (".png",))
     lengths = retrieval.choose_lengths(model, baseline, for_retrieval) if by_retrieval else ()
-    loaded_tasks = harness.open_tasks(for_tasks) if by_task else []
+    loaded_tasks = harness.open_tasks(for_tasks) if by_task else {}
     run: dict[str, Any] = {"dtype": dtype, "device": device}
     found: dict[str, Any] = {}
     with console.Bars() as bars:
@@ -116,11 +115,11 @@ def evaluate(
             console.show_retrieval(keys)
     if as_json:
         print(json.dumps(found, indent=2))
-    if retrieval_plot:
+    if picture:
         from transmla.evaluate.score_report import heat_map
 
-        retrieval_plot.write_bytes(heat_map(keys))
-        console.err.print(f"wrote {retrieval_plot}", highlight=False, markup=False)
+        picture.write_bytes(heat_map(keys))
+        console.err.print(f"wrote {picture}", highlight=False, markup=False)
 
 
 def bench(

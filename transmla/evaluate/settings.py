@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
@@ -57,3 +58,6 @@ class RetrievalSettings(Strict):
         5, json_schema_extra=RETRIEVAL, description="prompts per kind, length and depth"
     )
     retrieval_seed: int = Field(0, ge=0, json_schema_extra=RETRIEVAL, description="seed of the prompts")
+    retrieval_plot: Path | None = Field(
+        None, json_schema_extra=RETRIEVAL, description="also draw a heat map, length by depth, into this .png file"
+    )
