@@ -26,6 +26,8 @@ from transmla.source.text import text_start
 LoadedTasks = dict[str, dict[str, Any]]
 # Request types of the harness; each is a method of its models.
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+# Loggers whose warnings would stand beside the progress bars and the one line of a refusal.
+LOGGERS = ("lm_eval", "huggingface_hub", "datasets")
 # Attributes of tasks that are refused, with the reason.
 REFUSED = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it has pictures or sound"}
 # Seed of the choice of examples, the harness's own, and of tasks that sample.
@@ -186,16 +188,18 @@ class _Counter:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's log and progress bars inside the block, and send its prints to standard error."""
+    """Silence warnings and progress bars of the harness, and send its prints to standard error, inside the block."""
     from tqdm.std import tqdm
 
-    log = logging.getLogger("lm_eval")
-    level, draw = log.level, tqdm.__init__
-    log.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels, draw = [logger.level for logger in loggers], tqdm.__init__
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     tqdm.__init__ = partialmethod(draw, disable=True)  # type: ignore[method-assign,assignment]
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        log.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         tqdm.__init__ = draw  # type: ignore[method-assign]
