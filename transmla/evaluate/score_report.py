@@ -38,13 +38,14 @@ def _panel(axes: Any, result: Retrieval, kind: str, role: str) -> Any:
     """Draw the cells of one kind and model, each with its share in per cent; return the image."""
     found = {(cell.depth, cell.length): cell.correct / cell.prompts for cell in result.cells[role] if cell.kind == kind}
     shares = [[found.get((depth, length), float("nan")) for length in result.lengths] for depth in result.depths]
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(result.lengths)), [f"{length:,}" for length in result.lengths])
     axes.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
             if share == share:  # not NaN
-                axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=8)
+                color = "black" if share > 0.5 else "white"
+                axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=8, color=color)
     return image
 
 
