@@ -74,14 +74,14 @@ class Evaluation(Strict):
     text: Texts = Field(
         ("pydoc",),
         json_schema_extra=EVALUATION,
-        description="text to evaluate on: pydoc, a .txt/.jsonl/.parquet file, or a Hub dataset (wikitext, c4, "
-        "org/name); give the flag several times for several texts",
+        description="text to evaluate on: pydoc, stdlib, packages, a file (.txt, .jsonl, .csv, .parquet, …), or a Hub "
+        "dataset (wikitext, c4, org/name); give the flag several times for several texts",
     )
     split: str | None = Field(
         None,
         json_schema_extra=EVALUATION,
-        description="split of pydoc (train or test) and of Hub datasets (default: test of pydoc and wikitext, "
-        "validation of c4, train of others)",
+        description="split of pydoc, stdlib and packages (train or test) and of Hub datasets (default: test of these "
+        "and of wikitext, validation of c4, train of others)",
     )
     column: str | None = Field(
         None, json_schema_extra=EVALUATION, description="text column of tables and Hub datasets (default: text)"

@@ -13,6 +13,7 @@ import yaml
 from helpers.tiny_sources import build_model, build_tokenizer
 
 from transmla import cli
+from transmla.cli import console
 from transmla.recipe import parse_recipe, read_recipe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -54,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_one_table_has_a_row_per_text_and_the_mean(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(console.out, "width", 120)
     code, out, err = run("eval", "source", "--baseline", "source", *TEXTS, *WINDOWS, "--report", "page.html")
     assert code == 0
     rows = re.findall(r"│ (\S+) +│ +([\d.]+) ± [\d.]+ │ +[\d.]+ ± [\d.]+ │ +(\S+) ± \S+ │ +(\S+) ± 0.0 % │", out)

@@ -10,7 +10,8 @@ import typer
 
 from transmla import __version__
 from transmla.cli.convert_verbs import convert, families, inspect, plan
-from transmla.cli.export_verbs import bench, evaluate, heal, push, verify
+from transmla.cli.evaluate_verb import evaluate
+from transmla.cli.export_verbs import bench, heal, push, verify
 from transmla.cli.options import Command
 from transmla.errors import TransmlaError
 

@@ -20,6 +20,9 @@ from rich.table import Column, Table
 from transmla.artifacts import Plan
 from transmla.convert.inspect import Inspection
 from transmla.evaluate.bench import Bench
+from transmla.evaluate.retrieval import Retrieval
+from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, TASK_COLUMNS, retrieval_rows, task_rows
+from transmla.evaluate.tasks import TaskScores
 from transmla.evaluate.verify import Check
 from transmla.export.card import cache_rows
 from transmla.export.evaluation_table import caption, table_columns, table_rows
@@ -198,6 +201,16 @@ def show_evaluation(result: dict[str, Any]) -> None:
     compared = "" if result["baseline"] is None else f" compared with {result['baseline']}"
     table(f"{result['model']}{compared}", table_columns(result), table_rows(result), wrap=False)
     say(f"{caption(result)} {duration(result['seconds'])} on {result['device']}.")
+
+
+def show_tasks(result: TaskScores) -> None:
+    """Print the score of every task and metric, with standard errors."""
+    table(f"lm-evaluation-harness {result.harness}", TASK_COLUMNS, task_rows(result))
+
+
+def show_retrieval(result: Retrieval) -> None:
+    """Print the share of found keys by kind and length, with standard errors."""
+    table("share of pass keys found, over all depths", RETRIEVAL_COLUMNS, retrieval_rows(result))
 
 
 def show_bench(results: dict[str, Bench]) -> None:

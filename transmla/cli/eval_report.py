@@ -9,6 +9,7 @@ from typing import Any
 from transmla.cli.report import Section, paragraph, picture, table, write_report
 from transmla.evaluate.figures import new_figure
 from transmla.export.evaluation_table import caption, table_columns, table_rows, text_label
+from transmla.export.manifest import versions
 
 _POSITIONS = (
     "The position of a prediction is the number of tokens before it in its window. A point is the mean over the "
@@ -20,18 +21,22 @@ def write_evaluation(result: Mapping[str, Any], path: Path, more: Sequence[Secti
     """Write the report of an evaluation.
 
     Args:
-        result: the result of ``evaluate.compare.evaluate_models``.
+        result: the result of ``evaluate.compare.evaluate_models``; without texts, the names of model and baseline.
         path: the .html file.
         more: further sections, which follow those of the evaluation.
     """
     facts = {
         "model": result["model"],
         "baseline": result["baseline"] or "none",
-        "device": f"{result['device']}, {result['dtype']}",
-        "time": f"{result['seconds']:,.0f} s",
-        "versions": ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    write_report(path, f"Evaluation of {Path(result['model']).name}", facts, [*evaluation_sections(result), *more])
+    if "texts" in result:
+        facts |= {
+            "device": f"{result['device']}, {result['dtype']}",
+            "time of the texts": f"{result['seconds']:,.0f} s",
+        }
+    sections = evaluation_sections(result) if "texts" in result else []
+    write_report(path, f"Evaluation of {Path(result['model']).name}", facts, [*sections, *more])
 
 
 def evaluation_sections(result: Mapping[str, Any]) -> list[Section]:

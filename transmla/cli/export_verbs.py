@@ -14,7 +14,6 @@ from transmla.cli.options import (
     JsonOption,
     given_options,
     help_of,
-    with_evaluation_options,
     with_healing_options,
 )
 from transmla.errors import TransmlaError
@@ -52,48 +51,6 @@ def verify(
         console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
         raise typer.Exit(1)
     console.say(f"verified; next: transmla push {folder} ORG/NAME")
-
-
-@with_evaluation_options
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Any causal LM: folder, .gguf file, Hub id or package:NAME/FILE."),
-    ],
-    *,
-    baseline: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write a report with figures: an .html file.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    **options: Any,
-) -> None:
-    """Measure perplexity on texts, and the distance from a baseline, with standard errors over windows.
-
-    The table has one row per text. Windows start with BOS if the tokenizer starts texts with it. --json also prints KL
-    by position in the window; --report draws it.
-
-    Example: transmla eval llama-mla --baseline meta-llama/Llama-3.1-8B --text wikitext --text pydoc
-    --report quality.html
-    """
-    from transmla.cli import console, eval_report
-    from transmla.evaluate import figures
-    from transmla.evaluate.compare import evaluate_models
-    from transmla.recipe import Evaluation, parse_section
-
-    given = given_options(options)
-    settings = parse_section(Evaluation, given)
-    if report:
-        figures.check_picture(report, (".html",))
-    with console.Bars() as bars:
-        result = evaluate_models(model, baseline, settings, dtype=dtype, device=device, reporter=bars)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        console.show_evaluation(result)
-    if report:
-        eval_report.write_evaluation(result, report)
-        console.err.print(f"wrote {report}", highlight=False, markup=False)
 
 
 def bench(

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from transmla.errors import TransmlaError
+from transmla.evaluate.settings import RetrievalSettings, TaskSettings
 from transmla.heal.settings import Healing
 from transmla.recipe import Calibration, Evaluation, Recipe
 from transmla.registry import scan
@@ -40,8 +42,9 @@ def with_recipe_options(*sections: str) -> Callable[[Callable[..., None]], Calla
 
 
 def with_evaluation_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give ``function``, which takes ``**options``, the flags of an evaluation."""
-    return _decorator(_parameters(Evaluation))(function)
+    """Give ``function``, which takes ``**options``, the flags of an evaluation: on text, on tasks and of retrieval."""
+    models = (Evaluation, TaskSettings, RetrievalSettings)
+    return _decorator([parameter for model in models for parameter in _parameters(model)])(function)
 
 
 def with_healing_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,6 +66,19 @@ def overrides(options: dict[str, Any]) -> dict[str, Any]:
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the flags that were given; a flag that may be repeated has an empty list otherwise."""
     return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def section_options(given: dict[str, Any], model: type[BaseModel], main: str, *, wanted: bool) -> dict[str, Any]:
+    """Return the flags in ``given`` that are fields of ``model``.
+
+    Raises:
+        TransmlaError: if such a flag is given although the section, which the flag ``main`` asks for, is not wanted.
+    """
+    options = {name: value for name, value in given.items() if name in model.model_fields}
+    if options and not wanted:
+        flags = ["--" + name.replace("_", "-") for name in (next(iter(options)), main)]
+        raise TransmlaError(f"{flags[0]} has no effect here", remedy=f"add {flags[1]}, or leave {flags[0]} out")
+    return options
 
 
 def help_of(model: type[BaseModel], field: str) -> str:
@@ -142,7 +158,7 @@ def _flag_type(annotation: Any) -> Any:
         while typing.get_origin(arm) is Annotated:
             arm = typing.get_args(arm)[0]
         if typing.get_origin(arm) is tuple:
-            return list[typing.get_args(arm)[0]]  # type: ignore[misc]
+            return list[_flag_type(typing.get_args(arm)[0])]  # type: ignore[misc]
         if arm in (bool, int, float, str):
             return arm
     return str

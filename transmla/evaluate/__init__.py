@@ -6,6 +6,10 @@
 - ``texts.py``: check, read and cut the texts of an evaluation.
 - ``bench.py``: decoding speed over a grid of batch sizes and context lengths.
 - ``compare.py``: both measurements for models given by name, with a baseline.
+- ``tasks.py``: scores on tasks of lm-evaluation-harness, beside a baseline's. ``harness.py`` talks to the harness.
+- ``retrieval.py``: how often a model finds a pass key in a long text. ``retrieval_prompts.py`` writes the prompts.
+- ``settings.py``: the flags of both. ``open_model.py``: loads a model for both.
+- ``score_table.py``, ``score_report.py``: tables, figures and report sections of both.
 - ``verify.py``: the checks of ``transmla verify``.
 - ``figures.py``: PNG figures of decoding speeds and healing curves.
 """

@@ -71,8 +71,8 @@ def evaluate_models(
     other = None if baseline is None else resolve_source(baseline, revision=revision)
     if other is not None:
         check_vocabularies(vocabulary, _check_model(other, texts, "baseline"))
-    reference = None if other is None else _load(other, dtype, torch_device)
-    loaded = _load(path, dtype, torch_device)
+    reference = None if other is None else load_named(other, dtype, torch_device)
+    loaded = load_named(path, dtype, torch_device)
     reporter.stage("evaluating", sum(text.windows.count for text in texts))
     results: list[dict[str, Any]] = []
     for text in texts:
@@ -120,14 +120,14 @@ def check_evaluation(recipe: Recipe) -> None:
 
 def _read_texts(path: Path, settings: Evaluation) -> list[Text]:
     """Read the texts with the tokenizer of the model in ``path``."""
-    with _load_errors(path):
+    with load_errors(path):
         tokenizer = load_tokenizer(path)
     return read_texts(settings, tokenizer)
 
 
 def _check_model(path: Path, texts: list[Text], name: str) -> int | None:
     """Check by its config that a model supports the texts, and return the size of its vocabulary."""
-    with _load_errors(path):
+    with load_errors(path):
         config = load_config(path)
     for text in texts:
         check_config(config, text.windows, name)
@@ -206,7 +206,7 @@ def bench_models(
     for role, name in (("baseline", baseline), ("model", model)):
         if name is None:
             continue
-        loaded = _load(resolve_source(name), dtype, torch_device)
+        loaded = load_named(resolve_source(name), dtype, torch_device)
         if role == "model":
             accelerate(loaded, backend=backend)
         results[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
@@ -223,14 +223,25 @@ def _check_dtype(dtype: str) -> None:
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
 
 
-def _load(path: Path, dtype: str, device: torch.device) -> Any:
+def load_named(path: Path, dtype: str, device: torch.device) -> Any:
+    """Load a model in evaluation mode, with the attention that transformers gives it.
+
+    Args:
+        path: checkpoint folder or GGUF file.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: device of the model.
+
+    Raises:
+        TransmlaError: if ``dtype`` is unknown or the model cannot be loaded.
+    """
+    _check_dtype(dtype)
     register()
-    with _load_errors(path):
+    with load_errors(path):
         return load_model(path, dtype=dtype).to(device)
 
 
 @contextmanager
-def _load_errors(path: Path) -> Iterator[None]:
+def load_errors(path: Path) -> Iterator[None]:
     """Convert any exception into a one-line ``TransmlaError``: damaged files make loaders raise any type."""
     try:
         yield

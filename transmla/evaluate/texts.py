@@ -8,12 +8,11 @@ from typing import Any
 from transmla.errors import TransmlaError
 from transmla.evaluate.windows import Windows, check_stride, cut_windows, tokens_needed
 from transmla.recipe import Evaluation
-from transmla.source.text import load_tokens, start_token, text_options
+from transmla.source.text import AUTO, SELF, load_tokens, named_texts, start_token, text_options
+from transmla.source.texts.base import TEST
 
-# Texts that are sampled from a model, for calibration and healing.
-SAMPLED = ("self", "auto")
-# Splits that conversions do not calibrate on by default.
-HELD_OUT = {"pydoc": "test", "wikitext": "test", "c4": "validation"}
+# Splits that conversions do not calibrate on by default. The named texts of this machine all have a test split.
+HELD_OUT = {"wikitext": "test", "c4": "validation"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ def check_texts(settings: Evaluation) -> None:
         TransmlaError: if a text is sampled from a model, no text takes an option, or the stride exceeds the window.
     """
     check_stride(settings.window, settings.stride)
-    if sampled := [name for name in settings.text if name in SAMPLED]:
+    if sampled := [name for name in settings.text if name in (SELF, AUTO)]:
         raise TransmlaError(
             f"the text '{sampled[0]}' is no text to evaluate on",
             limit="a model is evaluated on text that it has not written",
-            remedy="give a file, a Hub dataset or `pydoc`",
+            remedy=f"give a file, a Hub dataset or one of: {', '.join(named_texts())}",
         )
-    takers = {"split": "pydoc and Hub datasets", "column": "tables and Hub datasets"}
+    takers = {"split": f"{', '.join(named_texts())} and Hub datasets", "column": "tables and Hub datasets"}
     for option, kinds in takers.items():
         value = getattr(settings, option)
         if value is not None and not any(option in text_options(name) for name in settings.text):
@@ -54,6 +53,11 @@ def check_texts(settings: Evaluation) -> None:
                 limit=f"only {kinds} have a {option}",
                 remedy=f"leave the {option} out",
             )
+
+
+def _held_out(name: str) -> str | None:
+    """Return the split that is evaluated if none is named; None leaves the choice to the dataset."""
+    return TEST if name in named_texts() else HELD_OUT.get(name)
 
 
 def read_texts(settings: Evaluation, tokenizer: Any) -> list[Text]:
@@ -71,7 +75,7 @@ def read_texts(settings: Evaluation, tokenizer: Any) -> list[Text]:
     texts = []
     for name in settings.text:
         options = text_options(name)
-        split = settings.split or HELD_OUT.get(name, "train") if "split" in options else None
+        split = settings.split or _held_out(name) if "split" in options else None
         column = settings.column if "column" in options else None
         tokens = load_tokens(name, tokenizer, limit=needed, split=split, column=column)
         if len(tokens) < 2:

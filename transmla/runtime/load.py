@@ -70,7 +70,7 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
     """
     from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention, latent_class
 
-    layers = [module for module in model.modules() if hasattr(module, "kv_b_proj") and hasattr(module, "expand_kv")]
+    layers = mla_layers(model)
     if not layers:
         raise TransmlaError(
             f"{type(model).__name__} has no MLA layer to accelerate",
@@ -102,6 +102,11 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
     _log.info("decoding with %s", "; ".join(sorted(names)))
     model.set_attn_implementation(LATENT_ATTENTION)
     return model
+
+
+def mla_layers(model: Any) -> list[Any]:
+    """Return the attention modules of ``model`` that cache a latent and have transformers' ``expand_kv``."""
+    return [module for module in model.modules() if hasattr(module, "kv_b_proj") and hasattr(module, "expand_kv")]
 
 
 def _choose(backend: str, layer: Any) -> None:

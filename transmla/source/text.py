@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.registry import scan
-from transmla.source.texts.base import TEST, TRAIN
+from transmla.source.texts.base import TEST, TRAIN, NamedText
 from transmla.source.texts.files import TABLES, TEXT_SUFFIXES, check_file, file_pieces, is_table, kind_of
 from transmla.source.texts.hub import ALIASES, hub_pieces
 
@@ -135,8 +135,7 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         # verbose=False: no warning that the text is longer than the model's context.
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    bos = start_token(tokenizer)
-    head = [] if bos is None else [bos]
+    head = text_start(tokenizer)
     needed = sys.maxsize if limit is None else limit + CUT_MARGIN
     text, chars = "", CHARS_PER_TOKEN * needed
     while True:
@@ -155,15 +154,26 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         chars *= 2
 
 
+def named_texts() -> dict[str, NamedText]:
+    """Return the named texts of the shelf by name."""
+    return scan("transmla.source.texts", "TEXT")
+
+
 def text_options(source: str) -> frozenset[str]:
     """Return the options that a text takes, of ``split`` and ``column``."""
     if source in (SELF, AUTO):
         return frozenset()
-    if source in scan("transmla.source.texts", "TEXT"):
+    if source in named_texts():
         return frozenset({"split"})
     if _is_file(source):
         return frozenset({"column"} if is_table(Path(source)) else ())
     return frozenset({"split", "column"})
+
+
+def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens before every text: ``[BOS]`` if the tokenizer adds it, else no token."""
+    bos = start_token(tokenizer)
+    return [] if bos is None else [bos]
 
 
 def _text_pieces(
@@ -171,7 +181,7 @@ def _text_pieces(
 ) -> Iterator[str]:
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
     path = Path(source).expanduser()
-    named = scan("transmla.source.texts", "TEXT")
+    named = named_texts()
     if source in (SELF, AUTO):
         raise TransmlaError(
             f"the text `{source}` is only for calibration and healing",
@@ -195,7 +205,7 @@ def _text_pieces(
 def _is_file(source: str) -> bool:
     """Return whether ``source`` means a local file rather than a name."""
     path = Path(source).expanduser()
-    named = source in ALIASES or source in scan("transmla.source.texts", "TEXT")
+    named = source in ALIASES or source in named_texts()
     return not named and (path.exists() or kind_of(path) in (*TEXT_SUFFIXES, *TABLES))
 
 
