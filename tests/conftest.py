@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import cached_assets_path
 
 if not torch.cuda.is_available():  # Triton reads this variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -20,6 +22,15 @@ from transmla.recipe import Recipe, parse_recipe
 
 # More threads do not speed up tiny matrices, and slow them down when the other cores are busy.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that caches samples of models, new for every test. The text ``auto`` is made without a Hub."""
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", partial(cached_assets_path, assets_dir=folder))
+    monkeypatch.setattr("transmla.source.mixture.hub_is_reachable", lambda: False)
+    return folder
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ BAD_OPTIONS: dict[str, tuple[str, str]] = {
     "seed": ("--seed -1", "seed: input should be greater than or equal to 0"),
     "option": ("--colour red", "No such option: --colour"),
     "no-text": ("--calibration empty.txt", "empty.txt holds no text"),
-    "short-text": ("--calibration short.txt", "short.txt has 5 tokens; 4 sequences of 32 tokens need 128"),
+    "short-text": ("--calibration short.txt", "short.txt has 5 tokens, 123 too few; 4 sequences of 32 tokens need 128"),
     "missing-text": ("--calibration nowhere.txt", "no file nowhere.txt"),
     "long": ("--calibration-length 257", "257 tokens are longer than the source's context; at most 256"),
     "long-self": (
@@ -392,7 +392,7 @@ def test_flags_win_over_the_recipe(place: Path, run: Run) -> None:
     used = read_recipe(Path("out/recipe.yaml"), {})
     assert (used.output, used.method, used.seed) == ("out", "transmla", 5)
     assert (used.calibration.source, used.calibration.sequences, used.calibration.length) == (
-        "text.txt",
+        ("text.txt",),
         4,
         24,
     )

@@ -77,8 +77,9 @@ class CalibrationText:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of the parts by name."""
-        return {part.name: part.share for part in self.parts}
+        """Shares of the rows by name of the text; texts without a row are missing."""
+        rows = {name: len(tokens) for name, tokens in self.texts.items()} | {SELF: self.sampled}
+        return {part.name: rows[part.name] / self.sequences for part in self.parts if rows.get(part.name)}
 
 
 def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report: Reporter) -> CalibrationText:

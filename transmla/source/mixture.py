@@ -83,12 +83,15 @@ def parts_of(
             inner = {name: 1.0}
         for text, part in inner.items():
             # A split or column that the user gives is meant for the texts that the user names.
-            options = (None, None) if name == AUTO else (takes_split(text) and split, takes_column(text) and column)
-            known = parts.get(text, Part(text, 0.0, options[0] or None, options[1] or None))
+            known = parts.get(text, Part(text, 0.0))
+            if name != AUTO:
+                chosen = (split if takes_split(text) else None, column if takes_column(text) else None)
+                known = replace(known, split=chosen[0], column=chosen[1])
             parts[text] = replace(known, share=known.share + share * part)
     for option, value in (("split", split), ("column", column)):
         if value is not None and not any(getattr(part, option) for part in parts.values()):
-            raise TransmlaError(f"{', '.join(parts)} has no {option} {value!r}", remedy=f"leave the {option} out")
+            listed = ", ".join(shares(entries))
+            raise TransmlaError(f"{listed} has no {option} {value!r}", remedy=f"leave the {option} out")
     return tuple(parts.values())
 
 
@@ -182,7 +185,9 @@ def openings(texts: Mapping[str, Tensor], tokenizer: Any, *, seed: int) -> list[
         cut = generator.randint(min(SHORTEST_OPENING, longest), longest)
         start = generator.randrange(len(head), len(tokens) - cut + 1)
         real.append(head + tokens[start : start + cut])
-    return [opening for pair in zip(_cycled(written, len(real)), real, strict=False) for opening in pair] or written
+    if not written or not real:
+        return written or real
+    return [opening for pair in zip(_cycled(written, len(real)), real, strict=False) for opening in pair]
 
 
 def _equally_many(texts: Mapping[str, Tensor]) -> list[list[Tensor]]:
@@ -197,19 +202,42 @@ def _cycled(items: list[Any], count: int) -> list[Any]:
 
 def _written(tokenizer: Any) -> list[list[int]]:
     """Return the tokens of the openings in the languages that the tokenizer serves, and of the users' questions."""
+    texts = [text for text in ENGLISH if _is_kept(text, tokenizer)]
+    for language in LANGUAGES.values():
+        if _is_served(language, tokenizer):
+            texts += language
+    return [tokens for tokens in (_tokenize(text, tokenizer) for text in (*texts, *_chats(tokenizer))) if tokens]
 
-    def tokenize(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    found = [tokenize(text) for text in ENGLISH]
-    for texts in LANGUAGES.values():
-        tokens = [tokenize(text) for text in texts]
-        if sum(len(text.encode()) for text in texts) >= SERVED * sum(map(len, tokens)):
-            found += tokens
-    if getattr(tokenizer, "chat_template", None):
-        for prompt in PROMPTS:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            found.append(tokenize(text.removeprefix(tokenizer.bos_token or "")))
-    return [tokens for tokens in found if tokens]
+def _chats(tokenizer: Any) -> list[str]:
+    """Return the users' questions as chats; none without a chat template, or if the template refuses a question."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    prompts = [p for p in PROMPTS if _is_kept(p, tokenizer) and (p.isascii() or _is_served([p], tokenizer))]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    try:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    except Exception:  # a template raises what it likes, for example if a chat has no message of the system
+        return []
+    return [text.removeprefix(tokenizer.bos_token or "") for text in texts]
+
+
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_served(texts: Sequence[str], tokenizer: Any) -> bool:
+    """Return whether the tokenizer keeps texts of one language and needs few tokens for them."""
+    count = sum(len(_tokenize(text, tokenizer)) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    return size >= SERVED * count and all(_is_kept(text, tokenizer) for text in texts)
+
+
+def _is_kept(text: str, tokenizer: Any) -> bool:
+    """Return whether the tokens of a text decode to its letters and digits. Small vocabularies lack some."""
+    decoded = tokenizer.decode(_tokenize(text, tokenizer))
+    return _letters(text) == _letters(decoded)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text)).casefold()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -65,7 +66,7 @@ def _chunks(path: Path) -> Iterator[str]:
                 yield chunk
     except UnicodeDecodeError as error:
         raise TransmlaError(f"{path} is not UTF-8 text", limit=str(error)) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TransmlaError(f"{path} cannot be read", limit=str(error), remedy="check the file") from error
 
 
