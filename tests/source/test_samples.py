@@ -15,6 +15,9 @@ from transmla.source import samples
 from transmla.source.samples import sampled_rows
 from transmla.source.self_text import DISTINCT, GRAM, sample_self, without_repetition
 
+# Every test draws its own samples.
+pytestmark = pytest.mark.usefixtures("assets")
+
 OPENINGS = [[0, 65, 66], [0, 70], [0, *range(40, 50)], [0, 80, 81, 82, 83]]
 
 
