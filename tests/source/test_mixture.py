@@ -98,15 +98,15 @@ def test_rows_are_interleaved_in_order() -> None:
     assert [sorted(row % 10 for row in rows if row // 10 == i) for i in range(3)] == [[0, 1, 2, 3], [0, 1], [0, 1]]
 
 
-def test_auto_without_a_hub_says_so_in_one_line() -> None:
+def test_auto_without_a_hub_says_so_in_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
     report = Messages()
-    parts = parts_of(("auto",), report=report)
+    parts = parts_of(("auto",), tokenizer, report=report)
     assert {part.name: part.share for part in parts} == pytest.approx(shares(WITHOUT_HUB))
     (line,) = report.lines
     assert line.startswith("auto text: self 60%, stdlib 13%, pydoc 13%, packages 13%")
     assert "Hub is out of reach" in line
     assert "\n" not in line
-    parts_of(("pydoc", "self"), report=report)
+    parts_of(("pydoc", "self"), tokenizer, report=report)
     assert len(report.lines) == 1
 
 
@@ -128,7 +128,7 @@ def test_auto_with_a_hub_streams_pinned_revisions(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(mixture, "hub_is_reachable", lambda: True)
     report = Messages()
-    parts = parts_of(("auto",), report=report)
+    parts = parts_of(("auto",), chatting, report=report)
     assert {part.name: part.share for part in parts} == pytest.approx(shares(WITH_HUB))
     assert len(report.lines) == 1
     assert "out of reach" not in report.lines[0]
@@ -143,6 +143,18 @@ def test_auto_with_a_hub_streams_pinned_revisions(
     assert "return 1" in tokenizer.decode(rows["magicoder"][0])
     assert "<|assistant|>Because." in tokenizer.decode(rows["ultrachat"].flatten())
     assert set(rows) == set(shares(WITH_HUB)) - {"self"}
+
+
+def test_auto_has_no_chats_for_a_model_without_a_template_for_them(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixture, "hub_is_reachable", lambda: True)
+    assert "ultrachat" in [part.name for part in parts_of(("auto",), with_template(tokenizer, CHATML), report=Silent())]
+    for other in (tokenizer, with_template(tokenizer, "{{ raise_exception('no chats') }}")):
+        parts = {part.name: part.share for part in parts_of(("auto",), other, report=Silent())}
+        assert set(parts) == set(shares(WITH_HUB)) - {"ultrachat"}
+        assert parts["pg19"] == pytest.approx(0.15)
+        assert sum(parts.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("reason", ["none", "offline", "datasets offline", "error", "blocked"])
@@ -161,20 +173,22 @@ def test_whether_the_hub_can_be_read(reason: str, monkeypatch: pytest.MonkeyPatc
     assert hub.hub_is_reachable() == (reason == "none")
 
 
-def test_auto_mixes_with_texts_that_it_holds_itself() -> None:
+def test_auto_mixes_with_texts_that_it_holds_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     for entries in (("auto:0.5", "pydoc:0.5"), ("pydoc:0.5", "auto:0.5")):
-        parts = {part.name: part for part in parts_of(entries, split="test", report=Silent())}
+        parts = {part.name: part for part in parts_of(entries, tokenizer, split="test", report=Silent())}
         assert sum(part.share for part in parts.values()) == pytest.approx(1)
         assert parts["pydoc"].share == pytest.approx(0.5 + 0.5 * shares(WITHOUT_HUB)["pydoc"])
         # The split is that of the text which the user names, not that of the other texts of auto.
         assert [name for name, part in parts.items() if part.split] == ["pydoc"]
 
 
-def test_options_go_to_the_texts_that_take_them(tmp_path: Path) -> None:
+def test_options_go_to_the_texts_that_take_them(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.csv").write_text("body\ntext")
     text, table = str(tmp_path / "a.txt"), str(tmp_path / "a.csv")
-    parts = parts_of((text, table, "self", "stdlib", "org/name"), split="test", column="body", report=Silent())
+    parts = parts_of(
+        (text, table, "self", "stdlib", "org/name"), tokenizer, split="test", column="body", report=Silent()
+    )
     assert [(part.split, part.column) for part in parts] == [
         (None, None),
         (None, "body"),
@@ -193,16 +207,18 @@ def test_options_go_to_the_texts_that_take_them(tmp_path: Path) -> None:
         (("a.txt",), {"split": "test"}, "a.txt has no split 'test'"),
     ],
 )
-def test_options_that_no_text_takes_are_refused(entries: tuple[str, ...], options: dict[str, str], says: str) -> None:
+def test_options_that_no_text_takes_are_refused(
+    entries: tuple[str, ...], options: dict[str, str], says: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(TransmlaError, match=says):
-        parts_of(entries, **options, report=Silent())
+        parts_of(entries, tokenizer, **options, report=Silent())
 
 
 def test_a_short_text_says_how_much_is_missing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """The amount is that of the text's share, and BOS counts in every row."""
     (tmp_path / "short.txt").write_text("a" * 50)
     short = str(tmp_path / "short.txt")
-    parts = parts_of((f"{short}:0.5", "pydoc:0.5"), report=Silent())
+    parts = parts_of((f"{short}:0.5", "pydoc:0.5"), tokenizer, report=Silent())
     with pytest.raises(TransmlaError, match=r"has 50 tokens, 10 too few; 4 sequences of 16 tokens need 60"):
         read_rows(parts, tokenizer, sequences=8, length=16, vocabulary=len(tokenizer))
     rows = read_rows(parts, tokenizer, sequences=6, length=16, vocabulary=len(tokenizer))

@@ -208,6 +208,7 @@ def test_packed_files_read_like_plain_ones(tokenizer: PreTrainedTokenizerFast, t
     assert text_of(pack(tmp_path / "a.txt.gz", "plain\ntext, é"), tokenizer) == "plain\ntext, é"
     assert text_of(pack(tmp_path / "A.MD.GZ".replace(".GZ", ".gz"), "# Title"), tokenizer) == "# Title"
     assert "unknown file type; supported: .txt, .md" in refusal(pack(tmp_path / "a.tar.gz", "x"), tokenizer)
+    assert "all but .parquet also as .gz" in refusal(pack(tmp_path / "a.parquet.gz", "x"), tokenizer)
     assert "no file" in refusal(tmp_path / "missing.txt.gz", tokenizer)
     assert "has no column 'x'" in refusal(tmp_path / "a.txt.gz", tokenizer, column="x")
 

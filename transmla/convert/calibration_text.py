@@ -98,7 +98,7 @@ def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report
     sequences, length = calibration.sequences, calibration.length
     assert sequences is not None
     assert length is not None
-    parts = parts_of(calibration.source, split=calibration.split, column=calibration.column, report=report)
+    parts = parts_of(calibration.source, tokenizer, split=calibration.split, column=calibration.column, report=report)
     texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=spec.vocab_size)
     return CalibrationText(parts, texts, sequences, length)
 

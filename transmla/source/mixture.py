@@ -22,13 +22,15 @@ from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
 from transmla.source.text import AUTO, SELF, load_blocks, start_token, takes_column, takes_split
 from transmla.source.texts.hub import hub_is_reachable
 
+# The chats of the default mixture.
+CHATS = "ultrachat"
 # The default mixture with and without a Hub. Entries without a weight share the rest equally.
 WITH_HUB = (
     "self:0.4",
     "wikipedia-en",
     "pg19",
     "magicoder",
-    "ultrachat",
+    CHATS,
     "pydoc:0.05",
     "wikipedia-de:0.025",
     "wikipedia-es:0.025",
@@ -60,12 +62,13 @@ class Part:
 
 
 def parts_of(
-    entries: Sequence[str], *, split: str | None = None, column: str | None = None, report: Reporter
+    entries: Sequence[str], tokenizer: Any, *, split: str | None = None, column: str | None = None, report: Reporter
 ) -> tuple[Part, ...]:
     """Return the parts of a mixture, with ``auto`` replaced by the texts that can be read here.
 
     Args:
         entries: ``NAME`` or ``NAME:WEIGHT`` of each text.
+        tokenizer: the model's tokenizer. Without a chat template that can be used, ``auto`` has no chats.
         split: split of every text that has splits.
         column: column of every text that has columns.
         report: receives one line that says what ``auto`` is.
@@ -77,7 +80,8 @@ def parts_of(
     for name, share in shares(entries).items():
         if name == AUTO:
             hub = hub_is_reachable()
-            inner = shares(WITH_HUB if hub else WITHOUT_HUB)
+            left_out = () if _renders_chats(tokenizer) else (CHATS,)
+            inner = shares([entry for entry in (WITH_HUB if hub else WITHOUT_HUB) if entry not in left_out])
             report.message(_describe(inner, hub=hub))
         else:
             inner = {name: 1.0}
@@ -220,6 +224,15 @@ def _chats(tokenizer: Any) -> list[str]:
     except Exception:  # a template raises what it likes, for example if a chat has no message of the system
         return []
     return [text.removeprefix(tokenizer.bos_token or "") for text in texts]
+
+
+def _renders_chats(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template, and the template renders a question and its answer."""
+    chat = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+    try:
+        return bool(tokenizer.chat_template and tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # as in `_chats`
+        return False
 
 
 def _tokenize(text: str, tokenizer: Any) -> list[int]:
