@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transmla.errors import TransmlaError
 from transmla.heal import batches as texts
 from transmla.heal.batches import Batches, TokenStream, make_batches, read_texts
+from transmla.heal.checks import check_same_texts
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.reporter import Silent
@@ -146,6 +147,14 @@ def test_texts_are_refused_before_a_model_is_loaded(
         heal(chosen)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("healed*"))
+
+
+def test_processes_with_different_texts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_same_texts("one")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda given: [*given, "two"])
+    check_same_texts("two")
+    with pytest.raises(TransmlaError, match="the processes have different texts"):
+        check_same_texts("one")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def _batch(model: Any, length: int) -> int:
     if device.type != "cuda":
         return SAMPLED_AT_ONCE["cpu"]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache_bytes = 2 * config.num_key_value_heads * width * config.num_hidden_layers * model.dtype.itemsize * length
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache_bytes = 2 * heads * width * config.num_hidden_layers * model.dtype.itemsize * length
     # The logits of one position, in float32, and their softmax.
     logits_bytes = 3 * 4 * config.vocab_size
     available = torch.cuda.get_device_properties(device).total_memory * SAMPLING_SHARE
