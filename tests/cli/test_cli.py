@@ -246,7 +246,9 @@ def test_an_option_out_of_range_is_refused(place: Path, run: Run, bad: str) -> N
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("a b c")
     options, says = BAD_OPTIONS[bad]
-    refuses(run, "convert", "source", "-o", "out", *CALIBRATION, *options.split(), says=says)
+    # A second --calibration would add a text.
+    text = CALIBRATION[2:] if options.startswith("--calibration ") else CALIBRATION
+    refuses(run, "convert", "source", "-o", "out", *text, *options.split(), says=says)
 
 
 @pytest.mark.parametrize(
@@ -399,9 +401,17 @@ def test_flags_win_over_the_recipe(place: Path, run: Run) -> None:
     assert not Path("elsewhere").exists()
 
 
+def test_texts_are_mixed_by_flags_with_weights(place: Path, run: Run) -> None:
+    texts = ["--calibration", "text.txt:0.75", "--calibration", "self"]
+    assert run("convert", "source", "-o", "out", *texts, *CALIBRATION[2:])[0] == 0
+    assert read_recipe(Path("out/recipe.yaml"), {}).calibration.source == ("text.txt:0.75", "self")
+    assert json.loads(Path("out/transmla.json").read_text())["texts"] == {"text.txt": 0.75, "self": 0.25}
+
+
 def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
-    code, out, _ = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
+    code, out, err = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
     assert code == 0
+    assert err.count("auto text: self 60%, stdlib 13%, pydoc 13%, packages 13%") == 1
     assert "wrote out; next: transmla verify out" in out
     assert run("verify", "out", "--source", "source")[0] == 0
     argv = [

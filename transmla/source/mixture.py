@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -253,4 +254,5 @@ def _is_kept(text: str, tokenizer: Any) -> bool:
 
 
 def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text)).casefold()
+    """Return the letters and digits of a text in one form, because tokenizers may compose or decompose them."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text.casefold())))
