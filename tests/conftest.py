@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import cached_assets_path
 
 if not torch.cuda.is_available():  # Triton reads this variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -20,6 +22,24 @@ from transmla.recipe import Recipe, parse_recipe
 
 # More threads do not speed up tiny matrices, and slow them down when the other cores are busy.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def local_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cache samples of models in a folder of this run, and make the text ``auto`` without a Hub."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.cached_assets_path", partial(cached_assets_path, assets_dir=folder))
+        patch.setattr("transmla.source.mixture.hub_is_reachable", lambda: False)
+        yield
+
+
+@pytest.fixture
+def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that caches samples of models, new for this test."""
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", partial(cached_assets_path, assets_dir=folder))
+    return folder
 
 
 @pytest.fixture

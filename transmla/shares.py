@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ def name_and_weight(entry: str) -> tuple[str, float | None]:
     name.
 
     Raises:
-        ValueError: if the weight is not a number above 0.
+        ValueError: if the weight is not above 0, or is above 1.
     """
     name, colon, text = entry.rpartition(":")
     try:
@@ -28,8 +27,8 @@ def name_and_weight(entry: str) -> tuple[str, float | None]:
         return entry, None
     if not (colon and name):
         return entry, None
-    if not 0 < weight < math.inf:
-        raise ValueError(f"the weight of '{name}' is {text}, and must be above 0")
+    if not 0 < weight <= 1:
+        raise ValueError(f"the weight of '{name}' is {text}, and must be above 0 and at most 1")
     return name, weight
 
 
@@ -56,8 +55,14 @@ def shares(entries: Sequence[str]) -> dict[str, float]:
 
 
 def _as_tuple(value: Any) -> Any:
-    """Return one entry as a tuple, and lists of YAML as tuples."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    """Return one entry, a list or a mapping NAME → WEIGHT as a tuple. YAML reads ``- pydoc: 0.5`` as a mapping."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, dict):
+        return tuple(f"{name}" if weight is None else f"{name}:{weight}" for name, weight in value.items())
+    if isinstance(value, list):
+        return tuple(entry for item in value for entry in (_as_tuple(item) if isinstance(item, dict) else (item,)))
+    return value
 
 
 def _checked(entries: tuple[str, ...]) -> tuple[str, ...]:

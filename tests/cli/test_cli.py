@@ -230,7 +230,7 @@ BAD_OPTIONS: dict[str, tuple[str, str]] = {
     "seed": ("--seed -1", "seed: input should be greater than or equal to 0"),
     "option": ("--colour red", "No such option: --colour"),
     "no-text": ("--calibration empty.txt", "empty.txt holds no text"),
-    "short-text": ("--calibration short.txt", "short.txt has 5 tokens; 4 sequences of 32 tokens need 128"),
+    "short-text": ("--calibration short.txt", "short.txt has 5 tokens, 123 too few; 4 sequences of 32 tokens need 128"),
     "missing-text": ("--calibration nowhere.txt", "no file nowhere.txt"),
     "long": ("--calibration-length 257", "257 tokens are longer than the source's context; at most 256"),
     "long-self": (
@@ -246,7 +246,9 @@ def test_an_option_out_of_range_is_refused(place: Path, run: Run, bad: str) -> N
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("a b c")
     options, says = BAD_OPTIONS[bad]
-    refuses(run, "convert", "source", "-o", "out", *CALIBRATION, *options.split(), says=says)
+    # A second --calibration would add a text.
+    text = CALIBRATION[2:] if options.startswith("--calibration ") else CALIBRATION
+    refuses(run, "convert", "source", "-o", "out", *text, *options.split(), says=says)
 
 
 @pytest.mark.parametrize(
@@ -392,16 +394,24 @@ def test_flags_win_over_the_recipe(place: Path, run: Run) -> None:
     used = read_recipe(Path("out/recipe.yaml"), {})
     assert (used.output, used.method, used.seed) == ("out", "transmla", 5)
     assert (used.calibration.source, used.calibration.sequences, used.calibration.length) == (
-        "text.txt",
+        ("text.txt",),
         4,
         24,
     )
     assert not Path("elsewhere").exists()
 
 
+def test_texts_are_mixed_by_flags_with_weights(place: Path, run: Run) -> None:
+    texts = ["--calibration", "text.txt:0.75", "--calibration", "self"]
+    assert run("convert", "source", "-o", "out", *texts, *CALIBRATION[2:])[0] == 0
+    assert read_recipe(Path("out/recipe.yaml"), {}).calibration.source == ("text.txt:0.75", "self")
+    assert json.loads(Path("out/transmla.json").read_text())["texts"] == {"text.txt": 0.75, "self": 0.25}
+
+
 def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
-    code, out, _ = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
+    code, out, err = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
     assert code == 0
+    assert err.count("auto text: self 60%, stdlib 13%, pydoc 13%, packages 13%") == 1
     assert "wrote out; next: transmla verify out" in out
     assert run("verify", "out", "--source", "source")[0] == 0
     argv = [

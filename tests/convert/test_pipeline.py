@@ -252,9 +252,10 @@ def test_damaged_hidden_states_are_refused(workdir: Path) -> None:
         convert(recipe(), resume=True)
 
 
-def test_the_seed_decides_every_byte_of_a_self_calibrated_run(workdir: Path) -> None:
+def test_the_seed_decides_every_byte_of_a_self_calibrated_run(workdir: Path, assets: Path) -> None:
     runs = []
     for seed in (0, 0, 1):
+        shutil.rmtree(assets, ignore_errors=True)  # sample again, instead of reading the cached samples
         convert(recipe(calibration={"source": "self"}, seed=seed))
         runs.append(files(workdir / "out"))
         shutil.rmtree("out")
@@ -263,14 +264,17 @@ def test_the_seed_decides_every_byte_of_a_self_calibrated_run(workdir: Path) -> 
     assert runs[0][shard] != runs[2][shard]
 
 
-def test_a_self_calibrated_run_resumes_without_sampling_again(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_self_calibrated_run_resumes_without_sampling_again(
+    workdir: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"calibration": {"source": "self"}}
     convert(recipe(**settings))
     expected = files(workdir / "out")
     shutil.rmtree("out")
     with pytest.raises(Killed):
         convert(recipe(**settings), reporter=KilledAtLayer(1))
-    monkeypatch.setattr("transmla.convert.calibration_text.sample_self", None)
+    shutil.rmtree(assets)  # the resumed run reads the tokens that the folder of the first run holds
+    monkeypatch.setattr("transmla.source.samples.sample_self", None)
     convert(recipe(**settings), resume=True)
     assert files(workdir / "out") == expected
 

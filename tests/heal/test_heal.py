@@ -259,16 +259,13 @@ def test_max_minutes_ends_the_run(make_healing: Callable[..., Healing]) -> None:
 
 
 def test_self_text_is_sampled_once_and_cached(
-    make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_healing: Callable[..., Healing], tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     self_text = {"data": ("self",), "self_tokens": 32 * 40}
     heal(make_healing(**self_text))
-    monkeypatch.setattr("transmla.heal.batches.sample_self", None)
+    monkeypatch.setattr("transmla.source.samples.sample_self", None)
     heal(make_healing(**self_text, output=str(tmp_path / "second")))
-    assert len(list((tmp_path / "assets").rglob("*.safetensors"))) == 1
+    assert len(list(assets.rglob("*.safetensors"))) == 1
 
 
 def test_an_export_that_fails_verification_is_not_published(

@@ -77,8 +77,9 @@ class CalibrationText:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of the parts by name."""
-        return {part.name: part.share for part in self.parts}
+        """Shares of the rows by name of the text; texts without a row are missing."""
+        rows = {name: len(tokens) for name, tokens in self.texts.items()} | {SELF: self.sampled}
+        return {part.name: rows[part.name] / self.sequences for part in self.parts if rows.get(part.name)}
 
 
 def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report: Reporter) -> CalibrationText:
@@ -97,7 +98,7 @@ def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report
     sequences, length = calibration.sequences, calibration.length
     assert sequences is not None
     assert length is not None
-    parts = parts_of(calibration.source, split=calibration.split, column=calibration.column, report=report)
+    parts = parts_of(calibration.source, tokenizer, split=calibration.split, column=calibration.column, report=report)
     texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=spec.vocab_size)
     return CalibrationText(parts, texts, sequences, length)
 

@@ -92,10 +92,11 @@ def convert(
 
     with disk_errors(output):
         progress = workspace.open(_key(prepared, fingerprint, tokens))
-        workspace.save_tokens(tokens)
         if text is not None:
             progress.texts = text.shares
             workspace.save_progress(progress)
+        # Save the tokens last: a resumed run that finds them does not read the texts again.
+        workspace.save_tokens(tokens)
         final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
         write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint)
         workspace.finish()

@@ -169,7 +169,7 @@ def _healing(folder: Path, record: dict[str, Any]) -> str:
     return _HEALING.format(
         teacher=public_name(settings["teacher"]),
         tokens=record["tokens"],
-        data=", ".join(f"`{public_name(name)}`" for name in settings["data"]),
+        data=", ".join(f"`{_public_entry(entry)}`" for entry in settings["data"]),
         trainable=settings["trainable"],
         minutes=record["seconds"] / 60,
         before=record["held_out_kl"]["before"],

@@ -136,7 +136,7 @@ def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> tuple[tup
     Raises:
         TransmlaError: if a text cannot be read or is too short.
     """
-    parts = parts_of(settings.data, split=settings.split, column=settings.column, report=report)
+    parts = parts_of(settings.data, tokenizer, split=settings.split, column=settings.column, report=report)
     bos = start_token(tokenizer)
     texts = {}
     for part in parts:

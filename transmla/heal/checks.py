@@ -86,6 +86,25 @@ def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None
         )
 
 
+def check_same_texts(fingerprint: str) -> None:
+    """Check that all processes read the same texts. Every process asks the Hub and reads files for itself.
+
+    Args:
+        fingerprint: hash of the tokens of this process.
+
+    Raises:
+        TransmlaError: if another process has other tokens.
+    """
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([fingerprint]))) > 1:
+        raise TransmlaError(
+            "the processes have different texts",
+            limit="every process must train on the same mixture",
+            remedy="name texts with --data that every machine has, instead of auto",
+        )
+
+
 @torch.no_grad()
 def _check_head(role: str, model: Any) -> None:
     """Check that ``Head`` reproduces the model's logits: some families apply operations that ``Head`` lacks."""

@@ -19,7 +19,7 @@ from transmla.files import disk_errors
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal.batches import Batches, make_batches, read_texts
-from transmla.heal.checks import check_models, check_settings, check_student, check_tokenizers
+from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
@@ -120,6 +120,8 @@ def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelera
     model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
         batches = make_batches(settings, parts, texts, tokenizer, teacher, fingerprint, report)
+    text_fingerprint = batches.fingerprint()
+    check_same_texts(text_fingerprint)
 
     distiller = _make_distiller(model, teacher, settings)
     compiles = _compiles(settings, accelerator.device)
@@ -130,7 +132,7 @@ def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelera
     fused = accelerator.device.type == "cuda"
     prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
     store = Store(workspace.folder)
-    key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, batches.fingerprint(), kind(accelerator))
+    key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, text_fingerprint, kind(accelerator))
     state = store.read(key)
     loop = Loop(accelerator, prepared, optimiser, batches, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,20 +23,22 @@ from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
 from transmla.source.text import AUTO, SELF, load_blocks, start_token, text_options
 from transmla.source.texts.hub import hub_is_reachable
 
+# The chats of the default mixture.
+CHATS = "ultrachat"
 # The default mixture with and without a Hub. Entries without a weight share the rest equally.
 WITH_HUB = (
     "self:0.4",
     "wikipedia-en",
     "pg19",
     "magicoder",
-    "ultrachat",
+    CHATS,
     "pydoc:0.05",
     "wikipedia-de:0.025",
     "wikipedia-es:0.025",
     "wikipedia-fr:0.025",
     "wikipedia-zh:0.025",
 )
-WITHOUT_HUB = ("self:0.6", "stdlib", "pydoc", "packages")
+WITHOUT_HUB = ("self:0.6", "stdlib", "packages", "pydoc:0.05")
 # Tokens of a text that a sample continues, at least and at most.
 SHORTEST_OPENING, LONGEST_OPENING = 8, 64
 # Fewest bytes per token at which a tokenizer serves a language. Byte by byte it would be 1.
@@ -60,12 +63,13 @@ class Part:
 
 
 def parts_of(
-    entries: Sequence[str], *, split: str | None = None, column: str | None = None, report: Reporter
+    entries: Sequence[str], tokenizer: Any, *, split: str | None = None, column: str | None = None, report: Reporter
 ) -> tuple[Part, ...]:
     """Return the parts of a mixture, with ``auto`` replaced by the texts that can be read here.
 
     Args:
         entries: ``NAME`` or ``NAME:WEIGHT`` of each text.
+        tokenizer: the model's tokenizer. Without a chat template that can be used, ``auto`` has no chats.
         split: split of every text that has splits.
         column: column of every text that has columns.
         report: receives one line that says what ``auto`` is.
@@ -77,19 +81,24 @@ def parts_of(
     for name, share in shares(entries).items():
         if name == AUTO:
             hub = hub_is_reachable()
-            inner = shares(WITH_HUB if hub else WITHOUT_HUB)
+            left_out = () if _renders_chats(tokenizer) else (CHATS,)
+            inner = shares([entry for entry in (WITH_HUB if hub else WITHOUT_HUB) if entry not in left_out])
             report.message(_describe(inner, hub=hub))
         else:
             inner = {name: 1.0}
         for text, part in inner.items():
             # A split or column that the user gives is meant for the texts that the user names.
-            takes = text_options(text) if name != AUTO else frozenset()
-            options = [value if key in takes else None for key, value in (("split", split), ("column", column))]
-            known = parts.get(text, Part(text, 0.0, *options))
+            known = parts.get(text, Part(text, 0.0))
+            if name != AUTO:
+                takes = text_options(text)
+                known = replace(
+                    known, split=split if "split" in takes else None, column=column if "column" in takes else None
+                )
             parts[text] = replace(known, share=known.share + share * part)
     for option, value in (("split", split), ("column", column)):
         if value is not None and not any(getattr(part, option) for part in parts.values()):
-            raise TransmlaError(f"{', '.join(parts)} has no {option} {value!r}", remedy=f"leave the {option} out")
+            listed = ", ".join(shares(entries))
+            raise TransmlaError(f"{listed} has no {option} {value!r}", remedy=f"leave the {option} out")
     return tuple(parts.values())
 
 
@@ -183,7 +192,9 @@ def openings(texts: Mapping[str, Tensor], tokenizer: Any, *, seed: int) -> list[
         cut = generator.randint(min(SHORTEST_OPENING, longest), longest)
         start = generator.randrange(len(head), len(tokens) - cut + 1)
         real.append(head + tokens[start : start + cut])
-    return [opening for pair in zip(_cycled(written, len(real)), real, strict=False) for opening in pair] or written
+    if not written or not real:
+        return written or real
+    return [opening for pair in zip(_cycled(written, len(real)), real, strict=False) for opening in pair]
 
 
 def _equally_many(texts: Mapping[str, Tensor]) -> list[list[Tensor]]:
@@ -198,19 +209,52 @@ def _cycled(items: list[Any], count: int) -> list[Any]:
 
 def _written(tokenizer: Any) -> list[list[int]]:
     """Return the tokens of the openings in the languages that the tokenizer serves, and of the users' questions."""
+    texts = [text for text in ENGLISH if _is_kept(text, tokenizer)]
+    for language in LANGUAGES.values():
+        if _is_served(language, tokenizer):
+            texts += language
+    return [tokens for tokens in (_tokenize(text, tokenizer) for text in (*texts, *_chats(tokenizer))) if tokens]
 
-    def tokenize(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    found = [tokenize(text) for text in ENGLISH]
-    for texts in LANGUAGES.values():
-        tokens = [tokenize(text) for text in texts]
-        if sum(len(text.encode()) for text in texts) >= SERVED * sum(map(len, tokens)):
-            found += tokens
-    if getattr(tokenizer, "chat_template", None):
-        for prompt in PROMPTS:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            found.append(tokenize(text.removeprefix(tokenizer.bos_token or "")))
-    return [tokens for tokens in found if tokens]
+def _chats(tokenizer: Any) -> list[str]:
+    """Return the users' questions as chats; none without a chat template, or if the template refuses a question."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    prompts = [p for p in PROMPTS if _is_kept(p, tokenizer) and (p.isascii() or _is_served([p], tokenizer))]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    try:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    except Exception:  # a template raises what it likes, for example if a chat has no message of the system
+        return []
+    return [text.removeprefix(tokenizer.bos_token or "") for text in texts]
+
+
+def _renders_chats(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template, and the template renders a question and its answer."""
+    chat = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+    try:
+        return bool(tokenizer.chat_template and tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # as in `_chats`
+        return False
+
+
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_served(texts: Sequence[str], tokenizer: Any) -> bool:
+    """Return whether the tokenizer keeps texts of one language and needs few tokens for them."""
+    count = sum(len(_tokenize(text, tokenizer)) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    return size >= SERVED * count and all(_is_kept(text, tokenizer) for text in texts)
+
+
+def _is_kept(text: str, tokenizer: Any) -> bool:
+    """Return whether the tokens of a text decode to its letters and digits. Small vocabularies lack some."""
+    decoded = tokenizer.decode(_tokenize(text, tokenizer))
+    return _letters(text) == _letters(decoded)
+
+
+def _letters(text: str) -> str:
+    """Return the letters and digits of a text in one form, because tokenizers may compose or decompose them."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text.casefold())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,22 @@ def sampled_rows(
         fingerprint: hash of the model's weights.
         report: receives the progress.
     """
-    from huggingface_hub import cached_assets_path
     from safetensors.torch import load_file
 
     size = sample_length(length)
+    # A tokenizer may have more tokens than the model, for example in its chat template.
+    vocabulary = model.config.get_text_config().vocab_size
+    openings = [opening for opening in openings if max(opening) < vocabulary]
     count = rows * -(-length // size)
     batch = _batch(model, size)
     drawn = count + max(1, round(SPARE * count))
     device = model.device.type
     key = [fingerprint, count, size, seed, device, str(model.dtype), batch, list(map(list, openings))]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    file = Path(cached_assets_path("transmla", namespace="self", subfolder=digest)) / "tokens.safetensors"
-    if not file.is_file():
+    file = _cache_file(digest)
+    if file is not None and file.is_file():
+        samples = load_file(file)["tokens"]
+    else:
         report.stage("sampling from the source", drawn)
         tokens = sample_self(
             model,
@@ -76,9 +81,21 @@ def sampled_rows(
             openings=openings,
             progress=lambda done, _: report.advance(done),
         )
-        write_tensors(file, {"tokens": without_repetition(tokens, count)})
-    samples = load_file(file)["tokens"]
+        samples = without_repetition(tokens, count)
+        if file is not None:
+            write_tensors(file, {"tokens": samples})
     return samples.view(rows, -1)[:, :length].contiguous()
+
+
+def _cache_file(digest: str) -> Path | None:
+    """Return the file that caches samples; None if this user may not write to the cache."""
+    from huggingface_hub import cached_assets_path
+
+    try:
+        folder = Path(cached_assets_path("transmla", namespace="self", subfolder=digest))
+    except (OSError, ValueError):  # ValueError: a file lies where the cache's folder should be
+        return None
+    return folder / "tokens.safetensors" if os.access(folder, os.W_OK) else None
 
 
 def _batch(model: Any, length: int) -> int:
@@ -87,7 +104,8 @@ def _batch(model: Any, length: int) -> int:
     if device.type != "cuda":
         return SAMPLED_AT_ONCE["cpu"]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache_bytes = 2 * config.num_key_value_heads * width * config.num_hidden_layers * model.dtype.itemsize * length
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache_bytes = 2 * heads * width * config.num_hidden_layers * model.dtype.itemsize * length
     # The logits of one position, in float32, and their softmax.
     logits_bytes = 3 * 4 * config.vocab_size
     available = torch.cuda.get_device_properties(device).total_memory * SAMPLING_SHARE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,7 +19,10 @@ KINDS = ", ".join((*TEXT_SUFFIXES, *TABLES))
 
 def kind_of(path: Path) -> str:
     """Return the suffix that tells a file's kind; that of ``a.jsonl.gz`` is ``.jsonl``."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    packed = path.suffix.lower() == ".gz"
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    # `datasets` does not unpack Parquet files, which are compressed inside.
+    return ".gz" if packed and kind == ".parquet" else kind
 
 
 def check_file(path: Path) -> None:
@@ -38,7 +42,9 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise TransmlaError(f"no file {path}", remedy="check the path")
     if kind_of(path) not in (*TEXT_SUFFIXES, *TABLES):
-        raise TransmlaError(f"{path} has an unknown file type", limit=f"supported: {KINDS}, each also as .gz")
+        raise TransmlaError(
+            f"{path} has an unknown file type", limit=f"supported: {KINDS}; all but .parquet also as .gz"
+        )
 
 
 def is_table(path: Path) -> bool:
@@ -65,7 +71,7 @@ def _chunks(path: Path) -> Iterator[str]:
                 yield chunk
     except UnicodeDecodeError as error:
         raise TransmlaError(f"{path} is not UTF-8 text", limit=str(error)) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TransmlaError(f"{path} cannot be read", limit=str(error), remedy="check the file") from error
 
 

@@ -56,17 +56,21 @@ ALIASES = {
 
 
 def hub_is_reachable() -> bool:
-    """Return whether the Hub answers, without retries."""
+    """Return whether datasets can be read from the Hub: the Hub answers, without retries, and nothing is offline."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     # The errors of HTTP clients (httpx or httpx2, by version) share no narrower class.
     except Exception:
         return False
-    return True
+    if answer.status_code >= 400:  # the answer of a proxy that blocks the Hub
+        return False
+    from datasets import config
+
+    return not config.HF_HUB_OFFLINE  # HF_DATASETS_OFFLINE sets only this one
 
 
 def hub_pieces(source: str, split: str | None, column: str | None, name: str | None, tokenizer: Any) -> Iterator[str]:

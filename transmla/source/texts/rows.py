@@ -32,7 +32,7 @@ def row_texts(rows: Iterable[dict[str, Any]], column: str | None, source: str, t
         name = column or next((c for c in TEXT_COLUMNS if c in row), TEXT_COLUMNS[0])
         value = row.get(name, 0)
         if isinstance(value, list):
-            value = _render(value, source, name, tokenizer)
+            value = _render(value, source, name, tokenizer) if value else None
         if not isinstance(value, str | None):
             what = f"text column {name!r}" if name in row else f"column {name!r}"
             raise TransmlaError(f"{source} has no {what}", limit=f"its columns: {', '.join(row)}")
@@ -61,13 +61,18 @@ def _render(messages: list[Any], source: str, column: str, tokenizer: Any) -> st
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except Exception as error:  # a template raises what it likes, for example if roles do not alternate
         raise TransmlaError(
-            f"{source}: the tokenizer's chat template refuses a chat", limit=str(error).splitlines()[0]
+            f"{source}: the tokenizer's chat template refuses a chat", limit=first_line(error)
         ) from error
     return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _alias(key: str) -> str:
     return {"from": "role", "value": "content"}.get(key, key)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or the error's type if there is no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -87,5 +92,5 @@ def read_errors(source: str, *, remedy: str) -> Iterator[None]:
         elif isinstance(error, DatasetNotFoundError):
             what = f"{source} is neither a local file nor a dataset on the Hub that this account may read"
         else:
-            what = f"{source} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            what = f"{source} cannot be read: {first_line(error)}"
         raise TransmlaError(what, remedy=remedy) from error

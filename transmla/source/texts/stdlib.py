@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -21,9 +22,12 @@ def stdlib_files(split: str) -> list[Path]:
     In alphabetical order, every fifth file belongs to the ``test`` split. The order of a split is shuffled, because
     neighbouring files are alike and readers take only the beginning of a long text.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
-    files = sorted((path for path in files if path.stat().st_size >= SMALLEST), key=lambda p: p.as_posix())
+    files = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # os.walk does not enter the others
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = [path for path in files if path.is_file() and path.stat().st_size >= SMALLEST]  # links may be broken
+    files.sort(key=lambda path: path.as_posix())
     chosen = [path for index, path in enumerate(files) if (index % TEST_EVERY == 0) == (split == TEST)]
     random.Random(0).shuffle(chosen)
     return chosen

@@ -1,0 +1,155 @@
+"""Texts of a conversion: refused before a model is loaded, recorded in manifest and card, kept by a resumed run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.interrupted import Killed, KilledAtLayer, files
+
+from transmla.convert.pipeline import convert
+from transmla.convert.prepare import prepare, summarise
+from transmla.errors import TransmlaError
+from transmla.recipe import Recipe, parse_recipe, read_recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def source(make_source: Callable[..., Path]) -> Path:
+    return make_source()
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise AssertionError("called too early")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [
+        ({"source": "nowhere.csv"}, "no file nowhere.csv"),
+        ({"source": ["self", "nowhere.csv"]}, "no file nowhere.csv"),
+        ({"source": "chats.jsonl"}, "chats.jsonl holds chats, but this model's tokenizer has no chat template"),
+        ({"source": ["chats.jsonl:0.1", "self:0.9"], "sequences": 16}, "has no chat template"),
+        ({"source": "."}, "is a folder, not a text; it holds chats.jsonl, text.txt; name one of its files"),
+        ({"source": ["self:0.5", "text.txt"], "sequences": 1000}, "text.txt has .* too few; 500 sequences of 48"),
+        ({"source": ["self", "auto"], "column": "body"}, "self, auto has no column 'body'"),
+        ({"source": "pydoc", "split": "validation"}, "pydoc has no split 'validation'"),
+        ({"length": 257}, "longer than the source's context; at most 256"),
+    ],
+    ids=str,
+)
+def test_texts_are_refused_before_a_model_is_loaded(
+    calibration: dict[str, Any],
+    says: str,
+    source: Path,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}))
+    for file in (source / "chat_template.jinja", source / "tokenizer_config.json"):
+        if file.suffix == ".jinja":
+            file.unlink(missing_ok=True)
+        else:
+            config = json.loads(file.read_text())
+            config.pop("chat_template", None)
+            file.write_text(json.dumps(config))
+    monkeypatch.setattr("transmla.convert.calibration_text.load_model", fail)
+    monkeypatch.setattr("transmla.source.checkpoint.Checkpoint.fingerprint", fail)
+    with pytest.raises(TransmlaError, match=says) as caught:
+        convert(make_recipe(source, calibration=calibration))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        (["a.txt:0.5", "b.txt:0.4"], "calibration.source: .*sum to 0.9"),
+        (["a.txt:1", "b.txt"], "leave nothing for the texts without a weight"),
+        (["a.txt:2", "b.txt"], "must be above 0 and at most 1"),
+        ([], "at least one text"),
+        ([0.5], "calibration.source.0: input should be a valid string"),
+    ],
+)
+def test_impossible_weights_are_one_line(entries: list[Any], says: str) -> None:
+    with pytest.raises(TransmlaError, match=says) as caught:
+        parse_recipe({"source": "s", "output": "o", "calibration": {"source": entries}}, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "entries"),
+    [
+        ("pydoc", ("pydoc",)),
+        ("[self:0.6, org/name:config:0.4]", ("self:0.6", "org/name:config:0.4")),
+        ("[self: 0.6, pydoc]", ("self:0.6", "pydoc")),
+        ("{self: 0.6, 'C:\\a.txt': 0.4}", ("self:0.6", "C:\\a.txt:0.4")),
+        ("\n  - self: 0.6\n  - pydoc:", ("self:0.6", "pydoc")),
+    ],
+)
+def test_a_recipe_may_write_weights_as_text_or_as_values(
+    written: str, entries: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"source: s\noutput: o\ncalibration:\n  source: {written}\n")
+    assert read_recipe(file, {}).calibration.source == entries
+    changed = read_recipe(file, {"calibration": {"source": ["stdlib"]}})
+    assert changed.calibration.source == ("stdlib",)
+
+
+def test_manifest_and_card_record_the_shares(
+    source: Path, make_recipe: MakeRecipe, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": [f"{text_file}:0.75", "self"]}
+    out = convert(make_recipe(source, calibration=calibration))
+    assert json.loads((out / "transmla.json").read_text())["texts"] == {str(text_file): 0.75, "self": 0.25}
+    card = (out / "README.md").read_text()
+    assert "The text was 75% `text.txt`, 25% `self`." in card
+    assert "text.txt:0.75" in card
+    assert str(tmp_path) not in card
+
+
+def test_auto_records_the_texts_that_have_rows(source: Path, make_recipe: MakeRecipe) -> None:
+    out = convert(make_recipe(source, calibration={"source": "auto", "sequences": 3}))
+    shares = json.loads((out / "transmla.json").read_text())["texts"]
+    assert set(shares) < {"self", "stdlib", "pydoc", "packages"}
+    assert shares["self"] == pytest.approx(2 / 3)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_resumed_run_uses_the_saved_tokens_and_keeps_the_texts(
+    source: Path, make_recipe: MakeRecipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+    recipe = make_recipe(source, calibration={"source": [str(text_file), "self", "pydoc"]})
+    expected = files(convert(recipe))
+    (tmp_path / "out").rename(tmp_path / "before")
+    with pytest.raises(Killed):
+        convert(recipe, reporter=KilledAtLayer(1))
+    text_file.unlink()
+    monkeypatch.setattr("transmla.source.samples.sample_self", fail)
+    monkeypatch.setattr("transmla.convert.pipeline.read_calibration", fail)
+    assert files(convert(recipe, resume=True)) == expected
+
+
+def test_the_default_amount_fits_the_context(make_source: Callable[..., Path], tmp_path: Path) -> None:
+    values = {"output": str(tmp_path / "out"), "device": "cpu"}
+    for context, length in ((256, 256), (4096, 512)):
+        folder = make_source(name=f"source-{context}", max_position_embeddings=context)
+        recipe = prepare(parse_recipe({"source": str(folder), **values}, "test")).recipe
+        assert (recipe.calibration.sequences, recipe.calibration.length) == (64, length)
+
+
+def test_the_plan_counts_the_memory_of_sampling(source: Path, make_recipe: MakeRecipe) -> None:
+    """Sampling loads the whole source, so ``auto`` and ``self`` need as much memory, and ``pydoc`` needs less."""
+    needed = {
+        text: summarise(prepare(make_recipe(source, calibration={"source": text})))["memory_bytes"]
+        for text in ("pydoc", "self", "auto", "auto:1")
+    }
+    assert needed["self"] == needed["auto"] == needed["auto:1"] >= needed["pydoc"]
