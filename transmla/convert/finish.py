@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
 from transmla.export.card import write_card
 from transmla.export.files import write_json, write_text
@@ -32,7 +33,8 @@ def write_rest(
     """
     from transformers import GenerationConfig
 
-    source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
+    source, recipe, folder = prepared.source, prepared.recipe, workspace.folder
+    plan = _with_slots(prepared.plan, progress)
     form = format_named(plan.format)
     last = form.last_tensors(source, plan, final_norm)
     progress.hashes[workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
@@ -61,6 +63,12 @@ def write_rest(
     )
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
+
+
+def _with_slots(plan: Plan, progress: Progress) -> Plan:
+    """Return the plan with the rotary slots that the conversion has chosen for each layer, if it has."""
+    slots = tuple(tuple(record.get("slots", ())) for record in progress.layers)
+    return replace(plan, layer_slots=slots) if any(slots) else plan
 
 
 def _fit_record(prepared: Prepared) -> FitRecord | None:
