@@ -288,7 +288,8 @@ class Plan:
 
     ``kinds`` holds the shape and rotary slots of each of ``spec.kinds`` if there are several. ``kept`` lists the
     layers that keep the source's attention. ``rope_parameters`` are the rotary settings of the export's config.
-    ``layer_slots`` holds the slots of every layer (none for a kept one) after a conversion that has measured them.
+    ``layer_slots`` holds the slots of every layer (none for a kept one) when they have been measured. A manifest's plan
+    is the one before the conversion; there, the layers' entries hold the measured slots.
     """
 
     spec: AttentionSpec

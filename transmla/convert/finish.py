@@ -33,15 +33,14 @@ def write_rest(
     """
     from transformers import GenerationConfig
 
-    source, recipe, folder = prepared.source, prepared.recipe, workspace.folder
-    plan = _with_slots(prepared.plan, progress)
+    source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
     form = format_named(plan.format)
     last = form.last_tensors(source, plan, final_norm)
     progress.hashes[workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
     workspace.drop_streams()
     write_index(folder)
     form.write_code(folder)
-    write_json(folder / "config.json", form.config(source.config, plan))
+    write_json(folder / "config.json", form.config(source.config, _with_slots(plan, progress)))
     write_tokenizer(
         folder,
         source.checkpoint.folder,
