@@ -143,10 +143,12 @@ class RotaryPlan:
 
     ``slots`` holds d_r/2 indices into the source's ``inv_freq``; slots may share a frequency, except in native exports.
     ``freqfold`` neighbouring source frequencies are concentrated together (FreqFold in TransMLA, arXiv 2502.07864).
+    If ``measured`` is set, the conversion chooses other slots for each layer, from the layer's statistics.
     """
 
     slots: tuple[int, ...]
     freqfold: int
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,34 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """First-order sensitivity of an attention's output to errors on its keys and values.
+
+    An error δs on the score and δv on the value of key j change head h's output at position i by
+    W_o·a_ij (δs·(v_j − o_ih) + δv), where o_ih is the head's mixed value. Errors of different keys count as
+    independent. All energies are divided by the energy of the attention's output at position i, and are means over
+    positions.
+
+    Attributes:
+        key_moment: Σ E[x_j x_jᵀ] [F, F] with weights a_ij² ‖W_o(v_j − o_ih)‖².
+        value_moment: Σ E[x_j x_jᵀ] [F, F] with weights a_ij².
+        query_moment: E[q qᵀ] [H, d, d] of each head's queries in halves layout, with the weights of ``key_moment``.
+        head_share: share [H] of each head in the weights of ``key_moment``.
+        distance_mass: these weights [H, T] at each distance Δ; rows sum to one.
+    """
+
+    key_moment: Tensor
+    value_moment: Tensor
+    query_moment: Tensor
+    head_share: Tensor
+    distance_mass: Tensor
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Sensitivity:
+        """Return the moments in ``dtype`` on ``device``."""
+        return Sensitivity(**{name: value.to(device=device, dtype=dtype) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """Calibration statistics of one layer.
 
@@ -198,6 +228,7 @@ class LayerStats:
             left out. Rows sum to one, or to zero for a head that attends to the sink only.
         tokens: number of calibration tokens.
         converted_moment: E[x xᵀ] [D, D] after the earlier layers have been replaced by a method's first pass.
+        sensitivity: measured for layers whose rotary slots are chosen from statistics (``RotaryPlan.measured``).
     """
 
     second_moment: Tensor
@@ -205,6 +236,7 @@ class LayerStats:
     distance_mass: Tensor
     tokens: int
     converted_moment: Tensor | None = None
+    sensitivity: Sensitivity | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LayerStats:
         """Return the statistics in ``dtype`` on ``device``."""
@@ -214,6 +246,7 @@ class LayerStats:
             self.distance_mass.to(device=device, dtype=dtype),
             self.tokens,
             None if self.converted_moment is None else self.converted_moment.to(device=device, dtype=dtype),
+            None if self.sensitivity is None else self.sensitivity.to(dtype, device),
         )
 
 
@@ -255,6 +288,8 @@ class Plan:
 
     ``kinds`` holds the shape and rotary slots of each of ``spec.kinds`` if there are several. ``kept`` lists the
     layers that keep the source's attention. ``rope_parameters`` are the rotary settings of the export's config.
+    ``layer_slots`` holds the slots of every layer (none for a kept one) when they have been measured. A manifest's plan
+    is the one before the conversion; there, the layers' entries hold the measured slots.
     """
 
     spec: AttentionSpec
@@ -267,6 +302,7 @@ class Plan:
     format: str = "native"
     kinds: tuple[tuple[MLAShape, RotaryPlan], ...] = field(default=())
     kept: tuple[int, ...] = field(default=())
+    layer_slots: tuple[tuple[int, ...], ...] = field(default=())
 
     @property
     def cache_ratio(self) -> float:
@@ -285,10 +321,10 @@ class Plan:
     def at(self, layer: int) -> Plan:
         """Return the plan for one layer alone."""
         spec = self.spec.at(layer)
-        if not self.kinds:
-            return replace(self, spec=spec)
-        shape, rotary = self.kinds[self.spec.layers[layer]]
-        return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=())
+        shape, rotary = self.kinds[self.spec.layers[layer]] if self.kinds else (self.shape, self.rotary)
+        if self.layer_slots and self.layer_slots[layer]:
+            rotary = replace(rotary, slots=self.layer_slots[layer])
+        return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=(), layer_slots=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values that JSON can hold, with ``model_cache_values``."""

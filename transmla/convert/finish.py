@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
 from transmla.export.card import write_card
 from transmla.export.hashes import hash_files, write_index
@@ -39,7 +40,7 @@ def write_rest(
     workspace.drop_streams()
     write_index(folder)
     form.write_code(folder)
-    write_json(folder / "config.json", form.config(source.config, plan))
+    write_json(folder / "config.json", form.config(source.config, _with_slots(plan, progress)))
     write_tokenizer(
         folder,
         source.checkpoint.folder,
@@ -62,6 +63,12 @@ def write_rest(
     )
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
+
+
+def _with_slots(plan: Plan, progress: Progress) -> Plan:
+    """Return the plan with the rotary slots that the conversion has chosen for each layer, if it has."""
+    slots = tuple(tuple(record.get("slots", ())) for record in progress.layers)
+    return replace(plan, layer_slots=slots) if any(slots) else plan
 
 
 def _fit_record(prepared: Prepared) -> FitRecord | None:

@@ -19,6 +19,7 @@ from transmla.convert.streams import Streams
 from transmla.core.fused_attention import fused_attention
 from transmla.core.methods.base import method_named
 from transmla.core.reference_attention import source_attention
+from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
 from transmla.formats.base import AttentionExport, format_named
 from transmla.source.decoder_layer import embedded
@@ -147,8 +148,11 @@ class LayerConverter:
         if converted is not None:
             converted = current.layer.run_stream(converted, export.factors)[1]
         evaluated = streams.source[-held_out(len(streams.source)) :]
-        record = {"layer": index, "relative_error": relative_error(current.layer, export.factors, evaluated)}
-        record |= export.record
+        error = relative_error(current.layer, export.factors, evaluated)
+        record: dict[str, Any] = {"layer": index, "relative_error": error, **export.record}
+        if self.plan.at(index).rotary.measured:
+            frequencies = torch.tensor(current.layer.spec.inv_freq, dtype=torch.float64)
+            record["slots"] = list(match_slots(export.factors.inv_freq.double().cpu(), frequencies) or ())
         if self.format.norm_eps is not None:
             norms = current.observations.input_norm, current.observations.output_norm
             record["norm_residual"] = max(norm.residual for norm in norms)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
 from transmla.convert.eps_correction import NormRatio
+from transmla.convert.sensitivity_meter import SensitivityMeter
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family
@@ -132,13 +133,17 @@ class SourceLayer:
     def _attend(self, x: Tensor, factors: LayerFactors | None) -> Tensor:
         """Return the attention's output for its input ``x``; [N, T, D] → [N, T, D]."""
         features, output = self._features(x), self.module.self_attn.o_proj
-        if factors is not None:
-            mixed = fused_attention(features, factors)
-            return mixed if output.bias is None else mixed + output.bias
+        if factors is None:
+            return self._output(features)
+        mixed = fused_attention(features, factors)
+        return mixed if output.bias is None else mixed + output.bias
+
+    def _output(self, features: Tensor) -> Tensor:
+        """Return the source attention's output for its ``features``; [N, T, F] → [N, T, D]."""
         spec, (q, k, v) = self.spec, self.view.heads_of(features)
         gain = spec.attention_factor**2
         mixed = attended_heads(q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.view.rules)
-        return output(mixed)  # type: ignore[no-any-return]
+        return self.module.self_attn.o_proj(mixed)  # type: ignore[no-any-return]
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the features of the attention's input ``x``; [N, T, D] → [N, T, F]."""
@@ -156,11 +161,12 @@ class SourceLayer:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
+        meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
         following = torch.empty_like(stream)
         with self._observed_norms() as norms:
             for start, hidden in steps(stream):
                 x = self.features(hidden)
-                step_mass, squared = self._attention(x)
+                step_mass, squared = self._attention(x, meter)
                 mass += step_mass
                 received += float(squared.sum())
                 flat = x.flatten(0, 1)
@@ -169,7 +175,8 @@ class SourceLayer:
                 following[start : start + len(hidden)] = self.run(hidden.to(self.device)).to(stream.device)
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-        stats = LayerStats(moment / tokens, attended / received, mass / total, tokens)
+        sensitivity = None if meter is None else meter.result()
+        stats = LayerStats(moment / tokens, attended / received, mass / total, tokens, sensitivity=sensitivity)
         return Observations(stats, *norms, following)
 
     @torch.no_grad()
@@ -210,8 +217,8 @@ class SourceLayer:
                 hook.remove()
 
     @torch.no_grad()
-    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure the attention weights a for features ``x`` [N, T, F].
+    def _attention(self, x: Tensor, meter: SensitivityMeter | None) -> tuple[Tensor, Tensor]:
+        """Measure the attention weights a for features ``x`` [N, T, F]; ``meter`` measures the sensitivity as well.
 
         Returns:
             The attention mass by distance [H, T], without the sink token and early queries; and Σ a² over heads and
@@ -224,6 +231,10 @@ class SourceLayer:
         late = len(queries) // DISTANCE_SKIP
         mass = torch.zeros(spec.num_attention_heads, length, dtype=torch.float64, device=x.device)
         squared = torch.zeros(x.shape[:2], device=x.device)
+        energy = None
+        if meter is not None:
+            with self._precision():
+                energy = self._output(x)[:, queries].float().square().sum(-1)
         per_step = max(1, SCORES_PER_STEP // (group * length * len(queries)))
         for g in range(spec.num_key_value_heads):
             heads = slice(g * group, (g + 1) * group)
@@ -242,6 +253,10 @@ class SourceLayer:
                 total = attention[:, :, late:].sum(0)
                 total[..., 0] = 0
                 mass[heads] += sum_by_distance(total, int(queries[late]), stride)
+                if meter is not None and energy is not None:
+                    part_energy = energy[start : start + per_step]
+                    influence = meter.add(heads, x[start : start + per_step], queries, attention, part_energy)
+                    meter.mass[heads] += sum_by_distance(influence[:, late:], int(queries[late]), stride)
         return mass, squared
 
 

@@ -20,6 +20,7 @@ x          input of the attention, [N, T, D]
 θ_f        rotary frequency f, in radians per position
 Δ          i − j, distance from the key's position j to the query's position i
 φ_h(θ)     characteristic function Σ_Δ a_h(Δ) e^{−iθΔ} of the distances that head h attends to
+ψ(f, g)    φ(θ_f − θ_g) − φ(θ_f) conj(φ(θ_g)): covariance of two rotations over the distances
 κ          complex keys [G, p, D]: rotary pair f of a key head as one complex map of x
 s          d_r/2, rotary slots of the shared rotary key; as an index, one slot
 z          complex rotary channels [s, D]: the maps of x that the shared rotary key stores
@@ -34,6 +35,7 @@ Steps, in the order of a conversion:
 rope                 RoPE as complex multiplication; layouts of rotary rows; matching of frequencies
 spectrum             energies of one layer before any reduction, for ``transmla inspect``
 concentrate          the rotary channels z: the principal components of the keys of each frequency
+choose_slots         the same channels and their frequencies, chosen for each layer from its statistics
 phase                the calibrated phase φ: the best constant in place of a rotation
 linalg               low-rank approximation in the metric C: the latent and its read-out
 readout              W_UK and the rotary queries of all heads, by one joint least-squares solve

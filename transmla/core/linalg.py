@@ -7,6 +7,9 @@ from torch import Tensor
 
 from transmla.artifacts import LayerWeights
 
+# Alternating steps of ``latent_of_two``.
+ALTERNATIONS = 15
+
 
 def regularise(moment: Tensor, relative: float = 1e-6) -> Tensor:
     """Return ``moment`` [..., n, n] plus ``relative`` times its mean diagonal on the diagonal.
@@ -46,6 +49,39 @@ def latent_basis(target: Tensor, moment: Tensor, rank: int) -> Tensor:
     _, vectors = torch.linalg.eigh(gram)
     basis: Tensor = vectors.flip(-1)[:, :rank].mT @ inverse
     return basis
+
+
+def latent_of_two(first: Tensor, second: Tensor, moments: tuple[Tensor, Tensor], rank: int) -> Tensor:
+    """Return the projection W_c [rank, D] of a latent for two targets, each in the metric of its own data.
+
+    Minimises ‖(T₁ − B₁·W_c) C₁^{1/2}‖² + ‖(T₂ − B₂·W_c) C₂^{1/2}‖² over W_c, B₁ and B₂ by ALTERNATIONS alternating
+    steps. The minimum over W_c solves B₁ᵀB₁·W_c·C₁ + B₂ᵀB₂·W_c·C₂ = B₁ᵀT₁C₁ + B₂ᵀT₂C₂. This equation is diagonal in
+    the bases that diagonalise both C₁ and C₂, and both B₁ᵀB₁ and B₂ᵀB₂.
+
+    Args:
+        first: T₁ [n₁, D].
+        second: T₂ [n₂, D].
+        moments: C₁ and C₂ [D, D], positive definite.
+        rank: width of the latent.
+    """
+    # Start from the best latent in the mean metric, with each target's total energy unchanged.
+    scale = torch.stack([moment.diagonal().mean() for moment in moments])
+    mean = (moments[0] / scale[0] + moments[1] / scale[1]) / 2
+    latent = latent_basis(torch.cat([first * scale[0].sqrt(), second * scale[1].sqrt()]), mean, rank)
+    inputs, ratio = diagonalise(*moments)
+    for _ in range(ALTERNATIONS):
+        readouts = regress(first, latent, moments[0]), regress(second, latent, moments[1])
+        right = readouts[0].mT @ first @ moments[0] + readouts[1].mT @ second @ moments[1]
+        outputs, gain = diagonalise(*(regularise(readout.mT @ readout, 1e-9) for readout in readouts))
+        latent = outputs @ (outputs.mT @ right @ inputs / (gain[:, None] * ratio + 1)) @ inputs.mT
+    return latent
+
+
+def diagonalise(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return X [n, n] and λ [n] with XᵀaX = diag(λ) and XᵀbX = I, for symmetric ``a`` and positive definite ``b``."""
+    _, inverse = sqrtm_pair(b)
+    values, vectors = torch.linalg.eigh(inverse @ a @ inverse)
+    return inverse @ vectors, values
 
 
 def regress(target: Tensor, basis: Tensor, moment: Tensor) -> Tensor:

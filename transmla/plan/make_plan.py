@@ -11,7 +11,7 @@ from transmla.core.methods.base import Method, method_named
 from transmla.errors import TransmlaError
 from transmla.formats.base import Format, format_named, formats
 from transmla.plan.freqfold import choose_fold
-from transmla.plan.shape import choose_shape, export_dtype, full_rank
+from transmla.plan.shape import choose_shape, export_dtype, full_rank, measures_slots
 from transmla.recipe import Recipe
 
 AUTO = "auto"
@@ -158,7 +158,9 @@ def _plan_kind(
         latent_only = replace(shape, kv_lora_rank=rank, qk_rope_head_dim=NO_ROTARY_WIDTH, latent_rank=rank)
         return latent_only, RotaryPlan((0,), 1), dict(spec.rope_parameters)
     slots, rope_parameters = form.rotary(spec, kind, shape.qk_rope_head_dim, custom=recipe.custom_rope)
-    return shape, RotaryPlan(slots, choose_fold(recipe, method, slots, kind.rotary_pairs)), rope_parameters
+    measured = measures_slots(spec, recipe) and len(slots) < kind.rotary_pairs
+    fold = choose_fold(recipe, method, slots, kind.rotary_pairs)
+    return shape, RotaryPlan(slots, fold, measured), rope_parameters
 
 
 def _layer_notes(spec: AttentionSpec, kept: tuple[int, ...]) -> list[str]:

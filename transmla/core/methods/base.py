@@ -27,6 +27,7 @@ class Method:
         first_pass: for a method with two passes, a function that returns the layer after the first pass. A second
             copy of the hidden states runs through these layers, and ``factorize`` reads its second moment from
             ``stats.converted_moment``.
+        chooses_slots: whether the method can choose each layer's rotary slots from ``stats.sensitivity``.
         baseline: whether the method is for comparison only. Its factors are then not fitted by default.
     """
 
@@ -35,6 +36,7 @@ class Method:
     factorize: Callable[[LayerWeights, LayerStats, Plan], LayerFactors]
     freqfold: Callable[[int], int]
     first_pass: Callable[[LayerWeights, LayerStats, Plan], LayerFactors] | None = None
+    chooses_slots: bool = False
     baseline: bool = False
 
 
