@@ -17,6 +17,7 @@ from transmla.convert.pipeline import convert, output_folder
 from transmla.convert.prepare import Prepared, prepare
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
+from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace
 from transmla.heal.choose import Choice, choose_healing
 from transmla.heal.run import heal
@@ -50,11 +51,14 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
         return convert(recipe, resume=resume, reporter=report, prepared=prepared)
     unhealed = output.with_name(output.name + ".unhealed")
     if not (resume and _is_conversion_of(prepared, unhealed)):
-        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed)
+        pool = choice.settings["self_tokens"]
+        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool)
     settings = healing_settings(prepared, unhealed, output, choice)
+    # The weights of a GGUF source are in memory, and healing loads its own.
     del prepared
     gc.collect()
-    heal(settings, resume=resume, reporter=report)
+    fingerprint = Manifest.read(unhealed).source.fingerprint
+    heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint)
     shutil.rmtree(unhealed)
     return output
 

@@ -14,7 +14,7 @@ from transmla.recipe import Recipe
 from transmla.reporter import Reporter
 from transmla.source.device import pick_device
 from transmla.source.load import load_model
-from transmla.source.mixture import Part, interleave, openings, parts_of, read_rows
+from transmla.source.mixture import Part, beginnings, interleave, openings, parts_of, read_rows
 from transmla.source.open_source import Source, runs_in_bfloat16
 from transmla.source.samples import sampled_rows
 from transmla.source.text import SELF
@@ -104,7 +104,14 @@ def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report
 
 
 def calibration_tokens(
-    recipe: Recipe, source: Source, tokenizer: Any, calibration: CalibrationText, fingerprint: str, report: Reporter
+    recipe: Recipe,
+    source: Source,
+    tokenizer: Any,
+    calibration: CalibrationText,
+    fingerprint: str,
+    report: Reporter,
+    *,
+    pool: int = 0,
 ) -> Tensor:
     """Return the calibration tokens; samples of the source are drawn if the mixture holds ``self``.
 
@@ -115,6 +122,7 @@ def calibration_tokens(
         calibration: the texts.
         fingerprint: hash of the source's weights.
         report: receives the progress of sampling.
+        pool: tokens to sample at least, for a healing that follows.
 
     Returns:
         Token ids [sequences, length]. Every run of rows holds the parts in nearly their shares.
@@ -123,7 +131,7 @@ def calibration_tokens(
     if calibration.sampled:
         device = pick_device(recipe.device)
         dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
-        begin = openings(texts, tokenizer, seed=recipe.seed)
+        begin = openings(beginnings(calibration.parts, tokenizer), tokenizer, seed=recipe.seed)
         model = load_model(source.path, dtype=dtype).to(device)
         texts[SELF] = sampled_rows(
             model,
@@ -134,5 +142,6 @@ def calibration_tokens(
             seed=recipe.seed,
             fingerprint=fingerprint,
             report=report,
+            pool=pool,
         )
     return interleave(calibration.parts, texts, calibration.sequences)

@@ -47,6 +47,7 @@ def convert(
     calibration: Tensor | None = None,
     prepared: Prepared | None = None,
     folder: Path | None = None,
+    pool: int = 0,
 ) -> Path:
     """Convert ``recipe.source`` into the folder ``recipe.output``, without healing.
 
@@ -57,6 +58,7 @@ def convert(
         calibration: token ids [sequences, length] to use instead of the recipe's calibration text.
         prepared: the decisions about this recipe, if they were made before; None makes them.
         folder: folder to write instead of ``recipe.output``.
+        pool: tokens to sample at least if the calibration text holds samples, for a healing that follows.
 
     Returns:
         The folder of the export.
@@ -88,7 +90,7 @@ def convert(
         report.message(note)
     if tokens is None:
         assert text is not None
-        tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report)
+        tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
 
     with disk_errors(output):
         progress = workspace.open(_key(prepared, fingerprint, tokens))

@@ -13,12 +13,9 @@ from torch import Tensor
 from transmla.heal.checks import check_amount
 from transmla.heal.settings import Healing
 from transmla.reporter import Reporter
-from transmla.source.mixture import LONGEST_OPENING, Part, check_vocabulary, openings, parts_of, turns
+from transmla.source.mixture import Part, beginnings, check_vocabulary, openings, parts_of, turns
 from transmla.source.samples import sampled_rows
 from transmla.source.text import SELF, load_tokens, start_token
-
-# Openings that are taken from one text at most.
-MOST_BEGINNINGS = 2048
 
 
 class TokenStream:
@@ -182,7 +179,7 @@ def make_batches(
             tokens = sampled_rows(
                 teacher,
                 tokenizer,
-                openings(_beginnings(texts, bos), tokenizer, seed=settings.seed),
+                openings(beginnings(parts, tokenizer), tokenizer, seed=settings.seed),
                 rows=-(-settings.self_tokens // settings.length),
                 length=settings.length,
                 seed=settings.seed,
@@ -204,15 +201,3 @@ def make_batches(
             )
         )
     return Batches(streams, settings.batch)
-
-
-def _beginnings(texts: Mapping[str, Tensor], bos: int | None) -> dict[str, Tensor]:
-    """Return rows of every text that samples may continue, spread over the text."""
-    head = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
-    rows = {}
-    for name, tokens in texts.items():
-        width = min(len(tokens), 2 * LONGEST_OPENING)
-        cut = tokens[: len(tokens) // width * width].view(-1, width)
-        cut = cut[:: max(1, len(cut) // MOST_BEGINNINGS)][:MOST_BEGINNINGS]
-        rows[name] = torch.cat([head.expand(len(cut), -1), cut], 1)
-    return rows

@@ -8,17 +8,27 @@ from typing import Any
 import torch
 
 from transmla.artifacts import Plan
+from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.heal.settings import Healing
 from transmla.plan.estimate import parameters
 from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 
-# Tokens of the default healing. Halving them costs a tenth of the KL, doubling them wins less (docs/healing.md).
-TOKENS = 6_000_000
+# Tokens of the default healing of models up to LARGE weights; larger models get fewer, in proportion, so that a
+# healing takes minutes.
+TOKENS = 7_000_000
+LARGE = 2_000_000_000
+FEWEST_TOKENS = 1_000_000
+# Tokens that are sampled for the text `self`: an H200 samples them in half a minute from a model of 0.5B weights.
+SAMPLED_TOKENS = 1_000_000
+# Steps between two evaluations on held-out text. Each may copy the weights to the CPU.
+EVAL_EVERY = 100
 # Bytes per trained weight: the float32 weight, its gradient, and Adam's two moments.
 TRAINED_BYTES = 16
 # Share of the device's free memory that a healing may plan with; the allocator and kernels' workspaces need the rest.
 USABLE = 0.85
+# Most parts that a batch is computed in.
+MOST_PARTS = 8
 # Activation values per token, layer and unit of width that a backward pass keeps: residual stream, norms, projections,
 # attention and MLP.
 ACTIVATIONS = 34
@@ -55,14 +65,18 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
     if recipe.heal == HEAL_OFF:
         return Choice(None, "")
     if recipe.heal == HEAL_AUTO and device.type != "cuda":
-        return Choice(None, f"not healed, which takes a GPU to be quick; --heal MINUTES, or later: {HOW}")
+        return Choice(
+            None, f"not healed, for want of a GPU: --heal MINUTES heals on a CPU, and later {HOW}"
+        )
+    if recipe.heal == HEAL_AUTO and method_named(recipe.method).baseline:
+        return Choice(None, f"not healed: method {recipe.method} is a baseline; --heal MINUTES heals it")
     for trainable in ("all", "attention", "lora"):
         if trainable == "all" and plan.spec.experts:
             continue
-        for parts in (1, 2, 4, 8):
+        for parts in (1, 2, 4, MOST_PARTS):
             if memory_bytes(plan, trainable, parts) <= USABLE * free:
-                return _chosen(recipe, trainable, parts)
-    least = memory_bytes(plan, "lora", 8)
+                return _chosen(recipe, plan, trainable, parts)
+    least = memory_bytes(plan, "lora", MOST_PARTS)
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
@@ -70,11 +84,18 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
     )
 
 
-def _chosen(recipe: Recipe, trainable: str, parts: int) -> Choice:
-    settings: dict[str, Any] = {"trainable": trainable, "accumulate": parts, "checkpointing": parts == 8}
+def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
+    settings: dict[str, Any] = {
+        "trainable": trainable,
+        "accumulate": parts,
+        "checkpointing": parts == MOST_PARTS,
+        "self_tokens": SAMPLED_TOKENS,
+        "eval_every": EVAL_EVERY,
+    }
     if recipe.heal == HEAL_AUTO:
-        settings["max_tokens"] = TOKENS
-        amount = f"{TOKENS / 1e6:.0f} million tokens"
+        tokens = max(FEWEST_TOKENS, round(TOKENS * min(1.0, LARGE / parameters(plan))))
+        settings["max_tokens"] = tokens
+        amount = f"{tokens / 1e6:.0f} million tokens"
     else:
         settings["max_minutes"] = recipe.heal
         amount = f"{recipe.heal:g} minutes"
@@ -88,7 +109,7 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
     Args:
         plan: plan of the export.
         trainable: ``all``, ``attention`` or ``lora``.
-        parts: parts that a batch is computed in; 8 parts also recompute activations.
+        parts: parts that a batch is computed in; with MOST_PARTS, activations are recomputed.
     """
     spec, fields = plan.spec, Healing.model_fields
     weights = parameters(plan)
@@ -98,7 +119,7 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
     tokens = fields["batch"].default * fields["length"].default // parts
     # In bfloat16. The MLP's inner width counts three times: gate, up and their product.
     values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
-    kept = spec.hidden_size if parts == 8 else values
+    kept = spec.hidden_size if parts == MOST_PARTS else values
     activations = 2 * tokens * (spec.num_hidden_layers * kept + values)
     logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
     return 4 * weights + (TRAINED_BYTES - 4) * trained + teacher + activations + logits

@@ -47,7 +47,12 @@ MINUTES_WORTH_COMPILING = 3
 
 
 def heal(
-    settings: Healing, *, resume: bool = False, reporter: Reporter | None = None, accelerator: Accelerator | None = None
+    settings: Healing,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    accelerator: Accelerator | None = None,
+    teacher_fingerprint: str | None = None,
 ) -> Path:
     """Heal the export ``settings.student`` into the new folder ``settings.output``.
 
@@ -58,6 +63,7 @@ def heal(
         resume: whether to continue the run that ``OUTPUT.partial`` holds.
         reporter: receives the progress in the first process; None: no reports.
         accelerator: replaces the accelerator that ``settings`` would make.
+        teacher_fingerprint: hash of the teacher's weights, if it was computed before; None computes it.
 
     Returns:
         The new folder.
@@ -80,7 +86,7 @@ def heal(
     if settings.track:
         accelerator.init_trackers("transmla", config=_tracker_config(settings))
     with disk_errors(output):
-        learned = _train(settings, manifest, workspace, accelerator, report)
+        learned = _train(settings, manifest, workspace, accelerator, report, teacher_fingerprint)
         gc.collect()
         torch.cuda.empty_cache()
         if accelerator.is_main_process:
@@ -106,7 +112,14 @@ class Learned:
     batches: Batches
 
 
-def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelerator: Any, report: Reporter) -> Learned:
+def _train(
+    settings: Healing,
+    manifest: Manifest,
+    workspace: Workspace,
+    accelerator: Any,
+    report: Reporter,
+    fingerprint: str | None,
+) -> Learned:
     """Load models and texts, and train the student.
 
     Models and optimiser are freed on return, because writing the export needs the memory.
@@ -116,7 +129,7 @@ def _train(settings: Healing, manifest: Manifest, workspace: Workspace, accelera
     check_tokenizers(load_tokenizer(Path(settings.student).expanduser()), tokenizer)
     with accelerator.main_process_first():
         parts, texts = read_texts(settings, tokenizer, report)
-    fingerprint = _teacher_fingerprint(teacher_path, report)
+    fingerprint = fingerprint or _teacher_fingerprint(teacher_path, report)
     model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
         batches = make_batches(settings, parts, texts, tokenizer, teacher, fingerprint, report)

@@ -20,7 +20,16 @@ from transmla.errors import TransmlaError
 from transmla.reporter import Reporter
 from transmla.shares import shares
 from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
-from transmla.source.text import AUTO, SELF, load_blocks, start_token, text_options
+from transmla.source.text import (
+    AUTO,
+    SELF,
+    SPREAD,
+    load_blocks,
+    load_tokens,
+    start_token,
+    text_options,
+    text_start,
+)
 from transmla.source.texts.hub import hub_is_reachable
 
 # The chats of the default mixture.
@@ -41,6 +50,8 @@ WITH_HUB = (
 WITHOUT_HUB = ("self:0.6", "stdlib", "packages", "pydoc:0.05")
 # Tokens of a text that a sample continues, at least and at most.
 SHORTEST_OPENING, LONGEST_OPENING = 8, 64
+# Rows of one text that samples may continue.
+MOST_BEGINNINGS = 256
 # Fewest bytes per token at which a tokenizer serves a language. Byte by byte it would be 1.
 SERVED = 2.0
 
@@ -170,6 +181,26 @@ def interleave(parts: Sequence[Part], texts: Mapping[str, Tensor], sequences: in
     """Return the rows [sequences, length] of the mixture, in the order of ``order``."""
     rows = {name: iter(text) for name, text in texts.items()}
     return torch.stack([next(rows[parts[index].name]) for index in order(parts, sequences)])
+
+
+def beginnings(parts: Sequence[Part], tokenizer: Any) -> dict[str, Tensor]:
+    """Return rows of every text but ``self`` for samples to continue, spread over the text.
+
+    The rows depend on the mixture alone, so a conversion and the healing after it can share their samples.
+
+    Returns:
+        Token ids [rows, tokens] by name. Rows start with BOS where the tokenizer starts texts with it.
+    """
+    head = torch.tensor(text_start(tokenizer), dtype=torch.int64)
+    width, rows = 2 * LONGEST_OPENING, dict[str, Tensor]()
+    for part in parts:
+        if part.name != SELF:
+            limit = MOST_BEGINNINGS * SPREAD * width
+            tokens = load_tokens(part.name, tokenizer, limit=limit, split=part.split, column=part.column)[len(head) :]
+            cut = tokens[: max(1, len(tokens) // width) * width].view(-1, min(width, len(tokens)))
+            cut = cut[:: max(1, len(cut) // MOST_BEGINNINGS)][:MOST_BEGINNINGS]
+            rows[part.name] = torch.cat([head.expand(len(cut), -1), cut], 1)
+    return rows
 
 
 def openings(texts: Mapping[str, Tensor], tokenizer: Any, *, seed: int) -> list[list[int]]:

@@ -39,6 +39,7 @@ def sampled_rows(
     seed: int,
     fingerprint: str,
     report: Reporter,
+    pool: int = 0,
 ) -> Tensor:
     """Return rows [rows, length] of samples without repetitive ones.
 
@@ -53,6 +54,7 @@ def sampled_rows(
         seed: seed of the samples.
         fingerprint: hash of the model's weights.
         report: receives the progress.
+        pool: tokens to sample at least. A later call with ``rows`` for this many tokens then finds them in the cache.
     """
     from safetensors.torch import load_file
 
@@ -60,7 +62,8 @@ def sampled_rows(
     # A tokenizer may have more tokens than the model, for example in its chat template.
     vocabulary = model.config.get_text_config().vocab_size
     openings = [opening for opening in openings if max(opening) < vocabulary]
-    count = rows * -(-length // size)
+    needed = rows * -(-length // size)
+    count = max(needed, -(-pool // size))
     batch = _batch(model, size)
     drawn = count + max(1, round(SPARE * count))
     device = model.device.type
@@ -84,7 +87,7 @@ def sampled_rows(
         samples = without_repetition(tokens, count)
         if file is not None:
             write_tensors(file, {"tokens": samples})
-    return samples.view(rows, -1)[:, :length].contiguous()
+    return samples[:needed].view(rows, -1)[:, :length].contiguous()
 
 
 def _cache_file(digest: str) -> Path | None:

@@ -1,0 +1,190 @@
+"""Conversion and healing as one run: what is chosen, what is written, and a run killed in either part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.interrupted import files
+from helpers.tiny_sources import SMALL_HEALING
+
+from transmla import workflow
+from transmla.convert.prepare import prepare
+from transmla.errors import TransmlaError
+from transmla.evaluate.verify import verify
+from transmla.heal import choose
+from transmla.heal import loop as loops
+from transmla.heal.choose import Choice, choose_healing
+from transmla.recipe import Recipe, parse_recipe
+from transmla.reporter import Silent
+from transmla.workflow import convert_and_heal
+
+MakeRecipe = Callable[..., Recipe]
+TOKENS = SMALL_HEALING["max_tokens"]
+
+
+class Log(Silent):
+    """Keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.stages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append(name)
+
+
+@pytest.fixture
+def recipe(make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe whose conversion ends with a healing of some steps."""
+    settings = {name: value for name, value in SMALL_HEALING.items() if name not in ("data", "split")}
+    chosen = Choice(settings | {"self_tokens": 32 * 12}, "ends with a healing")
+    monkeypatch.setattr(workflow, "choice_for", lambda _: chosen)
+    return make_recipe(make_source(num_hidden_layers=3), calibration={"source": ["pydoc", "self"]})
+
+
+def without_times(folder: Path) -> dict[str, bytes]:
+    """The files of an export that hold no times."""
+    timed = ("transmla.json", "README.md", "healing.png", "verification.json")
+    return {name: content for name, content in files(folder).items() if name not in timed}
+
+
+def test_the_export_is_the_healed_one(recipe: Recipe) -> None:
+    log = Log()
+    folder = convert_and_heal(recipe, reporter=log)
+    assert folder == Path(recipe.output)
+    assert log.messages[0] == "ends with a healing"
+    assert log.stages.index("converting layers") < log.stages.index("healing")
+    manifest = json.loads((folder / "transmla.json").read_text())
+    record = manifest["healing"][-1]
+    assert record["held_out_kl"]["after"] <= record["held_out_kl"]["before"]
+    assert record["settings"]["data"] == ["pydoc", "self"]
+    assert "After the conversion, the model was distilled" in (folder / "README.md").read_text()
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(folder.name)] == [folder.name]
+    assert all(check.passed for check in verify(folder, source=recipe.source))
+
+
+@pytest.mark.parametrize("where", ["converting", "between", "healing"])
+def test_a_killed_run_resumes_to_the_same_weights(
+    where: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = convert_and_heal(recipe.model_copy(update={"output": str(tmp_path / "whole")}))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = {
+        "converting": ("transmla.convert.layers.LayerConverter.convert", killed),
+        "between": ("transmla.workflow.heal", killed),
+        "healing": ("transmla.heal.loop.Loop._step", killed),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target)
+        with pytest.raises(KeyboardInterrupt):
+            convert_and_heal(recipe)
+    if where != "between":
+        with pytest.raises(TransmlaError, match="--resume"):
+            convert_and_heal(recipe)
+    with monkeypatch.context() as patch:
+        if where == "healing":  # the conversion is not repeated
+            patch.setattr("transmla.workflow.convert", killed)
+        resumed = convert_and_heal(recipe, resume=True)
+    weights = {name for name in files(expected) if name.endswith(".safetensors")}
+    assert weights
+    assert all(files(resumed)[name] == files(expected)[name] for name in weights)
+
+
+def test_a_resumed_run_refuses_the_conversion_of_another_recipe(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loops.Loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_and_heal(recipe)
+    with pytest.raises(TransmlaError, match=r"unhealed' was converted with other settings"):
+        convert_and_heal(recipe.model_copy(update={"seed": 1}), resume=True)
+
+
+def test_off_only_converts(make_source: Callable[..., Path], make_recipe: MakeRecipe) -> None:
+    log = Log()
+    folder = convert_and_heal(make_recipe(make_source(), heal="off"), reporter=log)
+    assert json.loads((folder / "transmla.json").read_text())["healing"] == []
+    assert not any("heal" in message for message in log.messages)
+
+
+def test_an_output_in_the_way_is_refused_before_anything_is_opened(
+    make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(make_source())
+    Path(recipe.output).mkdir()
+    (Path(recipe.output) / "file").touch()
+    monkeypatch.setattr(workflow, "prepare", None)
+    with pytest.raises(TransmlaError, match="is not empty"):
+        convert_and_heal(recipe)
+
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("heal", "device", "gigabytes", "says"),
+    [
+        ("off", GPU, 80, ""),
+        ("auto", CPU, 80, "not healed, for want of a GPU"),
+        ("auto", GPU, 80, "ends with a healing of 7 million tokens, all weights"),
+        (2.5, CPU, 80, "ends with a healing of 2.5 minutes, all weights"),
+        ("auto", GPU, 0, "not healed: that needs"),
+    ],
+)
+def test_the_choice_by_request_device_and_memory(
+    heal: Any,
+    device: torch.device,
+    gigabytes: int,
+    says: str,
+    make_source: Callable[..., Path],
+    make_recipe: MakeRecipe,
+) -> None:
+    prepared = prepare(make_recipe(make_source(), heal=heal))
+    choice = choose_healing(prepared.recipe, prepared.plan, device, gigabytes * 10**9)
+    assert choice.reason.startswith(says) if says else choice.reason == ""
+    assert (choice.settings is None) == (not says.startswith("ends"))
+
+
+def test_less_memory_means_more_parts_then_fewer_weights_then_none(
+    make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(make_recipe(make_source()))
+    # The shape of Llama-3.1-8B at 512 + 64.
+    monkeypatch.setattr(choose, "parameters", lambda _: 8_000_000_000)
+    spec = replace(
+        prepared.plan.spec, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256
+    )
+    plan = replace(prepared.plan, spec=spec)
+    monkeypatch.setattr("transmla.formats.native.FORMAT.__class__.attention_parameters", lambda *_: 40_000_000)
+    found = {}
+    for gigabytes in (400, 200, 141, 80, 40):
+        settings = choose_healing(prepared.recipe, plan, GPU, gigabytes * 10**9).settings
+        found[gigabytes] = settings and (settings["trainable"], settings["accumulate"], settings["max_tokens"])
+    assert [found[g] and found[g][0] for g in found] == ["all", "all", "attention", "lora", None]
+    assert found[400][1] <= found[200][1]
+    assert found[400][2] == 1_750_000
+
+
+@pytest.mark.parametrize(
+    ("heal", "says"), [("maybe", "heal"), (0, "greater than 0"), (-1, "greater than 0"), ("nan", "heal")]
+)
+def test_bad_requests_are_one_line(heal: Any, says: str) -> None:
+    with pytest.raises(TransmlaError, match=says):
+        parse_recipe({"source": "a", "output": "b", "heal": heal}, "test")
+
+
+def test_yaml_reads_off_as_false() -> None:
+    assert parse_recipe({"source": "a", "output": "b", "heal": False}, "test").heal == "off"
