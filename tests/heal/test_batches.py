@@ -106,8 +106,10 @@ def test_mixtures_are_read_in_their_shares(tokenizer: PreTrainedTokenizerFast, m
     mixed = make_batches(chosen, parts, read, tokenizer, teacher, "teacher", Silent())
     assert (sampled["rows"], sampled["length"]) == (100, 8)
     assert all(tokens[0] == BOS for tokens in sampled["begin"])
-    joined = ["".join(named_texts()[name].pieces("train")).encode() for name in read]
-    real = [any(bytes(tokens[1:]) in text for text in joined) for tokens in sampled["begin"][1::2]]
+    joined = ["".join(named_texts()[name].pieces("train")) for name in read]
+    # A cut may split a character of several bytes.
+    begun = [tokenizer.decode(tokens[1:]).strip("\ufffd") for tokens in sampled["begin"][1::2]]
+    real = [any(text in whole for whole in joined) for text in begun]
     assert all(real)
     first = torch.cat([mixed[step] for step in range(10)])
     assert (first == 9).all(1).sum() == 20
