@@ -65,9 +65,7 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
     if recipe.heal == HEAL_OFF:
         return Choice(None, "")
     if recipe.heal == HEAL_AUTO and device.type != "cuda":
-        return Choice(
-            None, f"not healed, for want of a GPU: --heal MINUTES heals on a CPU, and later {HOW}"
-        )
+        return Choice(None, f"not healed, for want of a GPU: --heal MINUTES heals on a CPU, and later {HOW}")
     if recipe.heal == HEAL_AUTO and method_named(recipe.method).baseline:
         return Choice(None, f"not healed: method {recipe.method} is a baseline; --heal MINUTES heals it")
     for trainable in ("all", "attention", "lora"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import pickle
 import zipfile
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.source.load import load_model
+from transmla.source.gguf import gguf_tensors, load_gguf
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -88,7 +87,8 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
             another dtype than float32, float16 or bfloat16, or if the weights are pickled and ``allow_pickle`` is off.
     """
     if path.is_file() and path.suffix == ".gguf":
-        return _open_gguf(path)
+        model = load_gguf(path)
+        return _in_memory(path.parent, gguf_tensors(model), path.name)
     if not (path / "config.json").is_file():
         raise TransmlaError(
             f"no config.json in '{path}'",
@@ -188,45 +188,3 @@ def _in_memory(folder: Path, tensors: Mapping[str, Tensor], gguf: str | None = N
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     return Checkpoint(folder, shapes, tensors.__getitem__, size=size, gguf=gguf)
-
-
-def _open_gguf(path: Path) -> Checkpoint:
-    if importlib.util.find_spec("gguf") is None:
-        raise TransmlaError(
-            "reading a GGUF file needs the 'gguf' package",
-            limit="it is not installed",
-            remedy='pip install "transmla[demo]"',
-        )
-    try:
-        _refuse_lost_scaling(path)
-        model = load_model(path, dtype=torch.bfloat16)
-    except TransmlaError:
-        raise
-    except Exception as error:  # the libraries that parse GGUF raise many types for a damaged file
-        raise TransmlaError(
-            f"'{path.name}' cannot be read as GGUF",
-            limit=f"{type(error).__name__}: {error}",
-            remedy="download it again",
-        ) from error
-    tied = model.config.tie_word_embeddings
-    tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
-    return _in_memory(path.parent, tensors, path.name)
-
-
-def _refuse_lost_scaling(path: Path) -> None:
-    """Refuse a GGUF file with RoPE scaling. transformers ignores the scaling, which silently changes the model.
-
-    Raises:
-        TransmlaError: if the file scales its rotary frequencies.
-    """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
-    kind = "none" if scaling is None else str(scaling.contents())
-    if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        raise TransmlaError(
-            f"'{path.name}' scales its rotary frequencies",
-            limit="transformers ignores the RoPE scaling in a GGUF file",
-            remedy="convert the original checkpoint folder",
-        )

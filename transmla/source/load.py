@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,19 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         TransmlaError: if the tokenizer is missing or unreadable.
     """
+    from transformers import AutoTokenizer
+
     folder, extra = split_gguf(path)
     # Without the registered classes, transformers would ask for trust_remote_code when ``folder`` is an export.
     register()
     try:
-        return _gguf_tokenizer(path) if extra else _tokenizer(folder)
+        return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TransmlaError(
             f"no tokenizer in '{folder}'",
             limit="calibration, evaluation and the export itself need one",
             remedy="add tokenizer.json and tokenizer_config.json to that folder",
         ) from error
-
-
-def _tokenizer(folder: Path, **extra: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, **extra)
-
-
-@lru_cache(maxsize=2)
-def _gguf_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a GGUF file, once: rebuilding it from the file's metadata takes many seconds."""
-    folder, extra = split_gguf(path)
-    return _tokenizer(folder, **extra)
 
 
 def load_config(path: Path) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from transmla.errors import TransmlaError
+from transmla.source.gguf import unpacked
 
 # Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
@@ -14,7 +15,7 @@ _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidate
 def resolve_source(
     source: str, *, revision: str | None = None, weights: bool = True, allow_pickle: bool = False
 ) -> Path:
-    """Return a local path for a source. A Hub model is downloaded into the Hub's cache.
+    """Return a local path for a source. A Hub model is downloaded into the Hub's cache, a GGUF file unpacked there.
 
     Args:
         source: a local path, a Hub id such as org/name, or ``package:NAME/FILE`` for a data file inside an installed
@@ -24,13 +25,14 @@ def resolve_source(
         allow_pickle: whether to download pickled weights too.
 
     Raises:
-        TransmlaError: if there is no such source, or if the Hub refuses the download or cannot be reached.
+        TransmlaError: if there is no such source, if a GGUF file cannot be read, or if the Hub refuses the download or
+            cannot be reached.
     """
     if source.startswith("package:"):
-        return _package_file(source.removeprefix("package:"))
+        return _unpacked(_package_file(source.removeprefix("package:")))
     path = Path(source).expanduser()
     if path.exists():
-        return path
+        return _unpacked(path)
     if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise TransmlaError(
             f"source '{source}' does not exist",
@@ -38,6 +40,10 @@ def resolve_source(
             remedy="check the path",
         )
     return _download(source, revision, weights=weights, allow_pickle=allow_pickle)
+
+
+def _unpacked(path: Path) -> Path:
+    return unpacked(path) if path.suffix == ".gguf" and path.is_file() else path
 
 
 def _package_file(reference: str) -> Path:
