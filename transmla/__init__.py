@@ -5,7 +5,8 @@ them is one plug-in that is found by its presence.
 
     recipe.py     all settings of a conversion, typed; the command line makes its flags from them
     artifacts.py  the frozen values that the stages hand to each other: spec, plan, weights, statistics, factors
-    source/       read a checkpoint: find it, check it, describe its attention; read or sample text
+    source/       read a checkpoint: find it, check it, describe its attention; mix and sample text
+                  source/texts/ is a SHELF of named texts
     families/     SHELF: one file a model family (what a Qwen3 needs)
     plan/         decide before a weight is read: format, widths, rotary slots, fit, cost
     core/         the mathematics, one layer at a time; core/methods/ is a SHELF of conversion methods
@@ -16,8 +17,11 @@ them is one plug-in that is found by its presence.
     runtime/      transmla.load: the latent cache, attention over it, shared prefixes
     kernels/      SHELF: decode kernels
     heal/         distillation from the source: settings, learning rates, losses, loop
-    evaluate/     perplexity and KL, verification, speed
+    evaluate/     perplexity and KL, tasks, retrieval, verification, speed
+    workflow.py   one run from a source to a healed export
     cli/          the command line
+    shares.py     NAME:WEIGHT entries of a mixture of texts
+    files.py      write files that are whole or absent
     errors.py     the one error a user reads: what is wrong, the limit, the remedy
     registry.py   finds the plug-ins on a shelf
     reporter.py   how long work reports its progress

@@ -2,9 +2,10 @@
 
 pipeline            ``convert``: run a conversion from end to end, and resume one that was interrupted
 prepare             decide everything from the recipe before a weight is read
-calibration_text    load or sample the calibration tokens
+calibration_text    read the mixture of texts, sample the model, check lengths
 layers              convert one decoder layer after the other
 source_layer        run one source layer over the calibration text, and measure its statistics
+sensitivity_meter   how much an error on each key and value changes the attention's output
 eps_correction      the factor on a norm's weight that corrects for a changed eps
 streams             the hidden states that are carried from layer to layer
 factorize           factor a layer's weights in closed form

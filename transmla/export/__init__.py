@@ -1,6 +1,5 @@
 """Write an export: its files, its manifest and its model card; and push it to the Hub.
 
-- ``files``: write single files atomically.
 - ``workspace``: the folder ``OUTPUT.partial`` of an unfinished conversion, from which a killed run resumes.
 - ``manifest``: read and write the manifest ``transmla.json``.
 - ``hashes``: names, hashes and fingerprint of an export's files; index of the shards.

@@ -3,7 +3,7 @@
 The student (an export) learns the teacher's next-token distributions (Hinton et al. 2015, arXiv 1503.02531).
 
 - ``run.py``: ``heal``, one run from start to finish.
-- ``settings.py``: the options of a run.
+- ``settings.py``: the options of a run. ``choose.py``: the healing that ends a conversion, by device and memory.
 - ``checks.py``: input checks that run before anything is written.
 - ``batches.py``: training and held-out texts; each batch depends only on the step number.
 - ``natural_coordinates.py``: the coordinates that healing trains in.
