@@ -45,14 +45,13 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     Workspace(output, shards=0).refuse_overwrite(resume=resume)
     prepared = prepare(recipe)
     choice = choice_for(prepared)
-    if choice.reason:
-        report.message(choice.reason)
+    notes = (choice.reason,) if choice.reason else ()
     if choice.settings is None:
-        return convert(recipe, resume=resume, reporter=report, prepared=prepared)
+        return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
     unhealed = output.with_name(output.name + ".unhealed")
     if not (resume and _is_conversion_of(prepared, unhealed)):
         pool = choice.settings["self_tokens"]
-        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool)
+        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
     settings = healing_settings(prepared, unhealed, output, choice)
     # The weights of a GGUF source are in memory, and healing loads its own.
     del prepared

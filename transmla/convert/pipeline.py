@@ -48,6 +48,7 @@ def convert(
     prepared: Prepared | None = None,
     folder: Path | None = None,
     pool: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> Path:
     """Convert ``recipe.source`` into the folder ``recipe.output``, without healing.
 
@@ -59,6 +60,7 @@ def convert(
         prepared: the decisions about this recipe, if they were made before; None makes them.
         folder: folder to write instead of ``recipe.output``.
         pool: tokens to sample at least if the calibration text holds samples, for a healing that follows.
+        notes: further lines for the user, reported once all input is checked.
 
     Returns:
         The folder of the export.
@@ -86,7 +88,7 @@ def convert(
         text = read_calibration(recipe, source.spec, tokenizer, report)
     report.stage("checking weights", len(source.checkpoint.shapes))
     fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
-    for note in prepared.plan.notes:
+    for note in (*prepared.plan.notes, *notes):
         report.message(note)
     if tokens is None:
         assert text is not None
