@@ -25,7 +25,7 @@ from transmla.reporter import Silent
 from transmla.workflow import convert_and_heal
 
 MakeRecipe = Callable[..., Recipe]
-TOKENS = SMALL_HEALING["max_tokens"]
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 class Log(Silent):
@@ -90,9 +90,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
         patch.setattr(*target)
         with pytest.raises(KeyboardInterrupt):
             convert_and_heal(recipe)
-    if where != "between":
-        with pytest.raises(TransmlaError, match="--resume"):
-            convert_and_heal(recipe)
+    with pytest.raises(TransmlaError, match="--resume"):
+        convert_and_heal(recipe)
     with monkeypatch.context() as patch:
         if where == "healing":  # the conversion is not repeated
             patch.setattr("transmla.workflow.convert", killed)
@@ -120,6 +119,40 @@ def test_off_only_converts(make_source: Callable[..., Path], make_recipe: MakeRe
     assert not any("heal" in message for message in log.messages)
 
 
+@pytest.mark.parametrize(("heal", "healed"), [("auto", False), (0.02, None)])
+def test_texts_of_the_healing_are_checked_before_the_conversion(
+    heal: Any,
+    healed: bool | None,
+    make_source: Callable[..., Path],
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A text too short for the default healing means no healing; for one that was asked for, a refusal."""
+    chosen = Choice({"length": 32, "held_out": 4000, "self_tokens": 1000}, "ends with a healing")
+    monkeypatch.setattr(workflow, "choice_for", lambda _: chosen)
+    recipe, log = make_recipe(make_source(), heal=heal), Log()
+    if healed is None:
+        monkeypatch.setattr(workflow, "convert", None)
+        with pytest.raises(TransmlaError, match="too few"):
+            convert_and_heal(recipe, reporter=log)
+        return
+    folder = convert_and_heal(recipe, reporter=log)
+    assert json.loads((folder / "transmla.json").read_text())["healing"] == []
+    assert any(message.startswith("not healed: ") and "too few" in message for message in log.messages)
+
+
+def test_low_rank_updates_need_peft(
+    make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(make_recipe(make_source()))
+    needed = choose.memory_bytes(prepared.plan, "lora", choose.MOST_PARTS) / choose.USABLE + 1
+    chosen = choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings
+    assert chosen is not None
+    assert chosen["trainable"] == "lora"
+    monkeypatch.setattr(choose, "find_spec", lambda _: None)
+    assert choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings is None
+
+
 def test_an_output_in_the_way_is_refused_before_anything_is_opened(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,9 +162,6 @@ def test_an_output_in_the_way_is_refused_before_anything_is_opened(
     monkeypatch.setattr(workflow, "prepare", None)
     with pytest.raises(TransmlaError, match="is not empty"):
         convert_and_heal(recipe)
-
-
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +209,8 @@ def test_less_memory_means_more_parts_then_fewer_weights_then_none(
 
 
 @pytest.mark.parametrize(
-    ("heal", "says"), [("maybe", "heal"), (0, "greater than 0"), (-1, "greater than 0"), ("nan", "heal")]
+    ("heal", "says"),
+    [("maybe", "heal"), (0, "greater than 0"), (-1, "greater than 0"), ("nan", "heal"), ("inf", "finite")],
 )
 def test_bad_requests_are_one_line(heal: Any, says: str) -> None:
     with pytest.raises(TransmlaError, match=says):

@@ -39,7 +39,8 @@ def _off(value: Any) -> Any:
 
 
 Reconstruct = Annotated[Literal["auto", "off", "fast", "full"], BeforeValidator(_off)]
-Heal = Annotated[Literal["auto", "off"] | PositiveFloat, BeforeValidator(_off)]
+Minutes = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+Heal = Annotated[Literal["auto", "off"] | Minutes, BeforeValidator(_off)]
 
 
 class Calibration(Strict):

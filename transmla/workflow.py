@@ -19,11 +19,13 @@ from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
 from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace
+from transmla.heal.batches import Texts, read_texts
 from transmla.heal.choose import Choice, choose_healing
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
-from transmla.recipe import Recipe, dump_recipe
+from transmla.recipe import HEAL_AUTO, Recipe, dump_recipe
 from transmla.reporter import Reporter, Silent
+from transmla.source.load import load_tokenizer
 
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -42,24 +44,53 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     """
     report = reporter or Silent()
     output = output_folder(recipe)
+    unhealed = output.with_name(output.name + ".unhealed")
     Workspace(output, shards=0).refuse_overwrite(resume=resume)
+    if unhealed.exists() and not resume:
+        raise TransmlaError(
+            f"an unfinished run is in '{unhealed}'",
+            limit="nothing is ever overwritten",
+            remedy="continue that run with --resume, or delete the folder",
+        )
     prepared = prepare(recipe)
     choice = choice_for(prepared)
-    notes = (choice.reason,) if choice.reason else ()
-    if choice.settings is None:
+    settings, texts, note = _open_healing(prepared, choice, unhealed, output)
+    notes = (note,) if note else ()
+    if settings is None:
         return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
-    unhealed = output.with_name(output.name + ".unhealed")
     if not (resume and _is_conversion_of(prepared, unhealed)):
-        pool = choice.settings["self_tokens"]
+        pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
-    settings = healing_settings(prepared, unhealed, output, choice)
     # The weights of a GGUF source are in memory, and healing loads its own.
     del prepared
     gc.collect()
     fingerprint = Manifest.read(unhealed).source.fingerprint
-    heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint)
+    heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint, texts=texts)
     shutil.rmtree(unhealed)
     return output
+
+
+def _open_healing(
+    prepared: Prepared, choice: Choice, unhealed: Path, output: Path
+) -> tuple[Healing | None, Texts | None, str]:
+    """Return the settings and the texts of the healing, and one line for the user.
+
+    The texts are read before the conversion, because a healing may need more text than the conversion. If there is too
+    little for the default healing, there is none.
+
+    Raises:
+        TransmlaError: if the recipe asks for minutes of healing, and the texts do not suffice.
+    """
+    if choice.settings is None:
+        return None, None, choice.reason
+    settings = healing_settings(prepared, unhealed, output, choice)
+    try:
+        texts = read_texts(settings, load_tokenizer(prepared.source.path), Silent())
+    except TransmlaError as error:
+        if prepared.recipe.heal != HEAL_AUTO:
+            raise
+        return None, None, f"not healed: {error}"
+    return settings, texts, choice.reason
 
 
 def choice_for(prepared: Prepared) -> Choice:

@@ -195,6 +195,29 @@ def test_degenerate_layers_stay_finite(damage: Callable[[dict[str, Tensor]], Non
     assert error <= held_out_error(case, case.closed_form()) * 1.0001
 
 
+def test_tokens_with_massive_activations_do_not_decide_the_fit() -> None:
+    """A token whose error no layer can mend leaves the fit of all others nearly as it is."""
+
+    def error_without_it(case: Case, factors: LayerFactors) -> float:
+        n = held_out(len(case.source))
+        source, converted = case.source[-n:], case.converted[-n:]
+        with torch.no_grad():
+            expected = case.layer.run(source, None, through_mlp=False)
+            actual = case.layer.run(converted, factors.to(torch.float32), through_mlp=False)
+        weight = 1 / expected.square().mean(-1, keepdim=True)
+        error, added = (((t**2) * weight)[:, :-1].sum() for t in (actual - expected, expected - source))
+        return float(error / added)
+
+    plain, massive = Case(), Case()
+    # Attention is causal, so no other token sees the last one.
+    massive.converted[:, -1, 0] += 1000
+    factors = plain.closed_form()
+    before = error_without_it(plain, factors)
+    gains = [before - error_without_it(case, case.fit(factors).factors[0]) for case in (plain, massive)]
+    assert gains[0] > 0
+    assert gains[1] > 0.7 * gains[0]
+
+
 def test_an_input_of_rank_one_stays_finite() -> None:
     case = Case()
     case.source = case.source[..., :1] * torch.ones(case.source.shape[-1])

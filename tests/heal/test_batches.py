@@ -99,11 +99,12 @@ def test_mixtures_are_read_in_their_shares(tokenizer: PreTrainedTokenizerFast, m
 
     monkeypatch.setattr(texts, "sampled_rows", sample)
     chosen = settings(data=("self:0.5", "pydoc:0.25", "stdlib:0.25"))
-    parts, read = read_texts(chosen, tokenizer, Silent())
+    texts_read = read_texts(chosen, tokenizer, Silent())
+    read = texts_read.tokens
     assert {name: len(tokens) for name, tokens in read.items()} == dict.fromkeys(("pydoc", "stdlib"), 1000 + 32 - 1)
     assert not any((tokens == BOS).any() for tokens in read.values())
     teacher = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=258)))
-    mixed = make_batches(chosen, parts, read, tokenizer, teacher, "teacher", Silent())
+    mixed = make_batches(chosen, texts_read, tokenizer, teacher, "teacher", Silent())
     assert (sampled["rows"], sampled["length"]) == (100, 8)
     assert all(tokens[0] == BOS for tokens in sampled["begin"])
     joined = ["".join(named_texts()[name].pieces("train")) for name in read]
@@ -116,7 +117,7 @@ def test_mixtures_are_read_in_their_shares(tokenizer: PreTrainedTokenizerFast, m
     assert (first[(first != 9).any(1)][:, 0] == BOS).all()
     small = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=9)))
     with pytest.raises(TransmlaError, match="the model's vocabulary has 9 entries"):
-        make_batches(chosen, parts, read, tokenizer, small, "teacher", Silent())
+        make_batches(chosen, texts_read, tokenizer, small, "teacher", Silent())
 
 
 @pytest.mark.parametrize(

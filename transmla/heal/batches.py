@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,16 +119,26 @@ class Batches:
         return torch.stack([text.held_out for text in self.texts], 1).flatten(0, 1)
 
 
-def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a healing, read before a model is loaded.
+
+    Attributes:
+        parts: the mixture.
+        tokens: token ids [N] of every part but ``self`` by name, without BOS.
+    """
+
+    parts: tuple[Part, ...]
+    tokens: dict[str, Tensor]
+
+
+def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> Texts:
     """Read all texts of ``settings`` but ``self``, before a model is loaded.
 
     Args:
         settings: names, shares and amounts of the texts.
         tokenizer: the teacher's tokenizer.
         report: receives the progress.
-
-    Returns:
-        The parts of the mixture, and the tokens [N] of each text by name, without BOS.
 
     Raises:
         TransmlaError: if a text cannot be read or is too short.
@@ -146,13 +156,12 @@ def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> tuple[tup
         check_amount(part.name, tokens.numel(), part.share, settings)
         texts[part.name] = tokens if bos is None else tokens[1:]
         report.advance(1, f"{len(tokens):,} tokens")
-    return parts, texts
+    return Texts(parts, texts)
 
 
 def make_batches(
     settings: Healing,
-    parts: Sequence[Part],
-    texts: Mapping[str, Tensor],
+    texts: Texts,
     tokenizer: Any,
     teacher: Any,
     fingerprint: str,
@@ -162,8 +171,7 @@ def make_batches(
 
     Args:
         settings: shares and amounts of the texts.
-        parts: the mixture.
-        texts: tokens of every part but ``self``, as ``read_texts`` returns them.
+        texts: the texts, as ``read_texts`` returns them.
         tokenizer: the teacher's tokenizer.
         teacher: the model that ``self`` is sampled from.
         fingerprint: hash of the teacher's weights, which identifies the cached samples.
@@ -174,12 +182,12 @@ def make_batches(
     """
     bos = start_token(tokenizer)
     streams = []
-    for part in parts:
+    for part in texts.parts:
         if part.name == SELF:
             tokens = sampled_rows(
                 teacher,
                 tokenizer,
-                openings(beginnings(parts, tokenizer), tokenizer, seed=settings.seed),
+                openings(beginnings(texts.parts, tokenizer), tokenizer, seed=settings.seed),
                 rows=-(-settings.self_tokens // settings.length),
                 length=settings.length,
                 seed=settings.seed,
@@ -187,7 +195,7 @@ def make_batches(
                 report=report,
             )
         else:
-            tokens = texts[part.name]
+            tokens = texts.tokens[part.name]
         check_vocabulary(part.name, tokens, teacher.config.get_text_config().vocab_size)
         streams.append(
             TokenStream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 TOKENS = 7_000_000
 LARGE = 2_000_000_000
 FEWEST_TOKENS = 1_000_000
-# Tokens that are sampled for the text `self`: an H200 samples them in half a minute from a model of 0.5B weights.
+# Tokens that are sampled for the text `self`: one H100 needs half a minute for them with a model of 0.5B weights.
 SAMPLED_TOKENS = 1_000_000
 # Steps between two evaluations on held-out text. Each may copy the weights to the CPU.
 EVAL_EVERY = 100
@@ -34,6 +35,8 @@ MOST_PARTS = 8
 ACTIVATIONS = 34
 # Bytes of the logits of one chunk and of their gradients (``losses.CHUNK_VALUES``).
 LOGITS_BYTES = 6 * 2**30
+# Passes over a text at most if minutes limit the healing, so that a short text is no reason to refuse one.
+MOST_EPOCHS = 1000
 HOW = "transmla heal OUTPUT --teacher SOURCE"
 
 
@@ -69,12 +72,12 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
     if recipe.heal == HEAL_AUTO and method_named(recipe.method).baseline:
         return Choice(None, f"not healed: method {recipe.method} is a baseline; --heal MINUTES heals it")
     for trainable in ("all", "attention", "lora"):
-        if trainable == "all" and plan.spec.experts:
+        if (trainable == "all" and plan.spec.experts) or (trainable == "lora" and not find_spec("peft")):
             continue
         for parts in (1, 2, 4, MOST_PARTS):
             if memory_bytes(plan, trainable, parts) <= USABLE * free:
                 return _chosen(recipe, plan, trainable, parts)
-    least = memory_bytes(plan, "lora", MOST_PARTS)
+    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS)
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
@@ -89,13 +92,14 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
         "checkpointing": parts == MOST_PARTS,
         "self_tokens": SAMPLED_TOKENS,
         "eval_every": EVAL_EVERY,
+        "length": min(Healing.model_fields["length"].default, plan.spec.max_position_embeddings),
     }
     if recipe.heal == HEAL_AUTO:
         tokens = max(FEWEST_TOKENS, round(TOKENS * min(1.0, LARGE / parameters(plan))))
         settings["max_tokens"] = tokens
         amount = f"{tokens / 1e6:.0f} million tokens"
     else:
-        settings["max_minutes"] = recipe.heal
+        settings |= {"max_minutes": recipe.heal, "max_epochs": MOST_EPOCHS}
         amount = f"{recipe.heal:g} minutes"
     what = {"all": "all weights", "attention": "the attention", "lora": "low-rank updates of the attention"}[trainable]
     return Choice(settings, f"ends with a healing of {amount}, {what} (--heal off leaves it out)")

@@ -18,7 +18,7 @@ from transmla.export.workspace import Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
-from transmla.heal.batches import Batches, make_batches, read_texts
+from transmla.heal.batches import Batches, Texts, make_batches, read_texts
 from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
@@ -53,6 +53,7 @@ def heal(
     reporter: Reporter | None = None,
     accelerator: Accelerator | None = None,
     teacher_fingerprint: str | None = None,
+    texts: Texts | None = None,
 ) -> Path:
     """Heal the export ``settings.student`` into the new folder ``settings.output``.
 
@@ -64,6 +65,7 @@ def heal(
         reporter: receives the progress in the first process; None: no reports.
         accelerator: replaces the accelerator that ``settings`` would make.
         teacher_fingerprint: hash of the teacher's weights, if it was computed before; None computes it.
+        texts: what ``read_texts`` returned for these settings, if it was called before; None reads the texts.
 
     Returns:
         The new folder.
@@ -86,7 +88,7 @@ def heal(
     if settings.track:
         accelerator.init_trackers("transmla", config=_tracker_config(settings))
     with disk_errors(output):
-        learned = _train(settings, manifest, workspace, accelerator, report, teacher_fingerprint)
+        learned = _train(settings, manifest, workspace, accelerator, report, teacher_fingerprint, texts)
         gc.collect()
         torch.cuda.empty_cache()
         if accelerator.is_main_process:
@@ -119,6 +121,7 @@ def _train(
     accelerator: Any,
     report: Reporter,
     fingerprint: str | None,
+    texts: Texts | None,
 ) -> Learned:
     """Load models and texts, and train the student.
 
@@ -128,11 +131,11 @@ def _train(
     tokenizer = load_tokenizer(teacher_path)
     check_tokenizers(load_tokenizer(Path(settings.student).expanduser()), tokenizer)
     with accelerator.main_process_first():
-        parts, texts = read_texts(settings, tokenizer, report)
+        texts = texts or read_texts(settings, tokenizer, report)
     fingerprint = fingerprint or _teacher_fingerprint(teacher_path, report)
     model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
-        batches = make_batches(settings, parts, texts, tokenizer, teacher, fingerprint, report)
+        batches = make_batches(settings, texts, tokenizer, teacher, fingerprint, report)
     text_fingerprint = batches.fingerprint()
     check_same_texts(text_fingerprint)
 
