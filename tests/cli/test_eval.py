@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.command_line import Run
 from helpers.tiny_sources import build_model, build_tokenizer
 
-from transmla import cli
 from transmla.cli import console
 from transmla.recipe import parse_recipe, read_recipe
 
-Run = Callable[..., tuple[int, str, str]]
 TEXTS = ["--text", "first.txt", "--text", "second.txt"]
 WINDOWS = ["--window", "48", "--max-windows", "3"]
 CONVERT = ["convert", "source", "-o", "out", "--reconstruct", "off", "--calibration", "first.txt"]
@@ -31,27 +28,6 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "first.txt").write_text("the cat sat on the mat and the dog sat on the log " * 30)
     (folder / "second.txt").write_text("a big red sun ran far and saw the mat " * 30)
     return folder
-
-
-@pytest.fixture
-def place(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("eval", "source", …)`` → (exit code, stdout, stderr), in this process."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["transmla", *argv])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 def test_one_table_has_a_row_per_text_and_the_mean(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from transmla.evaluate.compare import load_errors, load_named
-from transmla.modeling.transformers_api import register
 from transmla.runtime.load import accelerate, mla_layers
-from transmla.source.load import load_tokenizer, split_gguf
+from transmla.source.load import load_config, load_tokenizer
+from transmla.source.locate import resolve_source
+
+T = TypeVar("T")
 
 
 def context_of(path: Path) -> int | None:
@@ -23,12 +26,8 @@ def context_of(path: Path) -> int | None:
     Raises:
         TransmlaError: if the config cannot be read.
     """
-    from transformers import AutoConfig
-
-    register()
-    folder, extra = split_gguf(path)
     with load_errors(path):
-        config = AutoConfig.from_pretrained(folder, **extra).get_text_config()
+        config = load_config(path).get_text_config()
     context: int | None = getattr(config, "max_position_embeddings", None)
     return context
 
@@ -53,6 +52,37 @@ def open_model(path: Path, *, dtype: str, device: torch.device) -> tuple[Any, An
     if mla_layers(model):
         accelerate(model)
     return model, tokenizer
+
+
+def for_each_model(
+    model: str, baseline: str | None, *, dtype: str, device: torch.device, run: Callable[[Any, Any, str], T]
+) -> dict[str, T]:
+    """Run a measurement on a baseline and a model. Only one of them is in memory at a time.
+
+    Args:
+        model: folder, GGUF file or Hub name.
+        baseline: the same for the baseline, or None.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: device of the models.
+        run: the measurement; takes the model, its tokenizer and its role.
+
+    Returns:
+        The results by role: ``baseline``, if there is one, and ``model``.
+
+    Raises:
+        TransmlaError: if a model cannot be found or loaded.
+    """
+    # Both are found before one is loaded.
+    paths = {
+        role: resolve_source(name) for role, name in (("baseline", baseline), ("model", model)) if name is not None
+    }
+    results = {}
+    for role, path in paths.items():
+        loaded, tokenizer = open_model(path, dtype=dtype, device=device)
+        results[role] = run(loaded, tokenizer, role)
+        del loaded
+        free_memory()
+    return results
 
 
 def free_memory() -> None:

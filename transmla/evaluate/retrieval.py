@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transmla.errors import TransmlaError
-from transmla.evaluate.open_model import context_of, free_memory, open_model
+from transmla.evaluate.open_model import context_of, for_each_model
 from transmla.evaluate.retrieval_prompts import PAIRS, Prompt, PromptWriter
 from transmla.evaluate.settings import RetrievalSettings
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
@@ -193,14 +192,11 @@ def evaluate_retrieval(
         TransmlaError: if a model cannot be loaded, a length is too short for the pairs, or no length fits into memory.
     """
     started, torch_device = time.perf_counter(), pick_device(device)
-    paths: dict[str, Path] = {} if baseline is None else {"baseline": resolve_source(baseline)}
-    paths["model"] = resolve_source(model)
-    cells = {}
-    for role, path in paths.items():
-        loaded, tokenizer = open_model(path, dtype=dtype, device=torch_device)
-        cells[role] = tuple(find_keys(loaded, tokenizer, settings, lengths, name=role, reporter=reporter))
-        del loaded
-        free_memory()
+
+    def run(loaded: Any, tokenizer: Any, role: str) -> tuple[Cell, ...]:
+        return tuple(find_keys(loaded, tokenizer, settings, lengths, name=role, reporter=reporter))
+
+    cells = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run)
     if not all(cells.values()):
         raise TransmlaError(
             "no retrieval prompt fits into the device's memory",

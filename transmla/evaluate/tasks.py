@@ -13,11 +13,10 @@ from importlib.metadata import version
 from typing import Any
 
 from transmla.evaluate.harness import LoadedTasks, run_tasks
-from transmla.evaluate.open_model import free_memory, open_model
+from transmla.evaluate.open_model import for_each_model
 from transmla.evaluate.settings import TaskSettings
 from transmla.reporter import Reporter
 from transmla.source.device import pick_device
-from transmla.source.locate import resolve_source
 
 
 @dataclass(frozen=True)
@@ -106,13 +105,11 @@ def evaluate_tasks(
         TransmlaError: if a model cannot be loaded, or the harness fails.
     """
     started, torch_device = time.perf_counter(), pick_device(device)
-    paths = {"model": resolve_source(model)} | ({} if baseline is None else {"baseline": resolve_source(baseline)})
-    found: dict[str, Any] = {}
-    for role in sorted(paths):
-        loaded, tokenizer = open_model(paths[role], dtype=dtype, device=torch_device)
-        found[role] = run_tasks(loaded, tokenizer, tasks, settings, name=role, reporter=reporter)
-        del loaded
-        free_memory()
+
+    def run(loaded: Any, tokenizer: Any, role: str) -> dict[str, Any]:
+        return run_tasks(loaded, tokenizer, tasks, settings, name=role, reporter=reporter)
+
+    found = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run)
     results, reference = found["model"], found.get("baseline")
     return TaskScores(
         model=model,
