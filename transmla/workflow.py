@@ -19,7 +19,7 @@ from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
 from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace
-from transmla.heal.batches import Texts, read_texts
+from transmla.heal.batches import HealingTexts, read_texts
 from transmla.heal.choose import Choice, choose_healing
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
@@ -72,7 +72,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
 
 def _open_healing(
     prepared: Prepared, choice: Choice, unhealed: Path, output: Path
-) -> tuple[Healing | None, Texts | None, str]:
+) -> tuple[Healing | None, HealingTexts | None, str]:
     """Return the settings and the texts of the healing, and one line for the user.
 
     The texts are read before the conversion, because a healing may need more text than the conversion. If there is too

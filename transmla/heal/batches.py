@@ -1,4 +1,4 @@
-"""Texts for training and evaluation, in the shares of a mixture. A batch depends only on its step number."""
+"""HealingTexts for training and evaluation, in the shares of a mixture. A batch depends only on its step number."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Texts:
+class HealingTexts:
     """The texts of a healing, read before a model is loaded.
 
     Attributes:
@@ -132,7 +132,7 @@ class Texts:
     tokens: dict[str, Tensor]
 
 
-def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> Texts:
+def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> HealingTexts:
     """Read all texts of ``settings`` but ``self``, before a model is loaded.
 
     Args:
@@ -156,12 +156,12 @@ def read_texts(settings: Healing, tokenizer: Any, report: Reporter) -> Texts:
         check_amount(part.name, tokens.numel(), part.share, settings)
         texts[part.name] = tokens if bos is None else tokens[1:]
         report.advance(1, f"{len(tokens):,} tokens")
-    return Texts(parts, texts)
+    return HealingTexts(parts, texts)
 
 
 def make_batches(
     settings: Healing,
-    texts: Texts,
+    texts: HealingTexts,
     tokenizer: Any,
     teacher: Any,
     fingerprint: str,

@@ -18,7 +18,7 @@ from transmla.export.workspace import Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
-from transmla.heal.batches import Batches, Texts, make_batches, read_texts
+from transmla.heal.batches import Batches, HealingTexts, make_batches, read_texts
 from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, kind, make_accelerator
 from transmla.heal.loop import Loop
@@ -53,7 +53,7 @@ def heal(
     reporter: Reporter | None = None,
     accelerator: Accelerator | None = None,
     teacher_fingerprint: str | None = None,
-    texts: Texts | None = None,
+    texts: HealingTexts | None = None,
 ) -> Path:
     """Heal the export ``settings.student`` into the new folder ``settings.output``.
 
@@ -121,7 +121,7 @@ def _train(
     accelerator: Any,
     report: Reporter,
     fingerprint: str | None,
-    texts: Texts | None,
+    texts: HealingTexts | None,
 ) -> Learned:
     """Load models and texts, and train the student.
 
