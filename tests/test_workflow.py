@@ -169,7 +169,7 @@ def test_an_output_in_the_way_is_refused_before_anything_is_opened(
     [
         ("off", GPU, 80, ""),
         ("auto", CPU, 80, "not healed, for want of a GPU"),
-        ("auto", GPU, 80, "ends with a healing of 7 million tokens, all weights"),
+        ("auto", GPU, 80, "ends with a healing of 10 million tokens, all weights"),
         (2.5, CPU, 80, "ends with a healing of 2.5 minutes, all weights"),
         ("auto", GPU, 0, "not healed: that needs"),
     ],

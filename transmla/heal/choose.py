@@ -11,19 +11,20 @@ import torch
 from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
-from transmla.heal.settings import Healing
 from transmla.plan.estimate import parameters
 from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 
 # Tokens of the default healing of models up to LARGE weights; larger models get fewer, in proportion, so that a
 # healing takes minutes.
-TOKENS = 7_000_000
+TOKENS = 10_000_000
 LARGE = 2_000_000_000
 FEWEST_TOKENS = 1_000_000
 # Tokens that are sampled for the text `self`: one H100 needs half a minute for them with a model of 0.5B weights.
 SAMPLED_TOKENS = 1_000_000
-# Steps between two evaluations on held-out text. Each may copy the weights to the CPU.
-EVAL_EVERY = 100
+# Tokens per sequence, so that no position of usual evaluation windows is untrained, and sequences per step.
+LENGTH, BATCH = 1024, 16
+# Steps between two evaluations on held-out text, and between two saved states. Each copies all weights.
+EVAL_EVERY, SAVE_EVERY = 100, 1000
 # Bytes per trained weight: the float32 weight, its gradient, and Adam's two moments.
 TRAINED_BYTES = 16
 # Share of the device's free memory that a healing may plan with; the allocator and kernels' workspaces need the rest.
@@ -92,7 +93,9 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
         "checkpointing": parts == MOST_PARTS,
         "self_tokens": SAMPLED_TOKENS,
         "eval_every": EVAL_EVERY,
-        "length": min(Healing.model_fields["length"].default, plan.spec.max_position_embeddings),
+        "save_every": SAVE_EVERY,
+        "length": min(LENGTH, plan.spec.max_position_embeddings),
+        "batch": BATCH,
     }
     if recipe.heal == HEAL_AUTO:
         tokens = max(FEWEST_TOKENS, round(TOKENS * min(1.0, LARGE / parameters(plan))))
@@ -113,12 +116,12 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
         trainable: ``all``, ``attention`` or ``lora``.
         parts: parts that a batch is computed in; with MOST_PARTS, activations are recomputed.
     """
-    spec, fields = plan.spec, Healing.model_fields
+    spec = plan.spec
     weights = parameters(plan)
     attention = spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
     trained = {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
     teacher = 2 * weights
-    tokens = fields["batch"].default * fields["length"].default // parts
+    tokens = BATCH * LENGTH // parts
     # In bfloat16. The MLP's inner width counts three times: gate, up and their product.
     values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
     kept = spec.hidden_size if parts == MOST_PARTS else values
