@@ -60,7 +60,15 @@ def test_plan_prints_json(place: Path, run: Run) -> None:
     assert found["cache_values"] == {"before": 96, "after": after}
     assert found["cache_ratio"] == after / 96 <= 0.4
     assert found["cache_bytes_per_token"] == {"before": 96 * 2 * 4, "after": after * 2 * 4}
+    assert found["healing"].startswith("not healed, for want of a GPU")
     assert not list(Path().glob("unused*"))
+
+
+def test_plan_says_how_the_conversion_ends(place: Path, run: Run) -> None:
+    _, out, _ = run("plan", "source", "--heal", "3")
+    assert "ends with a healing of 3 minutes, all weights" in " ".join(out.split())
+    _, out, _ = run("plan", "source", "--heal", "off", "--json")
+    assert json.loads(out)["healing"] is None
 
 
 def test_flags_win_over_the_recipe(place: Path, run: Run) -> None:

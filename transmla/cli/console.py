@@ -141,8 +141,10 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     say(
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
         f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
-        " calibration sampling not counted)"
+        " calibration sampling and healing not counted)"
     )
+    if summary.get("healing"):
+        say(summary["healing"])
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 

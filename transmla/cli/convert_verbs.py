@@ -51,9 +51,10 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     """
     from transmla.cli import console
     from transmla.convert.prepare import prepare, summarise
+    from transmla.workflow import choice_for
 
     prepared = prepare(_recipe(source, options | {"output": "unused"}))
-    summary = summarise(prepared)
+    summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
