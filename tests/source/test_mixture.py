@@ -17,6 +17,8 @@ from helpers.byte_tokenizer import CHATML, byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from transmla.convert.fit_layers import held_out
+from transmla.convert.prepare import AMOUNTS
 from transmla.errors import TransmlaError
 from transmla.reporter import Silent
 from transmla.shares import shares
@@ -96,6 +98,17 @@ def test_rows_are_interleaved_in_order() -> None:
     rows = interleave(parts, texts, 8).flatten().tolist()
     assert [row // 10 for row in rows] == chosen
     assert [sorted(row % 10 for row in rows if row // 10 == i) for i in range(3)] == [[0, 1, 2, 3], [0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("mixture", [WITH_HUB, WITHOUT_HUB], ids=["hub", "no hub"])
+def test_the_fit_judges_on_every_text_of_the_default_mixture(mixture: tuple[str, ...]) -> None:
+    parts = [Part(name, share) for name, share in shares(mixture).items()]
+    sequences, _ = AMOUNTS["cuda"]
+    chosen = order(parts, sequences)
+    assert set(chosen[-held_out(sequences) :]) == set(range(len(parts)))
+    for rows in (32, 64, 96):  # the other rows still hold the texts in their shares
+        counts = Counter(chosen[:rows])
+        assert all(abs(counts[i] - part.share * rows) < 2 for i, part in enumerate(parts))
 
 
 def test_auto_without_a_hub_says_so_in_one_line(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -119,8 +119,13 @@ def _describe(inner: Mapping[str, float], *, hub: bool) -> str:
 
 
 def order(parts: Sequence[Part], count: int) -> list[int]:
-    """Return the part of each of ``count`` rows. Every run of rows holds the parts in nearly their shares."""
-    return list(itertools.islice(turns([part.share for part in parts]), count))
+    """Return the part of each of ``count`` rows. Every run of rows holds the parts in nearly their shares.
+
+    The last rows are one of each part that has a row. A fit holds out the last rows, and so judges on every part.
+    """
+    chosen = list(itertools.islice(turns([part.share for part in parts]), count))
+    last = {part: row for row, part in enumerate(chosen)}
+    return [part for row, part in enumerate(chosen) if row != last[part]] + sorted(last, key=lambda part: last[part])
 
 
 def turns(shares_of_texts: Sequence[float]) -> Iterator[int]:
