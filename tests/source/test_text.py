@@ -11,10 +11,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from helpers.byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transmla.errors import TransmlaError
+from transmla.source import text as module
 from transmla.source.self_text import sample_self
 from transmla.source.text import SPREAD, load_blocks, load_tokens
 from transmla.source.texts import pydoc as data
@@ -136,14 +138,28 @@ def test_only_a_prefix_is_tokenised(
     longest = 0
     encode = PreTrainedTokenizerFast._encode_plus
 
-    def spy(self: PreTrainedTokenizerFast, text: str, **options: object) -> object:
+    def spy(self: PreTrainedTokenizerFast, text: str | list[str], **options: object) -> object:
         nonlocal longest
-        longest = max(longest, len(text))
+        longest = max(longest, len("".join(text)))
         return encode(self, text, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", spy)
     load_tokens(str(text_file), tokenizer, limit=100)
     assert 100 < longest < 3000
+
+
+@pytest.mark.parametrize("space", [False, True], ids=["byte level", "a space before every text"])
+def test_chunks_of_a_long_text_have_the_tokens_of_the_whole(
+    space: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n  # note {i}\nclass A{i}:\n\n    b = 1\n" for i in range(60))
+    tokenizer = byte_tokenizer([text], bos=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    whole = tokenizer(text)["input_ids"]
+    monkeypatch.setattr(module, "CHUNK", 100)
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf-8")
+    assert load_tokens(str(file), tokenizer).tolist() == whole
 
 
 def test_one_bos_at_the_start_and_no_eos(with_bos: PreTrainedTokenizerFast, text_file: Path) -> None:

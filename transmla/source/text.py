@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,8 @@ SPREAD = 8
 CHARS_PER_TOKEN = 5
 # Tokens before a cut that are thrown away: cutting a text may change the tokens near the cut.
 CUT_MARGIN = 64
+# Characters in the chunks of a long text, which are tokenised in parallel, and where a chunk may begin.
+CHUNK, LINE_START = 2**16, re.compile(r"(?<=\n)(?=\w)")
 
 
 def load_blocks(
@@ -132,8 +136,7 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
     """Return the first ``limit`` tokens of the joined pieces. Only a prefix is read and tokenised."""
 
     def tokenize(text: str) -> list[int]:
-        # verbose=False: no warning that the text is longer than the model's context.
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return _tokenize(text, tokenizer)
 
     head = text_start(tokenizer)
     needed = sys.maxsize if limit is None else limit + CUT_MARGIN
@@ -152,6 +155,29 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
         if len(tokens) >= needed:
             return (head + tokens)[:limit]
         chars *= 2
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text without special tokens. Chunks of a long text are tokenised in parallel."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # verbose=False: no warning that the text is longer than the model's context.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+    chunks = _chunks(text)
+    # Some tokenizers put a space before every text they are given; they get the text as a whole.
+    if len(chunks) > 2 and encode([chunks[0] + chunks[1]])[0] != list(chain(*encode(chunks[:2]))):
+        chunks = [text]
+    return list(chain(*encode(chunks)))
+
+
+def _chunks(text: str) -> list[str]:
+    """Cut a text into chunks of about CHUNK characters, each before a line that begins with a letter or the like."""
+    cuts, start = [0], CHUNK
+    while start < len(text) and (found := LINE_START.search(text, start)):
+        cuts.append(found.start())
+        start = found.start() + CHUNK
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 def named_texts() -> dict[str, NamedText]:
