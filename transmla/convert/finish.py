@@ -8,9 +8,9 @@ from typing import Any
 
 from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
-from transmla.export.card import write_card
+from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
-from transmla.export.manifest import FitRecord, Manifest, SourceRecord, versions
+from transmla.export.manifest import FitRecord, Manifest, SourceRecord, recipe_hash, versions
 from transmla.export.tokenizer import write_tokenizer
 from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
@@ -48,13 +48,14 @@ def write_rest(
         copy=source.checkpoint.gguf is None,
         generation=GenerationConfig.from_model_config(source.config),
     )
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
     manifest = Manifest(
         format=plan.format,
         plan=plan,
-        source=SourceRecord(recipe.source, recipe.revision, _hub_commit(source.path), fingerprint),
+        source=SourceRecord(public_name(recipe.source), recipe.revision, _hub_commit(source.path), fingerprint),
         reconstruct=recipe.reconstruct,
-        texts=progress.texts,
+        recipe=recipe_hash(recipe),
+        texts={public_name(name): share for name, share in progress.texts.items()},
         fit=_fit_record(prepared),
         versions=versions(),
         layers=progress.layers,
