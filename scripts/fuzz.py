@@ -104,7 +104,7 @@ def command(verb: str, folder: Path, root: Path) -> list[str]:
         "heal": ["heal", source, "--teacher", str(root / "llama"), "-o", out, "--data", text, *HEAL],
         "teacher": ["heal", str(root / "native"), "--teacher", source, "-o", out, "--data", text, *HEAL],
         "recipe-plan": ["plan", "recipe.yaml"],
-        "recipe-convert": ["convert", "recipe.yaml"],
+        "recipe-convert": ["convert", "recipe.yaml", "--calibration-sequences", "4", "--calibration-length", "32"],
         "gguf-plan": ["plan", "model.gguf", *calibration],
         "gguf-eval": ["eval", "model.gguf", *evaluation],
         "chat": ["eval", source, *evaluation[:1], "chat.jsonl", *evaluation[2:]],
@@ -137,8 +137,11 @@ def call(arguments: list[str]) -> int:
 def _load() -> None:
     import torch
 
+    from transformers.utils import logging
+
     import transmla
 
+    logging.set_verbosity_error()
     transmla.load(".", dtype=torch.float32)
 
 

@@ -23,6 +23,8 @@ from transmla.errors import TransmlaError
 LFS_POINTER, LFS_SIZE = b"version https://git-lfs", 1024
 # Bytes of the largest JSON or YAML file that is parsed. The largest tokenizers have 40 MB.
 LARGEST_TEXT = 2**28
+# Characters of a library's message that are shown.
+LONGEST_REASON = 300
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # errno → (what is wrong with the path, limit, remedy).
@@ -95,9 +97,10 @@ def explain(error: BaseException) -> TransmlaError | None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the type of an error and the first line of its text."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    """Return the type of an error and the beginning of its text, in one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -173,13 +176,13 @@ def local_path(text: str | Path) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a regular file in UTF-8.
+def read_text(path: Path, kind: str = "") -> str:
+    """Return the text of a regular file in UTF-8. ``kind`` names the file in the error, such as "recipe".
 
     Raises:
         TransmlaError: if the file is missing, no regular file, too large, a pointer of git-lfs, or not UTF-8.
     """
-    with boundary(f"cannot read '{path}'", remedy="check the file"):
+    with boundary(f"cannot read {kind} '{path}'", remedy="check the file"):
         check_regular(path)
         if path.stat().st_size > LARGEST_TEXT:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, and at most {LARGEST_TEXT:,} are read")

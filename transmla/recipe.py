@@ -221,7 +221,7 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         TransmlaError: if the file cannot be read, or holds unknown keys or bad values.
     """
     with boundary(f"cannot read recipe '{path}'", remedy="check the file"):
-        values = yaml.safe_load(read_text(path))
+        values = yaml.safe_load(read_text(path, "recipe"))
     if not isinstance(values, dict):
         raise TransmlaError(f"recipe '{path}' is not a mapping of keys to values", remedy="see recipes/")
     if wrong := [key for key in values if not isinstance(key, str)]:

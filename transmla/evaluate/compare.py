@@ -125,6 +125,7 @@ def check_evaluation(recipe: Recipe) -> None:
 def _read_texts(path: Path, settings: Evaluation) -> list[Text]:
     """Read the texts with the tokenizer of the model in ``path``."""
     with load_errors(path):
+        load_config(path)  # a damaged config is not the tokenizer's fault
         tokenizer = load_tokenizer(path)
     return read_texts(settings, tokenizer)
 

@@ -36,6 +36,10 @@ def output_path(name: str) -> Path:
         raise TransmlaError(
             f"'{name}' has no name", limit="an export is a new folder", remedy="choose another --output"
         )
+    with boundary(
+        f"the path '{output}' is not UTF-8", remedy="choose another --output", limit="safetensors writes no other"
+    ):
+        str(output).encode()
     if output.name.endswith(UNFINISHED_SUFFIX):
         raise TransmlaError(
             f"the name of '{output}' ends in {UNFINISHED_SUFFIX}",

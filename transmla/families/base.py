@@ -94,9 +94,17 @@ def _check_numbers(config: Any) -> None:
             raise refuse(
                 name, f"partial_rotary_factor is {share!r}", "it must be above 0 and at most 1", "correct config.json"
             )
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if windowed and getattr(config, "sliding_window", None) is None:
-        raise refuse(name, "layer_types has sliding layers", "there is no sliding_window", "correct config.json")
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if experts and chosen and chosen > experts:
+        raise refuse(name, f"num_experts_per_tok is {chosen}", f"there are {experts} experts", "correct config.json")
+    layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in layer_types if layer_types else window is not None
+    # Some families write a window of 0 for none, beside layers that are all full.
+    if windowed and not (_is_number(window) and window > 0):
+        raise refuse(
+            name, f"sliding_window is {window!r}", "layers with windows need a number above 0", "correct config.json"
+        )
 
 
 def _is_number(value: Any) -> bool:

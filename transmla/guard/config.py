@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ def _wrong(folder: Path, limit: str) -> TransmlaError:
 
 def _limits(folder: Path) -> tuple[int, int]:
     """Return an upper bound of the layers, and the largest dimension of a tensor."""
-    shards = shards_of(folder)
-    if shards and all((folder / shard).is_file() for shard in shards):
-        shapes = {name: stored.shape for name, stored in read_headers(folder, shards).items()}
-        widest = max((size for shape in shapes.values() for size in shape), default=1)
-        return len(shapes), widest
-    if (folder / INDEX).is_file():  # a model of the Hub whose weights are not downloaded yet
-        return len(weight_map(folder / INDEX)), WIDEST
+    # Damaged weights are reported by whoever reads them.
+    with suppress(TransmlaError):
+        shards = shards_of(folder)
+        if shards and all((folder / shard).is_file() for shard in shards):
+            shapes = {name: stored.shape for name, stored in read_headers(folder, shards).items()}
+            return len(shapes), max((size for shape in shapes.values() for size in shape), default=1)
+        if (folder / INDEX).is_file():  # a model of the Hub whose weights are not downloaded yet
+            return len(weight_map(folder / INDEX)), WIDEST
     return MOST_LAYERS, WIDEST
 
 

@@ -100,21 +100,20 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
 
     Raises:
         TransmlaError: if the folder holds pickled weights only and ``allow_pickle`` is off, if its config asks for more
-            than its tensors can hold, or if the model needs code from the checkpoint. Loaders raise any type if files
-            are damaged.
+            than its tensors can hold, if the model needs code from the checkpoint, or if its files are damaged.
     """
     import transformers
 
     folder, extra = split_gguf(path)
     if not extra:
         check_config(folder)
-        pickled = bool(check_pickles(folder, allow=allow_pickle))
-        extra["use_safetensors"] = not pickled
+        extra["use_safetensors"] = not check_pickles(folder, allow=allow_pickle)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in extra and gguf_config is not None:
         # From 5.2x on, transformers keeps GGUF weights packed by default.
         extra["quantization_config"] = gguf_config(dequantize=True)
-    with code_refused(path):
+    what, remedy = f"cannot load '{path}' as a causal LM", "check the files, and that the model fits into the memory"
+    with boundary(what, remedy=remedy), code_refused(path):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, **extra, **kwargs
         )
