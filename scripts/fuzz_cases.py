@@ -1,8 +1,8 @@
 """Damaged inputs for ``fuzz.py``: which file is changed, how, and which command reads it.
 
-A case is a dict that JSON can hold: the ``input`` it belongs to, the ``base`` folder that is copied, the ``verb``, and a
-list of ``edits``. An edit is ``["set", file, path, value]``, ``["delete", file, path]``, ``["bytes", file, offset, hex]``
-or ``["file", file, hex]``. ``path`` lists the keys that lead to a value inside the JSON of ``file``.
+A case is a dict that JSON can hold: the ``input`` it belongs to, the ``base`` folder that is copied, the ``verb``, and
+a list of ``edits``. An edit is ``["set", file, path, value]``, ``["delete", file, path]``, ``["file", file, hex]`` or
+``["bytes", file, offset, hex]``. ``path`` lists the keys that lead to a value inside the JSON of ``file``.
 """
 
 from __future__ import annotations
@@ -63,29 +63,33 @@ FILES += [b"<html>not found</html>", b"\xef\xbb\xbf{}", b'{"a": 1, "a": 2}', b"1
 
 # Keys that a config may have besides those in the base's file.
 CONFIG_KEYS = [
-    "text_config", "quantization_config", "auto_map", "sliding_window", "layer_types", "rope_scaling", "rope_parameters",
-    "attention_bias", "num_experts", "num_local_experts", "pad_token_id", "partial_rotary_factor", "torch_dtype", "dtype",
-    "original_max_position_embeddings", "architectures", "attn_logit_softcapping", "query_pre_attn_scalar", "head_dim",
-    "attn_implementation", "_attn_implementation", "transformers_version", "num_key_value_heads", "is_decoder",
-    "no_rope_layers", "mlp_only_layers", "decoder_sparse_step", "max_window_layers", "use_sliding_window", "id2label",
+    "text_config", "quantization_config", "auto_map", "sliding_window", "layer_types", "rope_scaling",
+    "rope_parameters", "attention_bias", "num_experts", "num_local_experts", "pad_token_id",
+    "partial_rotary_factor", "torch_dtype", "dtype", "original_max_position_embeddings", "architectures",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "head_dim", "attn_implementation",
+    "_attn_implementation", "transformers_version", "num_key_value_heads", "is_decoder", "no_rope_layers",
+    "mlp_only_layers", "decoder_sparse_step", "max_window_layers", "use_sliding_window", "id2label",
     "num_labels", "problem_type", "pruned_heads", "tie_word_embeddings", "output_attentions", "return_dict",
 ]  # fmt: skip
 TOKENIZER_KEYS = [
-    "tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "model_max_length", "bos_token", "eos_token",
-    "additional_special_tokens", "add_bos_token", "padding_side", "truncation", "padding", "normalizer", "post_processor",
-    "extra_special_tokens", "legacy", "use_fast", "tokenizer_file", "vocab_file", "name_or_path", "clean_up_tokenization",
+    "tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "model_max_length", "bos_token",
+    "eos_token", "additional_special_tokens", "add_bos_token", "padding_side", "truncation", "padding",
+    "normalizer", "post_processor", "extra_special_tokens", "legacy", "use_fast", "tokenizer_file",
+    "vocab_file", "name_or_path", "clean_up_tokenization",
 ]  # fmt: skip
 RECIPE_KEYS = [
-    "source", "output", "revision", "allow_pickle", "cache_ratio", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
-    "v_head_dim", "q_lora_rank", "pad_for", "custom_rope", "allow_no_saving", "format", "layers", "method", "reconstruct",
-    "heal", "freqfold", "dtype", "seed", "device", "calibration", "eval", "colour",
+    "source", "output", "revision", "allow_pickle", "cache_ratio", "kv_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "pad_for", "custom_rope", "allow_no_saving", "format",
+    "layers", "method", "reconstruct", "heal", "freqfold", "dtype", "seed", "device", "calibration", "eval",
+    "colour",
 ]  # fmt: skip
 # Scalars of YAML that PyYAML reads in a special way, or fails to.
 SCALARS = [
-    "2001-99-99", "2001-12-14t21:59:43.10-95:00", "!!timestamp x", "!!int ''", "!!float x", "!!bool x", "0x_", "9" * 5000,
-    "[" * 3000, "!!python/object/apply:os.system [id]", "!!python/name:os.system", "&a [*a]", "*b", "{1: 2}", "? x", "<<: 5",
-    "0o9", "1:2:99", ".inf", ".nan", "~", "!!binary =", "!!set {a}", "!!omap [a]", "!!pairs [a]", "'", "|", "%", "@", "`",
-    "- a\n- b", "\t", "!x", "null: 3", "0b", "190:20:30", "!!null x", "!!seq x", "!!map x", "'\\x1b'", '"\\x1b[2J"', "[a:", "{",
+    "2001-99-99", "2001-12-14t21:59:43.10-95:00", "!!timestamp x", "!!int ''", "!!float x", "!!bool x", "0x_",
+    "9" * 5000, "[" * 3000, "!!python/object/apply:os.system [id]", "!!python/name:os.system", "&a [*a]", "*b",
+    "{1: 2}", "? x", "<<: 5", "0o9", "1:2:99", ".inf", ".nan", "~", "!!binary =", "!!set {a}", "!!omap [a]",
+    "!!pairs [a]", "'", "|", "%", "@", "`", "- a\n- b", "\t", "!x", "null: 3", "0b", "190:20:30", "!!null x",
+    "!!seq x", "!!map x", "'\\x1b'", '"\\x1b[2J"', "[a:", "{",
 ]  # fmt: skip
 
 
@@ -103,7 +107,10 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[list[Any]]:
 
 
 def changes(file: str, document: Any, keys: list[str], *, whole: int = 6) -> st.SearchStrategy[list[list[Any]]]:
-    """Return a strategy of edits of one JSON file: one to three values of it, or one time in ``whole`` all bytes (0: never)."""
+    """Return a strategy of edits of one JSON file: one to three of its values, or one time in ``whole`` all bytes.
+
+    If ``whole`` is 0, only values are edited.
+    """
     present = st.sampled_from(paths(document) or [["x"]])
     added = st.sampled_from([[key] for key in keys] or [["x"]])
     place = st.one_of(present, present, present, added)
@@ -185,12 +192,14 @@ def _document(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _sources(root: Path) -> st.SearchStrategy[Case]:
+def _sources(root: Path, light: bool = False) -> st.SearchStrategy[Case]:
     read = verbs({"plan": 6, "convert": 3, "eval": 1, "inspect": 1, "bench": 1, "teacher": 1})
     each = [
         cases("config", base, read, changes("config.json", _document(root / base / "config.json"), CONFIG_KEYS))
         for base in ("llama", "qwen3", "gemma3_text", "phi3", "gpt_oss")
     ]
+    if light:
+        return st.one_of(each)
     loaded = verbs({"eval": 2, "bench": 1, "load": 2})
     each += [
         cases("config", base, loaded, changes("config.json", _document(root / base / "config.json"), CONFIG_KEYS))
@@ -273,7 +282,7 @@ def _tokenizers(root: Path) -> st.SearchStrategy[Case]:
 
 
 # Input → (share of all cases, strategy of its cases from the folder of the bases).
-INPUTS: dict[str, tuple[float, Callable[[Path], st.SearchStrategy[Case]]]] = {
+INPUTS: dict[str, tuple[float, Callable[..., st.SearchStrategy[Case]]]] = {
     "config": (0.27, _sources),
     "index": (0.1, _indices),
     "headers": (0.15, _headers),

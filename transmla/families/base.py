@@ -50,24 +50,10 @@ def check_common(config: Any) -> None:
 
 # Config fields that count something: a model without layers, heads or tokens is none.
 POSITIVE = (
-    *(
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_size",
-        "intermediate_size",
-        "vocab_size",
-    ),
-    *(
-        "max_position_embeddings",
-        "head_dim",
-        "sliding_window",
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-    ),
-    *("moe_intermediate_size", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-    *("logits_scaling",),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"),
+    *("vocab_size", "head_dim", "max_position_embeddings", "num_experts", "num_local_experts"),
+    *("num_experts_per_tok", "moe_intermediate_size", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "logits_scaling"),
 )
 # Fields of the rotary settings that are divided by, or raised to a power.
 POSITIVE_ROPE = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
@@ -99,9 +85,9 @@ def _check_numbers(config: Any) -> None:
     if experts and chosen and chosen > experts:
         raise refuse(name, f"num_experts_per_tok is {chosen}", f"there are {experts} experts", "correct config.json")
     layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in layer_types if layer_types else window is not None
+    windowed = "sliding_attention" in list(layer_types) if layer_types else window is not None
     # Some families write a window of 0 for none, beside layers that are all full.
-    if windowed and not (_is_number(window) and window > 0):
+    if windowed and not (window is not None and _is_number(window) and window > 0):
         raise refuse(
             name, f"sliding_window is {window!r}", "layers with windows need a number above 0", "correct config.json"
         )
