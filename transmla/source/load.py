@@ -68,7 +68,13 @@ def load_config(path: Path) -> Any:
     check_config(folder)
     register()
     with code_refused(path):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+        return _named_outputs(AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra))
+
+
+def _named_outputs(config: Any) -> Any:
+    """Return ``config``, so that models return their outputs by name whatever the checkpoint's config says."""
+    config.return_dict = True
+    return config
 
 
 @contextmanager
@@ -117,6 +123,7 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, **extra, **kwargs
         )
+    _named_outputs(model.config)
     if getattr(model.config, "attn_logit_softcapping", None):
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")
