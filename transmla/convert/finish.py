@@ -55,7 +55,7 @@ def write_rest(
         source=SourceRecord(public_name(recipe.source), recipe.revision, _hub_commit(source.path), fingerprint),
         reconstruct=recipe.reconstruct,
         recipe=recipe_hash(recipe),
-        texts={public_name(name): share for name, share in progress.texts.items()},
+        texts=_public_texts(progress.texts),
         fit=_fit_record(prepared),
         versions=versions(),
         layers=progress.layers,
@@ -64,6 +64,14 @@ def write_rest(
     )
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
+
+
+def _public_texts(texts: dict[str, float]) -> dict[str, float]:
+    """Return the shares of texts by public name. Files of the same name in different folders become one text."""
+    shares: dict[str, float] = {}
+    for name, share in texts.items():
+        shares[public_name(name)] = shares.get(public_name(name), 0.0) + share
+    return shares
 
 
 def _with_slots(plan: Plan, progress: Progress) -> Plan:
