@@ -111,6 +111,7 @@ class Recipe(Strict):
     cache_ratio: float | None = Field(
         None,
         gt=0,
+        le=1000,
         allow_inf_nan=False,
         json_schema_extra=SHAPE,
         description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5)",

@@ -138,6 +138,8 @@ def _mistake(manifest: Manifest) -> str:
     for i, record in enumerate(manifest.healing):
         mistake = _wrong_key(record, _HEALING)
         mistake = mistake or _wrong_key(record["settings"], _HEALING_SETTINGS, "settings.")
+        if not mistake and not all(isinstance(name, str) for name in record["settings"]["data"]):
+            mistake = "settings.data holds other things than names"
         mistake = mistake or _wrong_key(record["held_out_kl"], _HEALING_KL, "held_out_kl.")
         if mistake:
             return f"healing.{i}.{mistake}"
