@@ -1,6 +1,6 @@
 """Feed damaged inputs to every verb, and count what happens.
 
-    python scripts/fuzz.py --cases 10000 --json scripts/results/fuzz/fuzz.json
+    python scripts/fuzz.py --cases 10000 --json FILE
 
 Hypothesis draws the cases (``fuzz_cases.py``). Every case runs in a forked process of its own, on a copy of a tiny
 random model or export. A case is a fault if the process prints a traceback, dies, uses more than 5 s of processor time
