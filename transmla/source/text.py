@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary, local_path
 from transmla.errors import TransmlaError
 from transmla.registry import scan
 from transmla.source.texts.base import TEST, TRAIN, NamedText
@@ -133,7 +134,10 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
 
     def tokenize(text: str) -> list[int]:
         # verbose=False: no warning that the text is longer than the model's context.
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with boundary(
+            "the tokenizer cannot encode the text", remedy="correct the tokenizer's files, or choose another text"
+        ):
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     head = text_start(tokenizer)
     needed = sys.maxsize if limit is None else limit + CUT_MARGIN
@@ -180,7 +184,7 @@ def _text_pieces(
     source: str, split: str | None, column: str | None, name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     named = named_texts()
     if source in (SELF, AUTO):
         raise TransmlaError(
@@ -204,7 +208,7 @@ def _text_pieces(
 
 def _is_file(source: str) -> bool:
     """Return whether ``source`` means a local file rather than a name."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     named = source in ALIASES or source in named_texts()
     return not named and (path.exists() or kind_of(path) in (*TEXT_SUFFIXES, *TABLES))
 
