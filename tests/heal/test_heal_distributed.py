@@ -100,8 +100,8 @@ def test_scripts_healing(make_source: Callable[..., Path], text_file: Path, tmp_
     sizes = ["length=32", "batch=8", "held_out=4", "max_tokens=5120", "warmup=0.1"]
     texts = ["--calibration", "pydoc", "--text", str(text_file), "--data", str(text_file)]
     paths = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json"), "--device", "cpu"]
-    more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--settings", *sizes]
-    command = [sys.executable, str(script), str(source), *texts, *paths, *more]
+    more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--windows", "2", "1"]
+    command = [sys.executable, str(script), str(source), *texts, *paths, *more, "--settings", *sizes]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]

@@ -29,7 +29,6 @@ from transmla.heal import run
 from transmla.heal.losses import Distiller
 from transmla.heal.settings import Healing
 
-
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FORKS = multiprocessing.get_context("forkserver")
 # The server's sys.path does not have the folder of the tests.
