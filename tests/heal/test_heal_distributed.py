@@ -28,9 +28,8 @@ def server() -> None:
 
 
 @pytest.fixture
-def arguments(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe], text_file: Path) -> list[str]:
-    source = make_source()
-    return [str(convert(make_recipe(source, cache_ratio=0.5))), "--teacher", str(source), "--data", str(text_file)]
+def arguments(pair: tuple[Path, Path], text_file: Path) -> list[str]:
+    return [str(pair[1]), "--teacher", str(pair[0]), "--data", str(text_file)]
 
 
 def heal(kind: str, arguments: list[str], output: Path) -> None:
