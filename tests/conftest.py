@@ -83,7 +83,6 @@ def write_text(file: Path) -> Path:
     picks = torch.randint(0, len(words), (4000,), generator=generator)
     file.write_text(" ".join(words[i] for i in picks))
     return file
-    return file
 
 
 @pytest.fixture
