@@ -18,13 +18,14 @@ from transmla.errors import TransmlaError
 from transmla.guard.folder import INDEX, weight_map
 from transmla.guard.headers import read_headers, shards_of
 
-# Names of config fields that count layers, that are widths of tensors, and that count anything else.
+# Names of config fields that count layers, that are widths of tensors, and that count anything else. Notes on the
+# training and the length of the context are no parts of a model.
 LAYERS = re.compile(r"(num|n)_(hidden_)?layers?|num_hidden_layers|num_nextn_predict_layers")
 WIDTHS = re.compile(
     r"(hidden|intermediate|vocab|moe_intermediate|shared_expert_intermediate)_size|(v_)?head_dim|n_(embd|inner|head)"
     r"|num_(attention|key_value)_heads|qk_\w+_head_dim|(kv|q)_lora_rank|d_model|d_ff"
 )
-COUNTS = re.compile(r"(num|n)_\w+")
+COUNTS = re.compile(r"(num|n)_(?!ctx$|\w*(params|parameters|tokens|samples|steps)$)\w+")
 # Classes that a config may name besides tensors.
 FEWEST = 1000
 # Largest count and width if the weights are not there yet, as for a model of the Hub. The largest models have less.

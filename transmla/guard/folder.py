@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from transmla.boundary import boundary, check_regular, leaves, read_json
 from transmla.errors import TransmlaError
 
-# Suffixes of the files that transmla or transformers may read from a model's folder.
-READ = (".json", ".safetensors", ".bin", ".jinja", ".txt", ".model", ".py", ".gguf", ".tiktoken", ".vocab", ".jsonl")
+# Suffixes of the files besides weights that transmla or transformers may read from a model's folder.
+READ = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".vocab")
 TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -17,7 +18,7 @@ ADAPTER = "adapter_config.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Check every file of a model's folder that may be read.
+    """Check every file of a model's folder that may be read. Weights that no loader would choose are not checked.
 
     Raises:
         TransmlaError: if a file is a link that leads out of the folder, a pipe, unreadable, or a pointer of git-lfs; if
@@ -32,15 +33,28 @@ def check_folder(folder: Path) -> None:
             for file in sorted(place.iterdir()):
                 if file.suffix in READ:
                     _check_file(folder, file)
-        for name in (INDEX, PICKLES[1]):
-            if (folder / name).is_file():
-                weight_map(folder / name)
+        for name in _weight_files(folder):
+            _check_file(folder, folder / name)
         if (folder / ADAPTER).is_file() and (folder / "config.json").is_file():
             raise TransmlaError(
                 f"'{folder}' holds an adapter beside its weights ({ADAPTER})",
                 limit="the weights alone are another model than weights and adapter",
                 remedy="merge the adapter into the weights, or move its files away",
             )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of a folder's weights: safetensors, otherwise pickles. The index of the weights is checked.
+
+    Other copies of the weights are often not downloaded: they may stay pointers of git-lfs.
+    """
+    for single, index in ((WEIGHTS, INDEX), PICKLES):
+        names = set(weight_map(folder / index).values()) if (folder / index).is_file() else set()
+        if os.path.lexists(folder / single):
+            names.add(single)
+        if names:
+            return sorted(names)
+    return []
 
 
 def _check_file(folder: Path, file: Path) -> None:
@@ -53,8 +67,8 @@ def _check_file(folder: Path, file: Path) -> None:
 def _outside(file: Path) -> TransmlaError:
     return TransmlaError(
         f"'{file}' is a link to a place outside its folder",
-        limit="such links are not followed, because a downloaded folder could read any file of this machine by them",
-        remedy="replace the link by a copy of the file",
+        limit=f"it leads to '{file.resolve()}'; by such links, a downloaded folder could read any file of this machine",
+        remedy="use the folder that holds the file itself, or a copy of this one without links (`cp -rL FOLDER COPY`)",
     )
 
 
