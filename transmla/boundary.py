@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,8 @@ def reason(error: BaseException) -> str:
 def is_full_disk(error: BaseException) -> bool:
     """Return whether an error of Python, safetensors or torch says that the disk is full."""
     # torch's zip writer reports a failed write only by the position that it reached.
-    text = str(error)
-    full = "No space left" in text or "PytorchStreamWriter failed" in text or "unexpected pos" in text
-    return getattr(error, "errno", None) in FULL or full
+    full = re.search(r"No space left|PytorchStreamWriter failed|unexpected pos \d+ vs \d+", str(error))
+    return getattr(error, "errno", None) in FULL or full is not None
 
 
 def _system_cause(error: BaseException) -> TransmlaError | None:
@@ -172,7 +171,8 @@ def local_path(text: str | Path) -> Path:
         path = path.expanduser()
         if "\0" in str(path):
             raise ValueError("a path cannot hold a NUL character")
-        path.exists()  # raises for a name that is too long, or below a folder that this user may not enter
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # raises for a name that is too long, or below a folder that this user may not enter
     return path
 
 
@@ -244,10 +244,9 @@ def check_regular(path: Path) -> None:
 def leaves(folder: Path, file: Path) -> bool:
     """Return whether ``file``, a path below ``folder``, leads out of the folder by a link.
 
-    The Hub's cache is an exception: a model's folder ``snapshots/COMMIT`` links into ``blobs`` beside it.
+    The Hub's cache is an exception: a model's folder ``snapshots/COMMIT``, or a folder inside, links into ``blobs``.
     """
     root, target = folder.resolve(), file.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    return not any(target.is_relative_to(place) for place in allowed)
+    # ``blobs`` lies beside ``snapshots``, and may itself be a link to another disk.
+    blobs = [(place.parent / "blobs").resolve() for place in root.parents if place.name == "snapshots"]
+    return not any(target.is_relative_to(place) for place in (root, *blobs))
