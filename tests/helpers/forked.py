@@ -92,7 +92,7 @@ def refused(ended: Ended, says: str) -> bool:
 
 
 def folder_for_all(folder: Path) -> None:
-    """Let every user read and enter ``folder`` and the folders above it that belong to the tests."""
+    """Let every user read and enter ``folder`` and the folders of pytest above it, if the tests run as root."""
     for place in (folder, *folder.parents):
-        if place.owner() != "root" or "pytest" in place.name:
+        if os.getuid() == 0 and (place == folder or "pytest" in place.name):
             place.chmod(place.stat().st_mode | 0o755)
