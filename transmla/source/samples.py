@@ -20,8 +20,8 @@ from transmla.source.self_text import SPARE, sample_self, without_repetition
 SAMPLE_LENGTH = 512
 # Largest number of sequences sampled at once, by device type.
 SAMPLED_AT_ONCE = {"cuda": 2048, "cpu": 32}
-# Largest share of a GPU's memory that the caches of these sequences may use.
-SAMPLING_SHARE = 0.2
+# Largest share of a GPU's memory that the caches of these sequences may use; only the source's weights are beside them.
+SAMPLING_SHARE = 0.4
 
 
 def sample_length(length: int) -> int:
