@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 
@@ -21,8 +23,8 @@ LIGHT = ("config", "index", "headers", "recipes", "tokenizers")
 
 @pytest.fixture(scope="module")
 def fuzz() -> Iterator[ModuleType]:
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
+    """The script as a module. The variables that it sets do not outlive these tests."""
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.syspath_prepend(str(SCRIPTS))
         yield importlib.import_module("fuzz")
 
@@ -32,6 +34,7 @@ def root(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the bases that need no conversion."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "runs").mkdir()
+    fuzz.fuzz_run.preload()
     fuzz.fuzz_run.build_sources(folder)
     return folder
 
