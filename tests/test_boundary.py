@@ -30,5 +30,5 @@ def test_a_missing_path_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert local_path(tmp_path / "missing") == tmp_path / "missing"
     assert local_path(tmp_path / "file" / "below") == tmp_path / "file" / "below"
-    with pytest.raises(TransmlaError, match="does not allow|no name of this length"):
+    with pytest.raises(TransmlaError, match="no name of this length"):
         local_path("x" * 300)

@@ -22,7 +22,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 def source(converted: Path, tmp_path: Path) -> Path:
     """A copy of a tiny source, with its weights in several shards."""
     model = load_model(converted / "source", dtype=torch.float32)
-    folder = Path(shutil.copytree(converted / "source", tmp_path / "real", ignore=shutil.ignore_patterns("*.safetens*")))
+    whole = shutil.ignore_patterns("*.safetensors")
+    folder = Path(shutil.copytree(converted / "source", tmp_path / "real", ignore=whole))
     model.save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     return folder

@@ -19,8 +19,8 @@ from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 TOKENS = 10_000_000
 LARGE = 2_000_000_000
 FEWEST_TOKENS = 1_000_000
-# Tokens that are sampled for the text `self`: as many as a GPU samples at once (``source.samples``), with the spare ones,
-# because a second batch would take as long as the first.
+# Tokens that are sampled for the text `self`: as many as a GPU samples at once (``source.samples``), with the spare
+# ones, because a second batch would take as long as the first.
 SAMPLED_TOKENS = 940_000
 # Tokens per sequence, so that no position of usual evaluation windows is untrained, and sequences per step.
 LENGTH, BATCH = 1024, 16
