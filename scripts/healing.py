@@ -31,7 +31,11 @@ BUDGETS = (0.5, 1 / 3, 0.25, 0.125)
 
 def distances(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return perplexity and KL to the source of the export in ``folder``, on the test text and on `pydoc`."""
-    texts = {"test": Evaluation(text=arguments.text, max_windows=16), "pydoc": Evaluation(text="pydoc", max_windows=8)}
+    windows = dict(zip(("test", "pydoc"), arguments.windows, strict=True))
+    texts = {
+        name: Evaluation(text=text, max_windows=windows[name])
+        for name, text in (("test", arguments.text), ("pydoc", "pydoc"))
+    }
     values: dict[str, Any] = {}
     for name, settings in texts.items():
         found = evaluate_models(str(folder), arguments.model, settings, device=arguments.device, reporter=Silent())
@@ -53,6 +57,9 @@ def main() -> None:
     )
     parser.add_argument("--reconstruct", default="full", help="fit of the conversion: off, fast or full")
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of 2,048 tokens")
+    parser.add_argument(
+        "--windows", nargs=2, type=int, default=(16, 8), help="windows of the test text and of pydoc to measure on"
+    )
     parser.add_argument("--settings", nargs="*", default=[], help="NAME=VALUE, settings of transmla heal")
     parser.add_argument("--device", default="auto", help="device to run on: auto, cpu, cuda, …")
     parser.add_argument("--work", type=Path, default=Path("healing-work"), help="scratch folder")

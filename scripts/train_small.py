@@ -84,10 +84,13 @@ def make_model(family: str, *, large: bool) -> Any:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Sequences of one stream of tokens, each overlapping the one before by half, with ``START`` as the first token."""
+    """Sequences of one stream of tokens, each overlapping the one before by half, with ``START`` as the first token.
 
-    def __init__(self, tokens: Tensor, start: int, length: int) -> None:
-        self.rows = tokens.unfold(0, length, length // 2).clone()
+    ``limit``: largest number of sequences; None takes all.
+    """
+
+    def __init__(self, tokens: Tensor, start: int, length: int, limit: int | None = None) -> None:
+        self.rows = tokens.unfold(0, length, length // 2)[:limit].clone()
         self.rows[:, 0] = start
 
     def __len__(self) -> int:
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=600, help=f"steps of {BATCH} sequences of {LENGTH} tokens")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--windows", type=int, help="windows of each held-out text to measure on (default: all)")
     parser.add_argument("--large", action="store_true", help="make norms and biases large before training")
     parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
@@ -110,8 +114,9 @@ def main() -> None:
     tokenizer = make_tokenizer(pydoc_text("train"))
     train_text, test_text = (load_tokens("pydoc", tokenizer, split=split) for split in ("train", "test"))
     cut = len(train_text) * 9 // 10
-    parts = (train_text[:cut], train_text[cut:], test_text)
-    train, validation, test = (Windows(part, tokenizer.bos_token_id, LENGTH) for part in parts)
+    start = tokenizer.bos_token_id
+    train = Windows(train_text[:cut], start, LENGTH)
+    validation, test = (Windows(part, start, LENGTH, arguments.windows) for part in (train_text[cut:], test_text))
     model = make_model(arguments.family, large=arguments.large)
     trainer = Trainer(
         model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,27 +43,25 @@ def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return folder
 
 
+def save_source(folder: Path, *args: Any, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save a tiny model with its tokenizer into ``folder``, and return ``folder``."""
+    model = build_model(*args, **config)
+    model.to(dtype).save_pretrained(folder)
+    build_tokenizer(folder, model.config.vocab_size)
+    return folder
+
+
 @pytest.fixture
 def make_source(tmp_path: Path) -> Callable[..., Path]:
     """A function ``make_source(family, layout, rope, **config)`` that saves a tiny model with its tokenizer.
 
     The function returns the model's folder.
     """
-
-    def make(*args: Any, dtype: torch.dtype = torch.float32, name: str = "source", **kwargs: Any) -> Path:
-        folder = tmp_path / name
-        model = build_model(*args, **kwargs)
-        model.to(dtype).save_pretrained(folder)
-        build_tokenizer(folder, model.config.vocab_size)
-        return folder
-
-    return make
+    return lambda *args, name="source", **settings: save_source(tmp_path / name, *args, **settings)
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    """A text file of 4,000 random words from a list of 15."""
-    file = tmp_path / "text.txt"
+def write_text(file: Path) -> Path:
+    """Write 4,000 random words from a list of 15 into ``file``, and return ``file``."""
     words = [
         "the",
         "cat",
@@ -87,35 +86,40 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
-    """A function ``make_recipe(source, **settings)`` with little calibration text, and without a fit by default."""
+def text_file(tmp_path: Path) -> Path:
+    """A text file of 4,000 random words."""
+    return write_text(tmp_path / "text.txt")
 
-    def make(source: Path, output: str = "out", **settings: Any) -> Recipe:
-        calibration = {
-            "source": str(text_file),
-            "sequences": 8,
-            "length": 48,
-            **settings.pop("calibration", {}),
-        }
-        values = {
-            "source": str(source),
-            "output": str(tmp_path / output),
-            "reconstruct": "off",
-            "calibration": calibration,
-            "device": "cpu",
-        }
-        return parse_recipe(values | settings, "test")
 
-    return make
+def build_recipe(source: Path, output: Path, text: Path, **settings: Any) -> Recipe:
+    """Return a recipe with little calibration text, and without a fit by default."""
+    calibration = {"source": str(text), "sequences": 8, "length": 48, **settings.pop("calibration", {})}
+    named = {"source": str(source), "output": str(output), "calibration": calibration}
+    return parse_recipe(named | {"reconstruct": "off", "device": "cpu"} | settings, "test")
 
 
 @pytest.fixture
-def pair(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> tuple[Path, Path]:
-    """The folders of a source and of its export with half the cache."""
+def make_recipe(tmp_path: Path, text_file: Path) -> Callable[..., Recipe]:
+    """A function ``make_recipe(source, **settings)`` with little calibration text, and without a fit by default."""
+    return lambda source, output="out", **settings: build_recipe(source, tmp_path / output, text_file, **settings)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny ``source`` and its export ``out`` with half the cache; tests copy it before a change."""
     from transmla.convert.pipeline import convert
 
-    source = make_source()
-    return source, convert(make_recipe(source, cache_ratio=0.5))
+    folder = tmp_path_factory.mktemp("converted")
+    save_source(folder / "source")
+    convert(build_recipe(folder / "source", folder / "out", write_text(folder / "text.txt"), cache_ratio=0.5))
+    return folder
+
+
+@pytest.fixture
+def pair(converted: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The folders of a source and of its export with half the cache, copied for this test."""
+    source, export = (Path(shutil.copytree(converted / name, tmp_path / name)) for name in ("source", "out"))
+    return source, export
 
 
 @pytest.fixture

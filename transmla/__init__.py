@@ -7,6 +7,7 @@ them is one plug-in that is found by its presence.
     artifacts.py  the frozen values that the stages hand to each other: spec, plan, weights, statistics, factors
     source/       read a checkpoint: find it, check it, describe its attention; mix and sample text
                   source/texts/ is a SHELF of named texts
+    guard/        check a model's files before a library reads them: links, pointers, indices, counts, pickles
     families/     SHELF: one file a model family (what a Qwen3 needs)
     plan/         decide before a weight is read: format, widths, rotary slots, fit, cost
     core/         the mathematics, one layer at a time; core/methods/ is a SHELF of conversion methods
@@ -23,6 +24,7 @@ them is one plug-in that is found by its presence.
     shares.py     NAME:WEIGHT entries of a mixture of texts
     files.py      write files that are whole or absent
     errors.py     the one error a user reads: what is wrong, the limit, the remedy
+    boundary.py   the one place where errors of the system and of libraries become that error
     registry.py   finds the plug-ins on a shelf
     reporter.py   how long work reports its progress
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from transmla.boundary import is_full_disk
 from transmla.errors import TransmlaError
 
 
@@ -29,9 +30,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
+    # torch's zip writer raises RuntimeError.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_full_disk(error):
             raise
         raise TransmlaError(
             f"the disk that holds '{folder}' is full",
@@ -41,9 +42,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a text file atomically, in UTF-8. Bytes of file names that are no UTF-8 are written as escapes."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -67,7 +68,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) 
     from safetensors.torch import save_file
 
     temporary = path.with_name(path.name + ".tmp")
+    # safetensors makes files that only their owner can read. An ordinary new file has the mode that the umask leaves.
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
     if sync:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

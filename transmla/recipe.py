@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
+from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
 from transmla.shares import Mixture, Texts
 
@@ -110,6 +111,7 @@ class Recipe(Strict):
     cache_ratio: float | None = Field(
         None,
         gt=0,
+        le=1000,
         allow_inf_nan=False,
         json_schema_extra=SHAPE,
         description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5)",
@@ -219,14 +221,14 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     Raises:
         TransmlaError: if the file cannot be read, or holds unknown keys or bad values.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TransmlaError(
-            f"cannot read recipe '{path}'", limit=str(error).replace("\n", " "), remedy="check the file"
-        ) from error
+    with boundary(f"cannot read recipe '{path}'", remedy="check the file"):
+        values = yaml.safe_load(read_text(path, "recipe"))
     if not isinstance(values, dict):
         raise TransmlaError(f"recipe '{path}' is not a mapping of keys to values", remedy="see recipes/")
+    if wrong := [key for key in values if not isinstance(key, str)]:
+        raise TransmlaError(
+            f"recipe '{path}': {wrong[0]!r} is not a key", limit="keys are words", remedy="see recipes/"
+        )
     return parse_recipe(merge(values, overrides), str(path))
 
 

@@ -17,13 +17,13 @@ from transmla.convert.pipeline import convert, output_folder
 from transmla.convert.prepare import Prepared, prepare
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
-from transmla.export.manifest import Manifest
+from transmla.export.manifest import Manifest, recipe_hash
 from transmla.export.workspace import Workspace
 from transmla.heal.batches import HealingTexts, read_texts
 from transmla.heal.choose import Choice, choose_healing
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
-from transmla.recipe import HEAL_AUTO, Recipe, dump_recipe
+from transmla.recipe import HEAL_AUTO, Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
 
@@ -109,6 +109,7 @@ def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: C
             "teacher": recipe.source,
             "output": str(output),
             "revision": recipe.revision,
+            "allow_pickle": recipe.allow_pickle,
             "data": calibration.source,
             "split": calibration.split,
             "column": calibration.column,
@@ -127,7 +128,7 @@ def _is_conversion_of(prepared: Prepared, folder: Path) -> bool:
     """
     if not (folder / MANIFEST).is_file():
         return False
-    if (folder / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(prepared.recipe):
+    if Manifest.read(folder).recipe != recipe_hash(prepared.recipe):
         raise TransmlaError(
             f"'{folder}' was converted with other settings",
             limit="a resumed run must give the same result as an uninterrupted one",

@@ -284,14 +284,16 @@ def test_a_pickled_and_tied_source_is_compared(tmp_path: Path) -> None:
     values = {"source": str(source), "output": str(out), "device": "cpu", "allow_pickle": True}
     calibration = {"source": "self", "sequences": 8, "length": 48}
     convert(parse_recipe(values | {"calibration": calibration}, "test"))
-    assert failures(out, source=str(source)) == []
+    with pytest.raises(TransmlaError, match="holds pickled weights"):
+        failures(out, source=str(source))
+    assert failures(out, source=str(source), allow_pickle=True) == []
 
     shard = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
     tensors = load_file(out / shard)
     tensors["lm_head.weight"][1, 2] *= 1 + 2**-20
     save_file(tensors, out / shard, metadata={"format": "pt"})
     rehash(out)
-    assert failures(out, source=str(source)) == ["untouched weights"]
+    assert failures(out, source=str(source), allow_pickle=True) == ["untouched weights"]
 
 
 def test_the_source_is_loaded_at_its_recorded_commit(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from helpers.heal_on_two_processes import ENVIRONMENT, Launch, start_server
 from transformers import AutoModelForCausalLM
 
 from transmla.convert.pipeline import convert
@@ -22,36 +20,24 @@ from transmla.recipe import Recipe
 
 SIZES = {"length": 32, "batch": 8, "held-out": 4, "max-tokens": 3072, "eval-every": 3, "save-every": 4}
 SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    start_server()
 
 
 @pytest.fixture
-def arguments(make_source: Callable[..., Path], make_recipe: Callable[..., Recipe], text_file: Path) -> list[str]:
-    source = make_source()
-    return [str(convert(make_recipe(source, cache_ratio=0.5))), "--teacher", str(source), "--data", str(text_file)]
+def arguments(pair: tuple[Path, Path], text_file: Path) -> list[str]:
+    return [str(pair[1]), "--teacher", str(pair[0]), "--data", str(text_file)]
 
 
-def torchrun_command(kind: str) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = str(Path(__file__).parents[1] / "helpers" / "heal_on_two_processes.py")
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", script, kind]
-
-
-def heal(command: list[str], arguments: list[str], output: Path) -> None:
-    options = [*arguments, "-o", str(output), *SMALL]
-    done = subprocess.run(
-        [*command, *options], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def heal(kind: str, arguments: list[str], output: Path) -> None:
+    Launch(kind, [*arguments, "-o", str(output), *SMALL], output.with_name(f"{output.name}-logs")).wait()
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "transmla.json").read_text())["healing"][-1]["curve"]
-
-
-ALONE = [sys.executable, "-m", "transmla", "heal"]
 
 
 @pytest.mark.parametrize(
@@ -62,9 +48,9 @@ def test_two_processes_equal_one_process(
     precision: str, tolerance: float, kinds: tuple[str, ...], arguments: list[str], tmp_path: Path
 ) -> None:
     arguments += ["--precision", precision]
-    heal(ALONE, arguments, tmp_path / "alone")
+    heal("alone", arguments, tmp_path / "alone")
     for kind in kinds:
-        heal(torchrun_command(kind), [*arguments, "--accumulate", "2"], tmp_path / kind)
+        heal(kind, [*arguments, "--accumulate", "2"], tmp_path / kind)
         for point, expected in zip(curve(tmp_path / kind), curve(tmp_path / "alone"), strict=True):
             for value in ("held_out_kl", "loss")[: 1 if expected["step"] == 0 else 2]:
                 assert point[value] == pytest.approx(expected[value], rel=tolerance), kind
@@ -76,24 +62,18 @@ def test_two_processes_equal_one_process(
 @pytest.mark.parametrize("kind", ["alone", "fsdp", "deepspeed"])
 def test_a_killed_run_resumes_with_the_same_curve(kind: str, arguments: list[str], tmp_path: Path) -> None:
     arguments += ["--accumulate", "2", "--precision", "no"]
-    start = lambda: ALONE if kind == "alone" else torchrun_command(kind)  # noqa: E731
-    heal(start(), arguments, tmp_path / "whole")
+    heal(kind, arguments, tmp_path / "whole")
     output = tmp_path / "killed"
-    options = [*arguments, "-o", str(output), *SMALL]
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([*start(), *options], env=ENVIRONMENT, stdout=log, stderr=log)
+    run = Launch(kind, [*arguments, "-o", str(output), *SMALL], tmp_path / "logs")
     file, deadline = tmp_path / "killed.partial" / "healing.json", time.monotonic() + 120
-    while time.monotonic() < deadline and run.poll() is None:
+    while time.monotonic() < deadline and run.running:
         if file.is_file() and json.loads(file.read_text() or '{"step": 0}')["step"] >= 4:
             break
         time.sleep(0.002)
-    for process in (*psutil.Process(run.pid).children(recursive=True), run):
-        with suppress(psutil.NoSuchProcess):  # a process may end together with an earlier one
-            process.kill()
-            process.wait()
+    run.kill()
     assert not output.exists(), "the run ended before it could be killed"
-    assert json.loads(file.read_text())["step"] >= 4, (tmp_path / "log").read_text()[-3000:]
-    heal(start(), [*arguments, "--resume"], output)
+    assert json.loads(file.read_text())["step"] >= 4, run.log()
+    heal(kind, [*arguments, "--resume"], output)
     resumed, expected = ([point["held_out_kl"] for point in curve(tmp_path / name)] for name in ("killed", "whole"))
     assert resumed == expected
 
@@ -105,7 +85,7 @@ def test_a_nan_loss_on_one_process_rolls_all_processes_back(
     """FSDP2 runs on an export of the transmla format, whose decoder layers are the family's."""
     if form == "transmla":
         arguments[0] = str(convert(make_recipe(Path(arguments[2]), "transmla", cache_ratio=0.5, format=form)))
-    heal(torchrun_command(f"{kind}-nan"), [*arguments, "--precision", "no"], tmp_path / "healed")
+    heal(f"{kind}-nan", [*arguments, "--precision", "no"], tmp_path / "healed")
     record = json.loads((tmp_path / "healed" / "transmla.json").read_text())["healing"][-1]
     assert record["rollbacks"] == 1
     assert [point["step"] for point in record["curve"]] == [0, 3, 6, 9, 12]
@@ -119,9 +99,9 @@ def test_scripts_healing(make_source: Callable[..., Path], text_file: Path, tmp_
     sizes = ["length=32", "batch=8", "held_out=4", "max_tokens=5120", "warmup=0.1"]
     texts = ["--calibration", "pydoc", "--text", str(text_file), "--data", str(text_file)]
     paths = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json"), "--device", "cpu"]
-    more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--settings", *sizes]
-    command = [sys.executable, str(script), str(source), *texts, *paths, *more]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    more = ["--budgets", "0.5", "--reconstruct", "off", "--sequences", "2", "--commit", "none", "--windows", "2", "1"]
+    command = [sys.executable, str(script), str(source), *texts, *paths, *more, "--settings", *sizes]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["cross_entropy"] for row in rows] == [0.0, 0.1]
@@ -136,7 +116,7 @@ def test_scripts_healing_speed(arguments: list[str], tmp_path: Path) -> None:
     sizes += ["--trainable", "attention", "--no-compile"]
     paths = ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json"), "--commit", "none"]
     command = [sys.executable, str(script), *arguments, *sizes, *paths, "--ways", "one", "ddp"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -1,16 +1,24 @@
-"""``torchrun … heal_on_two_processes.py ddp|fsdp|deepspeed[-nan] DIR --teacher …``: `transmla heal` on CPU processes.
+"""`transmla heal` on one or two CPU processes, with the variables that torchrun sets for them.
 
-accelerate supports FSDP and DeepSpeed on GPUs only. This script patches it to accept CPUs; all else is the command that
-a user runs. ``-nan``: the loss of the second process is NaN at its seventh step.
+accelerate supports FSDP and DeepSpeed on GPUs only. This module patches it to accept CPUs; all else is the command that
+a user runs. The processes are forked from a server that has imported torch, transformers and DeepSpeed, which takes
+longer than a tiny healing.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import socket
 import sys
+import time
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -20,6 +28,32 @@ from transmla.cli import main
 from transmla.heal import run
 from transmla.heal.losses import Distiller
 from transmla.heal.settings import Healing
+
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+FORKS = multiprocessing.get_context("forkserver")
+# The server's sys.path does not have the folder of the tests.
+IMPORTED_BEFORE = (
+    "accelerate",
+    "deepspeed",
+    "matplotlib.figure",
+    "pytest",
+    "torch._inductor.compile_fx",  # DeepSpeed imports it when it starts
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.llama.modeling_llama",
+    "transmla.cli.export_verbs",
+    "transmla.convert.pipeline",
+    "transmla.evaluate.verify",
+    "transmla.heal.run",
+)
+
+
+def start_server() -> None:
+    """Start the process that all others are forked from, with ENVIRONMENT."""
+    FORKS.set_forkserver_preload(list(IMPORTED_BEFORE))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ensure_running()
 
 
 def make_fsdp_accelerator(settings: Healing, output: Path) -> Any:
@@ -69,11 +103,64 @@ def make_one_loss_nan() -> None:
     Distiller.forward = forward
 
 
-if __name__ == "__main__":
-    kind, _, variant = sys.argv[1].partition("-")
+def heal(kind: str, rank: int, processes: int, port: int, argv: list[str], log: str) -> None:
+    """Run ``transmla heal`` as one of ``processes`` processes, and write what it prints into the file ``log``."""
+    with Path(log).open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    if kind != "alone":
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {name: str(value) for name, value in places.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    kind, _, variant = kind.partition("-")
     makers = {"fsdp": make_fsdp_accelerator, "deepspeed": make_deepspeed_accelerator}
     run.make_accelerator = makers.get(kind, run.make_accelerator)
     if variant == "nan":
         make_one_loss_nan()
-    sys.argv[1] = "heal"
+    sys.argv = ["transmla", "heal", *argv]
     main()
+
+
+class Launch:
+    """Processes of one healing, which have started.
+
+    ``kind`` is ``alone`` for one process, or ``ddp``, ``fsdp`` or ``deepspeed`` for two. With ``-nan``, the loss of the
+    second process is NaN at its seventh step.
+    """
+
+    def __init__(self, kind: str, argv: list[str], folder: Path) -> None:
+        """Start ``transmla heal`` with the arguments ``argv``. The processes write their logs into ``folder``."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        count = 1 if kind == "alone" else 2
+        folder.mkdir()
+        self.logs = [folder / f"{rank}.log" for rank in range(count)]
+        self.processes: list[BaseProcess] = []
+        for rank, log in enumerate(self.logs):
+            self.processes.append(FORKS.Process(target=heal, args=(kind, rank, count, port, argv, str(log))))
+            self.processes[-1].start()
+
+    @property
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def log(self) -> str:
+        """Return the end of every process's log."""
+        return "\n".join(log.read_text()[-3000:] for log in self.logs if log.exists())
+
+    def wait(self, seconds: float = 300) -> None:
+        """Wait until all processes have ended; fail, and kill the rest, if one fails or the time is over."""
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in self.processes):
+            if time.monotonic() > deadline or any(process.exitcode for process in self.processes):
+                break
+            self.processes[0].join(0.05)
+        self.kill()
+        assert [process.exitcode for process in self.processes] == [0] * len(self.processes), self.log()

@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_small.py"
 
 
 def test_the_script_writes_a_model_with_large_norms_and_its_tokenizer(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "qwen3", str(tmp_path), "--steps", "2", "--large", "--commit", "none"]
+    few = ["--steps", "2", "--windows", "8"]
+    command = [sys.executable, str(SCRIPT), "qwen3", str(tmp_path), *few, "--large", "--commit", "none"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)

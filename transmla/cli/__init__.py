@@ -4,6 +4,7 @@ app            the application: one command per verb, errors as one line
 convert_verbs  families, plan, inspect, convert
 export_verbs   verify, eval, bench, heal, push
 options        flags made from the fields of recipes, evaluations and healings
+streams        standard output and error: nothing they do ends a command
 console        progress bars and tables
 report         pages of tables and figures: one HTML file made of sections
 eval_report    the report of ``transmla eval``

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from transmla import __version__
+from transmla.boundary import explain
 from transmla.cli.convert_verbs import convert, families, inspect, plan
 from transmla.cli.evaluate_verb import evaluate
 from transmla.cli.export_verbs import bench, heal, push, verify
 from transmla.cli.options import Command
+from transmla.cli.streams import Tolerant, abandon_output, flush_output, prepare_streams
 from transmla.errors import TransmlaError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -26,8 +29,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "push": push,
 }
-# What a shell reports for Ctrl-C, and what typer turns it into.
-INTERRUPTED = 130
+# What a shell reports for Ctrl-C, and what typer turns it into; and for a command whose reader has left.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+ISSUES = "https://pypi.org/project/transmla"
 
 
 def _version(asked: bool) -> None:
@@ -63,24 +67,41 @@ def _quiet() -> None:
 
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
+    prepare_streams()
     arguments = sys.argv[1:] or ["--help"]
     try:
         if not {"--help", "--version"} & set(arguments):
             _quiet()
         code = build()(arguments, standalone_mode=False)
-    except TransmlaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        flush_output()
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:  # the reader of standard output has left, as `head` does
+        abandon_output()
+        code = PIPE_CLOSED
     except Exception as error:
-        # A misused option. typer carries click inside or beside it, by version, and exports no base class of errors.
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"error: {TransmlaError(error.format_message(), remedy='see --help')}", file=sys.stderr)
-        raise SystemExit(2) from error
+        code = _report(error)
     if code == INTERRUPTED:
         resumable = arguments[0] in ("convert", "heal")
         hint = f"; `transmla {arguments[0]}` continues with --resume" if resumable else ""
-        print(f"interrupted{hint}", file=sys.stderr)
+        _complain(f"interrupted{hint}")
     raise SystemExit(code or 0)
+
+
+def _report(error: Exception) -> int:
+    """Print an error, and return the exit code. Only a bug of transmla shows its traceback."""
+    # A misused option. typer carries click inside or beside it, by version, and exports no base class of errors.
+    message = getattr(error, "format_message", None)
+    explained = TransmlaError(message(), remedy="see --help") if message else explain(error)
+    if explained is not None:
+        if isinstance(error, OSError):  # standard output may be what failed
+            abandon_output()
+        _complain(f"error: {explained}")
+        return 2
+    _complain("".join(traceback.format_exception(error)).rstrip())
+    _complain(f"This is a bug of transmla {__version__}. Please report the lines above and the command at {ISSUES}")
+    return 1
+
+
+def _complain(text: str) -> None:
+    print(text, file=Tolerant())

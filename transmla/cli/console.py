@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +18,9 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from transmla.artifacts import Plan
+from transmla.cli.streams import Tolerant
 from transmla.convert.inspect import Inspection
+from transmla.errors import printable
 from transmla.evaluate.bench import Bench
 from transmla.evaluate.retrieval import Retrieval
 from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, TASK_COLUMNS, retrieval_rows, task_rows
@@ -28,7 +30,7 @@ from transmla.export.card import cache_rows
 from transmla.export.evaluation_table import caption, table_columns, table_rows
 
 out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+err = Console(file=cast(IO[str], Tolerant()), emoji=False)
 # Width of the note on a progress bar, in characters.
 NOTE_WIDTH = 20
 
@@ -58,6 +60,8 @@ class Bars:
         # Off a terminal the bars are printed once, here. After a failure the error's line should stand alone.
         self.progress.live.transient = kind is not None and not err.is_terminal
         self.progress.live.stop()
+        if not err.is_terminal and not self.progress.live.transient and self.progress.tasks:
+            err.line()  # rich ends the last bar with a new line on terminals only
 
     def stage(self, name: str, total: int) -> None:
         """Start a new bar of ``total`` steps."""
@@ -70,12 +74,12 @@ class Bars:
 
     def message(self, text: str) -> None:
         """Print one line above the bars."""
-        self.progress.console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        self.progress.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """Print one line of plain text on standard output; brackets are not markup."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, wrap: bool = True) -> None:
@@ -83,11 +87,11 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, wrap: bool =
 
     ``wrap``: whether a narrow screen may wrap all columns, or only the first.
     """
-    drawn = Table(title=escape(title), title_justify="left")
+    drawn = Table(title=escape(printable(title)), title_justify="left")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0 and not wrap, overflow="fold")
     for row in rows:
-        drawn.add_row(*map(escape, row))
+        drawn.add_row(*(escape(printable(cell)) for cell in row))
     out.print(drawn)
 
 
@@ -146,7 +150,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     if summary.get("healing"):
         say(summary["healing"])
     for note in plan.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 
 
 def show_inspection(inspection: Inspection) -> None:
@@ -195,7 +199,7 @@ def show_inspection(inspection: Inspection) -> None:
 def show_check(check: Check) -> None:
     """Print the answer of one check."""
     mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
-    out.print(f"{mark}  {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
+    out.print(f"{mark}  {escape(printable(f'{check.name}: {check.detail}'))}", highlight=False, soft_wrap=True)
 
 
 def show_evaluation(result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from transmla.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    PickleOption,
     given_options,
     section_options,
     with_evaluation_options,
@@ -29,6 +30,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Also write a report with figures into this .html file.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
@@ -62,7 +64,7 @@ def evaluate(
     lengths = retrieval.choose_lengths(model, baseline, for_retrieval) if by_retrieval else ()
     loaded_tasks = harness.open_tasks(for_tasks) if by_task else {}
 
-    run: dict[str, Any] = {"dtype": dtype, "device": device}
+    run: dict[str, Any] = {"dtype": dtype, "device": device, "allow_pickle": allow_pickle}
     found: dict[str, Any] = {}
     sections: list[Section] = []
     shown = []

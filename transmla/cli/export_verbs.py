@@ -12,6 +12,7 @@ from transmla.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    PickleOption,
     given_options,
     help_of,
     with_healing_options,
@@ -26,6 +27,7 @@ def verify(
     source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision to run the export in: float32 or bfloat16.")] = "float32",
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Check an export: file hashes, loading, cached against full forward passes, cache bytes, and more.
 
@@ -44,7 +46,8 @@ def verify(
     if precision not in TOLERANCE:
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
     failed = 0
-    for check in run(folder, source=source, dtype=precision, device=str(pick_device(device))):
+    chosen = str(pick_device(device))
+    for check in run(folder, source=source, dtype=precision, device=chosen, allow_pickle=allow_pickle):
         console.show_check(check)
         failed += not check.passed
     if failed:
@@ -73,6 +76,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also draw tokens per second into this .png file.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure decoding speed by batch and context, against a baseline and the device's own copy speed.
@@ -95,6 +99,7 @@ def bench(
             backend=backend,
             dtype=dtype,
             device=device,
+            allow_pickle=allow_pickle,
             reporter=bars,
         )
     if as_json:
@@ -114,6 +119,7 @@ def heal(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     revision: Annotated[str | None, typer.Option(help=help_of(Healing, "revision"))] = None,
     data: Annotated[list[str], typer.Option(help=help_of(Healing, "data"))] = ["auto"],  # noqa: B006
+    allow_pickle: PickleOption = False,
     resume: Annotated[bool, typer.Option(help="Continue a healing that was interrupted.")] = False,
     track: Annotated[list[str] | None, typer.Option(help=help_of(Healing, "track"))] = None,
     **options: Any,
@@ -135,6 +141,7 @@ def heal(
 
     given = given_options(options)
     named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
+    given["allow_pickle"] = allow_pickle
     settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     with console.Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)

@@ -29,6 +29,7 @@ SHELVES = {"method": ("transmla.core.methods", "METHOD"), "format": ("transmla.f
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Open pickled (.bin) weights, which can run code.")]
 DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
 
 

@@ -132,7 +132,7 @@ def calibration_tokens(
         device = pick_device(recipe.device)
         dtype = torch.bfloat16 if runs_in_bfloat16(source, device) else torch.float32
         begin = openings(beginnings(calibration.parts, tokenizer), tokenizer, seed=recipe.seed)
-        model = load_model(source.path, dtype=dtype).to(device)
+        model = load_model(source.path, dtype=dtype, allow_pickle=recipe.allow_pickle).to(device)
         texts[SELF] = sampled_rows(
             model,
             tokenizer,

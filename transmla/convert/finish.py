@@ -8,9 +8,9 @@ from typing import Any
 
 from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
-from transmla.export.card import write_card
+from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
-from transmla.export.manifest import FitRecord, Manifest, SourceRecord, versions
+from transmla.export.manifest import FitRecord, Manifest, SourceRecord, recipe_hash, versions
 from transmla.export.tokenizer import write_tokenizer
 from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
@@ -48,13 +48,14 @@ def write_rest(
         copy=source.checkpoint.gguf is None,
         generation=GenerationConfig.from_model_config(source.config),
     )
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
     manifest = Manifest(
         format=plan.format,
         plan=plan,
-        source=SourceRecord(recipe.source, recipe.revision, _hub_commit(source.path), fingerprint),
+        source=SourceRecord(public_name(recipe.source), recipe.revision, _hub_commit(source.path), fingerprint),
         reconstruct=recipe.reconstruct,
-        texts=progress.texts,
+        recipe=recipe_hash(recipe),
+        texts=_public_texts(progress.texts),
         fit=_fit_record(prepared),
         versions=versions(),
         layers=progress.layers,
@@ -63,6 +64,14 @@ def write_rest(
     )
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
+
+
+def _public_texts(texts: dict[str, float]) -> dict[str, float]:
+    """Return the shares of texts by public name. Files of the same name in different folders become one text."""
+    shares: dict[str, float] = {}
+    for name, share in texts.items():
+        shares[public_name(name)] = shares.get(public_name(name), 0.0) + share
+    return shares
 
 
 def _with_slots(plan: Plan, progress: Progress) -> Plan:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
 from transmla.export.manifest import versions
-from transmla.export.workspace import Progress, Workspace
+from transmla.export.workspace import Progress, Workspace, check_writable, output_path
 from transmla.files import disk_errors
 from transmla.plan.estimate import disk_bytes
 from transmla.recipe import Recipe
@@ -108,10 +107,8 @@ def convert(
 
 
 def output_folder(recipe: Recipe) -> Path:
-    """Return the folder of the recipe's export."""
-    output = Path(recipe.output).expanduser()
-    # "." has no name to append ".partial" to.
-    return output if output.name else output.resolve()
+    """Return the folder of the recipe's export; raises as ``output_path`` does."""
+    return output_path(recipe.output)
 
 
 def _key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
@@ -131,15 +128,7 @@ def _check_disk(output: Path, needed: int) -> None:
     Raises:
         TransmlaError: if it is not writable, or has too little space.
     """
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise TransmlaError(
-            f"cannot write to '{parent}'",
-            limit="this path is not a folder, or this user may not write to it",
-            remedy="choose another --output",
-        )
+    parent = check_writable(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TransmlaError(

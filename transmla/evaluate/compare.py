@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.evaluate.bench import Bench, bench
 from transmla.evaluate.perplexity_and_kl import check_config, check_vocabularies, evaluate, text_config
@@ -38,6 +39,7 @@ def evaluate_models(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    allow_pickle: bool = False,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model on texts and, given a baseline, its KL divergence from the baseline.
@@ -51,6 +53,7 @@ def evaluate_models(
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device of both models, or ``auto``.
         revision: revision of the baseline on the Hub.
+        allow_pickle: whether pickled weights may be opened.
         reporter: receives the progress, in windows of all texts.
 
     Returns:
@@ -65,14 +68,15 @@ def evaluate_models(
     _check_dtype(dtype)
     check_texts(settings)
     torch_device = pick_device(device)
-    path = resolve_source(model)
+    path = resolve_source(model, allow_pickle=allow_pickle)
     texts = _read_texts(path, settings)
     vocabulary = _check_model(path, texts, "model")
-    other = None if baseline is None else resolve_source(baseline, revision=revision)
+    pickles = {"allow_pickle": allow_pickle}
+    other = None if baseline is None else resolve_source(baseline, revision=revision, **pickles)
     if other is not None:
         check_vocabularies(vocabulary, _check_model(other, texts, "baseline"))
-    reference = None if other is None else load_named(other, dtype, torch_device)
-    loaded = load_named(path, dtype, torch_device)
+    reference = None if other is None else load_named(other, dtype, torch_device, **pickles)
+    loaded = load_named(path, dtype, torch_device, **pickles)
     reporter.stage("evaluating", sum(text.windows.count for text in texts))
     results: list[dict[str, Any]] = []
     for text in texts:
@@ -121,6 +125,7 @@ def check_evaluation(recipe: Recipe) -> None:
 def _read_texts(path: Path, settings: Evaluation) -> list[Text]:
     """Read the texts with the tokenizer of the model in ``path``."""
     with load_errors(path):
+        load_config(path)  # a damaged config is not the tokenizer's fault
         tokenizer = load_tokenizer(path)
     return read_texts(settings, tokenizer)
 
@@ -158,6 +163,7 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
         recipe.eval,
         device=recipe.device,
         revision=recipe.revision,
+        allow_pickle=recipe.allow_pickle,
         reporter=reporter,
     )
     published = public_evaluation(result)
@@ -177,6 +183,7 @@ def bench_models(
     backend: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
+    allow_pickle: bool = False,
     reporter: Reporter,
 ) -> dict[str, Bench]:
     """Measure the decoding speed of an accelerated model and of a baseline as transformers runs it.
@@ -192,6 +199,7 @@ def bench_models(
         backend: MLA backend of the model, or ``auto``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device name, or ``auto``.
+        allow_pickle: whether pickled weights may be opened.
         reporter: receives the progress.
 
     Returns:
@@ -206,7 +214,8 @@ def bench_models(
     for role, name in (("baseline", baseline), ("model", model)):
         if name is None:
             continue
-        loaded = load_named(resolve_source(name), dtype, torch_device)
+        path = resolve_source(name, allow_pickle=allow_pickle)
+        loaded = load_named(path, dtype, torch_device, allow_pickle=allow_pickle)
         if role == "model":
             accelerate(loaded, backend=backend)
         results[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
@@ -223,13 +232,14 @@ def _check_dtype(dtype: str) -> None:
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="auto, float32 or bfloat16", remedy="choose one")
 
 
-def load_named(path: Path, dtype: str, device: torch.device) -> Any:
+def load_named(path: Path, dtype: str, device: torch.device, *, allow_pickle: bool = False) -> Any:
     """Load a model in evaluation mode, with the attention that transformers gives it.
 
     Args:
         path: checkpoint folder or GGUF file.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device of the model.
+        allow_pickle: whether pickled weights may be opened.
 
     Raises:
         TransmlaError: if ``dtype`` is unknown or the model cannot be loaded.
@@ -237,20 +247,12 @@ def load_named(path: Path, dtype: str, device: torch.device) -> Any:
     _check_dtype(dtype)
     register()
     with load_errors(path):
-        return load_model(path, dtype=dtype).to(device)
+        return load_model(path, dtype=dtype, allow_pickle=allow_pickle).to(device)
 
 
-@contextmanager
-def load_errors(path: Path) -> Iterator[None]:
-    """Convert any exception into a one-line ``TransmlaError``: damaged files make loaders raise any type."""
-    try:
-        yield
-    except TransmlaError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TransmlaError(
-            f"cannot load '{path}' as a causal LM",
-            limit=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
-            remedy="check the files, and that the model fits into the device's memory",
-        ) from error
+def load_errors(path: Path) -> AbstractContextManager[None]:
+    """Return the boundary around loaders of a model's files."""
+    return boundary(
+        f"cannot load '{path}' as a causal LM",
+        remedy="check the files, and that the model fits into the device's memory",
+    )

@@ -32,13 +32,14 @@ def context_of(path: Path) -> int | None:
     return context
 
 
-def open_model(path: Path, *, dtype: str, device: torch.device) -> tuple[Any, Any]:
+def open_model(path: Path, *, dtype: str, device: torch.device, allow_pickle: bool = False) -> tuple[Any, Any]:
     """Load a model and its tokenizer. A model with MLA layers decodes over its latent cache, as by ``transmla.load``.
 
     Args:
         path: checkpoint folder or GGUF file of an export, a source or any other causal LM.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device of the model.
+        allow_pickle: whether pickled weights may be opened.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
@@ -48,14 +49,20 @@ def open_model(path: Path, *, dtype: str, device: torch.device) -> tuple[Any, An
     """
     with load_errors(path):
         tokenizer = load_tokenizer(path)
-    model = load_named(path, dtype, device)
+    model = load_named(path, dtype, device, allow_pickle=allow_pickle)
     if mla_layers(model):
         accelerate(model)
     return model, tokenizer
 
 
 def for_each_model(
-    model: str, baseline: str | None, *, dtype: str, device: torch.device, run: Callable[[Any, Any, str], T]
+    model: str,
+    baseline: str | None,
+    *,
+    dtype: str,
+    device: torch.device,
+    run: Callable[[Any, Any, str], T],
+    allow_pickle: bool = False,
 ) -> dict[str, T]:
     """Run a measurement on a baseline and a model. Only one of them is in memory at a time.
 
@@ -65,6 +72,7 @@ def for_each_model(
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device of the models.
         run: the measurement; takes the model, its tokenizer and its role.
+        allow_pickle: whether pickled weights may be opened.
 
     Returns:
         The results by role: ``baseline``, if there is one, and ``model``.
@@ -74,11 +82,13 @@ def for_each_model(
     """
     # Both are found before one is loaded.
     paths = {
-        role: resolve_source(name) for role, name in (("baseline", baseline), ("model", model)) if name is not None
+        role: resolve_source(name, allow_pickle=allow_pickle)
+        for role, name in (("baseline", baseline), ("model", model))
+        if name is not None
     }
     results = {}
     for role, path in paths.items():
-        loaded, tokenizer = open_model(path, dtype=dtype, device=device)
+        loaded, tokenizer = open_model(path, dtype=dtype, device=device, allow_pickle=allow_pickle)
         results[role] = run(loaded, tokenizer, role)
         del loaded
         free_memory()

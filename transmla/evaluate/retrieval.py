@@ -175,6 +175,7 @@ def evaluate_retrieval(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    allow_pickle: bool = False,
     reporter: Reporter,
 ) -> Retrieval:
     """Measure a model and a baseline on the same grid of prompts. Only one of them is in memory at a time.
@@ -186,6 +187,7 @@ def evaluate_retrieval(
         lengths: the result of ``choose_lengths``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device name, or ``auto``.
+        allow_pickle: whether pickled weights may be opened.
         reporter: receives the progress.
 
     Raises:
@@ -196,7 +198,7 @@ def evaluate_retrieval(
     def run(loaded: Any, tokenizer: Any, role: str) -> tuple[Cell, ...]:
         return tuple(find_keys(loaded, tokenizer, settings, lengths, name=role, reporter=reporter))
 
-    cells = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run)
+    cells = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run, allow_pickle=allow_pickle)
     if not all(cells.values()):
         raise TransmlaError(
             "no retrieval prompt fits into the device's memory",

@@ -88,6 +88,7 @@ def evaluate_tasks(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    allow_pickle: bool = False,
     reporter: Reporter,
 ) -> TaskScores:
     """Score a model and a baseline on tasks. Only one of them is in memory at a time.
@@ -99,6 +100,7 @@ def evaluate_tasks(
         tasks: the result of ``open_tasks``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: device name, or ``auto``.
+        allow_pickle: whether pickled weights may be opened.
         reporter: receives the progress.
 
     Raises:
@@ -109,7 +111,7 @@ def evaluate_tasks(
     def run(loaded: Any, tokenizer: Any, role: str) -> dict[str, Any]:
         return run_tasks(loaded, tokenizer, tasks, settings, name=role, reporter=reporter)
 
-    found = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run)
+    found = for_each_model(model, baseline, dtype=dtype, device=torch_device, run=run, allow_pickle=allow_pickle)
     results, reference = found["model"], found.get("baseline")
     return TaskScores(
         model=model,

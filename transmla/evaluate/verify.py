@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from transmla.artifacts import Plan
@@ -21,6 +20,7 @@ from transmla.export.manifest import Manifest
 from transmla.files import write_json
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, compare_decoding
+from transmla.guard.config import check_config
 from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.locate import resolve_source
@@ -30,7 +30,12 @@ PROMPT_TOKENS = 96
 
 
 def verify(
-    folder: Path, *, source: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    folder: Path,
+    *,
+    source: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    allow_pickle: bool = False,
 ) -> Iterator[Check]:
     """Yield the checks of an export one by one, and write ``verification.json`` if all have passed.
 
@@ -39,6 +44,7 @@ def verify(
         source: folder or Hub name of the source, to compare the unchanged weights bit by bit; None: no comparison.
         dtype: precision of the model; float32 gives the strictest comparison.
         device: device of the model.
+        allow_pickle: whether pickled weights of the source may be opened.
 
     Yields:
         Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load.
@@ -49,7 +55,7 @@ def verify(
     manifest = Manifest.read(folder)
     (folder / VERIFICATION).unlink(missing_ok=True)
     checks: list[Check] = []
-    for check in _checks(folder, manifest, source, dtype, device):
+    for check in _checks(folder, manifest, source, dtype, device, allow_pickle=allow_pickle):
         checks.append(check)
         yield check
         if not check.passed and check.name in ("hashes", "loads"):
@@ -66,7 +72,9 @@ def verify(
         )
 
 
-def _checks(folder: Path, manifest: Manifest, source: str | None, dtype: torch.dtype, device: str) -> Iterator[Check]:
+def _checks(
+    folder: Path, manifest: Manifest, source: str | None, dtype: torch.dtype, device: str, *, allow_pickle: bool
+) -> Iterator[Check]:
     form = format_named(manifest.format)
     problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
     yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
@@ -91,7 +99,7 @@ def _checks(folder: Path, manifest: Manifest, source: str | None, dtype: torch.d
     if source is not None and any(record["settings"]["trainable"] == "all" for record in manifest.healing):
         yield Check("untouched weights", True, "no comparison: a healing trained all weights")
     elif source is not None:
-        yield _untouched(folder, source, manifest, form)
+        yield _untouched(folder, source, manifest, form, allow_pickle=allow_pickle)
 
 
 def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[Any, str]:
@@ -100,8 +108,14 @@ def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[
 
     register()
     try:
+        check_config(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **form.load_options()
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **form.load_options(),
         )
     except Exception as error:  # damaged files make loaders raise any type; the check reports it
         return None, f"{type(error).__name__}: {error}"
@@ -135,11 +149,11 @@ def _cache_size(model: Any, tokens: Tensor, plan: Plan) -> Check:
     )
 
 
-def _untouched(folder: Path, source: str, manifest: Manifest, form: Format) -> Check:
+def _untouched(folder: Path, source: str, manifest: Manifest, form: Format, *, allow_pickle: bool) -> Check:
     """Compare each tensor that the conversion does not change with the source's, bit by bit after the cast."""
-    trusted, origin = _allows_pickle(folder), manifest.source
-    path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=trusted)
-    original, export = open_checkpoint(path, allow_pickle=trusted), open_checkpoint(folder)
+    origin = manifest.source
+    path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=allow_pickle)
+    original, export = open_checkpoint(path, allow_pickle=allow_pickle), open_checkpoint(folder)
     names = form.untouched(original.shapes, export.shapes, tied=manifest.plan.spec.tie_word_embeddings)
     changed = [
         n
@@ -148,12 +162,3 @@ def _untouched(folder: Path, source: str, manifest: Manifest, form: Format) -> C
     ]
     detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors are bit-identical"
     return Check("untouched weights", bool(names) and not changed, detail)
-
-
-def _allows_pickle(folder: Path) -> bool:
-    """Return whether the export's recipe allows pickled source weights."""
-    try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(recipe, dict) and recipe.get("allow_pickle") is True

@@ -152,6 +152,14 @@ def public_recipe(recipe: Recipe) -> Recipe:
     )
 
 
+def public_healing(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a healing with every local path cut to its last part, because they are published."""
+    names: dict[str, Any] = {
+        key: public_name(settings[key]) for key in ("student", "teacher", "output") if key in settings
+    }
+    return {**settings, **names, "data": [_public_entry(entry) for entry in settings["data"]]}
+
+
 def public_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return an evaluation with every local path cut to its last part, because it is published.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 
+from transmla.boundary import leaves, read_json_object
 from transmla.errors import TransmlaError
 from transmla.files import write_json
 
@@ -43,15 +42,6 @@ def export_files(folder: Path) -> list[str]:
     return sorted(file.as_posix() for file in files if not stays_behind(PurePosixPath(file.as_posix())))
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """Return the JSON object in ``file``, or None if the file is missing, unreadable, or holds no JSON object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def finished_hashes(folder: Path) -> dict[str, str]:
     """Return the hashes that the manifest of a finished export lists: SHA-256 in hex, by relative path.
 
@@ -59,7 +49,7 @@ def finished_hashes(folder: Path) -> dict[str, str]:
         TransmlaError: if the manifest is missing or lists no hashes, or if the conversion is unfinished.
     """
     file = folder / MANIFEST
-    manifest = read_json(file)
+    manifest = read_json_object(file)
     if folder.resolve().name.endswith(UNFINISHED_SUFFIX) or manifest is None:
         raise TransmlaError(
             f"{folder} holds no finished conversion",
@@ -115,7 +105,8 @@ def check_hashes(folder: Path, hashes: Mapping[str, str], *, free: Collection[st
     Raises:
         OSError: if a file cannot be read.
     """
-    problems = []
+    present = export_files(folder)
+    problems = [f"{path} is a link that leads out of the folder" for path in present if leaves(folder, folder / path)]
     if "config.json" not in hashes:
         problems.append("config.json has no hash")
     if not any(path.endswith(".safetensors") for path in hashes):
@@ -130,7 +121,7 @@ def check_hashes(folder: Path, hashes: Mapping[str, str], *, free: Collection[st
         elif file_sha256(file) != expected:
             problems.append(f"{path} has changed since the conversion wrote it")
     # A loader may prefer an additional file to the checked ones, such as model.safetensors or an adapter.
-    extra = [path for path in export_files(folder) if path not in hashes and path not in free]
+    extra = [path for path in present if path not in hashes and path not in free]
     return problems + [f"{path} was not written by the conversion; remove it" for path in extra]
 
 

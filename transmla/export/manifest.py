@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from transmla.artifacts import Plan
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, finished_hashes
 from transmla.files import write_json
+from transmla.recipe import Recipe, dump_recipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class SourceRecord:
     """The source of a conversion.
 
     Attributes:
-        name: the source as the recipe names it.
+        name: the source as the recipe names it; of a local path, the last part.
         revision: Hub revision in the recipe.
         commit: Hub commit of the downloaded source; None for a local source.
         fingerprint: SHA-256 over all tensors, in hex.
@@ -66,6 +68,7 @@ class Manifest:
         layers: one record for each layer, with its index, errors and norms.
         final_norm_correction: factor on the weight of the model's last norm.
         hashes: SHA-256 of every file in hex, by relative path.
+        recipe: hash of the recipe with its local paths, which a resumed run compares; empty in older exports.
         fit: settings of the fit; None if the layers were not fitted.
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.
@@ -79,6 +82,7 @@ class Manifest:
     layers: list[dict[str, Any]]
     final_norm_correction: float
     hashes: dict[str, str]
+    recipe: str = ""
     fit: FitRecord | None = None
     texts: dict[str, float] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
@@ -134,6 +138,8 @@ def _mistake(manifest: Manifest) -> str:
     for i, record in enumerate(manifest.healing):
         mistake = _wrong_key(record, _HEALING)
         mistake = mistake or _wrong_key(record["settings"], _HEALING_SETTINGS, "settings.")
+        if not mistake and not all(isinstance(name, str) for name in record["settings"]["data"]):
+            mistake = "settings.data holds other things than names"
         mistake = mistake or _wrong_key(record["held_out_kl"], _HEALING_KL, "held_out_kl.")
         if mistake:
             return f"healing.{i}.{mistake}"
@@ -152,6 +158,11 @@ def _reader() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return the SHA-256 of a recipe in hex. The recipe in an export, which is published, holds no local paths."""
+    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

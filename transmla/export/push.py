@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.hashes import (
     MANIFEST,
@@ -18,7 +19,6 @@ from transmla.export.hashes import (
     export_files,
     export_fingerprint,
     finished_hashes,
-    read_json,
     stays_behind,
 )
 
@@ -137,7 +137,7 @@ def _checked_files(folder: Path) -> list[PushFile]:
     """Return the files to upload, after checking that the export is finished, verified and unchanged."""
     files = list_files(folder)
     hashes = finished_hashes(folder)
-    verified = read_json(folder / VERIFICATION) or {}
+    verified = read_json_object(folder / VERIFICATION) or {}
     if verified.get("passed") is not True or verified.get("fingerprint") != export_fingerprint(hashes):
         raise TransmlaError(
             f"{folder} is not verified",

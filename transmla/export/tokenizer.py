@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from transmla.boundary import boundary, read_json_object
 from transmla.files import write_json
 
 _COPIED = (
@@ -21,6 +21,8 @@ _COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
+
+TEMPLATES = "chat_templates"
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, generation: Any) -> None:
@@ -38,8 +40,10 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        if (source / "chat_templates").is_dir():
-            shutil.copytree(source / "chat_templates", folder / "chat_templates", dirs_exist_ok=True)
+        for template in sorted((source / TEMPLATES).glob("*.jinja")):
+            if template.is_file():
+                (folder / TEMPLATES).mkdir(exist_ok=True)
+                shutil.copyfile(template, folder / TEMPLATES / template.name)
         _record_class(folder, tokenizer)
     else:
         tokenizer.save_pretrained(folder)
@@ -53,7 +57,9 @@ def _record_class(folder: Path, tokenizer: Any) -> None:
     from transmla.modeling.transformers_api import register
 
     register()
-    if type(AutoTokenizer.from_pretrained(folder)) is not type(tokenizer):
+    with boundary(f"cannot load the tokenizer in '{folder}'", remedy="correct the files of the source's tokenizer"):
+        chosen = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if chosen is not type(tokenizer):
         file = folder / "tokenizer_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_json_object(file) or {}
         write_json(file, settings | {"tokenizer_class": type(tokenizer).__name__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,9 +11,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary, local_path, read_json_object
 from transmla.errors import TransmlaError
-from transmla.export.hashes import CALIBRATION, PROGRESS, file_sha256, read_json
+from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
 from transmla.files import write_json, write_tensors
+
+# The longest name that a command gives to a folder or file beside OUTPUT or inside it.
+_LONGEST_SUFFIX = len(".unhealed.partial")
+LONGEST_NAME = 255
+
+
+def output_path(name: str) -> Path:
+    """Return the folder that a conversion or a healing writes, after checking that it can be created.
+
+    Raises:
+        TransmlaError: if the path has no name, its name is too long or belongs to unfinished runs, or if its parent is
+            no folder that this user may write to.
+    """
+    output = local_path(name)
+    if not output.name:  # "." has no name to append ".partial" to
+        with boundary(f"cannot write to '{name}'", remedy="choose another --output"):
+            output = output.resolve()
+    if not output.name or output.name == "..":
+        raise TransmlaError(
+            f"'{name}' has no name", limit="an export is a new folder", remedy="choose another --output"
+        )
+    with boundary(
+        f"the path '{output}' is not UTF-8", remedy="choose another --output", limit="safetensors writes no other"
+    ):
+        str(output).encode()
+    if output.name.endswith(UNFINISHED_SUFFIX):
+        raise TransmlaError(
+            f"the name of '{output}' ends in {UNFINISHED_SUFFIX}",
+            limit="folders of unfinished runs are called so",
+            remedy="choose another --output",
+        )
+    if len(os.fsencode(output.name)) + _LONGEST_SUFFIX > LONGEST_NAME:
+        raise TransmlaError(
+            f"the name '{output.name[:40]}…' is too long",
+            limit=f"at most {LONGEST_NAME - _LONGEST_SUFFIX} bytes",
+            remedy="choose a shorter --output",
+        )
+    check_writable(output)
+    return output
+
+
+def check_writable(output: Path) -> Path:
+    """Return the deepest existing folder above ``output``, after checking that this user may write to it.
+
+    Raises:
+        TransmlaError: if that is no folder, or is not writable.
+    """
+    with boundary(f"cannot write to '{output}'", remedy="choose another --output"):
+        parent = output.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    if not usable:
+        raise TransmlaError(
+            f"cannot write to '{parent}'",
+            limit="this path is not a folder, or this user may not write to it",
+            remedy="choose another --output",
+        )
+    return parent
 
 
 @dataclass
@@ -51,7 +112,7 @@ class Workspace:
 
     def __init__(self, output: Path, shards: int) -> None:
         self.output, self.shards = output, shards
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = output.with_name(output.name + UNFINISHED_SUFFIX)
 
     def refuse_overwrite(self, *, resume: bool) -> None:
         """Check that the conversion overwrites nothing. This check writes nothing.
@@ -89,7 +150,7 @@ class Workspace:
             progress = Progress(key)
             self.save_progress(progress)
             return progress
-        values = read_json(file) or {}
+        values = read_json_object(file) or {}
         if values.get("key") != key or not set(values) <= {item.name for item in fields(Progress)}:
             raise TransmlaError(
                 f"'{self.folder}' was begun with other weights, settings or versions",

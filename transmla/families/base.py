@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,11 @@ def check_common(config: Any) -> None:
     """Check that a source's ``config`` has no feature that every export format lacks.
 
     Raises:
-        TransmlaError: if weights are quantised, the rope type is unknown, or the query heads are not a multiple of
-            the key/value heads.
+        TransmlaError: if a number is out of range, weights are quantised, the rope type is unknown, or the query heads
+            are not a multiple of the key/value heads.
     """
     name = config.model_type
+    _check_numbers(config)
     quantisation = getattr(config, "quantization_config", None)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if method not in (None, "gguf"):
@@ -44,6 +46,55 @@ def check_common(config: Any) -> None:
             "the number of query heads must be a multiple of the number of key/value heads",
             "check config.json",
         )
+
+
+# Config fields that count something: a model without layers, heads or tokens is none.
+POSITIVE = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"),
+    *("vocab_size", "head_dim", "max_position_embeddings", "num_experts", "num_local_experts"),
+    *("num_experts_per_tok", "moe_intermediate_size", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "logits_scaling"),
+)
+# Fields of the rotary settings that are divided by, or raised to a power.
+POSITIVE_ROPE = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+
+
+def _check_numbers(config: Any) -> None:
+    """Check that the numbers of ``config`` describe a model.
+
+    Raises:
+        TransmlaError: if a count or width is not above 0, eps is negative, or a layer has a window without a width.
+    """
+    name = config.model_type
+    values = [(key, getattr(config, key, None)) for key in POSITIVE]
+    values += [(key, table.get(key)) for table in rope_tables(config) for key in POSITIVE_ROPE]
+    for key, value in values:
+        if value is not None and not (_is_number(value) and value > 0):
+            raise refuse(name, f"{key} is {value!r}", "it must be a number above 0", "correct config.json")
+    eps = getattr(config, "rms_norm_eps", 0.0)
+    if not (_is_number(eps) and 0 <= eps < 1):
+        raise refuse(name, f"rms_norm_eps is {eps!r}", "it must be at least 0 and below 1", "correct config.json")
+    for table in rope_tables(config):
+        share = table.get("partial_rotary_factor", 1.0)
+        if not (_is_number(share) and 0 < share <= 1):
+            raise refuse(
+                name, f"partial_rotary_factor is {share!r}", "it must be above 0 and at most 1", "correct config.json"
+            )
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if experts and chosen and chosen > experts:
+        raise refuse(name, f"num_experts_per_tok is {chosen}", f"there are {experts} experts", "correct config.json")
+    layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in list(layer_types) if layer_types else window is not None
+    # Some families write a window of 0 for none, beside layers that are all full.
+    if windowed and not (window is not None and _is_number(window) and window > 0):
+        raise refuse(
+            name, f"sliding_window is {window!r}", "layers with windows need a number above 0", "correct config.json"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rope_tables(config: Any) -> list[dict[str, Any]]:

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
-from transmla.export.hashes import read_json
 from transmla.files import write_json, write_tensors
 from transmla.heal.learning_rate import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"
 # Settings that a resumed run may change. Models and texts are identified by hashes of their contents instead.
-_FREE = {"output", "track", "save_every", "student", "teacher", "revision", "data", "split", "column"}
+_FREE = {"output", "track", "save_every", "student", "teacher", "revision", "allow_pickle", "data", "split", "column"}
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Store:
         Raises:
             TransmlaError: if the saved state has another ``key``.
         """
-        values = read_json(self.folder / FILE)
+        values = read_json_object(self.folder / FILE)
         if values is None:
             return None
         if values.get("key") != key or not set(values) <= {item.name for item in fields(State)}:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transmla.boundary import local_path
 from transmla.export.hashes import export_fingerprint
 from transmla.export.manifest import Manifest
-from transmla.export.workspace import Workspace
+from transmla.export.workspace import Workspace, output_path
 from transmla.files import disk_errors
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
@@ -74,7 +75,7 @@ def heal(
         TransmlaError: for bad input, before anything is written; for a loss that stays NaN or infinite; for a healed
             export that fails its verification; for a full disk.
     """
-    output, student = Path(settings.output).expanduser(), Path(settings.student).expanduser()
+    output, student = output_path(settings.output), local_path(settings.student)
     manifest = Manifest.read(student)
     workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
@@ -127,12 +128,12 @@ def _train(
 
     Models and optimiser are freed on return, because writing the export needs the memory.
     """
-    teacher_path = resolve_source(settings.teacher, revision=settings.revision)
+    teacher_path = resolve_source(settings.teacher, revision=settings.revision, allow_pickle=settings.allow_pickle)
     tokenizer = load_tokenizer(teacher_path)
     check_tokenizers(load_tokenizer(Path(settings.student).expanduser()), tokenizer)
     with accelerator.main_process_first():
         texts = texts or read_texts(settings, tokenizer, report)
-    fingerprint = fingerprint or _teacher_fingerprint(teacher_path, report)
+    fingerprint = fingerprint or _teacher_fingerprint(teacher_path, report, settings)
     model, teacher = _load_models(settings, manifest, teacher_path, accelerator)
     with accelerator.main_process_first():
         batches = make_batches(settings, texts, tokenizer, teacher, fingerprint, report)
@@ -164,8 +165,8 @@ def _train(
     return Learned(loop.best or {}, loop.state, batches)
 
 
-def _teacher_fingerprint(path: Path, report: Reporter) -> str:
-    checkpoint = open_checkpoint(path)
+def _teacher_fingerprint(path: Path, report: Reporter, settings: Healing) -> str:
+    checkpoint = open_checkpoint(path, allow_pickle=settings.allow_pickle)
     report.stage("checking the teacher", len(checkpoint.shapes))
     return checkpoint.fingerprint(lambda done, _: report.advance(done))
 
@@ -173,7 +174,7 @@ def _teacher_fingerprint(path: Path, report: Reporter) -> str:
 def _load_models(settings: Healing, manifest: Manifest, teacher_path: Path, accelerator: Any) -> tuple[Any, Any]:
     """Load and check the student (float32, natural coordinates) and the teacher (float32 or bfloat16)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    teacher = load_model(teacher_path, dtype=dtype).to(accelerator.device).eval()
+    teacher = load_model(teacher_path, dtype=dtype, allow_pickle=settings.allow_pickle).to(accelerator.device).eval()
     student = load_student(Path(settings.student).expanduser(), format_named(manifest.format))
     check_models(student, teacher, settings)
     return student, teacher

@@ -27,6 +27,8 @@ class Healing(Strict):
     output: str = Field(description="folder to write")
     revision: str | None = Field(None, description="branch, tag or commit of a teacher on the Hub")
 
+    allow_pickle: bool = Field(False, description="open pickled (.bin) weights of the teacher, which can run code")
+
     data: Mixture = Field(
         ("auto",),
         description="text to learn from; give it several times for a mixture, as NAME or NAME:WEIGHT. auto, self, "

@@ -16,7 +16,7 @@ from transmla import __version__
 from transmla.errors import TransmlaError
 from transmla.evaluate.figures import write_curve
 from transmla.evaluate.verify import verify
-from transmla.export.card import write_card
+from transmla.export.card import public_healing, write_card
 from transmla.export.hashes import hash_files
 from transmla.export.manifest import Manifest
 from transmla.files import write_tensors, write_text
@@ -47,7 +47,8 @@ def write_export(
     folder.mkdir(parents=True)
     manifest = Manifest.read(student)
     _write_files(folder, student, manifest, changed)
-    dumped = settings.model_dump(mode="json", exclude_none=True)
+    summary = {**summary, "settings": public_healing(summary["settings"])}
+    dumped = public_healing(settings.model_dump(mode="json", exclude_none=True))
     write_text(folder / "healing.yaml", yaml.safe_dump(dumped, sort_keys=False))
     _draw_curve(folder / CURVE, summary)
     manifest = replace(

@@ -53,6 +53,8 @@ class Frequencies(nn.Module):
         super().__init__()
         short = kind["inv_freq"]
         self.listed = [short, kind["long_inv_freq"]] if "long_inv_freq" in kind else [short]
+        if any(2 * len(table) != kind["qk_rope_head_dim"] for table in self.listed):
+            raise ValueError(f"inv_freq must hold {kind['qk_rope_head_dim'] // 2} frequencies")
         self.short_length, self.factor = kind.get("original_max_position_embeddings"), kind["attention_factor"]
         # The buffer stores the bits of float32 values as integers, so that casting a model to half precision does not
         # round the frequencies. Rounded frequencies give wrong angles at large positions.

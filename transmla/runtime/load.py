@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
+from transmla.guard.config import check_config
+from transmla.guard.folder import check_folder
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
 
@@ -39,14 +42,14 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
     from transmla.modeling.transformers_api import register
 
     register()
-    try:
+    # Without these, transformers would ask whether to run the checkpoint's code, and would open pickled weights.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
+    what, remedy = f"transformers cannot load '{path}'", "give the folder of an export or the Hub id of an MLA model"
+    with boundary(what, remedy=remedy):
+        if Path(path).is_dir():
+            check_folder(Path(path))
+            check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise TransmlaError(
-            f"transformers cannot load '{path}'",
-            limit=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            remedy="give the folder of an export or the Hub id of an MLA model",
-        ) from error
     return accelerate(model, backend=backend, cache_dtype=cache_dtype)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
+from transmla.guard.folder import INDEX, PICKLES, WEIGHTS, check_pickles, weight_map
+from transmla.guard.headers import read_headers, shards_of
 from transmla.source.gguf import gguf_tensors, load_gguf
 
-_INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -95,92 +94,49 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
             limit="a checkpoint folder holds config.json and safetensors files",
             remedy="check SOURCE",
         )
-    if (path / _INDEX).is_file():
-        shards = sorted(set(_weight_map(path / _INDEX).values()))
-    elif (path / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    else:
-        return _open_pickle(path, allow_pickle)
-    return _open_safetensors(path, shards)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TransmlaError(
-            f"'{index}' is not a valid shard index", limit=str(error), remedy="download it again"
-        ) from error
+    shards = shards_of(path)
+    return _open_safetensors(path, shards) if shards else _open_pickle(path, allow_pickle)
 
 
 def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        file = folder / shard
-        if not file.is_file():
+    stored = read_headers(folder, shards)
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
             raise TransmlaError(
-                f"shard '{shard}' is missing from '{folder}'",
-                limit=f"the index names {len(shards)} shards",
-                remedy="download it again",
+                f"tensor '{name}' is stored as {tensor.dtype}",
+                limit="weights must be float32, float16 or bfloat16",
+                remedy="convert the unquantised checkpoint",
             )
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise TransmlaError(
-                f"shard '{shard}' is corrupt or cut off", limit=str(error), remedy="download it again"
-            ) from error
-        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-            view = handle.get_slice(name)
-            if view.get_dtype() not in _DTYPES:
-                raise TransmlaError(
-                    f"tensor '{name}' is stored as {view.get_dtype()}",
-                    limit="weights must be float32, float16 or bfloat16",
-                    remedy="convert the unquantised checkpoint",
-                )
-            files[name] = file
-            shapes[name] = tuple(view.get_shape())
 
     def read(name: str) -> Tensor:
         # Open the file for each tensor: a mapped file keeps its pages in memory until its last tensor is freed.
-        with safe_open(files[name], framework="pt") as handle:
+        with safe_open(stored[name].file, framework="pt") as handle:
             return handle.get_tensor(name)
 
     size = sum((folder / shard).stat().st_size for shard in shards)
-    return Checkpoint(folder, shapes, read, size=size)
+    return Checkpoint(folder, {name: tensor.shape for name, tensor in stored.items()}, read, size=size)
 
 
 def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
-    if not pickles:
+    if not check_pickles(folder, allow=allow):
         raise TransmlaError(
             f"no weights in '{folder}'",
-            limit=f"expected model.safetensors or {_INDEX}",
+            limit=f"expected {WEIGHTS} or {INDEX}",
             remedy="check SOURCE",
         )
-    if not allow:
-        raise TransmlaError(
-            f"'{folder}' holds pickled weights ({pickles[0]})",
-            limit="a pickle can run code when it is opened",
-            remedy="convert the weights to safetensors, or pass --allow-pickle if you trust them",
-        )
-    index = folder / _PICKLES[1]
-    files = sorted(set(_weight_map(index).values())) if index.is_file() else [_PICKLES[0]]
+    index = folder / PICKLES[1]
+    files = sorted(set(weight_map(index).values())) if index.is_file() else [PICKLES[0]]
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
+        with boundary(f"'{file}' cannot be opened as pickled weights", remedy="download it again"):
             # torch.load cannot map files from before torch 1.6, which are not zip archives.
             mapped = zipfile.is_zipfile(folder / file)
-            tensors |= torch.load(folder / file, map_location="cpu", weights_only=True, mmap=mapped)
-        except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, EOFError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise TransmlaError(
-                f"'{file}' cannot be opened as pickled weights",
-                limit=f"{type(error).__name__}: {reason}",
-                remedy="download it again",
-            ) from error
+            opened = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=mapped)
+            if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in opened.items()):
+                raise TypeError("it holds other things than tensors by name")
+            tensors |= opened
     return _in_memory(folder, tensors)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from transmla.artifacts import AttentionSpec, LayerKind
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.families.base import Family
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.modeling.modeling_transmla import has_bias, refuse_unknown, window_of
 from transmla.registry import lookup
-from transmla.source.load import split_gguf
+from transmla.source.load import load_config, split_gguf
 
 
 def read_config(path: Path) -> Any:
@@ -24,36 +24,19 @@ def read_config(path: Path) -> Any:
     Raises:
         TransmlaError: if the config is unreadable, needs ``trust_remote_code``, or belongs to a converted model.
     """
-    from transformers import AutoConfig
-
-    folder, extra = split_gguf(path)
+    folder, _ = split_gguf(path)
     if _is_export(folder):
         raise TransmlaError(
             f"'{path}' is already converted", limit="its attention is MLA", remedy="convert the original model"
         )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
-    except Exception as error:  # transformers' config readers and validators share no narrower class
-        if "trust_remote_code" in str(error):
-            raise TransmlaError(
-                f"'{path}' needs custom code (trust_remote_code)",
-                limit="transmla runs no code from a checkpoint",
-                remedy="convert a model whose class ships with transformers",
-            ) from error
-        raise TransmlaError(
-            f"cannot read the config of '{path}'",
-            limit=str(error) or type(error).__name__,
-            remedy="check SOURCE",
-        ) from error
+    with boundary(f"cannot read the config of '{path}'", remedy="check SOURCE"):
+        return load_config(path)
 
 
 def _is_export(folder: Path) -> bool:
     """Return whether ``folder`` holds an export in the transmla format."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config.get("model_type") == MODEL_TYPE)
-    except (OSError, ValueError, AttributeError):
-        return False
+    config = read_json_object(folder / "config.json")
+    return config is not None and config.get("model_type") == MODEL_TYPE
 
 
 def family_of(config: Any) -> Family:
@@ -64,10 +47,11 @@ def family_of(config: Any) -> Family:
     """
     text = getattr(config, "text_config", None)
     if text is not None:
+        of_type = f"of model_type '{text.model_type}', " if hasattr(text, "model_type") else ""
         raise TransmlaError(
             f"'{config.model_type}' is a multimodal model",
             limit="transmla converts causal language models",
-            remedy=f"save its language model, of model_type '{text.model_type}', as a separate model, and convert that",
+            remedy=f"save its language model, {of_type}as a separate model, and convert that",
         )
     family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
     family.check(config)
@@ -86,15 +70,9 @@ def empty_model(config: Any) -> Any:
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    except (KeyError, ValueError, TypeError) as error:  # for example, an unknown activation
-        raise TransmlaError(
-            f"transformers cannot build a {config.model_type} model from the source's config",
-            limit=f"{type(error).__name__}: {error}",
-            remedy="correct its config.json",
-        ) from error
+    what = f"transformers cannot build a {config.model_type} model from the source's config"
+    with boundary(what, remedy="correct its config.json"), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def describe(config: Any, model: Any = None) -> AttentionSpec:

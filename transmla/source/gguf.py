@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.files import write_json, write_tensors
+from transmla.source.gguf_header import check_header
 from transmla.source.load import load_model, load_tokenizer
 
 # Largest GGUF file, in bytes, that is unpacked. A file of 4 bits per weight unpacks to four times its size.
@@ -95,17 +97,10 @@ def load_gguf(path: Path) -> Any:
             limit="it is not installed",
             remedy='pip install "transmla[demo]"',
         )
-    try:
+    with boundary(f"'{path.name}' cannot be read as GGUF", remedy="download it again"):
+        check_header(path)
         _refuse_lost_scaling(path)
         return load_model(path, dtype=torch.bfloat16)
-    except TransmlaError:
-        raise
-    except Exception as error:  # the libraries that parse GGUF raise many types for a damaged file
-        raise TransmlaError(
-            f"'{path.name}' cannot be read as GGUF",
-            limit=f"{type(error).__name__}: {error}",
-            remedy="download it again",
-        ) from error
 
 
 def gguf_tensors(model: Any) -> dict[str, torch.Tensor]:

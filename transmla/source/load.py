@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
+from transmla.guard.config import check_config
+from transmla.guard.folder import check_pickles
 from transmla.modeling.transformers_api import register
+
+# Files by which transformers recognises a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -23,15 +29,34 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder, extra = split_gguf(path)
-    # Without the registered classes, transformers would ask for trust_remote_code when ``folder`` is an export.
+    check_config(folder)
+    # Without the registered classes, transformers would not know the class of an export.
     register()
-    try:
-        return AutoTokenizer.from_pretrained(folder, **extra)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    if not extra and not any((folder / name).is_file() for name in TOKENIZERS):
         raise TransmlaError(
             f"no tokenizer in '{folder}'",
             limit="calibration, evaluation and the export itself need one",
             remedy="add tokenizer.json and tokenizer_config.json to that folder",
+        )
+    with boundary(f"cannot load the tokenizer in '{folder}'", remedy="download its files again, or correct them"):
+        with code_refused(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
+        tokenizer("a", add_special_tokens=True)  # some damage shows only at the first text
+    return tokenizer
+
+
+@contextmanager
+def code_refused(path: Path) -> Iterator[None]:
+    """Convert transformers' demand for ``trust_remote_code`` into a ``TransmlaError``."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise TransmlaError(
+            f"'{path}' needs custom code (trust_remote_code)",
+            limit="transmla runs no code from a checkpoint",
+            remedy="use a model whose classes ship with transformers",
         ) from error
 
 
@@ -40,8 +65,16 @@ def load_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     folder, extra = split_gguf(path)
+    check_config(folder)
     register()
-    return AutoConfig.from_pretrained(folder, **extra)
+    with code_refused(path):
+        return _named_outputs(AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra))
+
+
+def _named_outputs(config: Any) -> Any:
+    """Return ``config``, so that models return their outputs by name whatever the checkpoint's config says."""
+    config.return_dict = True
+    return config
 
 
 @contextmanager
@@ -62,22 +95,35 @@ def split_gguf(path: Path) -> tuple[Path, dict[str, Any]]:
     return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
 
 
-def load_model(path: Path, *, dtype: torch.dtype | str, **kwargs: Any) -> Any:
+def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = False, **kwargs: Any) -> Any:
     """Load a whole causal LM through transformers, in evaluation mode. A GGUF file is dequantised.
 
     Args:
         path: checkpoint folder or GGUF file.
         dtype: dtype of the parameters, as ``from_pretrained`` takes it.
+        allow_pickle: whether pickled weights may be opened.
         kwargs: further arguments of ``from_pretrained``.
+
+    Raises:
+        TransmlaError: if the folder holds pickled weights only and ``allow_pickle`` is off, if its config asks for more
+            than its tensors can hold, if the model needs code from the checkpoint, or if its files are damaged.
     """
     import transformers
 
     folder, extra = split_gguf(path)
+    if not extra:
+        check_config(folder)
+        extra["use_safetensors"] = not check_pickles(folder, allow=allow_pickle)
     gguf_config = getattr(transformers, "GgufConfig", None)
-    if extra and gguf_config is not None:
+    if "gguf_file" in extra and gguf_config is not None:
         # From 5.2x on, transformers keeps GGUF weights packed by default.
         extra["quantization_config"] = gguf_config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **kwargs)
+    what, remedy = f"cannot load '{path}' as a causal LM", "check the files, and that the model fits into the memory"
+    with boundary(what, remedy=remedy), code_refused(path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, **extra, **kwargs
+        )
+    _named_outputs(model.config)
     if getattr(model.config, "attn_logit_softcapping", None):
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")

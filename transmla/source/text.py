@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary, local_path
 from transmla.errors import TransmlaError
 from transmla.registry import scan
 from transmla.source.texts.base import TEST, TRAIN, NamedText
@@ -161,8 +162,11 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text without special tokens. Chunks of a long text are tokenised in parallel."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        # verbose=False: no warning that the text is longer than the model's context.
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+        with boundary(
+            "the tokenizer cannot encode the text", remedy="correct the tokenizer's files, or choose another text"
+        ):
+            # verbose=False: no warning that the text is longer than the model's context.
+            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
     chunks = _chunks(text)
     # Some tokenizers put a space before every text they are given; they get the text as a whole.
@@ -206,7 +210,7 @@ def _text_pieces(
     source: str, split: str | None, column: str | None, name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     named = named_texts()
     if source in (SELF, AUTO):
         raise TransmlaError(
@@ -230,7 +234,7 @@ def _text_pieces(
 
 def _is_file(source: str) -> bool:
     """Return whether ``source`` means a local file rather than a name."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     named = source in ALIASES or source in named_texts()
     return not named and (path.exists() or kind_of(path) in (*TEXT_SUFFIXES, *TABLES))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from transmla.boundary import check_regular
 from transmla.errors import TransmlaError
 from transmla.source.texts.rows import read_errors, row_texts
 
@@ -31,6 +32,8 @@ def check_file(path: Path) -> None:
     Raises:
         TransmlaError: if it is a folder, missing, or of another kind.
     """
+    if path.exists() and not path.is_dir():
+        check_regular(path)
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if kind_of(p) in (*TEXT_SUFFIXES, *TABLES))
         shown = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
