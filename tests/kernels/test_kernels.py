@@ -311,7 +311,7 @@ def test_generate_gives_the_same_tokens(kernel: ModuleType, settings: dict[str, 
     dtype = torch.float32 if torch.float32 in kernel.DTYPES else kernel.DTYPES[0]
     model = tiny(first_k_dense_replace=2).to(DEVICE, dtype)
     inputs = {name: t.to(DEVICE) for name, t in prompt().items()}
-    settings = {"max_new_tokens": 4, "do_sample": False, **settings}
+    settings = {"max_new_tokens": 8, "do_sample": False, **settings}
     accelerate(model, backend="torch")
     expected = model.generate(**inputs, **settings)
     for module in model.modules():
