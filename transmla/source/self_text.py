@@ -13,6 +13,8 @@ from transmla.source.load import eval_mode
 
 # A sample is repetitive if fewer than this share of its runs of GRAM tokens are different.
 DISTINCT, GRAM = 0.5, 4
+# Base in which the tokens of a run are digits.
+BASE = 6364136223846793005
 # Samples drawn in addition, as a share, to replace repetitive ones.
 SPARE = 0.1
 
@@ -119,12 +121,19 @@ def without_repetition(rows: Tensor, count: int) -> Tensor:
     """
     if rows.shape[1] <= GRAM:
         return rows[:count]
-    shares = torch.tensor([_distinct(row) for row in rows]).clamp_max(DISTINCT)
+    shares = _distinct(rows).clamp_max(DISTINCT)
     chosen = torch.sort(shares, descending=True, stable=True).indices[:count]
     return rows[chosen.sort().values]
 
 
-def _distinct(row: Tensor) -> float:
-    """Return the share of different runs of ``GRAM`` tokens in a row [length]."""
-    runs = row.unfold(0, GRAM, 1)
-    return len(torch.unique(runs, dim=0)) / len(runs)
+def _distinct(rows: Tensor) -> Tensor:
+    """Return the share [N] of different runs of ``GRAM`` tokens in each row [N, length].
+
+    A run is one number: its tokens are the digits of a base that is a large odd number, modulo 2^64. Two different runs
+    of a row have the same number with a probability of about 1e-14.
+    """
+    runs = torch.zeros_like(rows[:, GRAM - 1 :])
+    for token in rows.unfold(1, GRAM, 1).unbind(-1):
+        runs = runs * BASE + token
+    ordered = runs.sort(dim=1).values
+    return (1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)) / runs.shape[1]
