@@ -20,6 +20,7 @@ from transmla.evaluate.verify import verify
 from transmla.heal import choose
 from transmla.heal import loop as loops
 from transmla.heal.choose import Choice, choose_healing
+from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import Recipe, parse_recipe
 from transmla.reporter import Silent
 from transmla.workflow import convert_and_heal
@@ -206,6 +207,17 @@ def test_less_memory_means_more_parts_then_fewer_weights_then_none(
     assert [found[g] and found[g][0] for g in found] == ["all", "all", "attention", "lora", None]
     assert found[400][1] <= found[200][1]
     assert found[400][2] == 2_500_000
+
+
+@pytest.mark.parametrize(("rank", "tokens"), [(40, 10_000_000), (4, 14_000_000)])
+def test_a_small_cache_gets_more_tokens(
+    rank: int, tokens: int, make_source: Callable[..., Path], make_recipe: MakeRecipe
+) -> None:
+    prepared = prepare(make_recipe(make_source(), kv_lora_rank=rank, qk_rope_head_dim=8))
+    assert (prepared.plan.cache_ratio < SMALL_CACHE) == (tokens > 10_000_000)
+    settings = choose_healing(prepared.recipe, prepared.plan, GPU, 80 * 10**9).settings
+    assert settings is not None
+    assert settings["max_tokens"] == tokens
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors, Plan
 from transmla.convert import fit_layers as fits
 from transmla.convert.factorize import factorize
-from transmla.convert.fit_layers import JITTER, FitProblem, held_out, reconstruct
+from transmla.convert.fit_layers import held_out, reconstruct
 from transmla.convert.pipeline import convert
 from transmla.convert.source_layer import SourceLayer
 from transmla.errors import TransmlaError
@@ -280,20 +280,6 @@ def test_calibration_tokens_override_the_recipes_sequences(
     tokens = torch.arange(60)[None]
     folder = convert(make_recipe(make_source(), reconstruct="auto"), calibration=tokens)
     assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
-
-
-def test_inputs_are_joined_from_the_calibration_text() -> None:
-    """Tokens keep their positions and move by at most JITTER of their norm; each keeps a share of its drift."""
-    case = Case()
-    problem = FitProblem([case.layer], case.source, case.converted, SHORT)
-    rows = torch.tensor([[3, 8], [5, 5]])
-    source, converted = problem.inputs(rows, torch.tensor([10]), torch.tensor([0.0, 1.0]), torch.tensor([3, 40]))
-    pieces = torch.stack([torch.cat([case.source[3, :10], case.source[8, 10:]]), case.source[5]])
-    moved = (source - pieces).norm(dim=-1)
-    assert bool((moved <= JITTER * pieces.norm(dim=-1) * 1.001).all())
-    assert bool((moved[:, 1:] > 0).any())
-    assert torch.equal(converted[0], source[0])
-    assert torch.allclose(converted[1] - source[1], case.converted[5] - case.source[5], atol=1e-5)
 
 
 def test_the_recipe_allows_exactly_the_known_fits() -> None:

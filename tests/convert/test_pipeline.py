@@ -186,11 +186,12 @@ def test_a_fit_of_several_layers_resumes_to_the_same_bytes(
     assert files(workdir / "out") == expected
 
 
+@pytest.mark.parametrize("times", [(0.0, 30.0, 30.0, 31.0), (0.0, 30.0, 35.0, 75.0)], ids=["soon", "slow save"])
 def test_layers_written_after_the_last_save_are_converted_again(
-    workdir: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+    times: tuple[float, ...], workdir: Path, original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved after the first layer and killed after the second: the second layer's shard exists and is overwritten."""
-    clock = iter([0.0, 30.0, 30.0, 31.0])
+    clock = iter(times)
     monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 20.0)
     monkeypatch.setattr("transmla.convert.pipeline.time.monotonic", lambda: next(clock))
     with pytest.raises(Killed):

@@ -90,3 +90,20 @@ def test_a_misspelt_format_is_refused_before_anything_is_downloaded(
     monkeypatch.setattr("transmla.convert.prepare.open_source", None)
     with pytest.raises(TransmlaError, match="unknown format 'nativ'"):
         prepare(make_recipe(Path("org/name"), format="nativ"))
+
+
+@pytest.mark.parametrize(("length", "says"), [(32, "32 tokens at a time"), (None, "tokens at a time"), (256, None)])
+def test_a_note_says_which_distances_the_text_shows(
+    length: int | None,
+    says: str | None,
+    make_source: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    source = make_source(max_position_embeddings=4096 if length is None else 256)
+    prepared = prepare(make_recipe(source, calibration={"sequences": 4, "length": length}))
+    notes = [note for note in prepared.plan.notes if "at a time" in note]
+    assert len(notes) == (says is not None)
+    if says is not None:
+        assert says in notes[0]
+        assert f"{prepared.recipe.calibration.length:,} tokens" in notes[0]
+        assert f"{prepared.source.spec.max_position_embeddings:,}" in notes[0]

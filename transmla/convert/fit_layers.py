@@ -4,9 +4,7 @@ The inputs are the hidden states of the layers converted before, and the target 
 states. The fit therefore also corrects the errors of earlier layers (error feedback).
 
 The source's layers give a target for any input, not only for the calibration text. Each step therefore makes new
-inputs. A step joins pieces of several sequences, moves each token a little along the difference of two other tokens,
-and keeps a random share of the accumulated error. Such inputs suffice to fit a million weights on about ten thousand
-tokens.
+inputs (``fit_inputs.py``). Such inputs suffice to fit a million weights on about ten thousand tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors
 from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
+from transmla.convert.fit_inputs import FitInputs
 from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
@@ -30,13 +29,9 @@ from transmla.plan.fit_settings import FitSettings
 # Learning-rate factor for the second attempt. On a small Mixtral at half the cache, all fast fits failed at a rate of
 # 5e-3 (KL 0.51 nats per token), and all succeeded at 1e-3 (KL 0.25). Measured on one H200, pydoc's test split.
 RETRY_RATE = 0.2
-# Share of the calibration sequences that are held out to evaluate the fit: of 128, enough for one of each text of the
+# Share of the calibration sequences that are held out to evaluate the fit: of 96, enough for one of each text of the
 # default mixture.
-HELD_OUT = 1 / 12
-# Approximate length, in tokens, of the pieces of sequences that an input is joined from.
-PIECE = 256
-# Largest displacement of a token's hidden state, as a share of its norm.
-JITTER = 0.2
+HELD_OUT = 1 / 9
 # Steps of linear warm-up of the learning rate.
 WARM_UP = 20
 # Adam's coefficients for the running averages of the gradient and its square.
@@ -112,8 +107,7 @@ class FitProblem:
     """The inputs that layers are fitted on, and the error of given factors on these inputs.
 
     Attributes:
-        drift: hidden states of the export minus those of the source [N, T, D]: the error of all earlier layers.
-        rows: number of input sequences in one step.
+        inputs: maker of the inputs of each step.
     """
 
     def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, fit: FitSettings) -> None:
@@ -127,10 +121,8 @@ class FitProblem:
         """
         self.layers, self.through_mlp = layers, fit.through_mlp
         self.device = layers[0].device
-        self.source = source.to(self.device)
-        self.drift = (converted - source).to(self.device)
-        self.positions = torch.arange(source.shape[1], device=self.device)
-        self.rows = max(1, min(fit.tokens // source.shape[1], len(source)))
+        rows = max(1, min(fit.tokens // source.shape[1], len(source)))
+        self.inputs = FitInputs(source.to(self.device), (converted - source).to(self.device), rows)
 
     def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean squared error of every layer, and the mean square of what the source's layer adds.
@@ -183,28 +175,6 @@ class FitProblem:
             total += torch.stack(losses) * len(part)
         return tuple((total[0] / total[1].clamp_min(1e-30)).tolist())
 
-    def inputs(self, rows: Tensor, cuts: Tensor, shares: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """Make new inputs from the training sequences.
-
-        Args:
-            rows: indices [n, pieces] of the sequences that each input is joined from; tokens keep their positions.
-            cuts: positions [pieces − 1] at which one piece ends and the next begins.
-            shares: share [n] of the drift that each input keeps.
-            shifts: offsets [2] of the two tokens whose difference a token is moved along.
-
-        Returns:
-            Hidden states [n, T, D] that enter the first layer in the source and in the export.
-        """
-        row = rows[:, (self.positions[:, None] >= cuts).sum(-1)]
-        source, drift = self.source[row, self.positions], self.drift[row, self.positions]
-        tokens = source.flatten(0, 1)
-        index = torch.arange(len(tokens), device=tokens.device)
-        first, second = ((index + shift) % len(tokens) for shift in shifts)
-        step = tokens[first] - tokens[second]
-        limit = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        moved = (tokens + JITTER * step * limit.clamp_max(1)).view_as(source)
-        return moved, moved + drift * shares[:, None, None]
-
 
 def _bounded(errors: Tensor) -> Tensor:
     """Return e / (1 + e) for relative squared errors e of tokens.
@@ -226,7 +196,7 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         seed: seed of all random numbers.
     """
     device = problem.device
-    tables = [table.to(device) for table in _draw(problem, fit, seed)]
+    tables = [table.to(device) for table in problem.inputs.draw(fit.steps, seed)]
     rates = torch.tensor([_schedule(step, fit.steps) * fit.rate for step in range(fit.steps)], device=device)
     # Gradients are about as large as the relative error. The tiny eps only prevents 0/0 for weights without a gradient.
     optimizer = torch.optim.Adam(
@@ -241,7 +211,7 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
 
     def advance() -> None:
         optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
-        inputs = problem.inputs(*(table.index_select(0, step)[0] for table in tables))
+        inputs = problem.inputs.make(*(table.index_select(0, step)[0] for table in tables))
         errors, energies = problem.losses(parameters.factors(), *inputs)
         optimizer.zero_grad(set_to_none=True)
         (errors / energies).mean().backward()
@@ -249,18 +219,6 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         step.add_(1)
 
     run_steps(advance, fit.steps, device)
-
-
-def _draw(problem: FitProblem, fit: FitSettings, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw the arguments of ``FitProblem.inputs`` for all steps: rows, cuts, shares and shifts, each [steps, …]."""
-    generator = torch.Generator().manual_seed(seed)
-    count, length = problem.source.shape[:2]
-    pieces = max(2, length // PIECE)
-    rows = torch.randint(count, (fit.steps, problem.rows, pieces), generator=generator)
-    cuts = torch.randint(1, length, (fit.steps, pieces - 1), generator=generator)
-    shares = torch.rand(fit.steps, problem.rows, generator=generator)
-    shifts = torch.randint(1, problem.rows * length, (fit.steps, 2), generator=generator)
-    return rows, cuts, shares, shifts
 
 
 def _schedule(step: int, total: int) -> float:

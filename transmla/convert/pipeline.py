@@ -33,8 +33,9 @@ from transmla.reporter import Reporter, Silent
 from transmla.source.device import is_fast_in_bfloat16
 from transmla.source.load import load_tokenizer
 
-# Seconds between saves of the hidden states (hundreds of MB each). A killed run loses at most this much work and the
-# current layer.
+# Seconds between saves of the hidden states (hundreds of MB each); as many for every second that a save takes, if it
+# takes longer than one, so that saves take at most a twentieth of the time. A killed run loses at most this much work
+# and the current layer.
 SAVE_SECONDS = 20.0
 
 
@@ -157,18 +158,19 @@ def _convert_layers(
         del embedding
     report.stage("converting layers", layers)
     report.advance(start)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_SECONDS
     for i in range(start, layers):
         converted = converter.convert(i, streams)
         progress.hashes[workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, converted.tensors)
         progress.layers.append(converted.record)
         streams = converted.streams
-        if time.monotonic() - saved >= SAVE_SECONDS:
+        if (began := time.monotonic()) - saved >= pause:
             progress.checksum = workspace.save_streams(i + 1, streams.to_tensors())
             progress.next_layer = i + 1
             workspace.save_progress(progress)
             workspace.drop_streams(keep=i + 1)
             saved = time.monotonic()
+            pause = SAVE_SECONDS * max(1.0, saved - began)
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
     progress.final_norm = converter.final_norm(streams)
     workspace.save_progress(progress)

@@ -12,11 +12,13 @@ from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan.estimate import parameters
+from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 
 # Tokens of the default healing of models up to LARGE weights; larger models get fewer, in proportion, so that a
-# healing takes minutes.
-TOKENS = 10_000_000
+# healing takes minutes. An export that keeps less than SMALL_CACHE has more to learn, and gets SMALL_CACHE_TOKENS times
+# as many.
+TOKENS, SMALL_CACHE_TOKENS = 10_000_000, 1.4
 LARGE = 2_000_000_000
 FEWEST_TOKENS = 1_000_000
 # Tokens that are sampled for the text `self`: with the spare ones, as many as a GPU samples at once
@@ -99,7 +101,8 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
         "batch": BATCH,
     }
     if recipe.heal == HEAL_AUTO:
-        tokens = max(FEWEST_TOKENS, round(TOKENS * min(1.0, LARGE / parameters(plan))))
+        tokens = TOKENS * (SMALL_CACHE_TOKENS if plan.cache_ratio < SMALL_CACHE else 1.0)
+        tokens = max(FEWEST_TOKENS, round(tokens * min(1.0, LARGE / parameters(plan))))
         settings["max_tokens"] = tokens
         amount = f"{tokens / 1e6:.0f} million tokens"
     else:

@@ -47,6 +47,7 @@ def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str, *, unfitte
     notes += form.notes(spec, first, rope_parameters)
     if unfitted_because is not None:
         notes += _shape_note(spec, recipe, form, shape, unfitted_because)
+    notes += _length_note(spec, recipe)
     plan = Plan(
         spec=spec,
         shape=first,
@@ -175,6 +176,17 @@ def _layer_notes(spec: AttentionSpec, kept: tuple[int, ...]) -> list[str]:
     if kept:
         notes.append(f"{len(kept)} of {spec.num_hidden_layers} layers keep the source's attention and cache")
     return notes
+
+
+def _length_note(spec: AttentionSpec, recipe: Recipe) -> list[str]:
+    """Return a note if the calibration text, whose length is resolved, is shorter than the source's context."""
+    length, context = recipe.calibration.length, spec.max_position_embeddings
+    if length is None or length >= context:
+        return []
+    return [
+        f"calibrated on {length:,} tokens at a time, and the source reads up to {context:,}: quality falls at longer "
+        "distances (eval --retrieval measures it, --calibration-length changes it)"
+    ]
 
 
 def _shape_note(spec: AttentionSpec, recipe: Recipe, form: Format, shape: MLAShape, because: str) -> list[str]:
