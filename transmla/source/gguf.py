@@ -104,8 +104,8 @@ def load_gguf(path: Path) -> Any:
 
 
 def gguf_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded model by name, without a tied head."""
-    tied = model.config.tie_word_embeddings
+    """Return the tensors of a loaded model by name, without a head that is the embedding."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 

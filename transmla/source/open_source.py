@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         path: local checkpoint folder or GGUF file.
-        config: the transformers config.
+        config: the transformers config. Its ``tie_word_embeddings`` says whether the head is the embedding.
         model: the causal LM without weights.
         spec: description of the attention.
         family: the model family.
@@ -55,9 +55,26 @@ def open_source(recipe: Recipe) -> Source:
     spec = describe(config, model)
     path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
     checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
+    if config.tie_word_embeddings and _has_own_head(checkpoint, family):
+        config.tie_word_embeddings = False
+        model = empty_model(config)
+        spec = describe(config, model)
     check_tensors(checkpoint.shapes, config, family, model)
     dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
     return Source(path, config, model, spec, family, checkpoint, dtype)
+
+
+def _has_own_head(checkpoint: Checkpoint, family: Family) -> bool:
+    """Return whether the checkpoint holds a head with other values than its embedding.
+
+    transformers then uses that head, although the config says that the two are tied.
+    """
+    names = family.tensors["embed"], family.tensors["head"]
+    if not set(names) <= set(checkpoint.shapes):
+        return False
+    embedding, head = (checkpoint.read(name) for name in names)
+    wide = torch.promote_types(embedding.dtype, head.dtype)
+    return not torch.equal(embedding.to(wide), head.to(wide))
 
 
 def runs_in_bfloat16(source: Source, device: torch.device) -> bool:
