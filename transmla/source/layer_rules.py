@@ -119,9 +119,9 @@ def check_agreement(model: Any, rules: Sequence[LayerRules], windows: Sequence[i
         TransmlaError: if a layer's mask is not the causal one with its window, or its cache forgets tokens that its
             attention reads.
     """
-    config, positions = model.config, torch.arange(TOKENS)
+    config, positions, caches = model.config, torch.arange(TOKENS), _cached_tokens(model.config)
     distance = positions[:, None] - positions
-    for i, (rule, window, kept) in enumerate(zip(rules, windows, _cached_tokens(config), strict=True)):
+    for i, (rule, window, kept) in enumerate(zip(rules, windows, caches, strict=True)):
         width = TOKENS if window is None else WINDOW
         own = "no window" if window is None else f"a window of {window} tokens"
         if not torch.equal(rule.mask, (distance >= 0) & (distance < width)):
@@ -129,6 +129,9 @@ def check_agreement(model: Any, rules: Sequence[LayerRules], windows: Sequence[i
         # A text of the largest length fits into the cache's window.
         if kept is not None and window is None and kept < config.max_position_embeddings:
             raise _disagreement(config, f"the attention of layer {i} has {own}, but its cache keeps {kept} tokens")
+        # Layers with one window share a mask, whose width follows from one cache.
+        if window is not None and kept != caches[list(windows).index(window)]:
+            raise _disagreement(config, f"layers with {own} have different caches")
 
 
 def _cached_tokens(config: Any) -> list[int | None]:

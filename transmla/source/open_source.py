@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transmla.artifacts import AttentionSpec
 from transmla.families.base import Family
 from transmla.recipe import Recipe
+from transmla.source.card import read_card
 from transmla.source.check_tensors import check_tensors
 from transmla.source.checkpoint import Checkpoint, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
@@ -30,6 +31,7 @@ class Source:
         family: the model family.
         checkpoint: reads the weights.
         dtype: dtype in which the embedding is stored, such as "bfloat16".
+        card: metadata for the export's model card, such as the licence (``card.read_card``).
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Source:
     family: Family
     checkpoint: Checkpoint
     dtype: str
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 def open_source(recipe: Recipe) -> Source:
@@ -61,7 +64,8 @@ def open_source(recipe: Recipe) -> Source:
         spec = describe(config, model)
     check_tensors(checkpoint.shapes, config, family, model)
     dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
-    return Source(path, config, model, spec, family, checkpoint, dtype)
+    card = read_card(path)
+    return Source(path, config, model, spec, family, checkpoint, dtype, card)
 
 
 def _has_own_head(checkpoint: Checkpoint, family: Family) -> bool:
