@@ -74,6 +74,17 @@ def read_rules(model: Any) -> list[LayerRules]:
     raise AssertionError("the last layer was not run")
 
 
+class _Zeros(nn.Module):
+    """Stands for a projection to ``width`` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
 def _observed_layer(layer: Any, config: Any, rules: list[LayerRules], count: int) -> Any:
     """Return a copy of ``layer`` that appends its rules to ``rules``, and ends the pass as the last of ``count``.
 
@@ -81,12 +92,15 @@ def _observed_layer(layer: Any, config: Any, rules: list[LayerRules], count: int
     """
     attention = copy.copy(layer.self_attn)
     attention.config = config
-    device = next(attention.parameters()).device
+    # The weights have no values, so projections and norms are left out.
+    attention._modules = {
+        name: _Zeros(child.out_features) if isinstance(child, nn.Linear) else nn.Identity()
+        for name, child in attention.named_children()
+    }
 
     def run(hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor:
-        arguments["position_embeddings"] = tuple(part.to(device) for part in arguments["position_embeddings"])
         try:
-            attention(hidden_states.to(device), attention_mask=None, **arguments)
+            attention(hidden_states, attention_mask=None, **arguments)
         except _Observed as observed:
             # To eager attention, no mask means that every token reads every other one.
             mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
