@@ -33,7 +33,7 @@ def travelling_files(source: Path, tokenizer: Any) -> list[str]:
     settings = read_json_object(source / "tokenizer_config.json") or {}
     # A tokenizer may have a file for each range of versions of transformers.
     versions = settings.get("fast_tokenizer_files")
-    named = {str(name) for name in (*tokenizer.vocab_files_names.values(), *(versions or ()))}
+    named = {str(name) for name in (*getattr(tokenizer, "vocab_files_names", {}).values(), *(versions or ()))}
     files = [
         file.name
         for file in source.iterdir()

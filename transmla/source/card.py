@@ -71,8 +71,9 @@ _Plain.yaml_implicit_resolvers = {
 
 
 def _listed(value: Any) -> list[str]:
-    """Return the texts in a field that holds one text or a list of texts."""
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
+    """Return the texts in a field that holds one text or a list of texts. Absolute paths of a machine are left out."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and text.strip() and not text.startswith(("/", "~"))]
 
 
 def _texts(value: Any) -> str | list[str] | None:

@@ -161,7 +161,8 @@ def _cached_tokens(config: Any) -> list[int | None]:
     for i, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise _disagreement(config, f"layer {i} has a cache of the kind {type(layer).__name__}")
-    return [getattr(layer, "sliding_window", None) for layer in layers]
+    # Some versions of transformers make full layers when they are needed.
+    return [getattr(layer, "sliding_window", None) for layer in layers] or [None] * config.num_hidden_layers
 
 
 def _disagreement(config: Any, what: str) -> TransmlaError:
