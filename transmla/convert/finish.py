@@ -16,6 +16,7 @@ from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
 from transmla.formats.base import format_named
 from transmla.recipe import dump_recipe
+from transmla.source.open_source import Source
 
 
 def write_rest(
@@ -31,8 +32,6 @@ def write_rest(
         tokenizer: the source's tokenizer.
         fingerprint: hash of the source's tensors.
     """
-    from transformers import GenerationConfig
-
     source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
     form = format_named(plan.format)
     last = form.last_tensors(source, plan, final_norm)
@@ -46,13 +45,13 @@ def write_rest(
         source.checkpoint.folder,
         tokenizer,
         copy=source.checkpoint.gguf is None,
-        generation=GenerationConfig.from_model_config(source.config),
+        generation=_generation(source),
     )
     write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
     manifest = Manifest(
         format=plan.format,
         plan=plan,
-        source=SourceRecord(public_name(recipe.source), recipe.revision, _hub_commit(source.path), fingerprint),
+        source=_source_record(prepared, fingerprint),
         reconstruct=recipe.reconstruct,
         recipe=recipe_hash(recipe),
         texts=_public_texts(progress.texts),
@@ -64,6 +63,23 @@ def write_rest(
     )
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
+
+
+def _source_record(prepared: Prepared, fingerprint: str) -> SourceRecord:
+    """Return the manifest's record of the source."""
+    source, recipe = prepared.source, prepared.recipe
+    name, commit = public_name(recipe.source), _hub_commit(source.path)
+    return SourceRecord(name, recipe.revision, commit, fingerprint, source.card)
+
+
+def _generation(source: Source) -> Any:
+    """Return the generation config that transformers gives the source's model if it has no file for it."""
+    from transformers import GenerationConfig
+
+    if source.path.is_dir():
+        # Old models have such settings in their config.json, from which the config class drops them.
+        return GenerationConfig.from_pretrained(source.path, config_file_name="config.json", _from_model_config=True)
+    return GenerationConfig.from_model_config(source.config)
 
 
 def _public_texts(texts: dict[str, float]) -> dict[str, float]:

@@ -201,6 +201,7 @@ def write_card(
     plan, shown = manifest.plan, public_recipe(recipe)
     errors = [layer["relative_error"] for layer in manifest.layers]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["mla", "transmla", *words.tags]}
+    metadata |= manifest.source.card
     if recipe.source.count("/") == 1 and shown.source == recipe.source:  # a Hub id
         metadata["base_model"] = recipe.source
     notes = "".join(f"\n- {note}" for note in plan.notes)

@@ -28,12 +28,14 @@ class SourceRecord:
         revision: Hub revision in the recipe.
         commit: Hub commit of the downloaded source; None for a local source.
         fingerprint: SHA-256 over all tensors, in hex.
+        card: metadata of the source's card that the export's card repeats, such as its licence.
     """
 
     name: str
     revision: str | None
     commit: str | None
     fingerprint: str
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

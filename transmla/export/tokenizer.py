@@ -1,4 +1,4 @@
-"""Write the tokenizer, chat template and generation config of an export."""
+"""Write the tokenizer, chat templates, generation config and licence of an export."""
 
 from __future__ import annotations
 
@@ -7,59 +7,85 @@ from pathlib import Path
 from typing import Any
 
 from transmla.boundary import boundary, read_json_object
+from transmla.errors import TransmlaError
+from transmla.export.source_files import GENERATION, travelling_files
 from transmla.files import write_json
 
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+# What a tokenizer holds besides its vocabulary and its rules.
+_ATTRIBUTES = (
+    *("special_tokens_map", "added_tokens_decoder", "chat_template", "padding_side", "truncation_side"),
+    *("model_max_length", "model_input_names", "clean_up_tokenization_spaces"),
 )
-
-TEMPLATES = "chat_templates"
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, generation: Any) -> None:
-    """Write the tokenizer, the chat template and the generation config of an export.
+    """Write the tokenizer, the chat templates, the generation config and the licence of an export.
+
+    The source's files are copied. If transformers then loads another tokenizer from ``folder`` than from ``source``,
+    because the two models have other types, the source's tokenizer is saved instead.
 
     Args:
-        folder: folder of the export.
+        folder: folder of the export, which holds its config.json.
         source: folder of the source checkpoint.
         tokenizer: the source's tokenizer.
         copy: whether to copy the source's files. Otherwise ``tokenizer`` and ``generation`` are saved, as for a GGUF
             source, which has no such files.
-        generation: the source's generation config.
+        generation: the source's generation config, as its model would get it.
+
+    Raises:
+        TransmlaError: if the tokenizer of the export is another one than the source's.
     """
-    if copy:
-        for name in _COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        for template in sorted((source / TEMPLATES).glob("*.jinja")):
-            if template.is_file():
-                (folder / TEMPLATES).mkdir(exist_ok=True)
-                shutil.copyfile(template, folder / TEMPLATES / template.name)
-        _record_class(folder, tokenizer)
-    else:
+    files = travelling_files(source, tokenizer) if copy else []
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    if GENERATION not in files:
+        fields = generation.to_diff_dict()
+        write_json(folder / GENERATION, {name: value for name, value in fields.items() if not name.startswith("_")})
+    if not copy:
         tokenizer.save_pretrained(folder)
-        generation.save_pretrained(folder)
+    loaded = _load(folder)
+    if type(loaded) is not type(tokenizer):
+        _record_class(folder, tokenizer)
+        loaded = _load(folder)
+    if difference(loaded, tokenizer):
+        tokenizer.save_pretrained(folder)
+        _record_class(folder, tokenizer)
+        loaded = _load(folder)
+    if part := difference(loaded, tokenizer):
+        raise TransmlaError(
+            f"the tokenizer that transformers loads from '{folder}' is not the source's",
+            limit=f"its {part} differs",
+            remedy="load the source's tokenizer with transformers, save it into the source's folder, and convert again",
+        )
 
 
-def _record_class(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer's class into ``folder`` if transformers would choose another class for the export."""
+def difference(left: Any, right: Any) -> str:
+    """Name a part in which two tokenizers differ; empty if they are equal in all of it."""
+    if type(left) is not type(right):
+        return "class"
+    for name in _ATTRIBUTES:
+        if getattr(left, name, None) != getattr(right, name, None):
+            return name
+    if left.get_vocab() != right.get_vocab():
+        return "vocabulary"
+    rules = [t.backend_tokenizer.to_str() if hasattr(t, "backend_tokenizer") else None for t in (left, right)]
+    return "" if rules[0] == rules[1] else "backend_tokenizer"
+
+
+def _load(folder: Path) -> Any:
+    """Load the tokenizer of an export."""
     from transformers import AutoTokenizer
 
     from transmla.modeling.transformers_api import register
 
     register()
     with boundary(f"cannot load the tokenizer in '{folder}'", remedy="correct the files of the source's tokenizer"):
-        chosen = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    if chosen is not type(tokenizer):
-        file = folder / "tokenizer_config.json"
-        settings = read_json_object(file) or {}
-        write_json(file, settings | {"tokenizer_class": type(tokenizer).__name__})
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _record_class(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's class into its settings in ``folder``."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json_object(file) or {}
+    write_json(file, settings | {"tokenizer_class": type(tokenizer).__name__})

@@ -151,6 +151,8 @@ def llama_gap(config: Any) -> str | None:
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
             return bias
+    if config.rms_norm_eps > LARGEST_EPS:
+        return f"rms_norm_eps {config.rms_norm_eps:g}"
     rope = config.rope_parameters or {}
     if rope.get("rope_type") == "longrope":
         return "longrope"
@@ -159,6 +161,11 @@ def llama_gap(config: Any) -> str | None:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "partial_rotary_factor"
     return None
+
+
+# Largest eps of a norm that a factor on the norm's weight turns into DeepSeek-V3's 1e-6. Larger ones change tokens of
+# small hidden states by more than others. All Llama and Mistral models have 1e-5 or 1e-6.
+LARGEST_EPS = 1e-5
 
 
 # Settings that most families' tiny configs share.

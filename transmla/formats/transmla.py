@@ -62,6 +62,9 @@ class TransmlaFormat(Format):
         source = copy.deepcopy(source)
         if getattr(source, "quantization_config", None) is not None:
             del source.quantization_config
+        if all(plan.spec.kind(i).softcap is None for i in range(plan.spec.num_hidden_layers)):
+            # Some families have the field, and ignore it. Latent attention would not.
+            source.attn_logit_softcapping = None
         kinds: list[dict[str, Any]] = []
         layers: list[int | None] = []
         for i in range(plan.spec.num_hidden_layers):

@@ -34,6 +34,12 @@ MOST_LAYERS, WIDEST = 10_000, 2**24
 SLACK = 16
 # Fields that may name code of the Hub, which transformers would download and run.
 CODE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+# Fields by which transformers builds another model than the other fields say, and how.
+OTHER_MODEL = {
+    "transformers_weights": "transformers would read the weights from another file than model.safetensors or its index",
+    "fusion_config": "transformers would fuse modules, whose tensors have other names",
+    "per_layer_config": "layers would differ from each other in more than windows and rotary embeddings",
+}
 
 
 def check_config(folder: Path) -> None:
@@ -41,7 +47,7 @@ def check_config(folder: Path) -> None:
 
     Raises:
         TransmlaError: if the file is no JSON object, a number is not finite or has more than 63 bits, a count or a
-            width exceeds what the tensors can hold, or a field names code of the Hub.
+            width exceeds what the tensors can hold, a field names code of the Hub, or one of OTHER_MODEL is set.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -58,6 +64,12 @@ def check_config(folder: Path) -> None:
                     f"the config of '{folder}' needs custom code ({name}: {value})",
                     limit="transmla runs no code from a checkpoint or the Hub",
                     remedy=f"remove {name} from its config.json",
+                )
+            if name in OTHER_MODEL and value:
+                raise TransmlaError(
+                    f"the config of '{folder}' sets {name}",
+                    limit=OTHER_MODEL[name],
+                    remedy=f"load the model with transformers, save it without {name}, and convert that",
                 )
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue

@@ -12,6 +12,15 @@ from transmla.errors import TransmlaError
 # Suffixes of the files besides weights that transmla or transformers may read from a model's folder.
 READ = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".vocab")
 TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
+# Folder of licences by the REUSE specification, and the names of files that hold the terms of a model.
+LICENCES = "LICENSES"
+_LICENCE = re.compile(
+    r"(.*[-_ .])?(un)?licen[cs]es?([-_ .].*)?|(copying|copyright|notice|patents|attribution)([-_ .].*)?"
+    r"|(.*[-_ ])?use[-_ ]policy(\..*)?|third[-_ ]party.*",
+    re.IGNORECASE,
+)
+# Suffixes of files that are no texts, whatever their names say.
+_NO_TEXT = (".json", ".py", ".sh", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".zip", ".gz", ".tar")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
@@ -26,12 +35,12 @@ def check_folder(folder: Path) -> None:
             ignore.
     """
     with boundary(f"cannot read the folder '{folder}'", remedy="check the folder"):
-        places = [folder, *(folder / name for name in TEMPLATE_FOLDERS if (folder / name).is_dir())]
+        places = [folder, *(folder / name for name in (*TEMPLATE_FOLDERS, LICENCES) if (folder / name).is_dir())]
         for place in places:
             if leaves(folder, place):
                 raise _outside(place)
             for file in sorted(place.iterdir()):
-                if file.suffix in READ:
+                if file.suffix in READ or file.name == "README.md" or is_licence(file.name):
                     _check_file(folder, file)
         for name in _weight_files(folder):
             _check_file(folder, folder / name)
@@ -41,6 +50,11 @@ def check_folder(folder: Path) -> None:
                 limit="the weights alone are another model than weights and adapter",
                 remedy="merge the adapter into the weights, or move its files away",
             )
+
+
+def is_licence(name: str) -> bool:
+    """Return whether a file of this name holds the terms of a model, such as LICENSE, NOTICE.txt or USE_POLICY.md."""
+    return _LICENCE.fullmatch(name) is not None and not name.lower().endswith(_NO_TEXT)
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -26,14 +26,16 @@ class Stored:
 
 
 def shards_of(folder: Path) -> list[str]:
-    """Return the names of a folder's safetensors files: those of the index, or the single file; empty without either.
+    """Return the names of a folder's safetensors files: the single file, or those of the index; empty without either.
+
+    transformers has the same order, so a single file beside an index is the model.
 
     Raises:
-        TransmlaError: if the index is damaged.
+        TransmlaError: if there is no single file, and the index is damaged.
     """
-    if (folder / INDEX).is_file():
-        return sorted(set(weight_map(folder / INDEX).values()))
-    return [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    return sorted(set(weight_map(folder / INDEX).values())) if (folder / INDEX).is_file() else []
 
 
 def read_headers(folder: Path, shards: list[str]) -> dict[str, Stored]:

@@ -267,7 +267,7 @@ def window_of(attention: Any, config: Any, layer_idx: int) -> int | None:
         return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
-    types = getattr(config, "layer_types", None)
+    types = getattr(config, "layer_types", None) if hasattr(type(config), "layer_types") else None
     slides = types is None or types[layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) if slides else None
 

@@ -126,8 +126,9 @@ def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
             limit=f"expected {WEIGHTS} or {INDEX}",
             remedy="check SOURCE",
         )
-    index = folder / PICKLES[1]
-    files = sorted(set(weight_map(index).values())) if index.is_file() else [PICKLES[0]]
+    single, index = PICKLES
+    # transformers' order: a single file beside an index is the model.
+    files = [single] if (folder / single).is_file() else sorted(set(weight_map(folder / index).values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
         with boundary(f"'{file}' cannot be opened as pickled weights", remedy="download it again"):

@@ -15,6 +15,7 @@ from transmla.families.base import Family
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.modeling.modeling_transmla import has_bias, refuse_unknown, window_of
 from transmla.registry import lookup
+from transmla.source.layer_rules import LayerRules, check_agreement, read_rules
 from transmla.source.load import load_config, split_gguf
 
 
@@ -89,14 +90,19 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
     model = empty_model(config) if model is None else model
     layers = model.model.layers
     attention = layers[0].self_attn
+    what, remedy = f"transformers cannot run a {family.name} model of the source's config", "correct its config.json"
+    with boundary(what, remedy=remedy):
+        rules = read_rules(model)
     try:
-        layer_kinds = [_layer_kind(model, i) for i in range(len(layers))]
+        layer_kinds = [_layer_kind(model, i, rules[i]) for i in range(len(layers))]
     except ValueError as error:
         raise TransmlaError(
             f"{family.name}: {str(error).partition(';')[0]}",
             limit="nothing is dropped silently",
             remedy="convert a model without it",
         ) from error
+    with boundary(what, remedy=remedy):
+        check_agreement(model, rules, [kind.window for kind in layer_kinds])
     kinds = tuple(dict.fromkeys(layer_kinds))
     outside_attention = [
         sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("self_attn.")) for layer in layers
@@ -132,8 +138,8 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
     )
 
 
-def _layer_kind(model: Any, layer: int) -> LayerKind:
-    """Return the kind of one layer, read from the modules that its family built.
+def _layer_kind(model: Any, layer: int, rules: LayerRules) -> LayerKind:
+    """Return the kind of one layer with the observed ``rules``, read from the modules that its family built.
 
     Raises:
         ValueError: if MLA would leave out a part of the attention; the message names the part.
@@ -159,9 +165,9 @@ def _layer_kind(model: Any, layer: int) -> LayerKind:
         inv_freq=(*inv_freq.tolist(), *[0.0] * unrotated),
         # With partial RoPE the factor scales the rotary channels only, so it cannot be a factor of the whole score.
         attention_factor=1.0 if unrotated else factor,
-        scaling=float(attention.scaling),
+        scaling=rules.scaling,
         window=window_of(attention, config, layer),
-        softcap=getattr(attention, "attn_logit_softcapping", None),
+        softcap=rules.softcap,
         rotary_factor=factor if unrotated else 1.0,
         long_inv_freq=None if long is None else (*long.double().tolist(), *[0.0] * unrotated),
         short_length=short_length,

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from transmla.boundary import boundary
 from transmla.errors import TransmlaError
-from transmla.files import write_json, write_tensors
-from transmla.source.gguf_header import check_header
+from transmla.files import write_json, write_tensors, write_text
+from transmla.source.gguf_header import check_header, read_gguf_card
 from transmla.source.load import load_model, load_tokenizer
 
 # Largest GGUF file, in bytes, that is unpacked. A file of 4 bits per weight unpacks to four times its size.
 LARGEST = 8 * 2**30
 GROWTH = 4
+# Number of the layout of unpacked folders, to change with their files.
+LAYOUT = 2
 # Words that every tokenizer of a language model with words has as tokens.
 WORDS = ("the", "and", "water")
 
@@ -61,6 +64,8 @@ def _unpack(path: Path, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", gguf_tensors(model))
     GenerationConfig.from_model_config(model.config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if card := read_gguf_card(path):
+        write_text(folder / "README.md", f"---\n{yaml.safe_dump(card)}---\n")
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     # Written last: a folder without a config is unfinished.
@@ -73,7 +78,7 @@ def _cache_folder(path: Path) -> Path | None:
     from transformers import __version__
 
     stat = path.stat()
-    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, __version__]
+    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, __version__, LAYOUT]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     try:
         parent = Path(cached_assets_path("transmla", namespace="gguf", subfolder="unpacked"))
@@ -104,8 +109,8 @@ def load_gguf(path: Path) -> Any:
 
 
 def gguf_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded model by name, without a tied head."""
-    tied = model.config.tie_word_embeddings
+    """Return the tensors of a loaded model by name, without a head that is the embedding."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 

@@ -113,5 +113,21 @@ def check_header(path: Path) -> None:
                 raise _wrong(path, f"{name} is {number:,}; its tensors can hold at most {limit:,}")
 
 
+def read_gguf_card(path: Path) -> dict[str, Any]:
+    """Return the licence that the header of a GGUF file names, as fields of a model card's metadata.
+
+    Raises:
+        ValueError, struct.error: if the header is damaged.
+    """
+    with path.open("rb") as file:
+        fields = _Header(file, path.stat().st_size).fields
+    names = {"license": "general.license", "license_name": "general.license.name"}
+    names["license_link"] = "general.license.link"
+    card = {field: fields.get(name) for field, name in names.items()}
+    if not str(card["license_link"]).startswith(("https://", "http://")):
+        del card["license_link"]
+    return {field: value for field, value in card.items() if isinstance(value, str) and value}
+
+
 def _wrong(path: Path, limit: str) -> TransmlaError:
     return TransmlaError(f"'{path.name}' cannot be read as GGUF", limit=limit, remedy="download it again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transmla.artifacts import AttentionSpec
 from transmla.families.base import Family
 from transmla.recipe import Recipe
+from transmla.source.card import read_card
 from transmla.source.check_tensors import check_tensors
 from transmla.source.checkpoint import Checkpoint, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
@@ -24,12 +25,13 @@ class Source:
 
     Attributes:
         path: local checkpoint folder or GGUF file.
-        config: the transformers config.
+        config: the transformers config. Its ``tie_word_embeddings`` says whether the head is the embedding.
         model: the causal LM without weights.
         spec: description of the attention.
         family: the model family.
         checkpoint: reads the weights.
         dtype: dtype in which the embedding is stored, such as "bfloat16".
+        card: metadata for the export's model card, such as the licence (``card.read_card``).
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Source:
     family: Family
     checkpoint: Checkpoint
     dtype: str
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 def open_source(recipe: Recipe) -> Source:
@@ -55,9 +58,27 @@ def open_source(recipe: Recipe) -> Source:
     spec = describe(config, model)
     path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
     checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
+    if config.tie_word_embeddings and _has_own_head(checkpoint, family):
+        config.tie_word_embeddings = False
+        model = empty_model(config)
+        spec = describe(config, model)
     check_tensors(checkpoint.shapes, config, family, model)
     dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
-    return Source(path, config, model, spec, family, checkpoint, dtype)
+    card = read_card(path)
+    return Source(path, config, model, spec, family, checkpoint, dtype, card)
+
+
+def _has_own_head(checkpoint: Checkpoint, family: Family) -> bool:
+    """Return whether the checkpoint holds a head with other values than its embedding.
+
+    transformers then uses that head, although the config says that the two are tied.
+    """
+    names = family.tensors["embed"], family.tensors["head"]
+    if not set(names) <= set(checkpoint.shapes):
+        return False
+    embedding, head = (checkpoint.read(name) for name in names)
+    wide = torch.promote_types(embedding.dtype, head.dtype)
+    return not torch.equal(embedding.to(wide), head.to(wide))
 
 
 def runs_in_bfloat16(source: Source, device: torch.device) -> bool:
