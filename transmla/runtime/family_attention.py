@@ -1,4 +1,4 @@
-"""Attention to expanded keys and values: by SDPA, or by the family's eager attention if the family changes the scores."""
+"""Attention to expanded keys and values: by SDPA, or by the family's eager attention if it changes the scores."""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ class LatentAttention(nn.Module):
         decode: decode function of the chosen backend.
         choose: sets ``decode`` and ``placed_for`` from the dtype and device of the weights.
         placed_for: dtype and device for which ``decode`` was chosen; None before the choice.
+        config: the model's config.
+        kv_b_proj: the projection from latents to keys and values.
         layer_idx: index of the layer.
         kv_lora_rank: width r of a latent.
         qk_rope_head_dim: width d_r of a rotary key.
@@ -60,6 +62,8 @@ class LatentAttention(nn.Module):
     decode: Decode
     choose: Callable[[LatentAttention], None]
     placed_for: tuple[torch.dtype, torch.device] | None
+    config: Any
+    kv_b_proj: Any
     layer_idx: int
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -159,8 +163,8 @@ def latent_attention(
         rows = prefix.whole(rows)
     elif absorbable and absorbing_is_cheaper(module, query, key, attention_mask):
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
-    if query.dtype == torch.float16 and module.kv_b_proj.weight.dtype != query.dtype:
-        refuse_underflow(module, query.dtype)  # autocast
+    if query.dtype == torch.float16 and torch.is_autocast_enabled(query.device.type):
+        refuse_underflow(module, query.dtype)
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 

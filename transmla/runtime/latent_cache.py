@@ -149,19 +149,20 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> L
     Raises:
         ValueError: if ``packed`` and the layer has a class that cannot store float8 latents.
     """
-    layers = getattr(cache, "layers", ())
+    layers: list[Any] = getattr(cache, "layers", [])
     if layer >= len(layers):
         return None
     current = layers[layer]
     if isinstance(current, LatentLayer):
         return current
     if type(current) is DynamicLayer:
+        keys, values = cast(Tensor, current.keys), cast(Tensor, current.values)
         latent = LatentLayer(packed=packed)
         if current.is_initialized and packed:
-            latent.update(current.keys, current.values)
+            latent.update(keys, values)
         elif current.is_initialized:
-            latent.lazy_initialization(current.keys, current.values)
-            latent.keys, latent.values = current.keys, current.values
+            latent.lazy_initialization(keys, values)
+            latent.keys, latent.values = keys, values
         layers[layer] = latent
         return latent
     if packed:

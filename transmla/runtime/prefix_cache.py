@@ -99,7 +99,8 @@ class PrefixCache(DynamicCache):
 
     def __init__(self, layers: list[PrefixLayer]) -> None:
         super().__init__()
-        self.layers, self.layer_class_to_replicate = layers, None
+        self.layers: list[Any] = [*layers]
+        self.layer_class_to_replicate = None
         self.prompt: Tensor | None = None
         self.signature: Tensor | None = None
 
@@ -119,7 +120,9 @@ def share(cache: Cache, *, packed: bool = False) -> PrefixCache:
     Raises:
         ValueError: if the cache holds several sequences or none.
     """
-    parts = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    parts: list[tuple[Any, Any]] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+    ]
     if any(keys is None or values is None or keys.shape[0] != 1 for keys, values in parts):
         raise ValueError("a shared prefix is made from the cache of one sequence")
     return PrefixCache([PrefixLayer(keys, values, packed=packed) for keys, values in parts])

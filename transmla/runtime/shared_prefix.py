@@ -77,7 +77,7 @@ class CheckedGenerate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, as the model's class does."""
-        model = self.model()
+        model: Any = self.model()
         cache = kwargs.get(CACHE_ARGUMENT, kwargs.get("past_key_values"))
         if isinstance(cache, PrefixCache) and cache.prompt is not None:
             given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
