@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.mla_models import FAMILIES as MLA_FAMILIES
-from helpers.mla_models import tiny
-from helpers.uncut_exports import FAMILIES, make_source, uncut
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from helpers.mla_models import FAMILIES as MLA_FAMILIES
+from helpers.mla_models import tiny
+from helpers.uncut_exports import FAMILIES, make_source, uncut
 from transmla.modeling.modeling_transmla import TransmlaForCausalLM
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
 # Layers of every model. A wrong layer changes what all later layers read.
 DEPTH = 4
+# The layer of an export that keeps the source's attention. Layers with and without windows are left.
+KEPT = 2
 # Prompt tokens, all tokens, and padded tokens of the second row. Windows are shorter than either length.
-PROMPT, LENGTH, PADDED = 12, 24, 4
-# Ranges of tokens that a model reads at once: a prompt, single tokens, and pieces of several tokens.
-STEPS = ((0, PROMPT), (12, 13), (13, 14), (14, 17), (17, 18), (18, LENGTH))
+PROMPT, LENGTH, PADDED = 12, 17, 4
+# Ranges of tokens that a model reads at once: a prompt, one token, and a piece of several tokens.
+STEPS = ((0, PROMPT), (12, 13), (13, LENGTH))
 PADDINGS = ("unmasked", "none", "left", "right")
 CACHES: dict[str, Callable[[Any], Any]] = {
     "no cache": lambda config: None,
@@ -30,12 +32,11 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "static": lambda config: StaticCache(config=config, max_cache_len=LENGTH + 9),
     "static, just fitting": lambda config: StaticCache(config=config, max_cache_len=LENGTH),
 }
-IMPLEMENTATIONS = ("latent_attention", "eager", "sdpa")
 # Families of transmla's exports, and MLA families of transformers.
 ALL_FAMILIES = (*FAMILIES, *MLA_FAMILIES)
 
 
-def stock_model(family: str, folder: Path, *, keep: tuple[int, ...] = ()) -> Any:
+def stock_model(family: str, folder: Path, *, keep: tuple[int, ...] = (KEPT,)) -> Any:
     """Return a random model of ``DEPTH`` layers: an uncut export in the transmla format, or an MLA model.
 
     Args:

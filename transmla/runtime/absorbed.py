@@ -56,8 +56,10 @@ def can_absorb(module: Any, query: Tensor, rows: Rows, mask: Tensor | None, extr
         return False
     if torch.is_grad_enabled() and (query.requires_grad or rows.kv_c.requires_grad):
         return False
-    # Under autocast, queries, rows and weight have different dtypes.
-    return rows.k_pe.dtype == query.dtype and reads_weight(module.kv_b_proj, query.dtype, query.device)
+    # Under autocast, kernels would get queries and rows of different dtypes.
+    if torch.is_autocast_enabled(query.device.type) or rows.k_pe.dtype != query.dtype:
+        return False
+    return reads_weight(module.kv_b_proj, query.dtype, query.device)
 
 
 def reads_weight(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:

@@ -163,8 +163,8 @@ def latent_attention(
         rows = prefix.whole(rows)
     elif absorbable and absorbing_is_cheaper(module, query, key, attention_mask):
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
-    if query.dtype == torch.float16 and torch.is_autocast_enabled(query.device.type):
-        refuse_underflow(module, query.dtype)
+    if torch.is_autocast_enabled(query.device.type):
+        refuse_underflow(module, torch.get_autocast_dtype(query.device.type))
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 
