@@ -95,6 +95,7 @@ class PrefixCache(DynamicCache):
     Attributes:
         prompt: tokens [1, P] of the prefix; None if they are unknown.
         signature: logits [1, vocabulary] of one token behind the prefix, by which a change of the weights is noticed.
+        placed: dtype and device of the model that made the prefix.
     """
 
     def __init__(self, layers: list[PrefixLayer]) -> None:
@@ -103,6 +104,7 @@ class PrefixCache(DynamicCache):
         self.layer_class_to_replicate = None
         self.prompt: Tensor | None = None
         self.signature: Tensor | None = None
+        self.placed: tuple[torch.dtype, torch.device] | None = None
 
     def reset(self) -> None:
         """Remove all rows behind the prefix."""
