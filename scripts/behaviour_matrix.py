@@ -85,7 +85,7 @@ def judged(actual: Any, expected: Any, stock: Any) -> dict[str, Any]:
         same = isinstance(stock, str) and _kind(stock) == _kind(actual)
         return {"outcome": "refused" if same else "crashed", "error": actual}
     if isinstance(expected, str):
-        return {"outcome": "equal", "error": f"stock under eager attention: {expected}"}
+        return {"outcome": "wrong", "error": f"the stock model is refused under eager attention: {expected}"}
     difference = relative(actual, expected)
     return {"outcome": "equal" if difference < ROUNDING else "wrong", "difference": difference}
 
