@@ -35,6 +35,10 @@ def test_logits_equal_the_stock_model(family: str, tmp_path: Path) -> None:
     expected = {
         padding: logits_by_step(model, CACHES["dynamic"](model.config), padding) for padding in {c[2] for c in CELLS}
     }
+    if model._supports_sdpa:
+        # transformers 5.17 ignores the soft-cap of Gemma 2 here.
+        model.set_attn_implementation("sdpa")
+        expected["sdpa"] = logits_by_step(model, CACHES["dynamic"](model.config), "unmasked")
     transmla.accelerate(model)
     wrong = {}
     for implementation, cache, padding in CELLS:
@@ -44,6 +48,7 @@ def test_logits_equal_the_stock_model(family: str, tmp_path: Path) -> None:
             continue
         model.set_attn_implementation(implementation)
         actual = logits_by_step(model, CACHES[cache](model.config), padding)
-        if not relative(actual, expected[padding]) < ROUNDING:
-            wrong[implementation, cache, padding] = relative(actual, expected[padding])
+        difference = relative(actual, expected["sdpa" if implementation == "sdpa" else padding])
+        if not difference < ROUNDING:
+            wrong[implementation, cache, padding] = difference
     assert wrong == {}
