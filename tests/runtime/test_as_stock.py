@@ -86,7 +86,7 @@ def test_a_model_loaded_with_another_attention_computes_as_transformers(stock: A
 def test_autocast_computes_as_transformers(stock: Any, model: Any) -> None:
     """Queries, rows and weights then have different dtypes."""
     twin = copy.deepcopy(stock)
-    if twin._supports_sdpa:
+    if twin.config.model_type == "deepseek_v3":  # transformers 5.17 ignores the soft-cap of Gemma 2 under SDPA
         twin.set_attn_implementation("sdpa")
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = (logits_by_step(one, CACHES["dynamic"](one.config), "none") for one in (model, twin))
