@@ -21,7 +21,8 @@ from transmla.errors import TransmlaError
 from transmla.kernels import DecodeShape, backends, choose_backend
 from transmla.kernels.custom_op import Compilable
 from transmla.recipe import Recipe
-from transmla.runtime.latent_attention import LatentAttention, crossover
+from transmla.runtime.absorbed import crossover
+from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.latent_cache import LatentLayer, latent_bytes
 
 

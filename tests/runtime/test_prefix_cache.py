@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import transmla
 from transmla.errors import TransmlaError
-from transmla.runtime import latent_attention as attention
+from transmla.runtime import absorbed
 from transmla.runtime import prefix_cache as prefix
 from transmla.runtime.prefix_cache import attend, expanding_is_cheaper, merge, share
 
@@ -96,7 +96,7 @@ class Louder(torch.nn.Module):
 
 
 def test_a_long_continuation_is_decoded_in_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PIECE", 3)
+    monkeypatch.setattr(absorbed, "PIECE", 3)
     test_generate_gives_the_same_tokens("deepseek_v3", {}, form)
 
 

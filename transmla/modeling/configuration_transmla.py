@@ -15,6 +15,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_transmla.TransmlaConfig",
     "AutoModel": "modeling_transmla.TransmlaModel",
     "AutoModelForCausalLM": "modeling_transmla.TransmlaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_transmla.TransmlaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_transmla.TransmlaForTokenClassification",
 }
 
 
@@ -58,13 +60,20 @@ class _Converted:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the config, and beside it the code that ``auto_map`` names."""
-        self.architectures = ["TransmlaForCausalLM"]
+        self.architectures = [_reader((self.architectures or ["TransmlaForCausalLM"])[0])]
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_code(Path(save_directory))
 
     def __reduce__(self) -> Any:
         """Pickle the family's name instead of this class, which ``config_class`` creates at run time."""
         return _bare, (self.source_model_type,), self.__dict__
+
+
+def _reader(architecture: str) -> str:
+    """The class of ``AUTO_MAP`` that loads a model of the class ``architecture``, such as TransmlaLlamaModel."""
+    readers = [target.partition(".")[2] for task, target in AUTO_MAP.items() if task != "AutoConfig"]
+    fitting = [reader for reader in readers if architecture.endswith(reader.removeprefix("Transmla"))]
+    return fitting[0] if fitting else "TransmlaForCausalLM"
 
 
 def _bare(family: str) -> Any:

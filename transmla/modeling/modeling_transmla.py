@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
 from .configuration_transmla import TransmlaConfig, config_class, write_code
 
@@ -305,9 +310,9 @@ def _bare_attention(plain: Any) -> Any:
     return made.__new__(made)
 
 
-def _bare_model(family: str, head: bool) -> Any:
+def _bare_model(family: str, task: str) -> Any:
     """A model of ``family`` without state, for unpickling."""
-    made = model_class(family, head=head)
+    made = model_class(family, task)
     return made.__new__(made)
 
 
@@ -327,6 +332,9 @@ class _Converted:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         decoder: Any = self.get_decoder()  # type: ignore[attr-defined]
+        if decoder is not self and hasattr(decoder, "task"):
+            # Classifiers build their decoder by ``AutoModel``, which has replaced the attention.
+            return
         # The family's ``_init_weights`` does not know the new modules.
         decoder._init_weights = partial(_initialise, decoder)
         for i, layer in enumerate(decoder.layers):
@@ -343,7 +351,7 @@ class _Converted:
 
     def __reduce__(self) -> Any:
         """Pickle the family's name instead of this class, which ``model_class`` creates at run time."""
-        return _bare_model, (self.config.source_model_type, self.head), self.__dict__  # type: ignore[attr-defined]
+        return _bare_model, (self.config.source_model_type, self.task), self.__dict__  # type: ignore[attr-defined]
 
 
 # Options of ``from_pretrained`` that also locate the config.
@@ -354,7 +362,7 @@ class _Entry(PreTrainedModel):  # type: ignore[misc]
     """Class that ``auto_map`` names; its ``from_pretrained`` returns a model of the config's family."""
 
     config_class = TransmlaConfig
-    head: bool
+    task: str
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(f"{type(self).__name__} cannot be constructed; call its from_pretrained")
@@ -373,35 +381,65 @@ class _Entry(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def _of(cls, config: Any) -> Any:
-        return model_class(config.source_model_type, head=cls.head)
+        return model_class(config.source_model_type, cls.task)
 
 
 class TransmlaModel(_Entry):
-    """Decoder without a language-model head, of any family."""
+    """Decoder without a head, of any family."""
 
-    head = False
+    task = "AutoModel"
 
 
 class TransmlaForCausalLM(_Entry):
     """Causal language model of any family."""
 
-    head = True
+    task = "AutoModelForCausalLM"
+
+
+class TransmlaForSequenceClassification(_Entry):
+    """Classifier of texts, of any family that has one."""
+
+    task = "AutoModelForSequenceClassification"
+
+
+class TransmlaForTokenClassification(_Entry):
+    """Classifier of tokens, of any family that has one."""
+
+    task = "AutoModelForTokenClassification"
+
+
+# Classes of the families, by the Auto class that looks them up.
+FAMILY_CLASSES: dict[str, Any] = {
+    "AutoModel": MODEL_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
 
 
 @cache
-def model_class(family: str, *, head: bool) -> Any:
+def model_class(family: str, task: str) -> Any:
     """Return the model class of ``family`` with latent attention.
 
     Args:
         family: a ``model_type`` of transformers.
-        head: True for the causal language model, False for the decoder.
+        task: name of the Auto class whose head the model has, a key of ``FAMILY_CLASSES``.
+
+    Raises:
+        ValueError: if transformers has no such class for this family.
     """
-    source: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if head else MODEL_MAPPING)[CONFIG_MAPPING[family]]
+    source: Any = FAMILY_CLASSES[task].get(CONFIG_MAPPING[family], None)
+    if source is None:
+        raise ValueError(
+            f"transformers has no {task.removeprefix('AutoModelFor')} class for {family}; use another head"
+        )
     name = f"Transmla{source.__name__}"
     # A checkpoint may use the family's older tensor names (one tensor for each expert). transformers looks up their
     # conversion by class name, so the family's conversion is registered for the new class as well.
     names = get_checkpoint_conversion_mapping(source.__name__) or get_checkpoint_conversion_mapping(family)
     if names:
         register_checkpoint_conversion_mapping(name, names, overwrite=True)
-    body = {"config_class": config_class(family), "head": head, "__module__": __name__}
+    # Classifiers build their decoder by ``AutoModel``.
+    AutoModel.register(config_class(family), TransmlaModel, exist_ok=True)
+    body = {"config_class": config_class(family), "task": task, "__module__": __name__}
     return type(name, (_Converted, source), body)

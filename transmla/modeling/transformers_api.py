@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig, config_class
-from transmla.modeling.modeling_transmla import TransmlaForCausalLM, TransmlaModel
+from transmla.modeling.modeling_transmla import (
+    TransmlaForCausalLM,
+    TransmlaForSequenceClassification,
+    TransmlaForTokenClassification,
+    TransmlaModel,
+)
 
 # Name of the cache in the arguments and outputs of transformers' models: the first until 5.23, the second since.
 CACHE_ARGUMENT = next(
@@ -19,7 +30,12 @@ CACHE_ARGUMENT = next(
 )
 
 # Auto classes, each with the class that reads an export for it.
-READERS: tuple[tuple[Any, Any], ...] = ((AutoModel, TransmlaModel), (AutoModelForCausalLM, TransmlaForCausalLM))
+READERS: tuple[tuple[Any, Any], ...] = (
+    (AutoModel, TransmlaModel),
+    (AutoModelForCausalLM, TransmlaForCausalLM),
+    (AutoModelForSequenceClassification, TransmlaForSequenceClassification),
+    (AutoModelForTokenClassification, TransmlaForTokenClassification),
+)
 
 
 class _Registering(TransmlaConfig):
@@ -34,5 +50,5 @@ class _Registering(TransmlaConfig):
 
 
 def register() -> None:
-    """Register the transmla format with ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``."""
+    """Register the transmla format with ``AutoConfig`` and the Auto classes of ``READERS``."""
     AutoConfig.register(MODEL_TYPE, _Registering, exist_ok=True)

@@ -2,6 +2,9 @@
 
 - ``load``: ``load`` and ``accelerate``, which give a model's MLA layers a decode backend from ``transmla.kernels``.
 - ``latent_attention``: the attention function that these layers call.
+- ``absorbed``: attention to latents, and when it gives the same result as expanded keys and values.
+- ``family_attention``: attention to expanded keys and values, as the family computes it.
+- ``underflow``: refusal of float16 for latents that it cannot represent.
 - ``latent_cache``: a cache layer that grows without copying.
 - ``packed_rows``: the layout of cached rows whose latents are float8.
 - ``shared_prefix``, ``prefix_cache``: one prompt, cached once for many continuations.

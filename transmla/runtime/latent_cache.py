@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from transmla.runtime.packed_rows import pack
+from transmla.runtime.packed_rows import pack, unpack
 
 # Growth of a full buffer, in tokens: STEP, or an eighth of the cached rows if that is more, rounded up to pages of
 # PAGE tokens. Some kernels read only whole pages.
@@ -26,12 +26,14 @@ class LatentLayer(DynamicLayer):
         rows: the buffer, or None before the first update.
         packed: whether rows are bytes from ``packed_rows.pack``. Then ``keys`` is [B, 1, T, row_bytes] and ``values``
             is [B, 1, T, 0].
+        pe_dtype: dtype of the rotary keys inside packed rows; None before the first packed row.
     """
 
     def __init__(self, *, packed: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rows: Tensor | None = None
         self.packed = packed
+        self.pe_dtype: torch.dtype | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new rows and return all rows.
@@ -45,12 +47,12 @@ class LatentLayer(DynamicLayer):
         Returns:
             ``keys`` and ``values`` of all T rows.
         """
-        if key_states.requires_grad or value_states.requires_grad:
+        if torch.is_grad_enabled() and self._needs_grad(key_states, value_states):
             # An update in place would change tensors that the autograd graph has saved.
+            self._unpack(key_states.shape[-1], value_states.shape[-1])
             return super().update(key_states, value_states, *args, **kwargs)
         if self.packed:
-            key_states = pack(key_states, value_states)
-            value_states = key_states[..., :0]
+            key_states, value_states = self._packed(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cached = self.own_length()
@@ -72,26 +74,66 @@ class LatentLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Remove all rows and release the buffer."""
-        self.rows = None
+        # transformers 5.17 would keep rows of zeros.
+        self.rows = self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
+
+    def _needs_grad(self, *new: Tensor) -> bool:
+        """Whether the new rows or the cached rows belong to an autograd graph."""
+        return any(rows.requires_grad for rows in (*new, self.keys, self.values) if rows is not None)
+
+    def _packed(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack new rows; rows that an autograd graph left unpacked are packed as well."""
+        if self.is_initialized and self.own_length() and cast(Tensor, self.keys).dtype != torch.uint8:
+            self.keys, self.values = self._pack(cast(Tensor, self.keys), cast(Tensor, self.values))
+        return self._pack(kv_c, k_pe)
+
+    def _pack(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack rows [.., r] and [.., d_r] to bytes [.., row_bytes] and [.., 0]."""
+        self.pe_dtype = self.pe_dtype or k_pe.dtype
+        rows = pack(kv_c, k_pe.to(self.pe_dtype))
+        return rows, rows[..., :0]
+
+    def _unpack(self, rank: int, width: int) -> None:
+        """Replace packed rows by latents of width ``rank`` and rotary keys of ``width``."""
+        if self.is_initialized and self.own_length() and cast(Tensor, self.keys).dtype == torch.uint8:
+            rows = unpack(cast(Tensor, self.keys), rank, width, cast(torch.dtype, self.pe_dtype))
+            self.keys, self.values = rows.full()
 
     def _buffer(self, cached: int, total: int, kv_c: Tensor, k_pe: Tensor) -> Tensor:
         """Return a buffer for ``total`` rows whose first ``cached`` rows are ``keys`` and ``values``."""
         rows, keys, values = self.rows, cast(Tensor, self.keys), cast(Tensor, self.values)
-        current = not cached or (rows is not None and keys.data_ptr() == rows.data_ptr())
-        if rows is not None and current and rows.shape[0] == kv_c.shape[0] and rows.shape[2] >= total:
+        if rows is not None and rows.shape[2] >= total and self._current(rows, cached, kv_c, k_pe):
             return rows
         batch, rank, width = kv_c.shape[0], kv_c.shape[-1], kv_c.shape[-1] + k_pe.shape[-1]
         pages = -(-(total + max(STEP, total // 8)) // PAGE)
-        rows = kv_c.new_empty(batch, 1, pages * PAGE, width)
+        dtype = torch.promote_types(kv_c.dtype, k_pe.dtype)
+        if cached:
+            dtype = torch.promote_types(dtype, torch.promote_types(keys.dtype, values.dtype))
+        rows = kv_c.new_empty(batch, 1, pages * PAGE, width, dtype=dtype)
         if cached:
             rows[..., :cached, :rank].copy_(keys)
             rows[..., :cached, rank:].copy_(values)
         self.rows = rows
         return rows
 
+    def _current(self, rows: Tensor, cached: int, kv_c: Tensor, k_pe: Tensor) -> bool:
+        """Whether ``rows`` holds the ``cached`` rows, and the new rows may be written to it without a loss."""
+        if cached and cast(Tensor, self.keys).data_ptr() != rows.data_ptr():
+            return False
+        # Outside of inference mode, tensors that were made in it must not be changed.
+        writable = torch.is_inference_mode_enabled() or not rows.is_inference()
+        fits = rows.shape[0] == kv_c.shape[0] and rows.device == kv_c.device
+        return writable and fits and _holds(rows.dtype, kv_c.dtype) and _holds(rows.dtype, k_pe.dtype)
 
-def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> None:
+
+def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether ``wide`` represents every value of ``dtype``."""
+    return wide == dtype or torch.promote_types(wide, dtype) == wide
+
+
+def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> LatentLayer | None:
     """Replace one layer of a dynamic ``cache`` by a ``LatentLayer`` with the same rows.
 
     Layers of other classes (static, sliding-window) are not changed.
@@ -101,25 +143,34 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> N
         layer: index of the layer.
         packed: whether the layer stores latents as float8.
 
+    Returns:
+        The ``LatentLayer`` with index ``layer``, or None if the layer has another class or is yet to be made.
+
     Raises:
         ValueError: if ``packed`` and the layer has a class that cannot store float8 latents.
     """
-    layers = getattr(cache, "layers", [])
+    layers: list[Any] = getattr(cache, "layers", [])
     if layer >= len(layers):
-        return
-    if type(layers[layer]) is DynamicLayer:
-        plain, latent = layers[layer], LatentLayer(packed=packed)
-        if plain.is_initialized and packed:
-            latent.update(plain.keys, plain.values)
-        elif plain.is_initialized:
-            latent.lazy_initialization(plain.keys, plain.values)
-            latent.keys, latent.values = plain.keys, plain.values
+        return None
+    current = layers[layer]
+    if isinstance(current, LatentLayer):
+        return current
+    if type(current) is DynamicLayer:
+        keys, values = cast(Tensor, current.keys), cast(Tensor, current.values)
+        latent = LatentLayer(packed=packed)
+        if current.is_initialized and packed:
+            latent.update(keys, values)
+        elif current.is_initialized:
+            latent.lazy_initialization(keys, values)
+            latent.keys, latent.values = keys, values
         layers[layer] = latent
-    elif packed and not isinstance(layers[layer], LatentLayer):
+        return latent
+    if packed:
         raise ValueError(
-            f"a {type(layers[layer]).__name__} cannot hold float8 rows, only a dynamic cache can; leave out "
+            f"a {type(current).__name__} cannot hold float8 rows, only a dynamic cache can; leave out "
             "cache_implementation, or load the model without cache_dtype"
         )
+    return None
 
 
 def latent_bytes(cache: Cache) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transmla.guard.config import check_config
 from transmla.guard.folder import check_folder
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
+from transmla.registry import lookup
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +31,9 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
         path: an export, a checkpoint folder or a Hub id. Any MLA model that transformers runs is accepted.
         backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.
         cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …).
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). With an
+            ``attn_implementation``, the model computes as transformers does, until ``set_attn_implementation`` sets
+            ``latent_attention``.
 
     Returns:
         A transformers model in evaluation mode.
@@ -50,17 +54,21 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
             check_folder(Path(path))
             check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    return accelerate(model, backend=backend, cache_dtype=cache_dtype)
+    accelerate(model, backend=backend, cache_dtype=cache_dtype)
+    if kwargs.get("attn_implementation") is not None:
+        model.set_attn_implementation(kwargs["attn_implementation"])
+    return model
 
 
 def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None) -> Any:
     """Change a loaded model in place so that it decodes over its latent cache.
 
     Each MLA layer of this model becomes an instance of a subclass of its class. The weights, the state dict and the
-    files that ``save_pretrained`` writes do not change.
+    files that ``save_pretrained`` writes do not change. ``model.set_attn_implementation("eager")`` (or ``"sdpa"``, …)
+    turns the layers back into transformers' own, and ``"latent_attention"`` into fast ones again.
 
     Args:
-        model: a transformers model with MLA layers.
+        model: a transformers model with MLA layers, with any head.
         backend: see ``load``.
         cache_dtype: see ``load``.
 
@@ -69,10 +77,38 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
 
     Raises:
         TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
-            ``cache_dtype`` is unknown, or if a model with sliding windows is to cache float8 latents.
+            ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, or if the latents
+            underflow in float16.
     """
-    from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention, latent_class
+    from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
+    from transmla.runtime.underflow import refuse_underflow
 
+    if backend != "auto":
+        lookup("transmla.kernels", "BACKEND", backend, kind="backend")
+    layers = _checked_layers(model, cache_dtype)
+    for layer in layers:
+        refuse_underflow(layer)
+    for layer in layers:
+        if not isinstance(layer, LatentAttention):
+            plain: Any = type(layer)
+            layer.__class__ = latent_class(plain)
+        layer.packed = cache_dtype is not None
+        layer.warns = layer is layers[0]
+        layer.choose = partial(_choose, backend)
+        layer.placed_for = None
+    _log_backends(layers)
+    model.set_attn_implementation(LATENT_ATTENTION)
+    if model.config.output_attentions:
+        warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
+    return model
+
+
+def _checked_layers(model: Any, cache_dtype: str | None) -> list[Any]:
+    """Return the MLA layers of ``model``, which can cache latents as ``cache_dtype``.
+
+    Raises:
+        TransmlaError: if there are none, or if they cannot.
+    """
     layers = mla_layers(model)
     if not layers:
         raise TransmlaError(
@@ -92,19 +128,22 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
             limit="float8 rows need a cache that keeps all tokens",
             remedy="leave out cache_dtype",
         )
-    choose = partial(_choose, backend)
+    return layers
+
+
+def _log_backends(layers: list[Any]) -> None:
+    """Choose the backends of all ``layers`` whose weights they can read, and log them."""
+    from transmla.runtime.absorbed import reads_weight
+
     names = set()
     for layer in layers:
-        if not isinstance(layer, LatentAttention):
-            plain: Any = type(layer)
-            layer.__class__ = latent_class(plain)
-        layer.packed = cache_dtype is not None
-        layer.choose = choose
-        layer.choose(layer)
-        names.add(f"'{layer.backend.name}': {layer.backend.summary}")
+        weight = getattr(layer.kv_b_proj, "weight", None)
+        if weight is not None and reads_weight(layer.kv_b_proj, weight.dtype, weight.device):
+            layer.choose(layer)
+            names.add(f"'{layer.backend.name}': {layer.backend.summary}")
+        else:
+            names.add("transformers' own expansion: kv_b_proj is quantised, adapted or hooked")
     _log.info("decoding with %s", "; ".join(sorted(names)))
-    model.set_attn_implementation(LATENT_ATTENTION)
-    return model
 
 
 def mla_layers(model: Any) -> list[Any]:
@@ -114,6 +153,9 @@ def mla_layers(model: Any) -> list[Any]:
 
 def _choose(backend: str, layer: Any) -> None:
     """Give ``layer`` a backend that serves the current dtype and device of its weights."""
+    from transmla.runtime.underflow import refuse_underflow
+
+    refuse_underflow(layer)
     weight: torch.Tensor = layer.kv_b_proj.weight
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
     layer.backend = choose_for_device(backend, shape)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from transmla.kernels.rows import Rows
 from transmla.runtime.latent_cache import LatentLayer
@@ -44,6 +44,11 @@ class PrefixLayer(LatentLayer):
         """Number of tokens P in the prefix."""
         return self.prefix[0].shape[2]
 
+    @property
+    def shared_rows(self) -> Rows:
+        """The prefix as rows [1, P, ·]."""
+        return Rows(*(part[:, 0] for part in self.prefix))
+
     def whole(self, rows: Rows) -> Rows:
         """Return the prefix followed by the ``rows`` [B, T, ·] of each sequence: rows [B, P + T, ·]."""
         parts = zip(self.prefix, rows.full(), strict=True)
@@ -53,33 +58,76 @@ class PrefixLayer(LatentLayer):
         """Return the number of cached tokens of a sequence, prefix included."""
         return self.shared + self.own_length()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` rows of each sequence.
 
-def share(cache: Cache, *, packed: bool = False) -> Cache:
-    """Turn the rows of one cached sequence into a prefix for any number of sequences, in place.
+        Raises:
+            ValueError: if this would remove a part of the prefix.
+        """
+        # transformers 5.17 takes a positive number for the length to keep.
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
+        if removed > self.own_length():
+            raise ValueError(
+                f"cannot remove {removed} tokens: {self.own_length()} lie behind the shared prefix, which stays whole"
+            )
+        if removed > 0:
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search. The prefix is the same for all."""
+        if self.own_length():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence. The prefix is the same for all."""
+        if self.own_length():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences with these ``indices``. The prefix is the same for all."""
+        if self.own_length():
+            super().batch_select_indices(indices)
+
+
+class PrefixCache(DynamicCache):
+    """Cache of one prompt for any number of sequences.
+
+    Attributes:
+        prompt: tokens [1, P] of the prefix; None if they are unknown.
+        signature: logits [1, vocabulary] of one token behind the prefix, by which a change of the weights is noticed.
+        placed: dtype and device of the model that made the prefix.
+    """
+
+    def __init__(self, layers: list[PrefixLayer]) -> None:
+        super().__init__()
+        self.layers: list[Any] = [*layers]
+        self.layer_class_to_replicate = None
+        self.prompt: Tensor | None = None
+        self.signature: Tensor | None = None
+        self.placed: tuple[torch.dtype, torch.device] | None = None
+
+    def reset(self) -> None:
+        """Remove all rows behind the prefix."""
+        for layer in self.layers:
+            layer.reset()
+
+
+def share(cache: Cache, *, packed: bool = False) -> PrefixCache:
+    """Return a cache whose prefix are the rows of one cached sequence.
 
     Args:
         cache: the cache of one sequence.
         packed: whether rows behind the prefix store latents as float8. The prefix itself is not packed.
 
-    Returns:
-        ``cache``.
-
     Raises:
         ValueError: if the cache holds several sequences or none.
     """
-    for i, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.shape[0] != 1:
-            raise ValueError("a shared prefix is made from the cache of one sequence")
-        cache.layers[i] = PrefixLayer(keys, values, packed=packed)
-    return cache
-
-
-def prefix_layer(cache: Any, layer: int) -> PrefixLayer | None:
-    """Return the cache layer with index ``layer`` if it has a shared prefix, else None."""
-    layers = getattr(cache, "layers", [])
-    cached = layers[layer] if layer < len(layers) else None
-    return cached if isinstance(cached, PrefixLayer) else None
+    parts: list[tuple[Any, Any]] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+    ]
+    if any(keys is None or values is None or keys.shape[0] != 1 for keys, values in parts):
+        raise ValueError("a shared prefix is made from the cache of one sequence")
+    return PrefixCache([PrefixLayer(keys, values, packed=packed) for keys, values in parts])
 
 
 def expanding_is_cheaper(module: Any, queries: int) -> bool:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from transmla.errors import TransmlaError
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.latent_attention import LatentAttention
+from transmla.runtime.prefix_cache import PrefixCache, share
+
+# Largest relative difference of logits that two runs of the same step may have, if the dtype's rounding is smaller.
+SAME_STEP = 1e-5
 
 
-def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
+def shared_prefix(model: Any, input_ids: Tensor) -> PrefixCache:
     """Return a cache that holds one prompt once, for any number of continuations.
 
     Pass the cache to ``generate`` as ``past_key_values`` (``cache`` from transformers 5.24 on). Every row of its
     ``input_ids`` [B, P + n] must begin with the prompt, with n ≥ 1. Pad shorter rows between prompt and continuation,
     and mark the padding in ``attention_mask``.
 
-    One ``generate`` call changes the cache. Pass a ``copy.deepcopy`` to use the cache again.
+    The cache can be used for any number of ``generate`` calls. Each call drops what the last one left behind the
+    prompt, and refuses tokens that do not begin with the prompt. It also repeats one decoding step, and refuses a
+    prefix that was made with other weights.
 
     Args:
         model: a model from ``load`` or ``accelerate``.
@@ -26,12 +38,6 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
         TransmlaError: if ``input_ids`` is not one prompt, if the model is not accelerated, or if some of its layers
             have no latent or have sliding windows.
     """
-    from transformers import DynamicCache
-
-    from transmla.modeling.transformers_api import CACHE_ARGUMENT
-    from transmla.runtime.latent_attention import LatentAttention
-    from transmla.runtime.prefix_cache import share
-
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
     _check_shareable(model, input_ids, len(layers))
     packed = layers[0].packed
@@ -42,16 +48,99 @@ def shared_prefix(model: Any, input_ids: torch.Tensor) -> Any:
             limit="every token attends to a whole shared prefix, at any distance",
             remedy="give generate() the whole prompts",
         )
+    prompt = input_ids.to(model.device)
     try:
         # The prefix is cached once for all sequences, so packing it would save little.
         for layer in layers:
             layer.packed = False
         with torch.no_grad():
-            model(input_ids.to(model.device), logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            model(prompt, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     finally:
         for layer in layers:
             layer.packed = packed
-    return share(cache, packed=packed)
+    prefix = share(cache, packed=packed)
+    prefix.prompt, prefix.signature = prompt.clone(), _signature(model, prompt, prefix)
+    prefix.placed = model.dtype, model.device
+    if not isinstance(model.generate, CheckedGenerate):
+        model.generate = CheckedGenerate(model)
+    return prefix
+
+
+class CheckedGenerate:
+    """The ``generate`` of one model, which first checks a shared prefix. Calls without one are passed on.
+
+    The model holds this object, which refers to the model weakly: deleting the model frees its memory at once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+        functools.update_wrapper(self, type(model).generate)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, as the model's class does."""
+        model: Any = self.model()
+        cache = kwargs.get(CACHE_ARGUMENT, kwargs.get("past_key_values"))
+        if isinstance(cache, PrefixCache) and cache.prompt is not None:
+            given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            _start_behind(model, cache, given)
+        return type(model).generate(model, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return CheckedGenerate, (self.model(),)
+
+
+def _start_behind(model: Any, cache: PrefixCache, input_ids: Tensor | None) -> None:
+    """Empty ``cache`` behind its prefix, and check that the prefix belongs to ``model`` and ``input_ids``.
+
+    Raises:
+        TransmlaError: if a row of ``input_ids`` [B, P + n] does not begin with the prompt, if nothing follows the
+            prompt, or if the model's weights changed.
+    """
+    prompt, signature = cache.prompt, cache.signature
+    assert prompt is not None
+    assert signature is not None
+    length = prompt.shape[1]
+    if input_ids is None:
+        raise TransmlaError(
+            "generate() got a shared prefix without input_ids",
+            limit="the prefix is compared with the tokens",
+            remedy="give input_ids instead of inputs_embeds",
+        )
+    if input_ids.shape[1] <= length:
+        raise TransmlaError(
+            f"input_ids of shape {list(input_ids.shape)} with a shared prefix of {length} tokens",
+            limit="every row holds the prefix and at least one token behind it",
+            remedy="give the whole prompts, as without a prefix",
+        )
+    differs = (input_ids[:, :length] != prompt.to(input_ids.device)).nonzero()
+    if len(differs):
+        row, position = differs[0].tolist()
+        raise TransmlaError(
+            f"token {position} of row {row} differs from the shared prefix",
+            limit="every row begins with the prompt that shared_prefix() was given",
+            remedy="make a shared prefix of this prompt, or call generate() without one",
+        )
+    cache.reset()
+    if (model.dtype, model.device) != cache.placed or _changed(_signature(model, prompt, cache), signature):
+        raise TransmlaError(
+            "the model computes otherwise than when the shared prefix was made",
+            limit="cached rows belong to the weights, adapters, precision and device that made them",
+            remedy="call shared_prefix() again",
+        )
+
+
+def _changed(now: Tensor, before: Tensor) -> bool:
+    """Whether the logits of one step differ by more than two runs of the same step may."""
+    difference = (now.float() - before.float()).norm() / before.float().norm()
+    return not difference <= max(SAME_STEP, torch.finfo(now.dtype).eps)
+
+
+@torch.no_grad()
+def _signature(model: Any, prompt: Tensor, cache: PrefixCache) -> Tensor:
+    """Return the logits [1, vocabulary] of the prompt's last token, put once more behind the prefix of ``cache``."""
+    logits: Tensor = model(prompt[:, -1:], use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+    cache.reset()
+    return logits[:, -1]
 
 
 def _check_shareable(model: Any, input_ids: torch.Tensor, latent_layers: int) -> None:
