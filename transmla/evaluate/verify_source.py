@@ -26,6 +26,15 @@ from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_tokenizer
 from transmla.source.open_source import open_path
 
+# Names of the checks, in order.
+NAMES = (
+    "source",
+    "config of the source",
+    "files of the source",
+    "untouched weights",
+    "source layers as signed",
+    "distance to the source as signed",
+)
 # Files of an export that record how it was made; no program reads them.
 RECORDS = (*UNHASHED, EVALUATION, "recipe.yaml", "healing.yaml", "healing.png")
 # Keys of a config that depend on where or with what the source is read, not on the model.

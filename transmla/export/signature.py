@@ -34,6 +34,7 @@ class Signature:
         config: content of ``config.json``.
         generation: content of ``generation_config.json``; empty if the export has none.
         tokenizer: what the tokenizer does (``transmla.signature.tokenizer``).
+        dtypes: number of tensors of each dtype, by the dtype's name in safetensors.
         code: SHA-256 of the modelling code in hex, by file name.
         healings: number of healings that the export had when it was signed.
         source: one entry for each decoder layer of the source; empty if the source was not at hand.
@@ -46,6 +47,7 @@ class Signature:
     config: dict[str, Any]
     generation: dict[str, Any]
     tokenizer: dict[str, Any]
+    dtypes: dict[str, int]
     code: dict[str, str]
     healings: int = 0
     source: list[LayerSignature] = field(default_factory=list)

@@ -22,7 +22,7 @@ LISTED = 3
 
 
 def compare_contents(signature: Signature, found: dict[str, Any], healings: int) -> Check:
-    """Compare an export's files other than weights with its signature.
+    """Compare an export's files, and the precision of its tensors, with its signature.
 
     Args:
         signature: the export's signature.
@@ -32,7 +32,7 @@ def compare_contents(signature: Signature, found: dict[str, Any], healings: int)
     wrong = [f"{name}: {line}" for name in CONTENTS for line in differences(getattr(signature, name), found[name])]
     if healings != signature.healings:
         wrong.append(f"the manifest lists {healings} healings, and {signature.healings} are signed")
-    return Check("contents as signed", not wrong, _listed(wrong) or "config, generation, tokenizer and code")
+    return Check("contents as signed", not wrong, _listed(wrong) or "config, tokenizer, code and precision are equal")
 
 
 def compare_layers(signature: Signature, measured: Measured, *, experts: bool) -> Check:

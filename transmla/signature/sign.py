@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transmla.boundary import read_json_object
 from transmla.export.hashes import file_sha256
 from transmla.export.signature import LayerSignature, Signature
 from transmla.families.base import Family
+from transmla.guard.headers import read_headers, shards_of
 from transmla.registry import lookup
 from transmla.reporter import Reporter, Silent
 from transmla.signature.layers import LayerByLayer, LayerProjections, RestProjections
@@ -22,8 +24,9 @@ from transmla.source.describe import empty_model
 from transmla.source.load import load_config, load_tokenizer
 from transmla.source.open_source import Source
 
-# Fields of a signature that describe files, not weights.
-CONTENTS = ("config", "generation", "tokenizer", "code")
+# Fields of a signature that a healing does not change, and all fields that ``contents`` returns.
+FILES = ("config", "generation", "tokenizer", "code")
+CONTENTS = (*FILES, "dtypes")
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,16 @@ def sign(
     )
     if before is None:
         return signature
-    return replace(signature, **{name: getattr(before, name) for name in (*CONTENTS, "source")})
+    return replace(signature, **{name: getattr(before, name) for name in (*FILES, "source")})
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return what a signature records of an export besides its weights, by the names in ``CONTENTS``."""
+    """Return what a signature records of an export besides what it computes, by the names in ``CONTENTS``."""
     code = {file.name: file_sha256(file) for file in sorted(folder.glob("*.py"))}
-    json_files = [read_json_object(folder / name) or {} for name in ("config.json", "generation_config.json")]
-    return dict(zip(CONTENTS, (*json_files, describe_tokenizer(load_tokenizer(folder)), code), strict=True))
+    config, generation = (read_json_object(folder / name) or {} for name in ("config.json", "generation_config.json"))
+    dtypes = Counter(tensor.dtype for tensor in read_headers(folder, shards_of(folder)).values())
+    values = config, generation, describe_tokenizer(load_tokenizer(folder)), code, dict(sorted(dtypes.items()))
+    return dict(zip(CONTENTS, values, strict=True))
 
 
 def recorded(layers: Iterable[LayerProjections]) -> list[LayerSignature]:
