@@ -29,6 +29,7 @@ MLP = "model.layers.0.mlp.up_proj.weight"
 CHECKS = [
     "hashes",
     "contents as signed",
+    "layers as signed",
     "loads",
     "finite",
     "logits as signed",
@@ -36,7 +37,6 @@ CHECKS = [
     "cache size",
     "absorbed = expanded",
     "latent norm is an identity",
-    "layers as signed",
 ]
 SOURCE_CHECKS = [
     "source",

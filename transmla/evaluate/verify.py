@@ -31,9 +31,10 @@ from transmla.source.locate import resolve_source
 
 # Tokens per row of the test prompt.
 PROMPT_TOKENS = 96
-# Largest deviation of the whole model's logits from the signed ones, by precision. The logits are signed in float32.
-LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
-# The same for models with experts, whose routers may choose another expert after rounding.
+# Largest deviation of the whole model's logits from the signed ones, by precision. They are signed in float32. In
+# bfloat16, errors grow from layer to layer (0.13 on SmolLM2-135M); another model's logits differ by more than 1.
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+# The same for models with experts in float32: after rounding, a router may choose another expert.
 ROUTED_TOLERANCE = 5e-1
 
 
@@ -92,6 +93,8 @@ def _checks(
     problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
     yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
     yield from _attempted("contents as signed", _contents(folder, manifest))
+    measured: list[Measured] = []
+    yield from _attempted("layers as signed", _layers(folder, manifest, device, measured))
 
     form = format_named(manifest.format)
     model, problem = _load(folder, form, dtype, device)
@@ -100,9 +103,6 @@ def _checks(
         return
     yield from _attempted("runs", _model_checks(model, manifest, form, dtype))
     del model
-
-    measured: list[Measured] = []
-    yield from _attempted("layers as signed", _layers(folder, manifest, device, measured))
     if beside is not None:
         yield from _attempted("source", beside.run(measured[0] if measured else None))
 
@@ -144,7 +144,7 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
     with torch.no_grad():
         full = model(prompt, use_cache=False).logits
         if manifest.signature is not None:
-            limit = ROUTED_TOLERANCE if manifest.plan.spec.experts else LOGITS_TOLERANCE[dtype]
+            limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
             logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
             yield compare_logits(manifest.signature, project(logits[0]), limit)
     yield compare_decoding("cached decode = full forward", model, prompt, full, prefill=prompt.shape[1] // 2)

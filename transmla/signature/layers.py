@@ -19,6 +19,9 @@ from transmla.signature.probe import Projections, hidden_states, project, tokens
 from transmla.source.checkpoint import Checkpoint
 from transmla.source.decoder_layer import embedded, layer_with
 
+# Precision of every layer. An export's weights are exact in it.
+FLOAT = torch.float32
+
 
 @dataclass(frozen=True)
 class LayerProjections:
@@ -54,14 +57,14 @@ class LayerByLayer:
         states = hidden_states(model.config.hidden_size)
         # The second row is the hidden state of seeded tokens, which passes from layer to layer.
         self.ids = tokens(model.config.vocab_size)
-        self._hidden = torch.cat([states, self._embedded()]).to(device)
+        self._hidden = torch.cat([states, self._embedded()]).to(device, FLOAT)
 
     @torch.no_grad()
     def layers(self) -> Iterator[LayerProjections]:
         """Yield the projections of every layer, in order. ``rest`` may be called afterwards."""
         for i in range(self.count):
             tensors = self.checkpoint.layer(self.names["layer"].format(i=i))
-            layer = layer_with(self.model, i, tensors, torch.float32).to(self.device)
+            layer = layer_with(self.model, i, tensors, FLOAT).to(self.device)
             attended: list[Tensor] = []
             layer.self_attn.register_forward_hook(lambda _, __, out, seen=attended: seen.append(out[0]))
             output = self._run(i, layer)
@@ -75,11 +78,11 @@ class LayerByLayer:
         head = self.checkpoint.read(self.names["head"]) if self.names["head"] in self.checkpoint.shapes else embedding
         whole = _opened(self.model)
         whole.lm_head = copy.deepcopy(self.model.lm_head)
-        whole.lm_head.weight = nn.Parameter(head.float().to(self.device), requires_grad=False)
+        whole.lm_head.weight = nn.Parameter(head.to(self.device, FLOAT), requires_grad=False)
         whole.model = self._trunk([_Given(None, self._hidden) for _ in range(self.count)])
         norm = copy.deepcopy(self.model.model.norm)
         prefix = self.names["norm"].removesuffix("weight")
-        weights = {name: tensor.float() for name, tensor in self.checkpoint.layer(prefix).items()}
+        weights = {name: tensor.to(FLOAT) for name, tensor in self.checkpoint.layer(prefix).items()}
         norm.load_state_dict(weights, strict=True, assign=True)
         whole.model.norm = norm.to(self.device)
         logits = whole(inputs_embeds=self._hidden, use_cache=False).logits
