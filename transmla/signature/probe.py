@@ -21,8 +21,8 @@ TOKENS = 32
 GROUPS = 4
 # Smallest root mean square of a seeded hidden state; the largest is 1. Small states show the eps of a norm.
 SMALLEST = 0.03
-# Rows that are projected at once.
-ROWS = 8192
+# Numbers that are projected at once.
+NUMBERS = 2**23
 # Significant digits of a recorded projection.
 DIGITS = 9
 
@@ -81,8 +81,9 @@ def project(rows: Tensor) -> Projections:
 
 
 def _parts(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(rows), ROWS):
-        yield start, rows[start : start + ROWS]
+    count = max(1, NUMBERS // rows.shape[1])
+    for start in range(0, len(rows), count):
+        yield start, rows[start : start + count]
 
 
 @cache
