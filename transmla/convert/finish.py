@@ -70,8 +70,10 @@ def write_rest(
         generation=GenerationConfig.from_model_config(source.config),
     )
     write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
-    signature = sign(folder, plan.spec.family, prepared.device, source=source, reporter=report)
-    manifest = replace(manifest, signature=signature, hashes=hash_files(folder, progress.hashes))
+    if form.signed:
+        signature = sign(folder, plan.spec.family, prepared.device, source=source, reporter=report)
+        manifest = replace(manifest, signature=signature)
+    manifest = replace(manifest, hashes=hash_files(folder, progress.hashes))
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
 

@@ -41,6 +41,7 @@ class NativeFormat(Format):
     options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
     norm_eps = RMS_NORM_EPS
     interleaved = True
+    signed = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
         """Name what a dense DeepSeek-V3 cannot store of the source; None if it can store everything."""
