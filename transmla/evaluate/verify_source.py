@@ -130,8 +130,9 @@ class SourceChecks:
         if file.read_bytes() == origin.read_bytes():
             return True
         other_version = self.manifest.versions.get("transformers") != versions()["transformers"]
-        if file.suffix == ".py" and self.manifest.versions["transmla"] != versions()["transmla"]:
-            return self.manifest.signature is not None  # "contents as signed" compares this version's code
+        if file.suffix == ".py":
+            # Another version's code is compared with the signature alone.
+            return self.manifest.signature is None or self.manifest.versions["transmla"] != versions()["transmla"]
         if not other_version or file.suffix != ".json":
             return False
         if self.source.checkpoint.gguf is not None:

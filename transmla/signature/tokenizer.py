@@ -13,6 +13,7 @@ SAMPLE = """The 3 quick brown foxes (1,234.56 kg)   jumped over   "lazy" dogs; d
 # Tokens of the vocabulary whose text is tokenised again, at most; they spread over all of it.
 SAMPLED_TOKENS = 4096
 SETTINGS = ("model_max_length", "padding_side", "truncation_side")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -21,19 +22,23 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     encoded = tokenizer(SAMPLE)["input_ids"]
     plain = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     chosen = vocabulary[:: max(1, len(vocabulary) // SAMPLED_TOKENS)]
-    texts = [tokenizer.decode([index], skip_special_tokens=False) for index, _ in chosen]
-    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = [_text(tokenizer, [index]) for index, _ in chosen]
+    special = [str(getattr(tokenizer, name, None)) for name in SPECIAL]
     return {
         "vocabulary": _hash(vocabulary),
-        "special tokens": _hash(
-            [sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()), sorted(tokenizer.all_special_ids)]
-        ),
+        "special tokens": _hash([special, sorted(tokenizer.all_special_ids)]),
         "templates": _hash(getattr(tokenizer, "chat_template", None)),
         "tokens of a sample": _hash([encoded, plain]),
-        "tokens of the vocabulary": _hash(again),
-        "text of a sample": _hash([tokenizer.decode(encoded), tokenizer.decode(encoded, skip_special_tokens=True)]),
+        "tokens of the vocabulary": _hash(tokenizer(texts, add_special_tokens=False)["input_ids"]),
+        "text of a sample": _hash(_text(tokenizer, encoded)),
         "settings": _hash([getattr(tokenizer, name, None) for name in SETTINGS]),
     }
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    # Versions of transformers have other defaults for cleaning up spaces.
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _hash(value: Any) -> str:
