@@ -13,6 +13,7 @@ them is one plug-in that is found by its presence.
     core/         the mathematics, one layer at a time; core/methods/ is a SHELF of conversion methods
     convert/      the conversion: prepare, then layer by layer observe, factorise, fit, write
     formats/      SHELF: how an export is stored (native DeepSeek-V3, or the source's classes with MLA inside)
+    signature/    what an export computes and contains, and whether it still does
     export/       write a folder that is whole or absent: shards, manifest, tokenizer, card; push it
     modeling/     the code that travels inside exports
     runtime/      transmla.load: the latent cache, attention over it, shared prefixes

@@ -28,12 +28,23 @@ EXPAND = "model.layers.0.self_attn.kv_b_proj.weight"
 MLP = "model.layers.0.mlp.up_proj.weight"
 CHECKS = [
     "hashes",
+    "contents as signed",
+    "layers as signed",
     "loads",
     "finite",
+    "logits as signed",
     "cached decode = full forward",
     "cache size",
     "absorbed = expanded",
     "latent norm is an identity",
+]
+SOURCE_CHECKS = [
+    "source",
+    "config of the source",
+    "files of the source",
+    "untouched weights",
+    "source layers as signed",
+    "distance to the source as signed",
 ]
 
 
@@ -108,11 +119,11 @@ def test_an_intact_export_passes_and_is_recorded(
     assert run(folder, "--source", str(pristine / "source"), "--dtype", dtype, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     assert "FAIL" not in out
-    assert all(f"pass  {name}:" in out for name in [*CHECKS, "untouched weights"])
+    assert all(f"pass  {name}:" in out for name in [*CHECKS, *SOURCE_CHECKS])
     record = json.loads((folder / "verification.json").read_text())
     assert record["passed"] is True
     assert record["dtype"] == dtype
-    assert [check["name"] for check in record["checks"]] == [*CHECKS, "untouched weights"]
+    assert [check["name"] for check in record["checks"]] == [*CHECKS, *SOURCE_CHECKS]
     assert "verification.json" in {file.path for file in hub.push(folder, "org/name", dry_run=True).files}
 
 
@@ -306,8 +317,9 @@ def test_the_source_is_loaded_at_its_recorded_commit(
         return Path(source)
 
     monkeypatch.setattr("transmla.evaluate.verify.resolve_source", resolve)
+    recorded = json.loads((folder / "transmla.json").read_text())["source"]
     for commit in ("0" * 40, None):
-        origin = {"name": "org/name", "revision": "main", "commit": commit, "fingerprint": "0" * 64}
+        origin = recorded | {"name": "org/name", "revision": "main", "commit": commit}
         edit_json(folder / "transmla.json", source=origin)
         assert failures(folder, source=str(pristine / "source")) == []
     assert revisions == ["0" * 40, "main"]

@@ -24,12 +24,14 @@ from transmla.heal.settings import Healing
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
     *,
-    source: Annotated[str | None, typer.Option(help="Compare the untouched weights with this source.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Also compare with this source: weights, config, files, and each layer.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Precision to run the export in: float32 or bfloat16.")] = "float32",
     device: DeviceOption = "auto",
     allow_pickle: PickleOption = False,
 ) -> None:
-    """Check an export: file hashes, loading, cached against full forward passes, cache bytes, and more.
+    """Check an export: file hashes, what each layer computes, loading, cached against full forward passes, and more.
 
     Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
 

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
 from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
@@ -16,11 +15,19 @@ from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
 from transmla.formats.base import format_named
 from transmla.recipe import dump_recipe
-from transmla.source.open_source import Source
+from transmla.reporter import Reporter
+from transmla.signature.sign import sign
+from transmla.source.open_source import default_generation
 
 
 def write_rest(
-    prepared: Prepared, workspace: Workspace, progress: Progress, final_norm: float, tokenizer: Any, fingerprint: str
+    prepared: Prepared,
+    workspace: Workspace,
+    progress: Progress,
+    final_norm: float,
+    tokenizer: Any,
+    fingerprint: str,
+    report: Reporter,
 ) -> None:
     """Complete the export in ``workspace`` after all layers have been written.
 
@@ -31,6 +38,7 @@ def write_rest(
         final_norm: factor on the last norm's weight.
         tokenizer: the source's tokenizer.
         fingerprint: hash of the source's tensors.
+        report: receives the progress of signing.
     """
     source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
     form = format_named(plan.format)
@@ -39,15 +47,6 @@ def write_rest(
     workspace.drop_streams()
     write_index(folder)
     form.write_code(folder)
-    write_json(folder / "config.json", form.config(source.config, _with_slots(plan, progress)))
-    write_tokenizer(
-        folder,
-        source.checkpoint.folder,
-        tokenizer,
-        copy=source.checkpoint.gguf is None,
-        generation=_generation(source),
-    )
-    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
     manifest = Manifest(
         format=plan.format,
         plan=plan,
@@ -59,8 +58,21 @@ def write_rest(
         versions=versions(),
         layers=progress.layers,
         final_norm_correction=final_norm,
-        hashes=hash_files(folder, progress.hashes),
+        hashes={},
     )
+    write_json(folder / "config.json", form.config(source.config, manifest.converted_plan))
+    write_tokenizer(
+        folder,
+        source.checkpoint.folder,
+        tokenizer,
+        copy=source.checkpoint.gguf is None,
+        generation=default_generation(source),
+    )
+    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
+    if form.signed:
+        signature = sign(folder, plan.spec.family, prepared.device, source=source, reporter=report)
+        manifest = replace(manifest, signature=signature)
+    manifest = replace(manifest, hashes=hash_files(folder, progress.hashes))
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
 
@@ -72,28 +84,12 @@ def _source_record(prepared: Prepared, fingerprint: str) -> SourceRecord:
     return SourceRecord(name, recipe.revision, commit, fingerprint, source.card)
 
 
-def _generation(source: Source) -> Any:
-    """Return the generation config that transformers gives the source's model if it has no file for it."""
-    from transformers import GenerationConfig
-
-    if source.path.is_dir():
-        # Old models have such settings in their config.json, from which the config class drops them.
-        return GenerationConfig.from_pretrained(source.path, config_file_name="config.json", _from_model_config=True)
-    return GenerationConfig.from_model_config(source.config)
-
-
 def _public_texts(texts: dict[str, float]) -> dict[str, float]:
     """Return the shares of texts by public name. Files of the same name in different folders become one text."""
     shares: dict[str, float] = {}
     for name, share in texts.items():
         shares[public_name(name)] = shares.get(public_name(name), 0.0) + share
     return shares
-
-
-def _with_slots(plan: Plan, progress: Progress) -> Plan:
-    """Return the plan with the rotary slots that the conversion has chosen for each layer, if it has."""
-    slots = tuple(tuple(record.get("slots", ())) for record in progress.layers)
-    return replace(plan, layer_slots=slots) if any(slots) else plan
 
 
 def _fit_record(prepared: Prepared) -> FitRecord | None:

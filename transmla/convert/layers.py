@@ -156,6 +156,10 @@ class LayerConverter:
         if self.format.norm_eps is not None:
             norms = current.observations.input_norm, current.observations.output_norm
             record["norm_residual"] = max(norm.residual for norm in norms)
+            record |= {
+                "input_norm_correction": norms[0].correction,
+                "output_norm_correction": norms[1].correction,
+            }
         if fit is not None:
             record |= {"held_out_before": fit.before[0], "held_out_after": fit.after[0]}
         prefix = self._prefix(index)

@@ -102,7 +102,7 @@ def convert(
         # Save the tokens last: a resumed run that finds them does not read the texts again.
         workspace.save_tokens(tokens)
         final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
-        write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint)
+        write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint, report)
         workspace.finish()
     return output
 

@@ -10,6 +10,6 @@
 - ``retrieval.py``: how often a model finds a pass key in a long text. ``retrieval_prompts.py`` writes the prompts.
 - ``settings.py``: the flags of both. ``open_model.py``: loads a model for both.
 - ``score_table.py``, ``score_report.py``: tables, figures and report sections of both.
-- ``verify.py``: the checks of ``transmla verify``.
+- ``verify.py``: the checks of ``transmla verify``. ``verify_source.py``: those with ``--source``.
 - ``figures.py``: PNG figures of decoding speeds and healing curves.
 """

@@ -1,4 +1,4 @@
-"""Verify an export: load it through transformers, then check its consistency, its plan and its unchanged weights.
+"""Verify an export: load it through transformers, then check its consistency, its plan, its signature and its source.
 
 Native exports are loaded by classes of transformers, exports of the transmla format by classes of this package. Code
 inside an export never runs.
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import Plan
+from transmla.boundary import reason
+from transmla.evaluate.verify_source import SourceChecks
 from transmla.export.hashes import UNHASHED, VERIFICATION, check_hashes, export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.files import write_json
@@ -22,11 +24,18 @@ from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, compare_decoding
 from transmla.guard.config import check_config
 from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
-from transmla.source.checkpoint import open_checkpoint
+from transmla.signature.compare import compare_contents, compare_layers, compare_logits
+from transmla.signature.probe import project, tokens
+from transmla.signature.sign import Measured, contents, measure_export
 from transmla.source.locate import resolve_source
 
 # Tokens per row of the test prompt.
 PROMPT_TOKENS = 96
+# Largest deviation of the whole model's logits from the signed ones, by precision. They are signed in float32. In
+# bfloat16, errors grow from layer to layer (0.13 on SmolLM2-135M); another model's logits differ by more than 1.
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+# The same for models with experts in float32: after rounding, a router may choose another expert.
+ROUTED_TOLERANCE = 5e-1
 
 
 def verify(
@@ -41,8 +50,9 @@ def verify(
 
     Args:
         folder: an export of ``transmla convert`` or ``transmla heal``.
-        source: folder or Hub name of the source, to compare the unchanged weights bit by bit; None: no comparison.
-        dtype: precision of the model; float32 gives the strictest comparison.
+        source: folder or Hub name of the source. The unchanged weights are compared bit by bit, the config and all
+            other files are made again and compared, and each layer is run beside the source's. None: no comparison.
+        dtype: precision of the whole model; float32 gives the strictest comparison. Single layers run in float32.
         device: device of the model.
         allow_pickle: whether pickled weights of the source may be opened.
 
@@ -50,12 +60,17 @@ def verify(
         Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load.
 
     Raises:
-        TransmlaError: if ``folder`` is not a finished export.
+        TransmlaError: if ``folder`` is not a finished export, or ``source`` cannot be opened.
     """
     manifest = Manifest.read(folder)
+    beside = None
+    if source is not None:
+        origin = manifest.source
+        path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=allow_pickle)
+        beside = SourceChecks(folder, manifest, path, device, allow_pickle=allow_pickle)
     (folder / VERIFICATION).unlink(missing_ok=True)
     checks: list[Check] = []
-    for check in _checks(folder, manifest, source, dtype, device, allow_pickle=allow_pickle):
+    for check in _checks(folder, manifest, beside, dtype, device):
         checks.append(check)
         yield check
         if not check.passed and check.name in ("hashes", "loads"):
@@ -73,33 +88,68 @@ def verify(
 
 
 def _checks(
-    folder: Path, manifest: Manifest, source: str | None, dtype: torch.dtype, device: str, *, allow_pickle: bool
+    folder: Path, manifest: Manifest, beside: SourceChecks | None, dtype: torch.dtype, device: str
 ) -> Iterator[Check]:
-    form = format_named(manifest.format)
     problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
     yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
+    yield from _attempted("contents as signed", _contents(folder, manifest))
+    measured: list[Measured] = []
+    yield from _attempted("layers as signed", _layers(folder, manifest, device, measured))
 
+    form = format_named(manifest.format)
     model, problem = _load(folder, form, dtype, device)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
     if model is None:
         return
+    yield from _attempted("runs", _model_checks(model, manifest, form, dtype))
+    del model
+    if beside is not None:
+        yield from _attempted("source", beside.run(measured[0] if measured else None))
+
+
+def _attempted(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """Yield ``checks``. An error of a library that stops them is a failed check called ``name``."""
+    try:
+        yield from checks
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged export makes libraries raise any type
+        yield Check(name, False, reason(error))
+
+
+def _contents(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    """Compare config, tokenizer and code with the signature. A healing that is not signed is a problem as well."""
+    if manifest.signature is None:
+        yield Check("signature", True, "none: an older version wrote this export, so its layers are not compared")
+        return
+    yield compare_contents(manifest.signature, contents(folder), len(manifest.healing))
+
+
+def _layers(folder: Path, manifest: Manifest, device: str, measured: list[Measured]) -> Iterator[Check]:
+    """Compare each layer with the signature; ``measured`` receives what the layers compute."""
+    if manifest.signature is not None:
+        measured.append(measure_export(folder, manifest.plan.spec.family, device))
+        yield compare_layers(manifest.signature, measured[0], experts=manifest.plan.spec.experts)
+
+
+def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dtype) -> Iterator[Check]:
+    """Check a loaded export."""
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     yield Check(
         "finite",
         not bad,
         f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite",
     )
-
-    tokens = _prompt(model)
+    prompt = _prompt(model)
     with torch.no_grad():
-        full = model(tokens, use_cache=False).logits
-    yield compare_decoding("cached decode = full forward", model, tokens, full, prefill=tokens.shape[1] // 2)
-    yield _cache_size(model, tokens, manifest.plan)
-    yield from form.checks(model, tokens, dtype)
-    if source is not None and any(record["settings"]["trainable"] == "all" for record in manifest.healing):
-        yield Check("untouched weights", True, "no comparison: a healing trained all weights")
-    elif source is not None:
-        yield _untouched(folder, source, manifest, form, allow_pickle=allow_pickle)
+        full = model(prompt, use_cache=False).logits
+        if manifest.signature is not None:
+            limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
+            logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
+            yield compare_logits(manifest.signature, project(logits[0]), limit)
+    yield compare_decoding("cached decode = full forward", model, prompt, full, prefill=prompt.shape[1] // 2)
+    yield _cache_size(model, prompt, manifest.plan)
+    yield from form.checks(model, prompt, dtype)
 
 
 def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[Any, str]:
@@ -131,14 +181,14 @@ def _prompt(model: Any) -> Tensor:
     """Return the test prompt of the cache checks: seeded random tokens (integer [2, T])."""
     length = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
-    return tokens.to(model.device)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    return ids.to(model.device)
 
 
 @torch.no_grad()
-def _cache_size(model: Any, tokens: Tensor, plan: Plan) -> Check:
+def _cache_size(model: Any, prompt: Tensor, plan: Plan) -> Check:
     """Compare the cache's bytes per token after a forward pass with the plan."""
-    cache = model(tokens, use_cache=True)[CACHE_ARGUMENT]
+    cache = model(prompt, use_cache=True)[CACHE_ARGUMENT]
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in cached)
     planned = plan.model_cache_values * model.dtype.itemsize
@@ -147,18 +197,3 @@ def _cache_size(model: Any, tokens: Tensor, plan: Plan) -> Check:
         measured == planned,
         f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})",
     )
-
-
-def _untouched(folder: Path, source: str, manifest: Manifest, form: Format, *, allow_pickle: bool) -> Check:
-    """Compare each tensor that the conversion does not change with the source's, bit by bit after the cast."""
-    origin = manifest.source
-    path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=allow_pickle)
-    original, export = open_checkpoint(path, allow_pickle=allow_pickle), open_checkpoint(folder)
-    names = form.untouched(original.shapes, export.shapes, tied=manifest.plan.spec.tie_word_embeddings)
-    changed = [
-        n
-        for n, theirs in names.items()
-        if n not in export.shapes or not torch.equal(export.read(n), original.read(theirs).to(export.read(n).dtype))
-    ]
-    detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(names)} tensors are bit-identical"
-    return Check("untouched weights", bool(names) and not changed, detail)

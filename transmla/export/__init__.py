@@ -2,6 +2,7 @@
 
 - ``workspace``: the folder ``OUTPUT.partial`` of an unfinished conversion, from which a killed run resumes.
 - ``manifest``: read and write the manifest ``transmla.json``.
+- ``signature``: the part of the manifest that says what the export computes and contains.
 - ``hashes``: names, hashes and fingerprint of an export's files; index of the shards.
 - ``tokenizer``: write the tokenizer, the chat template and the generation config.
 - ``card``: write the model card ``README.md``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from transmla import __version__
 from transmla.artifacts import Plan
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, finished_hashes
+from transmla.export.signature import Signature
 from transmla.files import write_json
 from transmla.recipe import Recipe, dump_recipe
 
@@ -74,6 +75,7 @@ class Manifest:
         fit: settings of the fit; None if the layers were not fitted.
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.
+        signature: what the export computes and contains; None in older exports.
     """
 
     format: str
@@ -88,6 +90,13 @@ class Manifest:
     fit: FitRecord | None = None
     texts: dict[str, float] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
+    signature: Signature | None = None
+
+    @property
+    def converted_plan(self) -> Plan:
+        """The plan with the rotary slots that the conversion has chosen for each layer, if it has."""
+        slots = tuple(tuple(record.get("slots", ())) for record in self.layers)
+        return replace(self.plan, layer_slots=slots) if any(slots) else self.plan
 
     def write(self, folder: Path) -> None:
         """Write the manifest into the export's ``folder``."""

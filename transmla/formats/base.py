@@ -8,7 +8,7 @@ read it. Each file in this folder that defines ``FORMAT`` is one format. Code ou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class Format(ABC):
         options: recipe fields that this format supports and other formats may not.
         norm_eps: the eps of every RMSNorm in the export; None if the norms keep the source's eps.
         interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
+        signed: whether transformers builds the export's model, so that its layers can be run and signed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Format(ABC):
     options: frozenset[str] = frozenset()
     norm_eps: float | None = None
     interleaved: bool = False
+    signed: bool = False
 
     # --- before a weight is read
 
@@ -194,18 +196,28 @@ class Format(ABC):
             dtype: the export's precision.
         """
 
-    def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
+    def untouched(self, plan: Plan, source: Iterable[str], export: Iterable[str], *, attention: bool) -> dict[str, str]:
         """Map the export tensors that must equal a source tensor bit for bit after the cast.
 
         Args:
+            plan: plan of the conversion.
             source: names of the source's tensors.
             export: names of the export's tensors.
-            tied: whether the source's head is its embedding.
+            attention: whether to include tensors of ``self_attn``, which a healing changes.
 
         Returns:
             Export name → source name.
         """
         return {name: name for name in source if ".self_attn." not in name}
+
+    def corrections(self, layers: Sequence[Mapping[str, Any]], final_norm: float) -> dict[str, float]:
+        """Return the factor on each norm's weight that the conversion has corrected, by tensor name; by default none.
+
+        Args:
+            layers: the manifest's records of the layers.
+            final_norm: factor on the last norm's weight.
+        """
+        return {}
 
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""

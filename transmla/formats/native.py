@@ -6,7 +6,7 @@ transformers, vLLM, SGLang and llama.cpp load this layout as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "
 # Largest allowed mean((s·c)²)/eps of a token's scaled latent s·c. At 0.01 the norm deviates from a constant by 0.5 %,
 # which is bfloat16's rounding.
 MAX_HEADROOM = 1e-2
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 class NativeFormat(Format):
@@ -41,6 +41,7 @@ class NativeFormat(Format):
     options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
     norm_eps = RMS_NORM_EPS
     interleaved = True
+    signed = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
         """Name what a dense DeepSeek-V3 cannot store of the source; None if it can store everything."""
@@ -169,11 +170,22 @@ class NativeFormat(Format):
         yield _absorbed_equals_expanded(model, tokens, dtype)
         yield _headroom(model, tokens)
 
-    def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
+    def untouched(self, plan: Plan, source: Iterable[str], export: Iterable[str], *, attention: bool) -> dict[str, str]:
         """Map the tensors that equal a source tensor: all except attention and norms; a tied head → embedding."""
         written = set(export)
         names = {n: n for n in source if ".self_attn." not in n and "norm" not in n and n in written}
-        return names | ({HEAD: EMBEDDING} if tied else {})
+        return names | ({HEAD: EMBEDDING} if plan.spec.tie_word_embeddings else {})
+
+    def corrections(self, layers: Sequence[Mapping[str, Any]], final_norm: float) -> dict[str, float]:
+        """Return the factor on each norm's weight; exports from before transmla recorded it have only the last."""
+        norms = {"input_layernorm": "input_norm_correction", "post_attention_layernorm": "output_norm_correction"}
+        factors = {
+            f"model.layers.{i}.{norm}.weight": record[key]
+            for i, record in enumerate(layers)
+            for norm, key in norms.items()
+            if key in record
+        }
+        return factors | {NORM: final_norm}
 
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         measure(attention, watching=watching)

@@ -34,6 +34,7 @@ class TransmlaFormat(Format):
     name = "transmla"
     summary = "the source family's classes with MLA inside, for sources that the native format cannot store"
     preference = 0
+    signed = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
         """Return None: this format can store every supported source."""
@@ -102,6 +103,14 @@ class TransmlaFormat(Format):
         # Other attention implementations ignore some families' changes of the scores.
         return {"attn_implementation": "eager"}
 
+    def untouched(self, plan: Plan, source: Iterable[str], export: Iterable[str], *, attention: bool) -> dict[str, str]:
+        """Map the tensors that equal a source tensor; of an attention, the parts that ``layer_tensors`` copies."""
+        names = super().untouched(plan, source, export, attention=attention)
+        kept = tuple(f"model.layers.{i}." for i in plan.kept)
+        if attention:
+            names |= {name: name for name in source if name.startswith(kept) or _is_copied(name, plan.spec)}
+        return names
+
     @torch.no_grad()
     def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
         """Check that absorbed decoding equals a full forward pass with expanded keys and values.
@@ -111,6 +120,12 @@ class TransmlaFormat(Format):
         expanded = model(tokens, use_cache=False).logits
         accelerate(model, backend="torch")
         yield compare_decoding("absorbed = expanded", model, tokens, expanded, prefill=3 * tokens.shape[1] // 4)
+
+
+def _is_copied(name: str, spec: AttentionSpec) -> bool:
+    """Return whether a source's tensor in ``self_attn`` is copied: norms with their projections, and what lies last."""
+    part = name.partition(".self_attn.")[2]
+    return part in ("o_proj.bias", "sinks") or (spec.normed and part.partition(".")[0] in NORMED)
 
 
 def evenly_spread(kind: LayerKind, width: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from transmla.files import write_tensors, write_text
 from transmla.formats.base import format_named
 from transmla.heal.settings import Healing
 from transmla.recipe import read_recipe
+from transmla.signature.sign import sign
 from transmla.source.checkpoint import open_checkpoint
 
 CURVE = "healing.png"
@@ -51,9 +52,11 @@ def write_export(
     dumped = public_healing(settings.model_dump(mode="json", exclude_none=True))
     write_text(folder / "healing.yaml", yaml.safe_dump(dumped, sort_keys=False))
     _draw_curve(folder / CURVE, summary)
+    family, count = manifest.plan.spec.family, len(manifest.healing) + 1
     manifest = replace(
         manifest,
         healing=[*manifest.healing, summary],
+        signature=sign(folder, family, device, before=manifest.signature, healings=count),
         versions=manifest.versions | {"transmla": __version__},
         hashes=hash_files(folder, {}),
     )

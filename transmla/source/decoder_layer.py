@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from transmla.errors import TransmlaError
 
+# Prefix of the attention's tensors in a decoder layer.
+ATTENTION = "self_attn."
+
 
 class _Captured(Exception):
     """Stops a forward pass and carries out the tensor that was captured."""
@@ -28,7 +31,7 @@ def layer_with(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.
     """Build one decoder layer with its weights.
 
     Args:
-        model: the source's causal LM without weights.
+        model: a causal LM without weights: a source, or an export.
         index: number of the layer.
         tensors: the layer's tensors, with their names in the checkpoint relative to the layer.
         dtype: dtype of the layer's parameters.
@@ -37,16 +40,29 @@ def layer_with(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.
         TransmlaError: if the tensors do not belong to the layer.
     """
     module = copy.deepcopy(model.model.layers[index])
-    if set(tensors) == set(module.state_dict()):
-        module.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=True, assign=True)
-    else:
-        module = _load_through_transformers(model, index, tensors, dtype)
+    loaded = {name: t.to(dtype) for name, t in tensors.items()}
+    if set(loaded) != set(module.state_dict()):
+        attention = {name: t for name, t in loaded.items() if name.startswith(ATTENTION)}
+        others = {name: tensor for name, tensor in tensors.items() if name not in attention}
+        loaded = attention | _load_through_transformers(model, index, others, dtype)
+        if set(loaded) != set(module.state_dict()):
+            raise _mismatch(index, f"its tensors are {', '.join(sorted(set(loaded) ^ set(module.state_dict()))[:2])}")
+    module.load_state_dict(loaded, strict=True, assign=True)
     return module.requires_grad_(False)
 
 
-def _load_through_transformers(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Load the layer with ``from_pretrained``, which renames tensors and stacks experts as for a whole model."""
+def _load_through_transformers(
+    model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a layer's tensors outside the attention as its module names them.
+
+    ``from_pretrained`` renames the ``tensors`` and stacks experts as for a whole model.
+    """
     from transformers import PreTrainedModel
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     base: Any = [c for c in type(model.model).__mro__ if issubclass(c, PreTrainedModel)][-2]
     kind = type(model.model.layers[index])
@@ -54,11 +70,17 @@ def _load_through_transformers(model: Any, index: int, tensors: dict[str, Tensor
     def build(self: Any, config: Any) -> None:
         base.__init__(self, config)
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList([kind(config, index)])
+        layer = kind(config, index)
+        del layer.self_attn
+        self.model.layers = nn.ModuleList([layer])
         self.post_init()
 
     # The base's ``__module__``: transformers looks there for what the family's experts support.
     one_layer: Any = type(f"{kind.__name__}Alone", (base,), {"__init__": build, "__module__": base.__module__})
+    # transformers finds the old names of an export's tensors by the name of the model's class.
+    names = get_checkpoint_conversion_mapping(type(model).__name__)
+    if names:
+        register_checkpoint_conversion_mapping(one_layer.__name__, names, overwrite=True)
     named = {f"model.layers.0.{name}": tensor.cpu() for name, tensor in tensors.items()}
     try:
         loaded, info = one_layer.from_pretrained(
@@ -69,7 +91,7 @@ def _load_through_transformers(model: Any, index: int, tensors: dict[str, Tensor
     wrong = [f"{key}: {sorted(map(str, info[key]))[0]}" for key in ("missing_keys", "unexpected_keys") if info.get(key)]
     if wrong:
         raise _mismatch(index, "; ".join(wrong).replace("model.layers.0.", ""))
-    return loaded.model.layers[0].eval()
+    return dict(loaded.model.layers[0].state_dict())
 
 
 def _mismatch(index: int, reason: str) -> TransmlaError:

@@ -52,12 +52,30 @@ def open_source(recipe: Recipe) -> Source:
     Raises:
         TransmlaError: if the source is missing, unreadable, or cannot be converted.
     """
-    config = read_config(resolve_source(recipe.source, revision=recipe.revision, weights=False))
-    family = family_of(config)
-    model = empty_model(config)
-    spec = describe(config, model)
+    described = _describe(resolve_source(recipe.source, revision=recipe.revision, weights=False))
     path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
-    checkpoint = open_checkpoint(path, allow_pickle=recipe.allow_pickle)
+    return _open(path, described, allow_pickle=recipe.allow_pickle)
+
+
+def open_path(path: Path, *, allow_pickle: bool = False) -> Source:
+    """Describe and check a source that lies in ``path``, a local checkpoint folder or GGUF file.
+
+    Raises:
+        TransmlaError: if the source is unreadable, or cannot be converted.
+    """
+    return _open(path, _describe(path), allow_pickle=allow_pickle)
+
+
+def _describe(path: Path) -> tuple[Any, Family, Any, AttentionSpec]:
+    """Return the config in ``path``, its family, the model without weights, and the description of the attention."""
+    config = read_config(path)
+    family, model = family_of(config), empty_model(config)
+    return config, family, model, describe(config, model)
+
+
+def _open(path: Path, described: tuple[Any, Family, Any, AttentionSpec], *, allow_pickle: bool) -> Source:
+    config, family, model, spec = described
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     if config.tie_word_embeddings and _has_own_head(checkpoint, family):
         config.tie_word_embeddings = False
         model = empty_model(config)
@@ -79,6 +97,16 @@ def _has_own_head(checkpoint: Checkpoint, family: Family) -> bool:
     embedding, head = (checkpoint.read(name) for name in names)
     wide = torch.promote_types(embedding.dtype, head.dtype)
     return not torch.equal(embedding.to(wide), head.to(wide))
+
+
+def default_generation(source: Source) -> Any:
+    """Return the generation config that transformers gives the source's model if it has no file for it."""
+    from transformers import GenerationConfig
+
+    if source.path.is_dir():
+        # Old models have such settings in their config.json, from which the config class drops them.
+        return GenerationConfig.from_pretrained(source.path, config_file_name="config.json", _from_model_config=True)
+    return GenerationConfig.from_model_config(source.config)
 
 
 def runs_in_bfloat16(source: Source, device: torch.device) -> bool:

@@ -1,0 +1,127 @@
+"""Run a model one decoder layer at a time on seeded inputs, and project what it computes.
+
+A layer runs inside its own model's forward pass: the pass makes masks and rotary angles, all other layers hand their
+input on. Only one layer has its weights in memory, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transmla.families.base import Family
+from transmla.signature.probe import Projections, hidden_states, project, tokens
+from transmla.source.checkpoint import Checkpoint
+from transmla.source.decoder_layer import embedded, layer_with
+
+# Precision of every layer. An export's weights are exact in it.
+FLOAT = torch.float32
+
+
+@dataclass(frozen=True)
+class LayerProjections:
+    """Projections of what one layer computes from seeded hidden states: its attention's output, and its change."""
+
+    attention: Projections
+    change: Projections
+
+
+@dataclass(frozen=True)
+class RestProjections:
+    """Projections of the embedding's weight, of the head's logits, and of the whole model's logits."""
+
+    embedding: Projections
+    head: Projections
+    logits: Projections
+
+
+class LayerByLayer:
+    """A causal LM that is run one decoder layer at a time, in float32.
+
+    Args:
+        model: the causal LM without weights.
+        checkpoint: reads its weights.
+        family: names the tensors.
+        device: the device that runs the layers.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, family: Family, device: torch.device | str) -> None:
+        self.model, self.checkpoint, self.names, self.device = model, checkpoint, family.tensors, device
+        self.count = len(model.model.layers)
+        self.rotary = copy.deepcopy(model.model.rotary_emb).to(device)
+        states = hidden_states(model.config.hidden_size)
+        # The second row is the hidden state of seeded tokens, which passes from layer to layer.
+        self.ids = tokens(model.config.vocab_size)
+        self._hidden = torch.cat([states, self._embedded()]).to(device, FLOAT)
+
+    @torch.no_grad()
+    def layers(self) -> Iterator[LayerProjections]:
+        """Yield the projections of every layer, in order. ``rest`` may be called afterwards."""
+        for i in range(self.count):
+            tensors = self.checkpoint.layer(self.names["layer"].format(i=i))
+            layer = layer_with(self.model, i, tensors, FLOAT).to(self.device)
+            attended: list[Tensor] = []
+            layer.self_attn.register_forward_hook(lambda _, __, out, seen=attended: seen.append(out[0]))
+            output = self._run(i, layer)
+            yield LayerProjections(project(attended[0][0]), project((output - self._hidden)[0]))
+            self._hidden = torch.stack([self._hidden[0], output[1]])
+
+    @torch.no_grad()
+    def rest(self) -> RestProjections:
+        """Return the projections of what lies outside the layers, after all layers have run."""
+        embedding = self.checkpoint.read(self.names["embed"])
+        head = self.checkpoint.read(self.names["head"]) if self.names["head"] in self.checkpoint.shapes else embedding
+        whole = _opened(self.model)
+        whole.lm_head = copy.deepcopy(self.model.lm_head)
+        whole.lm_head.weight = nn.Parameter(head.to(self.device, FLOAT), requires_grad=False)
+        whole.model = self._trunk([_Given(None, self._hidden) for _ in range(self.count)])
+        norm = copy.deepcopy(self.model.model.norm)
+        prefix = self.names["norm"].removesuffix("weight")
+        weights = {name: tensor.to(FLOAT) for name, tensor in self.checkpoint.layer(prefix).items()}
+        norm.load_state_dict(weights, strict=True, assign=True)
+        whole.model.norm = norm.to(self.device)
+        logits = whole(inputs_embeds=self._hidden, use_cache=False).logits
+        return RestProjections(project(embedding), project(logits[0]), project(logits[1]))
+
+    def _embedded(self) -> Tensor:
+        return embedded(self.model, self.ids, self.checkpoint.read(self.names["embed"]))
+
+    def _run(self, index: int, layer: Any) -> Tensor:
+        """Run ``layer`` on the hidden states [2, T, D] at its place in the model, and return its output [2, T, D]."""
+        given = _Given(layer, self._hidden)
+        trunk = self._trunk([given if i == index else _Given(None, None) for i in range(self.count)])
+        trunk.norm = nn.Identity()
+        return trunk(inputs_embeds=self._hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def _trunk(self, layers: list[nn.Module]) -> Any:
+        """Return the model's decoder with other ``layers``."""
+        trunk = _opened(self.model.model)
+        trunk.layers, trunk.rotary_emb = nn.ModuleList(layers), self.rotary
+        return trunk
+
+
+class _Given(nn.Module):
+    """Takes a decoder layer's place: runs ``layer`` on ``hidden``. Without one it hands on ``hidden``, or its input."""
+
+    def __init__(self, layer: Any, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.hidden = layer, hidden
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states if self.hidden is None else self.hidden
+        if self.layer is None:
+            return hidden
+        output = self.layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _opened(module: Any) -> Any:
+    """Return a shallow copy of ``module`` whose submodules can be replaced without changing ``module``."""
+    opened = copy.copy(module)
+    opened._modules = dict(module._modules)
+    return opened
