@@ -45,7 +45,8 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     report = reporter or Silent()
     output = output_folder(recipe)
     unhealed = output.with_name(output.name + ".unhealed")
-    Workspace(output, shards=0).refuse_overwrite(resume=resume)
+    with Workspace(output, shards=0) as workspace:
+        workspace.refuse_overwrite(resume=resume)
     if unhealed.exists() and not resume:
         raise TransmlaError(
             f"an unfinished run is in '{unhealed}'",

@@ -42,15 +42,19 @@ def export_files(folder: Path) -> list[str]:
     return sorted(file.as_posix() for file in files if not stays_behind(PurePosixPath(file.as_posix())))
 
 
-def finished_hashes(folder: Path) -> dict[str, str]:
+def finished_hashes(folder: Path, *, unnamed: bool = False) -> dict[str, str]:
     """Return the hashes that the manifest of a finished export lists: SHA-256 in hex, by relative path.
+
+    Args:
+        folder: folder of the export.
+        unnamed: whether the folder may still have the name of an unfinished run.
 
     Raises:
         TransmlaError: if the manifest is missing or lists no hashes, or if the conversion is unfinished.
     """
     file = folder / MANIFEST
     manifest = read_json_object(file)
-    if folder.resolve().name.endswith(UNFINISHED_SUFFIX) or manifest is None:
+    if manifest is None or (not unnamed and folder.resolve().name.endswith(UNFINISHED_SUFFIX)):
         raise TransmlaError(
             f"{folder} holds no finished conversion",
             limit=f"a finished export has a readable {MANIFEST}, and its name does not end in {UNFINISHED_SUFFIX}",
@@ -154,6 +158,5 @@ def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
         known: hashes that are computed already.
     """
     skipped = {*UNHASHED, PROGRESS, CALIBRATION}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in skipped)
-    names = [p.relative_to(folder).as_posix() for p in files if not p.name.startswith("stream-")]
+    names = [name for name in export_files(folder) if name not in skipped and not name.startswith("stream-")]
     return {name: known.get(name) or file_sha256(folder / name) for name in names}

@@ -92,15 +92,19 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self) | {"plan": self.plan.to_dict()})
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, *, unnamed: bool = False) -> Manifest:
         """Read the manifest of the finished export in ``folder``.
+
+        Args:
+            folder: folder of the export.
+            unnamed: whether the folder may still have the name of an unfinished run.
 
         Raises:
             TransmlaError: if the export is missing or unfinished, or if the manifest has another structure.
         """
         from pydantic import ValidationError
 
-        finished_hashes(folder)
+        finished_hashes(folder, unnamed=unnamed)
         try:
             manifest: Manifest = _reader().validate_python(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
             mistake = _mistake(manifest)
