@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -10,12 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from transmla.boundary import is_full_disk
 from transmla.errors import TransmlaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes were writing into ``folder``. Earlier versions and libraries wrote it into no folder."""
+    """Delete what killed processes were writing into ``folder``; earlier versions wrote it beside the other files."""
     for path in [*folder.iterdir()]:
         if is_temporary(path):
             shutil.rmtree(path)
@@ -87,11 +89,10 @@ def remove_folder(folder: Path, *, last: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8. Bytes of file names that are no UTF-8 are written as escapes."""
-    with _temporary(path) as temporary:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with _temporary(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,6 +102,19 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: if a number is NaN or infinite, which JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """Return measurements as JSON; numbers that are NaN or infinite, which JSON cannot hold, become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from transmla.cli.options import (
     with_healing_options,
 )
 from transmla.errors import TransmlaError
+from transmla.files import json_text
 from transmla.heal.settings import Healing
 
 
@@ -103,7 +103,7 @@ def bench(
             reporter=bars,
         )
     if as_json:
-        print(json.dumps({role: result.to_dict() for role, result in results.items()}, indent=2))
+        print(json_text({role: result.to_dict() for role, result in results.items()}))
     else:
         console.show_bench(results)
     if plot:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.artifacts import Plan
+from transmla.convert.finite import check_tensors
 from transmla.convert.prepare import Prepared
 from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
@@ -36,6 +37,7 @@ def write_rest(
     source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
     form = format_named(plan.format)
     last = form.last_tensors(source, plan, final_norm)
+    check_tensors("the model's end", last)
     progress.hashes[workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
     workspace.drop_streams()
     write_index(folder)

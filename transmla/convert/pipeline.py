@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.finish import write_rest
+from transmla.convert.finite import check_tensors
 from transmla.convert.layers import LayerConverter
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
@@ -24,6 +25,7 @@ from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
 from transmla.export.workspace import Progress, Workspace, check_writable, output_path
 from transmla.files import disk_errors
+from transmla.formats.base import format_named
 from transmla.plan.estimate import disk_bytes
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
@@ -158,6 +160,8 @@ def _convert_layers(
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
     source, converter = prepared.source, LayerConverter(prepared)
+    form = format_named(prepared.plan.format)
+    check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0))
     start, layers = progress.next_layer, source.spec.num_hidden_layers
     if start:
         streams = converter.place(Streams.from_tensors(workspace.streams(start, progress.checksum)))
@@ -165,9 +169,11 @@ def _convert_layers(
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)
-        progress.hashes[workspace.shard_name(0)] = workspace.write_shard(0, {name: converter.cast(embedding)})
         streams = converter.start(tokens, embedding)
-        del embedding
+        first = {name: converter.cast(embedding)}
+        check_tensors("the embedding", first)
+        progress.hashes[workspace.shard_name(0)] = workspace.write_shard(0, first)
+        del embedding, first
     report.stage("converting layers", layers)
     report.advance(start)
     saved, pause = time.monotonic(), SAVE_SECONDS

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transmla.kernels.rows import Decode, Rows, Scores
 from transmla.modeling.modeling_transmla import TransmlaAttention, attention_class
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.float16 import refuse_float16_autocast
 from transmla.runtime.latent_cache import grow_in_place
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.prefix_cache import PrefixLayer, attend, expanding_is_cheaper, merge, one_width, prefix_layer
@@ -63,10 +64,15 @@ class LatentAttention(nn.Module):
     prefix: PrefixLayer | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the family's ``forward`` with a cache layer that grows without copying."""
+        """Run the family's ``forward`` with a cache layer that grows without copying.
+
+        Raises:
+            TransmlaError: under an autocast to float16, if a latent norm is an identity.
+        """
         weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment, union-attr]
         if (weight.dtype, weight.device) != self.placed_for:
             self.choose(self)
+        refuse_float16_autocast(self, weight.device)
         cache = kwargs.get(CACHE_ARGUMENT)
         grow_in_place(cache, self.layer_idx, packed=self.packed)
         self.prefix = prefix_layer(cache, self.layer_idx)

@@ -15,6 +15,7 @@ from transmla.guard.config import check_config
 from transmla.guard.folder import check_folder
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
+from transmla.runtime.float16 import refuse_float16
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
 
     Raises:
         TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
-            ``cache_dtype`` is unknown, or if a model with sliding windows is to cache float8 latents.
+            ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, or if a native
+            export is in float16.
     """
     from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention, latent_class
 
@@ -116,6 +118,7 @@ def _choose(backend: str, layer: Any) -> None:
     """Give ``layer`` a backend that serves the current dtype and device of its weights."""
     weight: torch.Tensor = layer.kv_b_proj.weight
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+    refuse_float16(layer, weight.dtype)
     layer.backend = choose_for_device(backend, shape)
     layer.decode = compilable(layer.backend)
     layer.placed_for = weight.dtype, weight.device
