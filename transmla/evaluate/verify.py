@@ -7,7 +7,6 @@ inside an export never runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import Plan
-from transmla.export.hashes import UNHASHED, VERIFICATION, check_hashes, export_fingerprint
+from transmla.evaluate.record import forget, record
+from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.export.manifest import Manifest
-from transmla.files import write_json
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, compare_decoding
 from transmla.guard.config import check_config
@@ -47,29 +46,22 @@ def verify(
         allow_pickle: whether pickled weights of the source may be opened.
 
     Yields:
-        Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load.
+        Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load. If
+        the folder cannot be written, the last check passes and says so.
 
     Raises:
         TransmlaError: if ``folder`` is not a finished export.
     """
     manifest = Manifest.read(folder)
-    (folder / VERIFICATION).unlink(missing_ok=True)
+    forget(folder)
     checks: list[Check] = []
     for check in _checks(folder, manifest, source, dtype, device, allow_pickle=allow_pickle):
         checks.append(check)
         yield check
         if not check.passed and check.name in ("hashes", "loads"):
             return
-    if all(check.passed for check in checks):
-        write_json(
-            folder / VERIFICATION,
-            {
-                "passed": True,
-                "fingerprint": export_fingerprint(manifest.hashes),
-                "dtype": str(dtype).removeprefix("torch."),
-                "checks": [asdict(check) for check in checks],
-            },
-        )
+    if all(check.passed for check in checks) and (unrecorded := record(folder, manifest, dtype, checks)):
+        yield unrecorded
 
 
 def _checks(

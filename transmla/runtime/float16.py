@@ -47,7 +47,7 @@ def refuse_float16_autocast(layer: Any, device: torch.device) -> None:
 def _is_identity(layer: Any, projection: str, norm: str) -> bool:
     """Return whether the norm of one latent is an identity; False if its weights cannot be read, as when offloaded."""
     width = getattr(getattr(getattr(layer, norm, None), "weight", None), "shape", (0,))[0]
-    weight = getattr(getattr(layer, projection, None), "weight", None)
+    weight: Any = getattr(getattr(layer, projection, None), "weight", None)
     if not width or type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.is_meta:
         return False
-    return weight.is_floating_point() and float(weight[:width].float().square().sum(-1).mean()) < _EPS
+    return bool(weight.is_floating_point()) and float(weight[:width].float().square().sum(-1).mean()) < _EPS
