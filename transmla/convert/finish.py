@@ -13,6 +13,7 @@ from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
 from transmla.export.manifest import FitRecord, Manifest, SourceRecord, recipe_hash, versions
 from transmla.export.tokenizer import write_tokenizer
+from transmla.export.travel import put_record, weights_fingerprint
 from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
 from transmla.formats.base import format_named
@@ -50,7 +51,8 @@ def write_rest(
         copy=source.checkpoint.gguf is None,
         generation=GenerationConfig.from_model_config(source.config),
     )
-    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
+    published = dump_recipe(public_recipe(recipe))
+    write_text(folder / "recipe.yaml", published)
     manifest = Manifest(
         format=plan.format,
         plan=plan,
@@ -62,8 +64,11 @@ def write_rest(
         versions=versions(),
         layers=progress.layers,
         final_norm_correction=final_norm,
-        hashes=hash_files(folder, progress.hashes),
+        hashes={},
+        weights=weights_fingerprint(folder),
     )
+    put_record(folder, manifest.to_dict(), published)
+    manifest = replace(manifest, hashes=hash_files(folder, progress.hashes))
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))
 

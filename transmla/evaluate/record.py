@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from transmla.boundary import explain
-from transmla.export.hashes import VERIFICATION, export_fingerprint
+from transmla.evaluate.adopt import adopt
+from transmla.export.hashes import MANIFEST, VERIFICATION, export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.files import write_json
 from transmla.formats.model_checks import Check
@@ -28,7 +29,7 @@ def forget(folder: Path) -> None:
 
 
 def record(folder: Path, manifest: Manifest, dtype: torch.dtype, checks: Sequence[Check]) -> Check | None:
-    """Write ``verification.json``, which ``transmla push`` asks for.
+    """Write ``verification.json``, which ``transmla push`` asks for; ``adopt`` an export that was saved again.
 
     Args:
         folder: the export.
@@ -39,13 +40,15 @@ def record(folder: Path, manifest: Manifest, dtype: torch.dtype, checks: Sequenc
     Returns:
         None; or, for a folder that cannot be written, a check that says why nothing is recorded.
     """
-    values = {
-        "passed": True,
-        "fingerprint": export_fingerprint(manifest.hashes),
-        "dtype": str(dtype).removeprefix("torch."),
-        "checks": [asdict(check) for check in checks],
-    }
     try:
+        if not (folder / MANIFEST).is_file():
+            manifest = adopt(folder, manifest)
+        values = {
+            "passed": True,
+            "fingerprint": export_fingerprint(manifest.hashes),
+            "dtype": str(dtype).removeprefix("torch."),
+            "checks": [asdict(check) for check in checks],
+        }
         write_json(folder / VERIFICATION, values)
     except OSError as error:
         explained = explain(error)

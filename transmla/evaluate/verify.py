@@ -69,7 +69,7 @@ def _checks(
 ) -> Iterator[Check]:
     form = format_named(manifest.format)
     problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
-    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
+    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files {_state(manifest)}")
 
     model, problem = _load(folder, form, dtype, device)
     yield Check("loads", model is not None, problem or f"{type(model).__name__}, no missing or extra tensor")
@@ -85,13 +85,23 @@ def _checks(
     tokens = _prompt(model)
     with torch.no_grad():
         full = model(tokens, use_cache=False).logits
-    yield compare_decoding("cached decode = full forward", model, tokens, full, prefill=tokens.shape[1] // 2)
+    changed = manifest.weights_changed
+    yield compare_decoding("cached decode = full forward", model, tokens, full, tokens.shape[1] // 2, changed=changed)
     yield _cache_size(model, tokens, manifest.plan)
-    yield from form.checks(model, tokens, dtype)
-    if source is not None and any(record["settings"]["trainable"] == "all" for record in manifest.healing):
+    yield from (form.changed_checks if changed else form.checks)(model, tokens, dtype)
+    if source is not None and changed:
+        yield Check("untouched weights", True, "no comparison: other software has changed the weights")
+    elif source is not None and any(record["settings"]["trainable"] == "all" for record in manifest.healing):
         yield Check("untouched weights", True, "no comparison: a healing trained all weights")
     elif source is not None:
         yield _untouched(folder, source, manifest, form, allow_pickle=allow_pickle)
+
+
+def _state(manifest: Manifest) -> str:
+    """Return in words what has happened to the files of an export."""
+    if not manifest.resaved:
+        return "unchanged"
+    return f"of other software, {'weights changed' if manifest.weights_changed else 'weights as converted'}"
 
 
 def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[Any, str]:

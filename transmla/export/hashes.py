@@ -148,7 +148,7 @@ def write_index(folder: Path) -> None:
     )
 
 
-def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
+def hash_files(folder: Path, known: dict[str, str], *, leave: Collection[str] = ()) -> dict[str, str]:
     """Return the SHA-256 in hex of every file in ``folder`` that an export lists in its manifest, by relative path.
 
     The files in ``UNHASHED`` and the files of an unfinished conversion are left out.
@@ -156,7 +156,8 @@ def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
     Args:
         folder: folder of the export.
         known: hashes that are computed already.
+        leave: relative paths of further files to leave out.
     """
-    skipped = {*UNHASHED, PROGRESS, CALIBRATION}
+    skipped = {*UNHASHED, PROGRESS, CALIBRATION, *leave}
     names = [name for name in export_files(folder) if name not in skipped and not name.startswith("stream-")]
     return {name: known.get(name) or file_sha256(folder / name) for name in names}

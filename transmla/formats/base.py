@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerKind, MLAShape, Plan
 from transmla.export.card import CardWords
-from transmla.formats.model_checks import Check
+from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime
 from transmla.registry import lookup, scan
 
@@ -194,6 +194,13 @@ class Format(ABC):
             dtype: the export's precision.
         """
 
+    def changed_checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
+        """Yield the results of the checks of an export whose weights other software has changed.
+
+        By default, absorbed decoding is compared with a full forward pass. ``model`` stays accelerated afterwards.
+        """
+        yield absorbed_decoding(model, tokens, changed=True)
+
     def untouched(self, source: Iterable[str], export: Iterable[str], *, tied: bool) -> dict[str, str]:
         """Map the export tensors that must equal a source tensor bit for bit after the cast.
 
@@ -206,6 +213,10 @@ class Format(ABC):
             Export name → source name.
         """
         return {name: name for name in source if ".self_attn." not in name}
+
+    def is_natural(self, model: Any) -> bool:
+        """Return whether a loaded export has no scales that ``to_natural`` could fold."""
+        return False
 
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""

@@ -175,6 +175,12 @@ class NativeFormat(Format):
         names = {n: n for n in source if ".self_attn." not in n and "norm" not in n and n in written}
         return names | ({HEAD: EMBEDDING} if tied else {})
 
+    @torch.no_grad()
+    def is_natural(self, model: Any) -> bool:
+        """Return whether a latent norm is no identity, as after a training of the latent's projection."""
+        tokens = torch.arange(min(64, model.config.vocab_size), device=model.device)[None]
+        return not _headroom(model, tokens).passed
+
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         measure(attention, watching=watching)
 

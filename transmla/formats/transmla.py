@@ -20,11 +20,10 @@ from transmla.core.factors import pad_factors
 from transmla.errors import TransmlaError
 from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
-from transmla.formats.model_checks import Check, compare_decoding
+from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime, transmla_runtimes
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
-from transmla.runtime.load import accelerate
 from transmla.source.attention_view import AttentionView
 
 
@@ -105,9 +104,7 @@ class TransmlaFormat(Format):
 
         The last quarter of ``tokens`` [B, T] is decoded one by one. ``model`` stays accelerated afterwards.
         """
-        expanded = model(tokens, use_cache=False).logits
-        accelerate(model, backend="torch")
-        yield compare_decoding("absorbed = expanded", model, tokens, expanded, prefill=3 * tokens.shape[1] // 4)
+        yield absorbed_decoding(model, tokens)
 
 
 def evenly_spread(kind: LayerKind, width: int) -> tuple[int, ...]:

@@ -179,7 +179,9 @@ def _load_models(settings: Healing, manifest: Manifest, teacher_path: Path, acce
     """Load and check the student (float32, natural coordinates) and the teacher (float32 or bfloat16)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     teacher = load_model(teacher_path, dtype=dtype, allow_pickle=settings.allow_pickle).to(accelerator.device).eval()
-    student = load_student(Path(settings.student).expanduser(), format_named(manifest.format))
+    student = load_student(
+        Path(settings.student).expanduser(), format_named(manifest.format), changed=manifest.weights_changed
+    )
     check_models(student, teacher, settings)
     return student, teacher
 
@@ -226,7 +228,7 @@ def _finish(
     report.stage("writing and verifying", 1)
     student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
     form = format_named(manifest.format)
-    model, changed = _load_healed(student, learned.best, settings, form)
+    model, changed = _load_healed(student, learned.best, settings, manifest)
     _measure_latents(model.to(device), learned.batches, form)
     tensors = natural.to_export(model, changed, form, getattr(torch, manifest.plan.dtype))
     del model
@@ -242,10 +244,10 @@ def _finish(
 
 
 def _load_healed(
-    student: Path, best: dict[str, Tensor], settings: Healing, form: Format
+    student: Path, best: dict[str, Tensor], settings: Healing, manifest: Manifest
 ) -> tuple[Any, dict[str, Tensor]]:
     """Load the student with its ``best`` weights, in natural coordinates; return also its changed tensors by name."""
-    model = load_student(student, form)
+    model = load_student(student, format_named(manifest.format), changed=manifest.weights_changed)
     if settings.trainable == "lora":
         model = choose_trainable(model, settings)
     unknown = model.load_state_dict(best, strict=False).unexpected_keys
@@ -267,13 +269,20 @@ def _measure_latents(model: Any, batches: Batches, form: Format) -> None:
     natural.measure_latents(model, form, watching=False)
 
 
-def load_student(student: Path, form: Format) -> Any:
-    """Load an export in float32 and natural coordinates, without dropout, because its teacher has none."""
+def load_student(student: Path, form: Format, *, changed: bool = False) -> Any:
+    """Load an export in float32 and natural coordinates, without dropout, because its teacher has none.
+
+    Args:
+        student: folder of the export.
+        form: its format.
+        changed: whether other software has changed its weights. They then may have natural coordinates already.
+    """
     register()
     model = load_model(student, dtype=torch.float32)
     for module in model.modules():
         for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    natural.to_natural(model, form)
+    if not (changed and form.is_natural(model)):
+        natural.to_natural(model, form)
     return model
