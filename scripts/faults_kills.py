@@ -111,10 +111,12 @@ def _heal(form: str, resume: bool) -> None:
     heal(Healing(**{**sizes, **named, "device": "cpu"}), resume=resume)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, *, heals: bool) -> None:
     """Write a source, its text and its exports into ``folder``, and import what runs import on the way.
 
-    The working folder becomes ``folder``.
+    Args:
+        folder: an empty folder, which becomes the working folder.
+        heals: whether there will be healings.
     """
     from accelerate.state import AcceleratorState
 
@@ -125,9 +127,10 @@ def prepare(folder: Path) -> None:
     os.chdir(folder)
     for form in ("native", "transmla"):
         _convert("off", form, False, f"student-{form}")
-    _heal("native", False)
-    shutil.rmtree("out")
-    AcceleratorState._reset_state(True)
+    if heals:
+        _heal("native", False)
+        shutil.rmtree("out")
+        AcceleratorState._reset_state(True)
     gc.collect()
     gc.freeze()  # the forked processes need not look at the objects of this one again
 
@@ -285,13 +288,16 @@ def _last_line(folder: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def run(limit: int, seed: int = 0, report: Callable[[str], object] = lambda _: None) -> list[dict[str, Any]]:
+def run(
+    limit: int, seed: int = 0, report: Callable[[str], object] = lambda _: None, only: str = ""
+) -> list[dict[str, Any]]:
     """Kill ``limit`` runs, spread over the jobs and kinds of kills.
 
     Args:
         limit: number of runs.
         seed: seed of everything that is drawn.
-        report: receives a line for each fault.
+        report: receives a line for each fault, and for each job.
+        only: beginning of the names of the jobs.
 
     Returns:
         One row a job: its name, how many runs were killed and resumed, how many kills took effect by kind, how many
@@ -300,8 +306,8 @@ def run(limit: int, seed: int = 0, report: Callable[[str], object] = lambda _: N
     drawn, rows, place = random.Random(seed), [], Path.cwd()
     base = Path(tempfile.mkdtemp(prefix="kills-base-"))
     try:
-        prepare(base)
-        chosen = jobs()[:limit]
+        chosen = [job for job in jobs() if job.name.startswith(only)][:limit]
+        prepare(base, heals=any(job.name.startswith("heal") for job in chosen))
         for position, job in enumerate(chosen):
             (base / "unbroken").mkdir()
             for part in ("source", "text.txt", "student-native", "student-transmla"):

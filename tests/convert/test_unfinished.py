@@ -179,6 +179,14 @@ def test_an_edited_progress_is_refused(change: dict[str, Any], workdir: Path) ->
     refused_untouched("progress.json' is damaged|was not written by this conversion", workdir)
 
 
+@pytest.mark.parametrize("name", ["calibration.safetensors", "stream-00002.safetensors"])
+@pytest.mark.parametrize("length", [0, 7, 500])
+def test_a_file_cut_off_is_named(name: str, length: int, workdir: Path) -> None:
+    file = workdir / "out.partial" / name
+    file.write_bytes(file.read_bytes()[:length])
+    refused_untouched(f"{name}' is damaged", workdir)
+
+
 @pytest.mark.parametrize(
     "name",
     [

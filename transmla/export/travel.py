@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from transmla.boundary import boundary, read_json_object
+from transmla.boundary import boundary, read_json, read_json_object
 from transmla.export.hashes import export_files, hash_files
 from transmla.files import write_json
 from transmla.guard.folder import READ, TEMPLATE_FOLDERS, check_folder
@@ -35,7 +35,7 @@ def put_record(folder: Path, values: dict[str, Any], recipe: str) -> None:
         recipe: the published recipe, as YAML.
     """
     record = {name: value for name, value in values.items() if name != "hashes"}
-    config = read_json_object(folder / "config.json") or {}
+    config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, KEY: record | {RECIPE: recipe}})
 
 

@@ -212,11 +212,13 @@ class Workspace:
         write_state(self.folder / PROGRESS, asdict(progress))
 
     def tokens(self) -> Tensor | None:
-        """Return the calibration tokens [N, T] that an earlier run saved, or None."""
-        from safetensors.torch import load_file
+        """Return the calibration tokens [N, T] that an earlier run saved, or None.
 
+        Raises:
+            TransmlaError: if their file is damaged.
+        """
         file = self.folder / CALIBRATION
-        return load_file(file)["tokens"] if file.is_file() else None
+        return self._load(file)["tokens"] if file.is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
         """Save the calibration tokens [N, T]."""
@@ -234,17 +236,24 @@ class Workspace:
         Raises:
             TransmlaError: if the file is missing or damaged, for example by a crash of the machine.
         """
+        file = self._streams(layer)
+        streams = self._load(file) if file.is_file() else {}
+        if _checksum(streams) != checksum:
+            raise TransmlaError(f"'{file}' is damaged", **self._without)
+        return streams
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        file = self._streams(layer)
-        streams = load_file(file) if file.is_file() else {}
-        if _checksum(streams) != checksum:
-            raise TransmlaError(
-                f"'{file}' is damaged",
-                limit="a conversion cannot resume without this file",
-                remedy=f"delete '{self.folder}', and convert again",
-            )
-        return streams
+        with boundary(f"'{file}' is damaged", **self._without):
+            return load_file(file)
+
+    @property
+    def _without(self) -> dict[str, str]:
+        return {
+            "limit": "a conversion cannot resume without this file",
+            "remedy": f"delete '{self.folder}', and convert again",
+        }
 
     def drop_streams(self, *, keep: int | None = None) -> None:
         """Delete the saved hidden states of all layers except layer ``keep``."""

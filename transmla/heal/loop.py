@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.heal.batches import Batches
 from transmla.heal.distributed import from_main, gather
@@ -216,9 +217,11 @@ class Loop:
         """Load model, optimiser, random states and best weights of the saved ``state``.
 
         Raises:
-            TransmlaError: if the best weights are missing.
+            TransmlaError: if a file is missing or damaged.
         """
-        self.accelerator.load_state(str(self.store.states(self.state.step)))
+        folder = self.store.states(self.state.step)
+        with boundary(f"'{folder}' is damaged", remedy=f"delete '{self.store.folder}' and start again"):
+            self.accelerator.load_state(str(folder))
         self.best = self.store.best(self.state) if self.accelerator.is_main_process else {}
         self._after_save_or_load()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transmla.boundary import read_json_object
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
 from transmla.export.manifest import Manifest
@@ -114,7 +114,7 @@ class Store:
         """Return the best weights of ``state`` by name, in natural coordinates.
 
         Raises:
-            TransmlaError: if their file is missing.
+            TransmlaError: if their file is missing or damaged.
         """
         from safetensors.torch import load_file
 
@@ -125,7 +125,8 @@ class Store:
                 limit="it holds the best weights so far",
                 remedy=f"delete '{self.folder}' and start again",
             )
-        return load_file(file)
+        with boundary(f"'{file}' is damaged", remedy=f"delete '{self.folder}' and start again"):
+            return load_file(file)
 
     def _best(self, state: State) -> Path:
         return self.folder / f"best-{state.best_step:08d}.safetensors"
