@@ -67,7 +67,8 @@ def write_rest(
         hashes={},
         weights=weights_fingerprint(folder),
     )
-    put_record(folder, manifest.to_dict(), published)
+    if form.carries_record:
+        put_record(folder, manifest.to_dict(), published)
     manifest = replace(manifest, hashes=hash_files(folder, progress.hashes))
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))

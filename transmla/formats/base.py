@@ -52,6 +52,7 @@ class Format(ABC):
         options: recipe fields that this format supports and other formats may not.
         norm_eps: the eps of every RMSNorm in the export; None if the norms keep the source's eps.
         interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
+        carries_record: whether ``config.json`` may hold the manifest, for when transformers saves the export again.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Format(ABC):
     options: frozenset[str] = frozenset()
     norm_eps: float | None = None
     interleaved: bool = False
+    carries_record: bool = False
 
     # --- before a weight is read
 

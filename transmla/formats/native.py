@@ -38,6 +38,7 @@ class NativeFormat(Format):
     name = "native"
     summary = "DeepSeek-V3's own layout, read by transformers, vLLM, SGLang and llama.cpp without custom code"
     preference = 10
+    carries_record = True
     options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
     norm_eps = RMS_NORM_EPS
     interleaved = True

@@ -33,6 +33,7 @@ class TransmlaFormat(Format):
     name = "transmla"
     summary = "the source family's classes with MLA inside, for sources that the native format cannot store"
     preference = 0
+    carries_record = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
         """Return None: this format can store every supported source."""

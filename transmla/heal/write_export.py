@@ -60,10 +60,12 @@ def write_export(
         weights=weights_fingerprint(folder),
         resaved=False,
     )
-    put_record(folder, manifest.to_dict(), (folder / "recipe.yaml").read_text(encoding="utf-8"))
+    form = format_named(manifest.format)
+    if form.carries_record:
+        put_record(folder, manifest.to_dict(), (folder / "recipe.yaml").read_text(encoding="utf-8"))
     manifest = replace(manifest, hashes=hash_files(folder, {}))
     manifest.write(folder)
-    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec))
+    write_card(folder, manifest, recipe, form.card_words(manifest.plan.spec))
     failed = [check for check in verify(folder, dtype=torch.float32, device=device) if not check.passed]
     if failed:
         raise TransmlaError(
