@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transmla.errors import TransmlaError
 
-_REMEDY = "check that weights and config belong together: the source itself computes nothing useful with such numbers"
+_REMEDY = "check that weights and config belong together, and that no weights of this layer are huge or all zero"
 
 
 def check_tensors(place: str, tensors: Mapping[str, Tensor]) -> None:
