@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from transmla.boundary import is_full_disk
 from transmla.errors import TransmlaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -41,19 +45,76 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
+# Beginning of the names of the folders that hold files while they are written. A hidden folder is no part of an export.
+TEMPORARY = ".tmp-transmla-"
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a path in a new folder beside ``path``. The file written there gets its name when the block ends.
+
+    Libraries write temporary files of their own beside the file that they were asked for. If the process is killed,
+    all of them stay in this folder, and ``remove_temporaries`` deletes them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    try:
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    finally:
+        shutil.rmtree(folder)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path is a folder of unfinished files, as its name and kind say."""
+    return path.name.startswith(TEMPORARY) and path.is_dir() and not path.is_symlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes were writing into ``folder``; earlier versions wrote it beside the other files."""
+    for path in [*folder.iterdir()]:
+        if is_temporary(path):
+            shutil.rmtree(path)
+        elif path.is_file() and (path.name.startswith(".tmp") or path.name.endswith(".tmp")):
+            path.unlink()
+
+
+def remove_folder(folder: Path, *, last: str) -> None:
+    """Delete a folder of transmla. The file ``last`` goes at the end: until then it says what the folder is."""
+    for path in [*folder.iterdir()]:
+        if path.name != last:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / last).unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8. Bytes of file names that are no UTF-8 are written as escapes."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with _temporary(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically.
+
+    Raises:
+        ValueError: if a number is NaN or infinite, which JSON cannot hold.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """Return measurements as JSON; numbers that are NaN or infinite, which JSON cannot hold, become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) -> None:
@@ -67,13 +128,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) 
     """
     from safetensors.torch import save_file
 
-    temporary = path.with_name(path.name + ".tmp")
-    # safetensors makes files that only their owner can read. An ordinary new file has the mode that the umask leaves.
-    temporary.touch()
-    mode = stat.S_IMODE(temporary.stat().st_mode)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
-    temporary.chmod(mode)
-    if sync:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    with _temporary(path) as temporary:
+        # safetensors makes files that only their owner can read. A new file has the mode that the umask leaves.
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())

@@ -7,7 +7,6 @@ The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A k
 from __future__ import annotations
 
 import gc
-import shutil
 from pathlib import Path
 
 import psutil
@@ -15,12 +14,16 @@ import torch
 
 from transmla.convert.pipeline import convert, output_folder
 from transmla.convert.prepare import Prepared, prepare
+from transmla.convert.resume import refuse_other_run
 from transmla.errors import TransmlaError
-from transmla.export.hashes import MANIFEST
-from transmla.export.manifest import Manifest, recipe_hash
+from transmla.export.hashes import MANIFEST, UNFINISHED_SUFFIX
+from transmla.export.manifest import Manifest
+from transmla.export.unfinished import refuse_no_folder
 from transmla.export.workspace import Workspace
+from transmla.files import remove_folder
 from transmla.heal.batches import HealingTexts, read_texts
 from transmla.heal.choose import Choice, choose_healing
+from transmla.heal.resume import Store
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.recipe import HEAL_AUTO, Recipe
@@ -45,7 +48,11 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     report = reporter or Silent()
     output = output_folder(recipe)
     unhealed = output.with_name(output.name + ".unhealed")
-    Workspace(output, shards=0).refuse_overwrite(resume=resume)
+    if resume and _remove_rest(output, unhealed):
+        return output
+    with Workspace(output, shards=0) as workspace:
+        workspace.refuse_overwrite(resume=resume)
+    refuse_no_folder(unhealed)
     if unhealed.exists() and not resume:
         raise TransmlaError(
             f"an unfinished run is in '{unhealed}'",
@@ -58,7 +65,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     notes = (note,) if note else ()
     if settings is None:
         return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
-    if not (resume and _is_conversion_of(prepared, unhealed)):
+    if not (resume and _is_conversion_of(prepared, unhealed, report)):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
     # The weights of a GGUF source are in memory, and healing loads its own.
@@ -66,8 +73,31 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     gc.collect()
     fingerprint = Manifest.read(unhealed).source.fingerprint
     heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint, texts=texts)
-    shutil.rmtree(unhealed)
+    remove_folder(unhealed, last=MANIFEST)
     return output
+
+
+def _remove_rest(output: Path, unhealed: Path) -> bool:
+    """Delete what is left of a run that was killed after ``output`` was finished; return whether there was something.
+
+    Raises:
+        TransmlaError: if a manifest cannot be read.
+    """
+    if not (output / MANIFEST).is_file() or not Manifest.read(output).healing:
+        return False
+    partial = Store(output.with_name(output.name + UNFINISHED_SUFFIX)).remove_finished(output)
+    if not unhealed.is_dir() or unhealed.is_symlink():
+        return partial
+    ours = not any(unhealed.iterdir()) or ((unhealed / MANIFEST).is_file() and _same_conversion(output, unhealed))
+    if ours:
+        remove_folder(unhealed, last=MANIFEST)
+    return partial or ours
+
+
+def _same_conversion(healed: Path, unhealed: Path) -> bool:
+    """Return whether ``healed`` is a healing of the conversion in ``unhealed``."""
+    ours, theirs = Manifest.read(healed), Manifest.read(unhealed)
+    return (ours.recipe, ours.source, ours.layers) == (theirs.recipe, theirs.source, theirs.layers)
 
 
 def _open_healing(
@@ -120,18 +150,14 @@ def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: C
     )
 
 
-def _is_conversion_of(prepared: Prepared, folder: Path) -> bool:
+def _is_conversion_of(prepared: Prepared, folder: Path, report: Reporter) -> bool:
     """Return whether ``folder`` holds the finished conversion ``prepared``.
 
     Raises:
-        TransmlaError: if it holds the conversion of another recipe.
+        TransmlaError: if it holds another conversion, or was changed.
     """
     if not (folder / MANIFEST).is_file():
         return False
-    if Manifest.read(folder).recipe != recipe_hash(prepared.recipe):
-        raise TransmlaError(
-            f"'{folder}' was converted with other settings",
-            limit="a resumed run must give the same result as an uninterrupted one",
-            remedy="repeat the first run's command with --resume, or delete the folder",
-        )
+    report.stage("checking weights", len(prepared.source.checkpoint.shapes))
+    refuse_other_run(folder, prepared, prepared.source.checkpoint.fingerprint(lambda done, _: report.advance(done)))
     return True

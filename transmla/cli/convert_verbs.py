@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from transmla.cli.options import JsonOption, overrides, with_recipe_options
+from transmla.files import json_text
 
 SourceArgument = Annotated[
     str,
@@ -32,7 +32,7 @@ def families(
     from transmla.plan import family_table
 
     if as_json:
-        print(json.dumps([vars(row) for row in family_table.supported()], indent=2))
+        print(json_text([vars(row) for row in family_table.supported()]))
     elif markdown:
         print(family_table.markdown())
     else:
@@ -56,7 +56,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     prepared = prepare(_recipe(source, options | {"output": "unused"}))
     summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json_text(summary))
     else:
         console.show_plan(prepared.plan, summary)
 
@@ -86,7 +86,7 @@ def inspect(
     with console.Bars() as bars:
         inspection = inspect_source(recipe, bars)
     if as_json:
-        print(json.dumps(inspection.to_dict(), indent=2))
+        print(json_text(inspection.to_dict()))
     else:
         console.show_inspection(inspection)
     if report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from transmla.cli.options import (
     section_options,
     with_evaluation_options,
 )
+from transmla.files import json_text
 
 
 @with_evaluation_options
@@ -85,7 +85,7 @@ def evaluate(
             if for_retrieval.retrieval_plot:
                 for_retrieval.retrieval_plot.write_bytes(score_report.heat_map(keys))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found))
     else:
         for show in shown:
             show()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from transmla.cli.options import (
     with_healing_options,
 )
 from transmla.errors import TransmlaError
+from transmla.files import json_text
 from transmla.heal.settings import Healing
 
 
@@ -40,6 +40,7 @@ def verify(
     import torch
 
     from transmla.cli import console
+    from transmla.evaluate.record import RECORD
     from transmla.evaluate.verify import verify as run
     from transmla.formats.model_checks import TOLERANCE
     from transmla.source.device import pick_device
@@ -47,15 +48,16 @@ def verify(
     precision = getattr(torch, dtype, None)
     if precision not in TOLERANCE:
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
-    failed = 0
+    failed, recorded = 0, True
     chosen = str(pick_device(device))
     for check in run(folder, source=source, dtype=precision, device=chosen, allow_pickle=allow_pickle):
         console.show_check(check)
         failed += not check.passed
+        recorded &= check.name != RECORD
     if failed:
         console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
         raise typer.Exit(1)
-    console.say(f"verified; next: transmla push {folder} ORG/NAME")
+    console.say(f"verified; next: transmla push {folder} ORG/NAME" if recorded else "verified, not recorded")
 
 
 def bench(
@@ -105,7 +107,7 @@ def bench(
             reporter=bars,
         )
     if as_json:
-        print(json.dumps({role: result.to_dict() for role, result in results.items()}, indent=2))
+        print(json_text({role: result.to_dict() for role, result in results.items()}))
     else:
         console.show_bench(results)
     if plot:

@@ -6,11 +6,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transmla.convert.finite import check_tensors
 from transmla.convert.prepare import Prepared
 from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
 from transmla.export.manifest import FitRecord, Manifest, SourceRecord, recipe_hash, versions
 from transmla.export.tokenizer import write_tokenizer
+from transmla.export.travel import put_record, weights_fingerprint
 from transmla.export.workspace import Progress, Workspace
 from transmla.files import write_json, write_text
 from transmla.formats.base import format_named
@@ -43,6 +45,7 @@ def write_rest(
     source, recipe, plan, folder = prepared.source, prepared.recipe, prepared.plan, workspace.folder
     form = format_named(plan.format)
     last = form.last_tensors(source, plan, final_norm)
+    check_tensors("the model's end", last)
     progress.hashes[workspace.shard_name(workspace.shards - 1)] = workspace.write_shard(workspace.shards - 1, last)
     workspace.drop_streams()
     write_index(folder)
@@ -59,6 +62,7 @@ def write_rest(
         layers=progress.layers,
         final_norm_correction=final_norm,
         hashes={},
+        weights=weights_fingerprint(folder),
     )
     write_json(folder / "config.json", form.config(source.config, manifest.converted_plan))
     write_tokenizer(
@@ -68,10 +72,13 @@ def write_rest(
         copy=source.checkpoint.gguf is None,
         generation=default_generation(source),
     )
-    write_text(folder / "recipe.yaml", dump_recipe(public_recipe(recipe)))
+    published = dump_recipe(public_recipe(recipe))
+    write_text(folder / "recipe.yaml", published)
     if form.signed:
         signature = sign(folder, plan.spec.family, prepared.device, source=source, reporter=report)
         manifest = replace(manifest, signature=signature)
+    if form.carries_record:
+        put_record(folder, manifest.to_dict(), published)
     manifest = replace(manifest, hashes=hash_files(folder, progress.hashes))
     manifest.write(folder)
     write_card(folder, manifest, recipe, form.card_words(plan.spec))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transmla.artifacts import Plan
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.factorize import factorize
+from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import held_out
 from transmla.convert.layers import relative_error
 from transmla.convert.prepare import Prepared, prepare, with_cache_ratio
@@ -107,12 +108,17 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     half = runs_in_bfloat16(source, prepared.device)
     layer = SourceLayer(source.model, source.family, source.spec, prepared.device, half=half)
     stream = embedded(source.model, tokens, source.checkpoint.read(source.family.tensors["embed"]))
+    check_hidden("the embedding", {"source": stream})
     layers = []
     reporter.stage("inspecting layers", source.spec.num_hidden_layers)
     for i in range(source.spec.num_hidden_layers):
         layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
-        observations = layer.observe(stream)
-        layers.append(_inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans))
+        with decompositions(layer.place):
+            observations = layer.observe(stream)
+            inspected = _inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans)
+        check_numbers(layer.place, {f"the error at {budget:.1%}": error for budget, error in inspected.errors.items()})
+        check_tensors(layer.place, vars(inspected.spectrum))
+        layers.append(inspected)
         stream = observations.hidden
         reporter.advance(i + 1)
     return Inspection(public_name(recipe.source), plans, layers)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transmla.artifacts import LayerFactors, LayerWeights
 from transmla.convert.eps_correction import NormRatio
 from transmla.convert.factorize import factorize
+from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
 from transmla.convert.prepare import Prepared
 from transmla.convert.source_layer import Observations, SourceLayer, steps
@@ -90,8 +91,13 @@ class LayerConverter:
         self._ahead: dict[int, _OpenLayer] = {}
 
     def start(self, tokens: Tensor, embedding: Tensor) -> Streams:
-        """Return the streams [N, T, D] that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D]."""
+        """Return the streams [N, T, D] that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D].
+
+        Raises:
+            TransmlaError: if they overflow.
+        """
         hidden = embedded(self.source.model, tokens, embedding)
+        check_hidden("the embedding", {"source": hidden})
         first_pass = hidden if self.first_pass is not None else None
         return self.place(Streams(hidden, first_pass, converted=hidden if self.fit is not None else None))
 
@@ -111,16 +117,22 @@ class LayerConverter:
             streams: the streams that enter this layer.
 
         Raises:
-            TransmlaError: if the GPU has too little memory.
+            TransmlaError: if the GPU has too little memory, or if a number overflows.
         """
+        place = f"layer {index}"
         try:
-            return self._keep(index, streams) if index in self.plan.kept else self._convert(index, streams)
+            with decompositions(place):
+                layer = self._keep(index, streams) if index in self.plan.kept else self._convert(index, streams)
         except torch.OutOfMemoryError as error:
             raise TransmlaError(
                 f"not enough GPU memory to convert layer {index}",
                 limit=str(error).splitlines()[0],
                 remedy="start again with --reconstruct fast or off, shorter calibration sequences, or --device cpu",
             ) from error
+        check_hidden(place, layer.streams.hidden())
+        check_numbers(place, layer.record)
+        check_tensors(place, layer.tensors)
+        return layer
 
     def final_norm(self, streams: Streams) -> float:
         """Return the factor on the last norm's weight that corrects for the export's eps.

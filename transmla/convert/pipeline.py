@@ -8,29 +8,27 @@ resume from the last save, and ends with the same bytes as an uninterrupted run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.finish import write_rest
+from transmla.convert.finite import check_tensors
 from transmla.convert.layers import LayerConverter
 from transmla.convert.prepare import Prepared, prepare
+from transmla.convert.resume import is_complete, refuse_other_run, resume_key
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
-from transmla.export.manifest import versions
 from transmla.export.workspace import Progress, Workspace, check_writable, output_path
 from transmla.files import disk_errors
+from transmla.formats.base import format_named
 from transmla.plan.estimate import disk_bytes
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
-from transmla.source.device import is_fast_in_bfloat16
 from transmla.source.load import load_tokenizer
 
 # Seconds between saves of the hidden states (hundreds of MB each); as many for every second that a save takes, if it
@@ -75,52 +73,68 @@ def convert(
     source, recipe = prepared.source, prepared.recipe
     amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
     sequences, length = amount if calibration is None else calibration.shape
-    workspace = Workspace(output, shards=source.spec.num_hidden_layers + 2)
-    workspace.refuse_overwrite(resume=resume)
-    tokenizer = load_tokenizer(source.path)
-    _check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
-
-    check_length(source.spec, length)
-    tokens, text = calibration, None
-    if tokens is None and resume:
-        tokens = workspace.tokens()
-    if tokens is None:
-        text = read_calibration(recipe, source.spec, tokenizer, report)
-    report.stage("checking weights", len(source.checkpoint.shapes))
-    fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
-    for note in (*prepared.plan.notes, *notes):
-        report.message(note)
-    if tokens is None:
-        assert text is not None
-        tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
-
-    with disk_errors(output):
-        progress = workspace.open(_key(prepared, fingerprint, tokens))
-        if text is not None:
-            progress.texts = text.shares
-            workspace.save_progress(progress)
-        # Save the tokens last: a resumed run that finds them does not read the texts again.
-        workspace.save_tokens(tokens)
-        final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
-        write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint, report)
-        workspace.finish()
+    with Workspace(output, shards=source.spec.num_hidden_layers + 2) as workspace:
+        workspace.refuse_overwrite(resume=resume)
+        workspace.refuse_foreign()
+        tokenizer = load_tokenizer(source.path)
+        _check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
+        check_length(source.spec, length)
+        tokens, text = calibration, None
+        complete = resume and is_complete(workspace.folder)
+        if tokens is None and resume:
+            tokens = workspace.tokens()
+        if tokens is None and not complete:
+            text = read_calibration(recipe, source.spec, tokenizer, report)
+        report.stage("checking weights", len(source.checkpoint.shapes))
+        fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
+        if complete:
+            refuse_other_run(workspace.folder, prepared, fingerprint)
+            workspace.finish()
+            return output
+        for note in (*prepared.plan.notes, *notes):
+            report.message(note)
+        if tokens is None:
+            assert text is not None
+            tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
+        with disk_errors(output):
+            _write(prepared, workspace, tokens, {} if text is None else text.shares, tokenizer, fingerprint, report)
     return output
+
+
+def _write(
+    prepared: Prepared,
+    workspace: Workspace,
+    tokens: Tensor,
+    shares: dict[str, float],
+    tokenizer: Any,
+    fingerprint: str,
+    report: Reporter,
+) -> None:
+    """Convert, and write the whole export.
+
+    Args:
+        prepared: the conversion.
+        workspace: the folder to write, new or of the run that is resumed.
+        tokens: calibration tokens [N, T].
+        shares: shares of the calibration texts by name; empty if the workspace has saved the tokens.
+        tokenizer: the source's tokenizer.
+        fingerprint: hash of the source's tensors.
+        report: receives progress.
+    """
+    progress = workspace.open(resume_key(prepared, fingerprint, tokens), report.message)
+    if shares:
+        progress.texts = shares
+        workspace.save_progress(progress)
+    # Save the tokens last: a resumed run that finds them does not read the texts again.
+    workspace.save_tokens(tokens)
+    final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
+    write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint, report)
+    workspace.finish()
 
 
 def output_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's export; raises as ``output_path`` does."""
     return output_path(recipe.output)
-
-
-def _key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
-    """Return a hash of everything that must be equal when a run is resumed."""
-    device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
-    settings = prepared.recipe.model_dump(exclude={"device", "eval", "heal"})
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    fit = None if prepared.fit is None else asdict(prepared.fit)
-    numerics = [machine, is_fast_in_bfloat16(device), fit]
-    everything = [settings, prepared.plan.to_dict(), fingerprint, text_hash, numerics, versions()]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def _check_disk(output: Path, needed: int) -> None:
@@ -146,6 +160,8 @@ def _convert_layers(
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
     source, converter = prepared.source, LayerConverter(prepared)
+    form = format_named(prepared.plan.format)
+    check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0))
     start, layers = progress.next_layer, source.spec.num_hidden_layers
     if start:
         streams = converter.place(Streams.from_tensors(workspace.streams(start, progress.checksum)))
@@ -153,9 +169,11 @@ def _convert_layers(
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)
-        progress.hashes[workspace.shard_name(0)] = workspace.write_shard(0, {name: converter.cast(embedding)})
         streams = converter.start(tokens, embedding)
-        del embedding
+        first = {name: converter.cast(embedding)}
+        check_tensors("the embedding", first)
+        progress.hashes[workspace.shard_name(0)] = workspace.write_shard(0, first)
+        del embedding, first
     report.stage("converting layers", layers)
     report.advance(start)
     saved, pause = time.monotonic(), SAVE_SECONDS

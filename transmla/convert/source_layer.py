@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, ScoreRules
 from transmla.convert.eps_correction import NormRatio
+from transmla.convert.finite import check_hidden, check_tensors, watched_norms
 from transmla.convert.sensitivity_meter import SensitivityMeter
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
@@ -57,6 +58,7 @@ class SourceLayer:
         view: the features and weights of its attention.
         spec: the source's attention at this layer.
         inv_freq: rotary frequencies [p], in radians per position.
+        place: the layer in words, for errors.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class SourceLayer:
             if isinstance(norm, torch.nn.LayerNorm):
                 # Unlike the families' RMSNorms, LayerNorm refuses float32 inputs with bfloat16 weights.
                 norm.float()
+        self.place = f"layer {index}"
         self.spec, kind = self.source_spec.at(index), self.source_spec.kind(index)
         self.inv_freq = torch.tensor(kind.inv_freq, dtype=torch.float32, device=self.device)
         attention, spec = self.module.self_attn, self.spec
@@ -156,14 +159,18 @@ class SourceLayer:
 
     @torch.no_grad()
     def observe(self, stream: Tensor) -> Observations:
-        """Run the source's layer over hidden states ``stream`` [N, T, D], and measure its statistics."""
+        """Run the source's layer over hidden states ``stream`` [N, T, D], and measure its statistics.
+
+        Raises:
+            TransmlaError: if the hidden states, the input of a norm, or the statistics overflow.
+        """
         width, length = self.view.width, stream.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
         meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
         following = torch.empty_like(stream)
-        with self._observed_norms() as norms:
+        with self._observed_norms() as norms, watched_norms(self.place, self.module):
             for start, hidden in steps(stream):
                 x = self.features(hidden)
                 step_mass, squared = self._attention(x, meter)
@@ -175,8 +182,11 @@ class SourceLayer:
                 following[start : start + len(hidden)] = self.run(hidden.to(self.device)).to(stream.device)
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        check_hidden(self.place, {"source": following})
         sensitivity = None if meter is None else meter.result()
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens, sensitivity=sensitivity)
+        measured = {**vars(stats), **({} if sensitivity is None else vars(sensitivity))}
+        check_tensors(self.place, {name: value for name, value in measured.items() if isinstance(value, Tensor)})
         return Observations(stats, *norms, following)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from transmla.evaluate.texts import Text, check_texts, read_texts
 from transmla.export.card import public_evaluation, write_card
 from transmla.export.hashes import EVALUATION
 from transmla.export.manifest import Manifest, versions
-from transmla.files import write_json
+from transmla.files import json_text, write_text
 from transmla.formats.base import format_named
 from transmla.modeling.transformers_api import register
 from transmla.recipe import Evaluation, Recipe
@@ -167,7 +167,7 @@ def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[st
         reporter=reporter,
     )
     published = public_evaluation(result)
-    write_json(folder / EVALUATION, published)
+    write_text(folder / EVALUATION, json_text(published) + "\n")
     manifest = Manifest.read(folder)
     write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec), published)
     return result

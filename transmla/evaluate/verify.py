@@ -7,7 +7,6 @@ inside an export never runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from transmla.artifacts import Plan
 from transmla.boundary import reason
+from transmla.evaluate.record import forget, record
 from transmla.evaluate.verify_source import SourceChecks
-from transmla.export.hashes import UNHASHED, VERIFICATION, check_hashes, export_fingerprint
+from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.export.manifest import Manifest
-from transmla.files import write_json
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, compare_decoding
 from transmla.guard.config import check_config
@@ -57,7 +56,8 @@ def verify(
         allow_pickle: whether pickled weights of the source may be opened.
 
     Yields:
-        Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load.
+        Each check as soon as it is finished. Checks end early if the hashes are wrong or the export does not load. If
+        the folder cannot be written, the last check passes and says so.
 
     Raises:
         TransmlaError: if ``folder`` is not a finished export, or ``source`` cannot be opened.
@@ -68,30 +68,22 @@ def verify(
         origin = manifest.source
         path = resolve_source(source, revision=origin.commit or origin.revision, allow_pickle=allow_pickle)
         beside = SourceChecks(folder, manifest, path, device, allow_pickle=allow_pickle)
-    (folder / VERIFICATION).unlink(missing_ok=True)
+    forget(folder)
     checks: list[Check] = []
     for check in _checks(folder, manifest, beside, dtype, device):
         checks.append(check)
         yield check
         if not check.passed and check.name in ("hashes", "loads"):
             return
-    if all(check.passed for check in checks):
-        write_json(
-            folder / VERIFICATION,
-            {
-                "passed": True,
-                "fingerprint": export_fingerprint(manifest.hashes),
-                "dtype": str(dtype).removeprefix("torch."),
-                "checks": [asdict(check) for check in checks],
-            },
-        )
+    if all(check.passed for check in checks) and (unrecorded := record(folder, manifest, dtype, checks)):
+        yield unrecorded
 
 
 def _checks(
     folder: Path, manifest: Manifest, beside: SourceChecks | None, dtype: torch.dtype, device: str
 ) -> Iterator[Check]:
     problems = check_hashes(folder, manifest.hashes, free=UNHASHED)
-    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files unchanged")
+    yield Check("hashes", not problems, "; ".join(problems[:3]) or f"{len(manifest.hashes)} files {_state(manifest)}")
     yield from _attempted("contents as signed", _contents(folder, manifest))
     measured: list[Measured] = []
     yield from _attempted("layers as signed", _layers(folder, manifest, device, measured))
@@ -103,7 +95,9 @@ def _checks(
         return
     yield from _attempted("runs", _model_checks(model, manifest, form, dtype))
     del model
-    if beside is not None:
+    if beside is not None and manifest.weights_changed:
+        yield Check("source", True, "no comparison: other software has changed the weights")
+    elif beside is not None:
         yield from _attempted("source", beside.run(measured[0] if measured else None))
 
 
@@ -122,12 +116,15 @@ def _contents(folder: Path, manifest: Manifest) -> Iterator[Check]:
     if manifest.signature is None:
         yield Check("signature", True, "none: an older version wrote this export, so its layers are not compared")
         return
+    if manifest.resaved:
+        yield Check("contents as signed", True, "no comparison: other software wrote config and tokenizer")
+        return
     yield compare_contents(manifest.signature, contents(folder), len(manifest.healing))
 
 
 def _layers(folder: Path, manifest: Manifest, device: str, measured: list[Measured]) -> Iterator[Check]:
     """Compare each layer with the signature; ``measured`` receives what the layers compute."""
-    if manifest.signature is not None:
+    if manifest.signature is not None and not manifest.weights_changed:
         measured.append(measure_export(folder, manifest.plan.spec.family, device))
         yield compare_layers(manifest.signature, measured[0], experts=manifest.plan.spec.experts)
 
@@ -140,16 +137,23 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
         not bad,
         f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite",
     )
-    prompt = _prompt(model)
+    prompt, changed = _prompt(model), manifest.weights_changed
     with torch.no_grad():
         full = model(prompt, use_cache=False).logits
-        if manifest.signature is not None:
+        if manifest.signature is not None and not changed:
             limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
             logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
             yield compare_logits(manifest.signature, project(logits[0]), limit)
-    yield compare_decoding("cached decode = full forward", model, prompt, full, prefill=prompt.shape[1] // 2)
+    yield compare_decoding("cached decode = full forward", model, prompt, full, prompt.shape[1] // 2, changed=changed)
     yield _cache_size(model, prompt, manifest.plan)
-    yield from form.checks(model, prompt, dtype)
+    yield from (form.changed_checks if changed else form.checks)(model, prompt, dtype)
+
+
+def _state(manifest: Manifest) -> str:
+    """Return in words what has happened to the files of an export."""
+    if not manifest.resaved:
+        return "unchanged"
+    return f"of other software, {'weights changed' if manifest.weights_changed else 'weights as converted'}"
 
 
 def _load(folder: Path, form: Format, dtype: torch.dtype, device: str) -> tuple[Any, str]:

@@ -63,7 +63,7 @@ Each layer was compared with the same layer of the source, on calibration text. 
 states.{texts} The relative squared error of the attention output is {mean_error:.3f} on average over the layers, and
 {max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
 the hashes of the files.
-{healing}{notes}"""
+{healing}{changed}{notes}"""
 
 _EVALUATION = """
 ## Evaluation
@@ -80,6 +80,21 @@ After the conversion, the model was distilled from `{teacher}` on {tokens:,} tok
 {minutes:.1f} minutes, with `trainable: {trainable}`. On held-out sequences, the KL divergence from the teacher went
 from {before:.4f} to {after:.4f} nats per token. The file `transmla.json` records the settings and the training curve.
 {picture}"""
+
+
+# What the card says of an export that other software has saved again, by whether its weights have changed.
+_CHANGED = {
+    True: """
+## Changed after the conversion
+
+Other software has changed the weights since, for example by fine-tuning. The errors above describe the model before.
+""",
+    False: """
+## Saved again
+
+Other software has saved the model since, with the same weights.
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -224,6 +239,7 @@ def write_card(
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         healing="".join(_healing(folder, record) for record in manifest.healing),
+        changed=_CHANGED[manifest.weights_changed] if manifest.resaved or manifest.weights_changed else "",
         notes=f"\n## Notes\n{notes}\n" if notes else "",
     )
     write_text(folder / CARD, card)

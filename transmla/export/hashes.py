@@ -42,15 +42,19 @@ def export_files(folder: Path) -> list[str]:
     return sorted(file.as_posix() for file in files if not stays_behind(PurePosixPath(file.as_posix())))
 
 
-def finished_hashes(folder: Path) -> dict[str, str]:
+def finished_hashes(folder: Path, *, unnamed: bool = False) -> dict[str, str]:
     """Return the hashes that the manifest of a finished export lists: SHA-256 in hex, by relative path.
+
+    Args:
+        folder: folder of the export.
+        unnamed: whether the folder may still have the name of an unfinished run.
 
     Raises:
         TransmlaError: if the manifest is missing or lists no hashes, or if the conversion is unfinished.
     """
     file = folder / MANIFEST
     manifest = read_json_object(file)
-    if folder.resolve().name.endswith(UNFINISHED_SUFFIX) or manifest is None:
+    if manifest is None or (not unnamed and folder.resolve().name.endswith(UNFINISHED_SUFFIX)):
         raise TransmlaError(
             f"{folder} holds no finished conversion",
             limit=f"a finished export has a readable {MANIFEST}, and its name does not end in {UNFINISHED_SUFFIX}",
@@ -144,7 +148,7 @@ def write_index(folder: Path) -> None:
     )
 
 
-def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
+def hash_files(folder: Path, known: dict[str, str], *, leave: Collection[str] = ()) -> dict[str, str]:
     """Return the SHA-256 in hex of every file in ``folder`` that an export lists in its manifest, by relative path.
 
     The files in ``UNHASHED`` and the files of an unfinished conversion are left out.
@@ -152,8 +156,8 @@ def hash_files(folder: Path, known: dict[str, str]) -> dict[str, str]:
     Args:
         folder: folder of the export.
         known: hashes that are computed already.
+        leave: relative paths of further files to leave out.
     """
-    skipped = {*UNHASHED, PROGRESS, CALIBRATION}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in skipped)
-    names = [p.relative_to(folder).as_posix() for p in files if not p.name.startswith("stream-")]
+    skipped = {*UNHASHED, PROGRESS, CALIBRATION, *leave}
+    names = [name for name in export_files(folder) if name not in skipped and not name.startswith("stream-")]
     return {name: known.get(name) or file_sha256(folder / name) for name in names}

@@ -16,6 +16,7 @@ from transmla.artifacts import Plan
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, finished_hashes
 from transmla.export.signature import Signature
+from transmla.export.travel import manifest_of_resaved
 from transmla.files import write_json
 from transmla.recipe import Recipe, dump_recipe
 
@@ -76,6 +77,9 @@ class Manifest:
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.
         signature: what the export computes and contains; None in older exports.
+        weights: ``travel.weights_fingerprint`` of the export as transmla wrote it; empty in older exports.
+        resaved: whether other software has written the files anew.
+        weights_changed: whether it has changed the weights.
     """
 
     format: str
@@ -91,6 +95,9 @@ class Manifest:
     texts: dict[str, float] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
     signature: Signature | None = None
+    weights: str = ""
+    resaved: bool = False
+    weights_changed: bool = False
 
     @property
     def converted_plan(self) -> Plan:
@@ -98,22 +105,33 @@ class Manifest:
         slots = tuple(tuple(record.get("slots", ())) for record in self.layers)
         return replace(self.plan, layer_slots=slots) if any(slots) else self.plan
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as plain values."""
+        return asdict(self) | {"plan": self.plan.to_dict()}
+
     def write(self, folder: Path) -> None:
         """Write the manifest into the export's ``folder``."""
-        write_json(folder / MANIFEST, asdict(self) | {"plan": self.plan.to_dict()})
+        write_json(folder / MANIFEST, self.to_dict())
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of the finished export in ``folder``.
+    def read(cls, folder: Path, *, unnamed: bool = False) -> Manifest:
+        """Read the manifest of the finished export in ``folder``, which other software may have saved again.
+
+        Args:
+            folder: folder of the export.
+            unnamed: whether the folder may still have the name of an unfinished run.
 
         Raises:
             TransmlaError: if the export is missing or unfinished, or if the manifest has another structure.
         """
         from pydantic import ValidationError
 
-        finished_hashes(folder)
+        values = None if (folder / MANIFEST).is_file() else manifest_of_resaved(folder)
+        if values is None:
+            finished_hashes(folder, unnamed=unnamed)
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         try:
-            manifest: Manifest = _reader().validate_python(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+            manifest: Manifest = _reader().validate_python(values)
             mistake = _mistake(manifest)
         except ValidationError as error:
             first = error.errors()[0]

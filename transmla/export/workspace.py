@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.boundary import boundary, local_path, read_json_object
+from transmla.boundary import boundary, local_path
 from transmla.errors import TransmlaError
 from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
-from transmla.files import write_json, write_tensors
+from transmla.export.lock import lock_folder, unlock_folder
+from transmla.export.state import read_state, write_state
+from transmla.export.unfinished import first_damaged, refuse_foreign, refuse_no_folder, remove_if_empty
+from transmla.files import remove_temporaries, write_tensors
+
+# What a resumed conversion must have in common with the run that it continues.
+BEGUN_WITH = "other weights, settings or versions, or other files beside the weights"
 
 # The longest name that a command gives to a folder or file beside OUTPUT or inside it.
 _LONGEST_SUFFIX = len(".unhealed.partial")
@@ -105,6 +112,8 @@ class Workspace:
     The folder holds the written shards, the hidden states between two layers, and the progress. ``finish`` renames the
     folder to ``OUTPUT``. Nothing that another run wrote is changed, unless that run is resumed with the same ``key``.
 
+    As a context manager, the workspace keeps other processes out of the folder from the moment that it exists.
+
     Args:
         output: folder of the finished export.
         shards: number of shards of the export.
@@ -113,51 +122,86 @@ class Workspace:
     def __init__(self, output: Path, shards: int) -> None:
         self.output, self.shards = output, shards
         self.folder = output.with_name(output.name + UNFINISHED_SUFFIX)
+        self._held = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        unlock_folder(self._lock)
+        self._held, self._lock = False, None
 
     def refuse_overwrite(self, *, resume: bool) -> None:
-        """Check that the conversion overwrites nothing. This check writes nothing.
+        """Check that the run overwrites nothing, and that no other process writes. This check writes nothing.
 
         Raises:
-            TransmlaError: if the output is not empty, or if there is an unfinished run and ``resume`` is off.
+            TransmlaError: if the output is not empty or a link, if there is an unfinished run and ``resume`` is off, or
+                if ``OUTPUT.partial`` is no folder or belongs to another process.
         """
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        if self.output.is_symlink() or (
+            self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+        ):
             raise TransmlaError(
-                f"output '{self.output}' is not empty",
+                f"output '{self.output}' is not empty" if self.output.is_dir() else f"output '{self.output}' exists",
                 limit="nothing is ever overwritten",
                 remedy="choose another --output, or delete this one",
             )
+        refuse_no_folder(self.folder)
         if self.folder.exists() and not resume:
             raise TransmlaError(
                 f"an unfinished run is in '{self.folder}'",
                 limit="nothing is ever overwritten",
                 remedy="continue that run with --resume, or delete the folder",
             )
+        if self.folder.exists():
+            self.hold()
 
-    def open(self, key: str) -> Progress:
+    def hold(self) -> None:
+        """Create the folder if it is missing, and keep other processes out of it.
+
+        Raises:
+            TransmlaError: if another process writes into it, or has just finished the output.
+        """
+        if not self._held:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.folder)
+            self._held = True
+            if self.output.exists() and any(self.output.iterdir()):
+                remove_if_empty(self.folder)
+                self.refuse_overwrite(resume=True)
+
+    def refuse_foreign(self) -> None:
+        """Raise as ``unfinished.refuse_foreign`` does. This check writes nothing."""
+        refuse_foreign(self.folder, {self.shard_name(i) for i in range(self.shards)})
+
+    def open(self, key: str, tell: Callable[[str], None]) -> Progress:
         """Create or reopen the folder, and return the progress so far.
+
+        A shard that is damaged or missing is made again, and with it all shards: later layers build on it.
 
         Args:
             key: hash of everything that a resumed run must have in common with the run that it continues.
+            tell: receives a line for the user if shards are made again.
 
         Raises:
             TransmlaError: if the folder belongs to a run with another ``key``.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for incomplete in self.folder.glob("*.tmp"):
-            incomplete.unlink()
+        self.hold()
         file = self.folder / PROGRESS
         if not file.is_file():
+            remove_temporaries(self.folder)
             progress = Progress(key)
             self.save_progress(progress)
             return progress
-        values = read_json_object(file) or {}
-        if values.get("key") != key or not set(values) <= {item.name for item in fields(Progress)}:
-            raise TransmlaError(
-                f"'{self.folder}' was begun with other weights, settings or versions",
-                limit="a resumed conversion must end in the same bytes",
-                remedy="repeat the first run's command with --resume, or delete the folder",
-            )
-        return Progress(**values)
+        names = {item.name for item in fields(Progress)}
+        progress = Progress(**read_state(file, key, names, begun_with="begun with " + BEGUN_WITH))
+        remove_temporaries(self.folder)
+        if damaged := first_damaged(self.folder, progress.hashes):
+            tell(f"'{damaged}' is damaged or missing: starting again from the first layer")
+            progress = Progress(key, texts=progress.texts)
+            self.save_progress(progress)
+        return progress
 
     def size(self) -> int:
         """Return the bytes that an unfinished run has written."""
@@ -165,14 +209,16 @@ class Workspace:
 
     def save_progress(self, progress: Progress) -> None:
         """Write the progress."""
-        write_json(self.folder / PROGRESS, asdict(progress))
+        write_state(self.folder / PROGRESS, asdict(progress))
 
     def tokens(self) -> Tensor | None:
-        """Return the calibration tokens [N, T] that an earlier run saved, or None."""
-        from safetensors.torch import load_file
+        """Return the calibration tokens [N, T] that an earlier run saved, or None.
 
+        Raises:
+            TransmlaError: if their file is damaged.
+        """
         file = self.folder / CALIBRATION
-        return load_file(file)["tokens"] if file.is_file() else None
+        return self._load(file)["tokens"] if file.is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
         """Save the calibration tokens [N, T]."""
@@ -190,17 +236,24 @@ class Workspace:
         Raises:
             TransmlaError: if the file is missing or damaged, for example by a crash of the machine.
         """
+        file = self._streams(layer)
+        streams = self._load(file) if file.is_file() else {}
+        if _checksum(streams) != checksum:
+            raise TransmlaError(f"'{file}' is damaged", **self._without)
+        return streams
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        file = self._streams(layer)
-        streams = load_file(file) if file.is_file() else {}
-        if _checksum(streams) != checksum:
-            raise TransmlaError(
-                f"'{file}' is damaged",
-                limit="a conversion cannot resume without this file",
-                remedy=f"delete '{self.folder}', and convert again",
-            )
-        return streams
+        with boundary(f"'{file}' is damaged", **self._without):
+            return load_file(file)
+
+    @property
+    def _without(self) -> dict[str, str]:
+        return {
+            "limit": "a conversion cannot resume without this file",
+            "remedy": f"delete '{self.folder}', and convert again",
+        }
 
     def drop_streams(self, *, keep: int | None = None) -> None:
         """Delete the saved hidden states of all layers except layer ``keep``."""
@@ -223,7 +276,8 @@ class Workspace:
 
     def finish(self) -> None:
         """Delete the files that only a resume needs, and rename the folder to the output."""
-        # Delete the progress last: without it, a resumed run would accept any tokens in the folder.
+        # The progress goes last: it tells a resumed run that the folder is a conversion's. Without it, a folder with a
+        # complete export is one.
         for file in (*self.folder.glob("stream-*"), self.folder / CALIBRATION, self.folder / PROGRESS):
             file.unlink(missing_ok=True)
         if self.output.exists():

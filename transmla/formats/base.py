@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerKind, MLAShape, Plan
 from transmla.export.card import CardWords
-from transmla.formats.model_checks import Check
+from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime
 from transmla.registry import lookup, scan
 
@@ -53,6 +53,7 @@ class Format(ABC):
         norm_eps: the eps of every RMSNorm in the export; None if the norms keep the source's eps.
         interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
         signed: whether transformers builds the export's model, so that its layers can be run and signed.
+        carries_record: whether ``config.json`` may hold the manifest, for when transformers saves the export again.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Format(ABC):
     norm_eps: float | None = None
     interleaved: bool = False
     signed: bool = False
+    carries_record: bool = False
 
     # --- before a weight is read
 
@@ -196,6 +198,13 @@ class Format(ABC):
             dtype: the export's precision.
         """
 
+    def changed_checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
+        """Yield the results of the checks of an export whose weights other software has changed.
+
+        By default, absorbed decoding is compared with a full forward pass. ``model`` stays accelerated afterwards.
+        """
+        yield absorbed_decoding(model, tokens, changed=True)
+
     def untouched(self, plan: Plan, source: Iterable[str], export: Iterable[str], *, attention: bool) -> dict[str, str]:
         """Map the export tensors that must equal a source tensor bit for bit after the cast.
 
@@ -218,6 +227,10 @@ class Format(ABC):
             final_norm: factor on the last norm's weight.
         """
         return {}
+
+    def is_natural(self, model: Any) -> bool:
+        """Return whether a loaded export has no scales that ``to_natural`` could fold."""
+        return False
 
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""

@@ -38,6 +38,7 @@ class NativeFormat(Format):
     name = "native"
     summary = "DeepSeek-V3's own layout, read by transformers, vLLM, SGLang and llama.cpp without custom code"
     preference = 10
+    carries_record = True
     options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
     norm_eps = RMS_NORM_EPS
     interleaved = True
@@ -186,6 +187,12 @@ class NativeFormat(Format):
             if key in record
         }
         return factors | {NORM: final_norm}
+
+    @torch.no_grad()
+    def is_natural(self, model: Any) -> bool:
+        """Return whether a latent norm is no identity, as after a training of the latent's projection."""
+        tokens = torch.arange(min(64, model.config.vocab_size), device=model.device)[None]
+        return not _headroom(model, tokens).passed
 
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         measure(attention, watching=watching)

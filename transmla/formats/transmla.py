@@ -20,11 +20,10 @@ from transmla.core.factors import pad_factors
 from transmla.errors import TransmlaError
 from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
-from transmla.formats.model_checks import Check, compare_decoding
+from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime, transmla_runtimes
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
-from transmla.runtime.load import accelerate
 from transmla.source.attention_view import AttentionView
 
 
@@ -35,6 +34,7 @@ class TransmlaFormat(Format):
     summary = "the source family's classes with MLA inside, for sources that the native format cannot store"
     preference = 0
     signed = True
+    carries_record = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
         """Return None: this format can store every supported source."""
@@ -117,9 +117,7 @@ class TransmlaFormat(Format):
 
         The last quarter of ``tokens`` [B, T] is decoded one by one. ``model`` stays accelerated afterwards.
         """
-        expanded = model(tokens, use_cache=False).logits
-        accelerate(model, backend="torch")
-        yield compare_decoding("absorbed = expanded", model, tokens, expanded, prefill=3 * tokens.shape[1] // 4)
+        yield absorbed_decoding(model, tokens)
 
 
 def _is_copied(name: str, spec: AttentionSpec) -> bool:

@@ -75,6 +75,13 @@ def kind(accelerator: Any) -> str:
     return f"{accelerator.mixed_precision} {sharding}"
 
 
+def from_main(accelerator: Any, value: Any) -> Any:
+    """Return the first process's ``value`` on all processes. Every process must call this function."""
+    from accelerate.utils import broadcast_object_list
+
+    return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
+
+
 def uses_deepspeed(accelerator: Any) -> bool:
     """Return whether DeepSpeed runs the steps."""
     return "DEEPSPEED" in str(accelerator.distributed_type)

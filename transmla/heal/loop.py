@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.heal.batches import Batches
-from transmla.heal.distributed import gather
+from transmla.heal.distributed import from_main, gather
 from transmla.heal.learning_rate import highest_rate, set_rates
 from transmla.heal.resume import State, Store
 from transmla.heal.settings import Healing
@@ -93,8 +94,10 @@ class Loop:
             state.losses.append(loss)
             state.step += 1
             state.seconds = time.monotonic() - began
-            if state.step % settings.eval_every == 0:
-                self._evaluate(rate)
+            if state.step % settings.eval_every == 0 and not self._evaluate(rate):
+                self._roll_back(report)
+                began = time.monotonic() - state.seconds
+                continue
             if state.step % settings.save_every == 0:
                 self._save()
             report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
@@ -109,14 +112,8 @@ class Loop:
         used = self.state.step / steps
         if self.settings.max_minutes is not None:
             # All processes must stop at the same step, so all use the first process's clock.
-            used = max(used, self._from_main(self.state.seconds / (60 * self.settings.max_minutes)))
+            used = max(used, from_main(self.accelerator, self.state.seconds / (60 * self.settings.max_minutes)))
         return used
-
-    def _from_main(self, value: float) -> float:
-        """Return the first process's ``value`` on all processes."""
-        from accelerate.utils import broadcast_object_list
-
-        return value if self.accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
     def _step(self, rows: Tensor) -> float:
         """Train one step on this process's part of ``rows`` [batch, length].
@@ -162,9 +159,24 @@ class Loop:
         total = accelerator.reduce(total, "sum")
         return float(total[0] / total[1])
 
-    def _evaluate(self, rate: float) -> None:
-        """Measure the held-out KL, add a point to the curve, and keep the weights if they are the best so far."""
+    def _evaluate(self, rate: float) -> bool:
+        """Measure the held-out KL, add a point to the curve, and keep the weights if they are the best so far.
+
+        Returns:
+            Whether the KL is finite. If not, nothing else happens.
+
+        Raises:
+            TransmlaError: if the KL of the untrained student is NaN or infinite.
+        """
         state, kl = self.state, self.held_out_kl()
+        if not math.isfinite(kl) and not state.curve:
+            raise TransmlaError(
+                "the held-out KL is NaN or infinite before the first step",
+                limit="student or teacher overflows on the held-out text",
+                remedy="run `transmla verify` on the student, and check the teacher; or pass --precision no",
+            )
+        if not math.isfinite(kl):
+            return False
         point: dict[str, Any] = {
             "step": state.step,
             "tokens": state.step * self.settings.batch * self.settings.length,
@@ -183,6 +195,7 @@ class Loop:
             self.best = {name.removeprefix("student."): weights[name] for name in sorted(weights)}
         else:
             state.evaluations_without_gain += 1
+        return True
 
     def _save(self) -> None:
         """Save the models' and optimiser's states, then the pointer to them."""
@@ -204,9 +217,11 @@ class Loop:
         """Load model, optimiser, random states and best weights of the saved ``state``.
 
         Raises:
-            TransmlaError: if the best weights are missing.
+            TransmlaError: if a file is missing or damaged.
         """
-        self.accelerator.load_state(str(self.store.states(self.state.step)))
+        folder = self.store.states(self.state.step)
+        with boundary(f"'{folder}' is damaged", remedy=f"delete '{self.store.folder}' and start again"):
+            self.accelerator.load_state(str(folder))
         self.best = self.store.best(self.state) if self.accelerator.is_main_process else {}
         self._after_save_or_load()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Any
 
 from torch import Tensor
 
-from transmla.boundary import read_json_object
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
-from transmla.files import write_json, write_tensors
+from transmla.export.hashes import MANIFEST
+from transmla.export.manifest import Manifest
+from transmla.export.state import read_state, write_state
+from transmla.export.unfinished import foreign
+from transmla.files import is_temporary, remove_folder, write_tensors
 from transmla.heal.learning_rate import highest_rate
 from transmla.heal.settings import Healing
 
 FILE = "healing.json"
+# What a resumed healing must have in common with the run that it continues.
+STARTED_WITH = "started with another student, teacher, text, settings, version or kind of processes"
+_STATES = re.compile(r"state-\d{8}|best-\d{8}\.safetensors")
 # Settings that a resumed run may change. Models and texts are identified by hashes of their contents instead.
 _FREE = {"output", "track", "save_every", "student", "teacher", "revision", "allow_pickle", "data", "split", "column"}
 
@@ -75,19 +83,12 @@ class Store:
         """Return the saved state, or None if there is none.
 
         Raises:
-            TransmlaError: if the saved state has another ``key``.
+            TransmlaError: if the saved state has another ``key``, or is damaged.
         """
-        values = read_json_object(self.folder / FILE)
-        if values is None:
+        if not (self.folder / FILE).is_file():
             return None
-        if values.get("key") != key or not set(values) <= {item.name for item in fields(State)}:
-            raise TransmlaError(
-                f"'{self.folder}' was started with another student, teacher, text, settings, version or kind "
-                "of processes",
-                limit="a resumed healing must give the same result as an uninterrupted one",
-                remedy="repeat the command that started it, or delete the folder",
-            )
-        return State(**values)
+        names = {item.name for item in fields(State)}
+        return State(**read_state(self.folder / FILE, key, names, begun_with=STARTED_WITH))
 
     def states(self, step: int) -> Path:
         """Return the folder in which accelerate saves model, optimiser and random states of ``step``."""
@@ -101,7 +102,7 @@ class Store:
         file = self._best(state)
         if best is not None and not file.is_file():
             write_tensors(file, best)
-        write_json(self.folder / FILE, asdict(state))
+        write_state(self.folder / FILE, asdict(state))
         for old in self.folder.glob("state-*"):
             if old != self.states(state.step):
                 shutil.rmtree(old)
@@ -113,7 +114,7 @@ class Store:
         """Return the best weights of ``state`` by name, in natural coordinates.
 
         Raises:
-            TransmlaError: if their file is missing.
+            TransmlaError: if their file is missing or damaged.
         """
         from safetensors.torch import load_file
 
@@ -124,7 +125,8 @@ class Store:
                 limit="it holds the best weights so far",
                 remedy=f"delete '{self.folder}' and start again",
             )
-        return load_file(file)
+        with boundary(f"'{file}' is damaged", remedy=f"delete '{self.folder}' and start again"):
+            return load_file(file)
 
     def _best(self, state: State) -> Path:
         return self.folder / f"best-{state.best_step:08d}.safetensors"
@@ -135,16 +137,25 @@ class Store:
         Raises:
             TransmlaError: if the folder is not empty and holds no healing.
         """
+        if not self.folder.exists() or (self.folder / FILE).is_file():
+            return
         # A run that was killed during its first save has states, but no `healing.json` yet.
-        foreign = self.folder.is_dir() and any(
-            not file.name.startswith(("state-", "best-")) for file in self.folder.iterdir()
-        )
-        if foreign and not (self.folder / FILE).is_file():
-            raise TransmlaError(
-                f"'{self.folder}' holds no healing to continue",
-                limit="another command has written into it",
-                remedy="choose another --output, or delete the folder",
-            )
+        paths = [path for path in self.folder.iterdir() if not is_temporary(path)]
+        if any(path.is_symlink() or not _STATES.fullmatch(path.name) for path in paths):
+            raise foreign(self.folder, "healing")
+
+    def remove_finished(self, output: Path) -> bool:
+        """Delete the folder if ``output`` is the finished export of its healing; return whether it was.
+
+        A run that was killed after it had given the export its name leaves such a folder.
+        """
+        if self.folder.is_symlink() or not self.folder.is_dir() or not (output / MANIFEST).is_file():
+            return False
+        curve, healing = (read_json_object(self.folder / FILE) or {}).get("curve"), Manifest.read(output).healing
+        finished = not any(self.folder.iterdir()) or (bool(healing) and healing[-1].get("curve") == curve)
+        if finished:
+            remove_folder(self.folder, last=FILE)
+        return finished
 
 
 def summary(state: State, settings: Healing) -> dict[str, Any]:

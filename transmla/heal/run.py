@@ -16,16 +16,16 @@ from transmla.boundary import local_path
 from transmla.export.hashes import export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.export.workspace import Workspace, output_path
-from transmla.files import disk_errors
+from transmla.files import disk_errors, remove_folder, remove_temporaries
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal.batches import Batches, HealingTexts, make_batches, read_texts
 from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
-from transmla.heal.distributed import configure, kind, make_accelerator
+from transmla.heal.distributed import configure, from_main, kind, make_accelerator
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
-from transmla.heal.resume import State, Store, run_key, summary
+from transmla.heal.resume import FILE, State, Store, run_key, summary
 from transmla.heal.settings import Healing
 from transmla.heal.write_export import write_export
 from transmla.modeling.transformers_api import register
@@ -77,25 +77,28 @@ def heal(
     """
     output, student = output_path(settings.output), local_path(settings.student)
     manifest = Manifest.read(student)
-    workspace = Workspace(output, shards=0)
     accelerator = accelerator or make_accelerator(settings, output)
     check_settings(settings, accelerator)
     configure(accelerator, settings)
-    if accelerator.is_main_process:
-        workspace.refuse_overwrite(resume=resume)
-        Store(workspace.folder).refuse_foreign()
-    report = (reporter or Silent()) if accelerator.is_main_process else Silent()
-    check_student(student, manifest.hashes)
-    if settings.track:
-        accelerator.init_trackers("transmla", config=_tracker_config(settings))
-    with disk_errors(output):
-        learned = _train(settings, manifest, workspace, accelerator, report, teacher_fingerprint, texts)
-        gc.collect()
-        torch.cuda.empty_cache()
+    with Workspace(output, shards=0) as workspace:
+        store = Store(workspace.folder)
+        if resume and from_main(accelerator, store.remove_finished(output) if accelerator.is_main_process else None):
+            return output
         if accelerator.is_main_process:
-            _finish(settings, manifest, learned, workspace, accelerator.device, report)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+            workspace.refuse_overwrite(resume=resume)
+            store.refuse_foreign()
+        report = (reporter or Silent()) if accelerator.is_main_process else Silent()
+        check_student(student, manifest.hashes)
+        if settings.track:
+            accelerator.init_trackers("transmla", config=_tracker_config(settings))
+        with disk_errors(output):
+            learned = _train(settings, manifest, workspace, accelerator, report, teacher_fingerprint, texts)
+            gc.collect()
+            torch.cuda.empty_cache()
+            if accelerator.is_main_process:
+                _finish(settings, manifest, learned, workspace, accelerator.device, report)
+            accelerator.wait_for_everyone()
+            accelerator.end_training()
     return output
 
 
@@ -153,7 +156,8 @@ def _train(
     state = store.read(key)
     loop = Loop(accelerator, prepared, optimiser, batches, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
-        workspace.folder.mkdir(parents=True, exist_ok=True)
+        workspace.hold()
+        remove_temporaries(workspace.folder)
     accelerator.wait_for_everyone()
     if state is not None:
         loop.restore()
@@ -175,7 +179,9 @@ def _load_models(settings: Healing, manifest: Manifest, teacher_path: Path, acce
     """Load and check the student (float32, natural coordinates) and the teacher (float32 or bfloat16)."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     teacher = load_model(teacher_path, dtype=dtype, allow_pickle=settings.allow_pickle).to(accelerator.device).eval()
-    student = load_student(Path(settings.student).expanduser(), format_named(manifest.format))
+    student = load_student(
+        Path(settings.student).expanduser(), format_named(manifest.format), changed=manifest.weights_changed
+    )
     check_models(student, teacher, settings)
     return student, teacher
 
@@ -222,7 +228,7 @@ def _finish(
     report.stage("writing and verifying", 1)
     student, folder = Path(settings.student).expanduser(), workspace.folder / "export"
     form = format_named(manifest.format)
-    model, changed = _load_healed(student, learned.best, settings, form)
+    model, changed = _load_healed(student, learned.best, settings, manifest)
     _measure_latents(model.to(device), learned.batches, form)
     tensors = natural.to_export(model, changed, form, getattr(torch, manifest.plan.dtype))
     del model
@@ -232,15 +238,16 @@ def _finish(
     if workspace.output.exists():
         workspace.output.rmdir()
     folder.replace(workspace.output)
-    shutil.rmtree(workspace.folder)
+    # The state goes last: a resumed run knows by it that the export is finished, and deletes the rest.
+    remove_folder(workspace.folder, last=FILE)
     report.advance(1)
 
 
 def _load_healed(
-    student: Path, best: dict[str, Tensor], settings: Healing, form: Format
+    student: Path, best: dict[str, Tensor], settings: Healing, manifest: Manifest
 ) -> tuple[Any, dict[str, Tensor]]:
     """Load the student with its ``best`` weights, in natural coordinates; return also its changed tensors by name."""
-    model = load_student(student, form)
+    model = load_student(student, format_named(manifest.format), changed=manifest.weights_changed)
     if settings.trainable == "lora":
         model = choose_trainable(model, settings)
     unknown = model.load_state_dict(best, strict=False).unexpected_keys
@@ -262,13 +269,20 @@ def _measure_latents(model: Any, batches: Batches, form: Format) -> None:
     natural.measure_latents(model, form, watching=False)
 
 
-def load_student(student: Path, form: Format) -> Any:
-    """Load an export in float32 and natural coordinates, without dropout, because its teacher has none."""
+def load_student(student: Path, form: Format, *, changed: bool = False) -> Any:
+    """Load an export in float32 and natural coordinates, without dropout, because its teacher has none.
+
+    Args:
+        student: folder of the export.
+        form: its format.
+        changed: whether other software has changed its weights. They then may have natural coordinates already.
+    """
     register()
     model = load_model(student, dtype=torch.float32)
     for module in model.modules():
         for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    natural.to_natural(model, form)
+    if not (changed and form.is_natural(model)):
+        natural.to_natural(model, form)
     return model

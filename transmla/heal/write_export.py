@@ -14,16 +14,17 @@ from torch import Tensor
 
 from transmla import __version__
 from transmla.errors import TransmlaError
+from transmla.evaluate.adopt import write_missing
 from transmla.evaluate.figures import write_curve
 from transmla.evaluate.verify import verify
 from transmla.export.card import public_healing, write_card
 from transmla.export.hashes import hash_files
 from transmla.export.manifest import Manifest
+from transmla.export.travel import put_record, weights_fingerprint
 from transmla.files import write_tensors, write_text
 from transmla.formats.base import format_named
 from transmla.heal.settings import Healing
-from transmla.recipe import read_recipe
-from transmla.signature.sign import sign
+from transmla.signature.sign import contents, sign
 from transmla.source.checkpoint import open_checkpoint
 
 CURVE = "healing.png"
@@ -53,16 +54,24 @@ def write_export(
     write_text(folder / "healing.yaml", yaml.safe_dump(dumped, sort_keys=False))
     _draw_curve(folder / CURVE, summary)
     family, count = manifest.plan.spec.family, len(manifest.healing) + 1
+    recipe = write_missing(folder, manifest).model_copy(update={"output": Path(settings.output).name})
+    before = manifest.signature
+    if before is not None and manifest.resaved:
+        before = replace(before, **contents(folder))
     manifest = replace(
         manifest,
         healing=[*manifest.healing, summary],
-        signature=sign(folder, family, device, before=manifest.signature, healings=count),
+        signature=sign(folder, family, device, before=before, healings=count),
         versions=manifest.versions | {"transmla": __version__},
-        hashes=hash_files(folder, {}),
+        weights=weights_fingerprint(folder),
+        resaved=False,
     )
+    form = format_named(manifest.format)
+    if form.carries_record:
+        put_record(folder, manifest.to_dict(), (folder / "recipe.yaml").read_text(encoding="utf-8"))
+    manifest = replace(manifest, hashes=hash_files(folder, {}))
     manifest.write(folder)
-    recipe = read_recipe(folder / "recipe.yaml", {"output": Path(settings.output).name})
-    write_card(folder, manifest, recipe, format_named(manifest.format).card_words(manifest.plan.spec))
+    write_card(folder, manifest, recipe, form.card_words(manifest.plan.spec))
     failed = [check for check in verify(folder, dtype=torch.float32, device=device) if not check.passed]
     if failed:
         raise TransmlaError(

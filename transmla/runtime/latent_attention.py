@@ -29,7 +29,7 @@ from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer, grow_in_place
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.prefix_cache import PrefixLayer
-from transmla.runtime.underflow import refuse_underflow
+from transmla.runtime.underflow import precision, refuse_underflow
 
 # Name under which this attention is registered with transformers.
 LATENT_ATTENTION = "latent_attention"
@@ -57,6 +57,7 @@ class LatentAttention(nn.Module):
         packed: whether latents are cached as float8.
         cached: the cache layer of the running ``forward``, if it is one of ``runtime``.
         warns: whether this layer is the one that is to warn of missing attention weights.
+        checked_for: precision in which the latents are known not to underflow; None before the first check.
     """
 
     decode: Decode
@@ -70,9 +71,18 @@ class LatentAttention(nn.Module):
     packed: bool = False
     cached: LatentLayer | None = None
     warns: bool = False
+    checked_for: torch.dtype | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the family's ``forward`` with a cache layer that grows without copying."""
+        """Run the family's ``forward`` with a cache layer that grows without copying.
+
+        Raises:
+            TransmlaError: if the latents underflow, in float16 or under autocast to it.
+        """
+        dtype = precision(self)
+        if dtype != self.checked_for:
+            refuse_underflow(self, dtype)
+            self.checked_for = dtype
         self.cached = grow_in_place(kwargs.get(CACHE_ARGUMENT), self.layer_idx, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
@@ -145,7 +155,6 @@ def latent_attention(
 
     Raises:
         ValueError: if the mask hides a part of a shared prefix.
-        TransmlaError: if the latents underflow, under autocast to float16.
     """
     extras = {"scaling": None, "dropout": 0.0} | kwargs
     wants_weights = extras.pop("output_attentions", False)
@@ -163,8 +172,6 @@ def latent_attention(
         rows = prefix.whole(rows)
     elif absorbable and absorbing_is_cheaper(module, query, key, attention_mask):
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
-    if torch.is_autocast_enabled(query.device.type):
-        refuse_underflow(module, torch.get_autocast_dtype(query.device.type))
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 

@@ -153,9 +153,6 @@ def mla_layers(model: Any) -> list[Any]:
 
 def _choose(backend: str, layer: Any) -> None:
     """Give ``layer`` a backend that serves the current dtype and device of its weights."""
-    from transmla.runtime.underflow import refuse_underflow
-
-    refuse_underflow(layer)
     weight: torch.Tensor = layer.kv_b_proj.weight
     shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
     layer.backend = choose_for_device(backend, shape)

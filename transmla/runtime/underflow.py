@@ -5,35 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transmla.errors import TransmlaError
 
 # Smallest float16 number with full precision, 6.1e-5. The latents of an identity norm are below 1e-5
 # (core/norm_identity.py), and so are the weights that make them.
 SMALLEST = torch.finfo(torch.float16).tiny
+# Projections whose first rows make a latent, and the norm of that latent.
+_LATENTS = (("kv_a_proj_with_mqa", "kv_a_layernorm"), ("q_a_proj", "q_a_layernorm"))
 
 
 def refuse_underflow(layer: Any, dtype: torch.dtype | None = None) -> None:
-    """Check that the latents before the norm of an MLA ``layer`` do not underflow.
+    """Check that the latents before the norms of an MLA ``layer`` do not underflow.
+
+    Weights that cannot be read, such as quantised or offloaded ones, are not checked.
 
     Args:
         layer: an MLA attention module.
         dtype: precision of the computation; None for the dtype of the weights.
 
     Raises:
-        TransmlaError: if ``dtype`` is float16 and the norm is an identity, whose latents are too small for it.
+        TransmlaError: if ``dtype`` is float16 and a norm is an identity, whose latents are too small for it.
     """
-    projection, norm = (getattr(layer, name, None) for name in ("kv_a_proj_with_mqa", "kv_a_layernorm"))
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-        return
-    if (dtype or weight.dtype) != torch.float16 or isinstance(norm, nn.Identity):
-        return
-    size = weight[: layer.kv_lora_rank].detach().float().square().mean().sqrt()
-    if size < SMALLEST:
-        raise TransmlaError(
-            f"the latent of layer {layer.layer_idx} underflows in float16",
-            limit="its norm is an identity on latents near 1e-6, and float16 loses precision below 6e-5",
-            remedy="use bfloat16 or float32, for the weights (dtype=…) and under autocast",
-        )
+    for projection, norm in _LATENTS:
+        rows = getattr(getattr(getattr(layer, norm, None), "weight", None), "shape", (0,))[0]
+        weight = getattr(getattr(layer, projection, None), "weight", None)
+        if not rows or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            continue
+        if (dtype or weight.dtype) != torch.float16:
+            continue
+        size = weight[:rows].detach().float().square().mean().sqrt()
+        if size < SMALLEST:
+            raise TransmlaError(
+                f"this export cannot compute in float16: a latent of layer {layer.layer_idx} underflows in float16",
+                limit="its norm is an identity on latents near 1e-6, and float16 loses precision below 6e-5",
+                remedy="use bfloat16 or float32, for the weights (dtype=…) and under autocast, or convert with "
+                "--format transmla, which has no such norm",
+            )
+
+
+def precision(layer: Any) -> torch.dtype:
+    """Return the precision in which an MLA ``layer`` multiplies: that of autocast, or of its weights."""
+    weight: Tensor = next(layer.parameters())
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

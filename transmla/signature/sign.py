@@ -13,6 +13,7 @@ import torch
 from transmla.boundary import read_json_object
 from transmla.export.hashes import file_sha256
 from transmla.export.signature import LayerSignature, Signature
+from transmla.export.travel import KEY as RECORD
 from transmla.families.base import Family
 from transmla.guard.headers import read_headers, shards_of
 from transmla.registry import lookup
@@ -108,6 +109,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Return what a signature records of an export besides what it computes, by the names in ``CONTENTS``."""
     code = {file.name: file_sha256(file) for file in sorted(folder.glob("*.py"))}
     config, generation = (read_json_object(folder / name) or {} for name in ("config.json", "generation_config.json"))
+    config.pop(RECORD, None)  # written after the signature, which it contains
     dtypes = Counter(tensor.dtype for tensor in read_headers(folder, shards_of(folder)).values())
     values = config, generation, describe_tokenizer(load_tokenizer(folder)), code, dict(sorted(dtypes.items()))
     return dict(zip(CONTENTS, values, strict=True))

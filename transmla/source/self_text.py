@@ -88,7 +88,11 @@ def _start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 def _sample_batch(
     model: PreTrainedModel, openings: Sequence[Sequence[int]], length: int, generator: torch.Generator
 ) -> Tensor:
-    """Return rows [len(openings), length] that continue the openings."""
+    """Return rows [len(openings), length] that continue the openings.
+
+    Raises:
+        TransmlaError: if the model's logits are NaN or infinite.
+    """
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
     # Not model.generate, which adds the checkpoint's generation settings (top_k, penalties) to the given ones.
@@ -101,12 +105,23 @@ def _sample_batch(
     begin = int(given.sum(1).min())
     tokens, given = tokens.to(model.device), given.to(model.device)
     cache, read = None, 0
+    finite = torch.ones((), dtype=torch.bool, device=model.device)
     for position in range(begin, length):
         output = model(tokens[:, read:position], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
         cache, read = output[CACHE_ARGUMENT], position
         probabilities = output.logits[:, -1].float().softmax(dim=-1).to(model.device)
+        valid = probabilities.isfinite()
+        finite &= valid.all()
+        # On a GPU, an invalid probability would end the process.
+        probabilities = torch.where(valid, probabilities, 1.0)
         sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         tokens[:, position] = torch.where(given[:, position], tokens[:, position], sampled)
+    if not bool(finite):
+        raise TransmlaError(
+            "the model's logits are NaN or infinite while it writes text",
+            limit="weights, or numbers that follow from them, overflow",
+            remedy="check that weights and config belong together",
+        )
     return tokens.cpu()
 
 

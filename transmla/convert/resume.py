@@ -1,0 +1,90 @@
+"""Decide whether a folder of an earlier run can be continued: everything that the two runs must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transmla.convert.prepare import Prepared
+from transmla.errors import TransmlaError
+from transmla.export.hashes import MANIFEST, PROGRESS, UNHASHED, check_hashes, file_sha256
+from transmla.export.manifest import Manifest, recipe_hash, versions
+from transmla.guard.folder import READ, TEMPLATE_FOLDERS
+from transmla.source.checkpoint import Checkpoint
+from transmla.source.device import is_fast_in_bfloat16
+
+# Beginnings of the names, in lower case, of files for readers that an export copies or quotes.
+_DOCUMENTS = ("licen", "notice", "copying", "use_policy", "readme")
+# Files of an export that differ from the source's files of the same name.
+_REWRITTEN = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
+
+
+def resume_key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
+    """Return a hash of everything that must be equal when a conversion is resumed.
+
+    Args:
+        prepared: the conversion.
+        fingerprint: hash of the source's tensors.
+        tokens: calibration tokens [N, T].
+    """
+    device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
+    settings = prepared.recipe.model_dump(exclude={"device", "eval", "heal"})
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    fit = None if prepared.fit is None else asdict(prepared.fit)
+    numerics = [machine, is_fast_in_bfloat16(device), fit]
+    files = companions(prepared.source.checkpoint)
+    everything = [settings, prepared.plan.to_dict(), fingerprint, files, text_hash, numerics, versions()]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def companions(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 in hex of each file beside a source's weights that an export may copy or follow.
+
+    Those are its configs, tokenizer, templates and documents, by relative path. A GGUF source is one file.
+    """
+    folder = checkpoint.folder
+    if checkpoint.gguf is not None:
+        return {checkpoint.gguf: file_sha256(folder / checkpoint.gguf)}
+    places = [folder, *(folder / name for name in TEMPLATE_FOLDERS if (folder / name).is_dir())]
+    files = [file for place in places for file in place.iterdir() if file.is_file()]
+    read = [file for file in files if file.suffix in READ or file.name.lower().startswith(_DOCUMENTS)]
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(read)}
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether an unfinished folder lacks nothing but its final name: its run was killed before the renaming."""
+    return (folder / MANIFEST).is_file() and not (folder / PROGRESS).is_file()
+
+
+def refuse_other_run(folder: Path, prepared: Prepared, fingerprint: str) -> None:
+    """Check that a complete export is whole, and what the conversion ``prepared`` would write.
+
+    Args:
+        folder: the export, with its final name or without.
+        prepared: the conversion.
+        fingerprint: hash of the source's tensors.
+
+    Raises:
+        TransmlaError: if a file was changed, or the export has another recipe, source or software.
+    """
+    manifest = Manifest.read(folder, unnamed=True)
+    same_run = (
+        manifest.recipe == recipe_hash(prepared.recipe)
+        and manifest.source.fingerprint == fingerprint
+        and manifest.versions == versions()
+    )
+    theirs = companions(prepared.source.checkpoint)
+    copied = (set(theirs) & set(manifest.hashes)) - set(_REWRITTEN)
+    if not same_run or any(theirs[name] != manifest.hashes[name] for name in copied):
+        raise TransmlaError(
+            f"'{folder}' was converted with other settings, weights or versions",
+            limit="a resumed run must give the same result as an uninterrupted one",
+            remedy="repeat the first run's command with --resume, or delete the folder",
+        )
+    if problems := check_hashes(folder, manifest.hashes, free=UNHASHED):
+        raise TransmlaError(f"'{folder}' is damaged", limit=problems[0], remedy="delete the folder, and convert again")
