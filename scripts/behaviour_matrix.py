@@ -1,6 +1,6 @@
 """Compare accelerated models with stock ones: every family, cache, attention implementation and padding.
 
-    python scripts/behaviour_matrix.py --json scripts/results/behaviour/FILE.json
+    python scripts/behaviour_matrix.py --json FILE.json
 
 Every model is random and four layers deep; exports are tried with all layers converted, and with one layer kept. The
 expected logits are those of the stock model under eager attention, over the same cache. A cell is ``equal``,

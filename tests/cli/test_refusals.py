@@ -228,7 +228,7 @@ def test_an_output_that_is_taken_is_refused(place: Path, run: Run) -> None:
     Path("taken").mkdir()
     Path("taken/mine").write_text("mine")
     refuses(run, "convert", "source", "-o", "taken", *CALIBRATION, says="output 'taken' is not empty")
-    refuses(run, "convert", "source", "-o", "text.txt", *CALIBRATION, says="output 'text.txt' is not empty")
+    refuses(run, "convert", "source", "-o", "text.txt", *CALIBRATION, says="output 'text.txt' exists")
     assert [p.name for p in Path("taken").iterdir()] == ["mine"]
 
 

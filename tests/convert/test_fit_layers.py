@@ -51,7 +51,7 @@ class Case:
         self.layer.load(tensors, index)
         generator = torch.Generator().manual_seed(3)
         mix = torch.randn(spec.hidden_size, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
-        self.source = torch.randn(64, LENGTH, spec.hidden_size, generator=generator) @ mix
+        self.source = torch.randn(72, LENGTH, spec.hidden_size, generator=generator) @ mix
         self.converted = self.source + 0.1 * torch.randn(self.source.shape, generator=generator)
         values = {
             "source": "x",

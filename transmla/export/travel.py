@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from transmla.boundary import boundary, read_json, read_json_object
-from transmla.export.hashes import export_files, hash_files
+from transmla.export.hashes import PROGRESS, export_files, hash_files
 from transmla.files import write_json
 from transmla.guard.folder import READ, TEMPLATE_FOLDERS, check_folder
 
@@ -48,13 +48,14 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 def manifest_of_resaved(folder: Path) -> dict[str, Any] | None:
     """Return the manifest, as plain values, of an export that other software has saved again.
 
-    Its hashes are those of the files as they are now. None if ``config.json`` holds no record.
+    Its hashes are those of the files as they are now. None if ``config.json`` holds no record, or if the folder is that
+    of an unfinished conversion, which writes the record before the manifest.
 
     Raises:
         TransmlaError: if a file of the folder must not be read, or the weights cannot be.
     """
     record = record_of(folder)
-    if record is None:
+    if record is None or (folder / PROGRESS).is_file():
         return None
     check_folder(folder)
     changed = bool(record.get("weights_changed")) or record.get("weights") != weights_fingerprint(folder)

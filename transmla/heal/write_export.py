@@ -23,6 +23,7 @@ from transmla.export.manifest import Manifest
 from transmla.export.travel import put_record, weights_fingerprint
 from transmla.files import write_tensors, write_text
 from transmla.formats.base import format_named
+from transmla.formats.model_checks import Check
 from transmla.heal.settings import Healing
 from transmla.signature.sign import contents, sign
 from transmla.source.checkpoint import open_checkpoint
@@ -48,6 +49,8 @@ def write_export(
     """
     folder.mkdir(parents=True)
     manifest = Manifest.read(student)
+    if infinite := [name for name, tensor in changed.items() if not bool(tensor.isfinite().all())]:
+        raise _failure(folder, Check("finite", False, f"'{infinite[0]}' has NaN or Inf"))
     _write_files(folder, student, manifest, changed)
     summary = {**summary, "settings": public_healing(summary["settings"])}
     dumped = public_healing(settings.model_dump(mode="json", exclude_none=True))
@@ -74,11 +77,15 @@ def write_export(
     write_card(folder, manifest, recipe, form.card_words(manifest.plan.spec))
     failed = [check for check in verify(folder, dtype=torch.float32, device=device) if not check.passed]
     if failed:
-        raise TransmlaError(
-            f"the healed export does not pass '{failed[0].name}'",
-            limit=failed[0].detail,
-            remedy=f"inspect '{folder}', then start again with another --output and a lower --learning-rate",
-        )
+        raise _failure(folder, failed[0])
+
+
+def _failure(folder: Path, check: Check) -> TransmlaError:
+    return TransmlaError(
+        f"the healed export does not pass '{check.name}'",
+        limit=check.detail,
+        remedy=f"inspect '{folder}', then start again with another --output and a lower --learning-rate",
+    )
 
 
 def _write_files(folder: Path, student: Path, manifest: Manifest, changed: dict[str, Tensor]) -> None:
