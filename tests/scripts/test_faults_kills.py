@@ -32,5 +32,5 @@ def test_a_temporary_file_that_stays_is_noticed(kills: Any, monkeypatch: pytest.
     monkeypatch.setattr("transmla.export.workspace.remove_temporaries", lambda _: None)
     monkeypatch.setattr(kills, "KINDS", (kills.KINDS[1],) * 3)
     monkeypatch.setattr(files, "TEMPORARY", "kept-")
-    rows = kills.run(2, seed=1, only="convert, off, native")
+    rows = kills.run(6, seed=1, only="convert, off, native")
     assert rows[0]["faults"]
