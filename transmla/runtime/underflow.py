@@ -45,8 +45,13 @@ def refuse_underflow(layer: Any, dtype: torch.dtype | None = None) -> None:
             )
 
 
-def precision(layer: Any) -> torch.dtype:
-    """Return the precision in which an MLA ``layer`` multiplies: that of autocast, or of its weights."""
-    weight: Tensor = next(layer.parameters())
+def precision(layer: Any) -> torch.dtype | None:
+    """Return the precision in which an MLA ``layer`` makes its latents: that of autocast, or of its weights.
+
+    The result is None if the weights cannot be read, such as some quantised ones.
+    """
+    weight = getattr(getattr(layer, _LATENTS[0][0], None), "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
