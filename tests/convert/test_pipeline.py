@@ -373,13 +373,16 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's high-water mark")
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    """With 12 more layers of 8 MB, the peak resident memory, mapped pages included, grows by less than 16 MB."""
+    """With 12 more layers of 16 MB, the peak resident memory, mapped pages included, grows by less than 48 MB.
+
+    The allocator alone moves the peak by 30 MB; a conversion that kept its layers would add 192 MB.
+    """
     write_text(tmp_path / "text.txt")
     wide = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     peaks = {}
     for layers in (4, 16):
         folder = tmp_path / f"source-{layers}"
-        write_source(folder, shard="20MB", layout="mqa", intermediate_size=2400, num_hidden_layers=layers, **wide)
+        write_source(folder, shard="20MB", layout="mqa", intermediate_size=5000, num_hidden_layers=layers, **wide)
         argument = recipe(source=str(folder), output=f"out-{layers}").model_dump_json()
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, argument],
@@ -389,4 +392,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr
         peaks[layers] = int(done.stdout.split()[-1]) * 1024
-    assert peaks[16] - peaks[4] < 16e6
+    assert peaks[16] - peaks[4] < 48e6
