@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():  # Triton reads this variable when it is impor
 from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
 
 from transmla.heal.settings import Healing
+from transmla.plan.fit_settings import FITS
 from transmla.recipe import Recipe, parse_recipe
 
 # More threads do not speed up tiny matrices, and slow them down when the other cores are busy.
@@ -32,6 +34,14 @@ def local_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.cached_assets_path", partial(cached_assets_path, assets_dir=folder))
         patch.setattr("transmla.source.mixture.hub_is_reachable", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_fits() -> Iterator[None]:
+    """Fit layers in a fifth of the steps. Tests that judge a fit set the number of steps themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FITS, "fast", replace(FITS["fast"], steps=FITS["fast"].steps // 5))
         yield
 
 

@@ -50,7 +50,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
                 str(folder), recipe.source, recipe.eval, dtype="float32", device="cpu", reporter=Silent()
             )
             found[name] = result["mean"]["kl"]
-            assert all(check.passed for check in verify(folder))
+        assert all(check.passed for check in verify(folder))
     return found
 
 

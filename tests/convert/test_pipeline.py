@@ -146,19 +146,23 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
 
 SIGKILL = """
 import os, signal, sys
+from dataclasses import replace
 from transmla.convert.pipeline import convert
+from transmla.plan.fit_settings import FITS
 from transmla.recipe import Recipe
 from transmla.reporter import Silent
 class Reporter(Silent):
     def advance(self, done, note=""):
         if note.startswith("error"): os.kill(os.getpid(), signal.SIGKILL)
+FITS["fast"] = replace(FITS["fast"], steps=int(sys.argv[2]))  # as in this process
 convert(Recipe.model_validate_json(sys.argv[1]), reporter=Reporter())
 """
 
 
 def test_a_process_killed_by_sigkill_resumes_to_the_same_bytes(workdir: Path, original: Path) -> None:
     """The process is killed before the hidden states are saved for the first time, and loses that work."""
-    done = subprocess.run([sys.executable, "-c", SIGKILL, recipe().model_dump_json()], capture_output=True)
+    arguments = [recipe().model_dump_json(), str(FITS["fast"].steps)]
+    done = subprocess.run([sys.executable, "-c", SIGKILL, *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert_refused_as_unfinished()
     convert(recipe(), resume=True)
@@ -363,8 +367,11 @@ def test_the_head_is_written_whether_tied_or_not(workdir: Path, tied: bool) -> N
 
 MEMORY = """
 import sys
+from dataclasses import replace
 from transmla.convert.pipeline import convert
+from transmla.plan.fit_settings import FITS
 from transmla.recipe import Recipe
+FITS["fast"] = replace(FITS["fast"], steps=2)
 convert(Recipe.model_validate_json(sys.argv[1]))
 # ru_maxrss would include the parent's peak, which a child process inherits.
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.families.base import Family, rope_tables
 from transmla.plan import family_table as support
+from transmla.plan.fit_settings import FITS
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe, parse_recipe
 from transmla.registry import scan
@@ -187,7 +189,10 @@ def test_export_loads_and_generates_without_transmla(tmp_path: Path, make_recipe
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "olmo2", "gpt_oss", "mixtral"])
-def test_a_fit_reduces_the_held_out_error(family: str, tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
+def test_a_fit_reduces_the_held_out_error(
+    family: str, tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FITS, "fast", replace(FITS["fast"], steps=60))
     source_of(family, tmp_path)
     calibration = {"source": str(tmp_path / "text.txt"), "sequences": 62, "length": 64}
     out = convert(make_recipe(cache_ratio=0.3, reconstruct="fast", calibration=calibration))
