@@ -108,3 +108,23 @@ def test_notes_of_a_config_are_no_counts(source: Path, note: str) -> None:
     file = source / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {note: 8 * 10**9}))
     check_config(source)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_generation_config_without_finite_numbers_is_refused_by_name(source: Path, value: str) -> None:
+    (source / "generation_config.json").write_text(f'{{"suppress": [1, {{"bias": {value}}}], "top_k": 5}}')
+    with pytest.raises(TransmlaError, match=r"generation_config.json of .*; bias is .*; remove bias"):
+        check_config(source)
+
+
+def test_an_exports_layers_have_known_types(converted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted / "source", tmp_path / "export"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source_model_type": "llama"}))
+    for name in ("full_attention", "sliding_attention", "linear_attention", 3):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": ["full_attention", name]}))
+        if name in ("full_attention", "sliding_attention"):
+            check_config(folder)
+        else:
+            with pytest.raises(TransmlaError, match=f"layer_types has '{name}'; it may have full_attention and"):
+                check_config(folder)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transmla.errors import TransmlaError
 from transmla.source import text as module
 from transmla.source.self_text import sample_self
-from transmla.source.text import SPREAD, load_blocks, load_tokens
+from transmla.source.text import SPREAD, load_blocks, load_excerpts, load_tokens
 from transmla.source.texts import pydoc as data
 
 ROWS = ["first row", "second row", None, "third row"]
@@ -146,6 +146,42 @@ def test_only_a_prefix_is_tokenised(
     monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", spy)
     load_tokens(str(text_file), tokenizer, limit=100)
     assert 100 < longest < 3000
+
+
+def test_excerpts_are_spread_over_the_text_and_begin_with_lines(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Each of 20,000 lines holds its number, so an excerpt says where it comes from."""
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"line {i} of many\n" for i in range(20_000)), encoding="utf-8")
+    rows = load_excerpts(str(path), tokenizer, count=16, length=24)
+    assert rows.shape == (16, 24)
+    texts = ["".join(tokenizer.convert_ids_to_tokens(row)).replace("Ġ", " ") for row in rows]
+    numbers = [int(text.split()[1]) for text in texts]
+    assert all(text.startswith(f"line {number} of") for text, number in zip(texts, numbers, strict=True))
+    read = 5 * SPREAD * 16 * 24 // len("line 1000 of many\n")
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    assert numbers[0] < read / 16 < 1.2 * min(steps)
+    assert max(steps) < 1.2 * read / 16
+
+
+@pytest.mark.parametrize("words", [3, 40, 2000])
+def test_a_short_text_is_cut_without_gaps(words: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("xy " * words, encoding="utf-8")
+    rows, tokens = load_excerpts(str(path), tokenizer, count=16, length=24), whole(tokenizer, "xy " * words)
+    if len(tokens) < 24:
+        assert rows.tolist() == [tokens]
+    else:
+        assert rows.shape == (min(16, len(tokens) // 24), 24)
+        assert rows.flatten().tolist() == tokens[: rows.numel()]
+
+
+def test_an_empty_text_gives_no_excerpts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.touch()
+    with pytest.raises(TransmlaError, match="holds no text"):
+        load_excerpts(str(path), tokenizer, count=1, length=2)
 
 
 @pytest.mark.parametrize("space", [False, True], ids=["byte level", "a space before every text"])

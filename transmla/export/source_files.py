@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from transmla.boundary import read_json_object
-from transmla.guard.folder import LICENCES, TEMPLATE_FOLDERS, is_licence
+from transmla.guard.folder import GENERATION, LICENCES, TEMPLATE_FOLDERS, is_licence
 
-GENERATION = "generation_config.json"
 # Files by which tokenizers of all classes, and those of other runtimes, are stored.
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json"),

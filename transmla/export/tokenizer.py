@@ -8,8 +8,9 @@ from typing import Any
 
 from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
-from transmla.export.source_files import GENERATION, travelling_files
+from transmla.export.source_files import travelling_files
 from transmla.files import write_json
+from transmla.guard.folder import GENERATION
 
 # What a tokenizer holds besides its vocabulary and its rules.
 _ATTRIBUTES = (

@@ -1,4 +1,4 @@
-"""Check the numbers in a model's config.json before a class of transformers reads them.
+"""Check the numbers in a model's config.json and generation_config.json before a class of transformers reads them.
 
 transformers builds lists and modules as large as a config says. A config that asks for a billion layers would keep it
 busy for hours, although the weights beside it have two.
@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transmla.boundary import boundary, read_json
+from transmla.boundary import boundary, read_json, read_json_object
 from transmla.errors import TransmlaError
-from transmla.guard.folder import INDEX, weight_map
+from transmla.guard.folder import GENERATION, INDEX, weight_map
 from transmla.guard.headers import read_headers, shards_of
 
 # Names of config fields that count layers, that are widths of tensors, and that count anything else. Notes on the
@@ -40,6 +40,8 @@ OTHER_MODEL = {
     "fusion_config": "transformers would fuse modules, whose tensors have other names",
     "per_layer_config": "layers would differ from each other in more than windows and rotary embeddings",
 }
+# Values of ``layer_types`` in an export of the transmla format.
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def check_config(folder: Path) -> None:
@@ -47,14 +49,21 @@ def check_config(folder: Path) -> None:
 
     Raises:
         TransmlaError: if the file is no JSON object, a number is not finite or has more than 63 bits, a count or a
-            width exceeds what the tensors can hold, a field names code of the Hub, or one of OTHER_MODEL is set.
+            width exceeds what the tensors can hold, a field names code of the Hub, one of OTHER_MODEL is set, or an
+            export of the transmla format has a layer of unknown type. Also if generation_config.json has a number that
+            is not finite.
     """
+    _check_generation(folder)
     file = folder / "config.json"
     if not file.is_file():
         return
     config = read_json(file)
     if not isinstance(config, dict):
         raise _wrong(folder, "it holds no mapping of names to values")
+    types = config.get("layer_types") if "source_model_type" in config else None
+    for name in types if isinstance(types, list) else ():
+        if name not in LAYER_TYPES:
+            raise _wrong(folder, f"layer_types has {str(name)!r}; it may have {' and '.join(LAYER_TYPES)}")
     layers, widest = _limits(folder)
     limits = ((LAYERS, layers), (WIDTHS, SLACK * widest), (COUNTS, max(layers, widest, FEWEST)))
     with boundary(f"cannot read the config of '{folder}'", remedy="correct its config.json"):
@@ -80,6 +89,19 @@ def check_config(folder: Path) -> None:
             limit = next((limit for pattern, limit in limits if pattern.fullmatch(name)), None)
             if limit is not None and value > limit:
                 raise _wrong(folder, f"{name} is {value:,}; the weights can hold at most {limit:,}")
+
+
+def _check_generation(folder: Path) -> None:
+    """Check that all numbers in the folder's generation_config.json are finite: the manifest holds them too."""
+    values = read_json_object(folder / GENERATION) or {}
+    with boundary(f"cannot read the {GENERATION} of '{folder}'", remedy=f"correct its {GENERATION}"):
+        for name, value in _fields(values):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TransmlaError(
+                    f"cannot read the {GENERATION} of '{folder}'",
+                    limit=f"{name} is {value:.3g}; JSON holds finite numbers only",
+                    remedy=f"remove {name} from it",
+                )
 
 
 def _wrong(folder: Path, limit: str) -> TransmlaError:

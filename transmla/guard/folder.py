@@ -22,6 +22,7 @@ _LICENCE = re.compile(
 # Suffixes of files that are no texts, whatever their names say.
 _NO_TEXT = (".json", ".py", ".sh", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".zip", ".gz", ".tar")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 

@@ -23,9 +23,8 @@ from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
 from transmla.source.text import (
     AUTO,
     SELF,
-    SPREAD,
     load_blocks,
-    load_tokens,
+    load_excerpts,
     start_token,
     text_options,
     text_start,
@@ -200,10 +199,9 @@ def beginnings(parts: Sequence[Part], tokenizer: Any) -> dict[str, Tensor]:
     width, rows = 2 * LONGEST_OPENING, dict[str, Tensor]()
     for part in parts:
         if part.name != SELF:
-            limit = MOST_BEGINNINGS * SPREAD * width
-            tokens = load_tokens(part.name, tokenizer, limit=limit, split=part.split, column=part.column)[len(head) :]
-            cut = tokens[: max(1, len(tokens) // width) * width].view(-1, min(width, len(tokens)))
-            cut = cut[:: max(1, len(cut) // MOST_BEGINNINGS)][:MOST_BEGINNINGS]
+            cut = load_excerpts(
+                part.name, tokenizer, count=MOST_BEGINNINGS, length=width, split=part.split, column=part.column
+            )
             rows[part.name] = torch.cat([head.expand(len(cut), -1), cut], 1)
     return rows
 

@@ -126,6 +126,55 @@ def load_tokens(
     return torch.tensor(tokens, dtype=torch.int64)
 
 
+def load_excerpts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    length: int,
+    split: str | None = None,
+    column: str | None = None,
+) -> Tensor:
+    """Return short excerpts of a text, spread over ``SPREAD`` times the tokens that they hold.
+
+    Only the excerpts are tokenised. An excerpt begins where a line does, if lines are short, and has no BOS.
+
+    Args:
+        source: the text, as ``load_tokens`` takes it.
+        tokenizer: the tokenizer of the model that reads the excerpts.
+        count: largest number of excerpts.
+        length: tokens in each excerpt.
+        split: as in ``load_tokens``.
+        column: as in ``load_tokens``.
+
+    Returns:
+        Token ids [excerpts, length], int64. A text of fewer than ``count`` excerpts is cut without gaps; one that is
+        shorter than ``length`` tokens gives one excerpt of all its tokens.
+
+    Raises:
+        TransmlaError: as ``load_tokens``.
+    """
+    chars, parts, size = CHARS_PER_TOKEN * SPREAD * count * length, list[str](), 0
+    for piece in _text_pieces(source, split, column, None, tokenizer):
+        parts.append(piece)
+        size += len(piece)
+        if size >= chars:
+            break
+    text, needed = "".join(parts)[:chars], 2 * CHARS_PER_TOKEN * length
+    if len(text) >= count * needed:
+        places = [i * (len(text) - needed) // count for i in range(count)]
+        lines = [text.find("\n", place, place + needed) + 1 or place for place in places]
+        rows = [row[:length] for row in _encode_all([text[i : i + needed] for i in lines], tokenizer)]
+        rows = [row for row in rows if len(row) == length]
+        if rows:
+            return torch.tensor(rows, dtype=torch.int64)
+    tokens = _tokenize(text, tokenizer)
+    if not tokens:
+        raise TransmlaError(f"{source} holds no text", remedy="give a text that is not empty")
+    whole = tokens[: min(count, max(1, len(tokens) // length)) * length]
+    return torch.tensor(whole, dtype=torch.int64).view(-1, min(length, len(tokens)))
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the BOS token if the tokenizer starts every text with it, else None."""
     bos: int | None = tokenizer.bos_token_id
@@ -160,19 +209,22 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text without special tokens. Chunks of a long text are tokenised in parallel."""
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        with boundary(
-            "the tokenizer cannot encode the text", remedy="correct the tokenizer's files, or choose another text"
-        ):
-            # verbose=False: no warning that the text is longer than the model's context.
-            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
-
     chunks = _chunks(text)
     # Some tokenizers put a space before every text they are given; they get the text as a whole.
-    if len(chunks) > 2 and encode([chunks[0] + chunks[1]])[0] != list(chain(*encode(chunks[:2]))):
-        chunks = [text]
-    return list(chain(*encode(chunks)))
+    if len(chunks) > 2:
+        joined, apart = _encode_all([chunks[0] + chunks[1]], tokenizer), _encode_all(chunks[:2], tokenizer)
+        if joined[0] != list(chain(*apart)):
+            chunks = [text]
+    return list(chain(*_encode_all(chunks, tokenizer)))
+
+
+def _encode_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of every text, without special tokens."""
+    with boundary(
+        "the tokenizer cannot encode the text", remedy="correct the tokenizer's files, or choose another text"
+    ):
+        # verbose=False: no warning that the text is longer than the model's context.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
 
 def _chunks(text: str) -> list[str]:
