@@ -75,10 +75,10 @@ def build_bases(root: Path) -> None:
     text = str(root / "text.txt")
     for base, name in (("llama", "native"), ("qwen3", "own")):
         arguments = [str(root / base), "-o", str(root / name), "--calibration", text, "--reconstruct", "off", *TEXT]
-        assert _forked(["convert", *arguments], root)[0] == "accepted", name
-        assert _forked(["verify", str(root / name)], root)[0] == "accepted", name
+        assert forked(["convert", *arguments], root)[0] == "accepted", name
+        assert forked(["verify", str(root / name)], root)[0] == "accepted", name
     arguments = [str(root / "native"), "--teacher", str(root / "llama"), "-o", str(root / "healed"), "--data", text]
-    assert _forked(["heal", *arguments, *HEAL], root)[0] == "accepted", "healed"
+    assert forked(["heal", *arguments, *HEAL], root)[0] == "accepted", "healed"
     (root / "gguf").mkdir()
     write_gguf(root / "gguf")
 
@@ -168,17 +168,17 @@ def run_case(case: Case, root: Path) -> tuple[str, str]:
                 ValueError, OverflowError, AttributeError
             ):  # GGUF has no such value: the file is half written
                 rewrite_gguf(folder)
-        return _forked(command(case["verb"], folder, root), folder)
+        return forked(command(case["verb"], folder, root), folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forked(arguments: list[str], folder: Path) -> tuple[str, str]:
+def forked(arguments: list[str], folder: Path, stdin: bytes = b"") -> tuple[str, str]:
     """Run a command line in a forked process with ``folder`` as working folder; return outcome and output."""
     output = folder.parent / f"{folder.name}.output"
     child = os.fork()
     if child == 0:
-        _child(arguments, folder, output)
+        _child(arguments, folder, output, stdin)
     began = time.monotonic()
     while True:
         finished, status, usage = os.wait4(child, os.WNOHANG)
@@ -194,13 +194,16 @@ def _forked(arguments: list[str], folder: Path) -> tuple[str, str]:
     return _outcome(status, usage, text, late=late), text
 
 
-def _child(arguments: list[str], folder: Path, output: Path) -> None:
+def _child(arguments: list[str], folder: Path, output: Path, stdin: bytes) -> None:
     code = 70
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for old, new in ((null, 0), (descriptor, 1), (descriptor, 2)):
+        given, end = os.pipe()
+        os.write(end, stdin)
+        os.close(end)
+        for old, new in ((given, 0), (descriptor, 1), (descriptor, 2)):
             os.dup2(old, new)
+        sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE,) * 2)

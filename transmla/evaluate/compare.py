@@ -27,7 +27,7 @@ from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
 from transmla.runtime.load import accelerate
 from transmla.source.device import pick_device
-from transmla.source.load import load_config, load_model, load_tokenizer
+from transmla.source.load import check_runs, load_config, load_model, load_tokenizer
 from transmla.source.locate import resolve_source
 
 
@@ -242,12 +242,14 @@ def load_named(path: Path, dtype: str, device: torch.device, *, allow_pickle: bo
         allow_pickle: whether pickled weights may be opened.
 
     Raises:
-        TransmlaError: if ``dtype`` is unknown or the model cannot be loaded.
+        TransmlaError: if ``dtype`` is unknown, or the model cannot be loaded or run.
     """
     _check_dtype(dtype)
     register()
     with load_errors(path):
-        return load_model(path, dtype=dtype, allow_pickle=allow_pickle).to(device)
+        model = load_model(path, dtype=dtype, allow_pickle=allow_pickle).to(device)
+    check_runs(model, path)
+    return model
 
 
 def load_errors(path: Path) -> AbstractContextManager[None]:

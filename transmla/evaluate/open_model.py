@@ -11,7 +11,7 @@ import torch
 
 from transmla.evaluate.compare import load_errors, load_named
 from transmla.runtime.load import accelerate, mla_layers
-from transmla.source.load import load_config, load_tokenizer
+from transmla.source.load import check_runs, load_config, load_tokenizer
 from transmla.source.locate import resolve_source
 
 T = TypeVar("T")
@@ -45,13 +45,14 @@ def open_model(path: Path, *, dtype: str, device: torch.device, allow_pickle: bo
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        TransmlaError: if model or tokenizer cannot be loaded.
+        TransmlaError: if model or tokenizer cannot be loaded, or the model cannot run.
     """
     with load_errors(path):
         tokenizer = load_tokenizer(path)
     model = load_named(path, dtype, device, allow_pickle=allow_pickle)
     if mla_layers(model):
         accelerate(model)
+        check_runs(model, path)
     return model, tokenizer
 
 

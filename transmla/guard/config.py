@@ -80,6 +80,8 @@ def check_config(folder: Path) -> None:
                     limit=OTHER_MODEL[name],
                     remedy=f"load the model with transformers, save it without {name}, and convert that",
                 )
+            if name in ("dtype", "torch_dtype") and not isinstance(value, str | dict | None):
+                raise _wrong(folder, f"{name} is {value}; it must be a name such as bfloat16")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if not math.isfinite(value) or abs(value) >= 2**63:

@@ -128,3 +128,16 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")
     return model.eval()
+
+
+@torch.no_grad()
+def check_runs(model: Any, path: Path) -> None:
+    """Run a model on two tokens, and decode one more: much of a config is read only then.
+
+    Raises:
+        TransmlaError: if the model cannot run.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with boundary(f"the model of '{path}' cannot run", remedy="use the config.json that belongs to its weights"):
+        cache = model(tokens, use_cache=True).past_key_values
+        model(tokens[:, :1], past_key_values=cache, use_cache=True)
