@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
 import pytest
-from transformers import AutoConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -46,5 +47,7 @@ def test_code_that_runs_is_noticed(script: ModuleType, root: Path) -> None:
     folder, mark = Path(shutil.copytree(root / "llama", root / "trusted")), root / script.MARK
     (folder / "mine.py").write_text(script.MODULE.format(mark=str(mark)))
     script.IN_SOURCE["config"](folder, mark)
-    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    trusting = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    variables = os.environ | {"HF_MODULES_CACHE": str(root / "modules")}
+    subprocess.run([sys.executable, "-c", trusting, str(folder)], env=variables, check=True)
     assert mark.exists()
