@@ -2,9 +2,9 @@
 
     python scripts/faults_code.py --json FILE
 
-Code is planted in every place where transformers, PyTorch, YAML or Jinja would run it, for some after a yes on standard
-input. Every verb that reads the folder runs on it, in a forked process, with an empty standard input and with one that
-says yes. The planted code writes a file, and an attempt has succeeded if the file exists.
+Code is planted where transformers, PyTorch, YAML or Jinja may run it, sometimes after a yes on standard input. Every
+verb that reads the folder runs on it, in a forked process, with an empty standard input and with one that says yes. The
+planted code writes a file, and an attempt has succeeded if the file exists.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ YES = b"y\n" * 50
 
 def _edit(file: Path, **changes: object) -> None:
     known = json.loads(file.read_text()) if file.is_file() else {}
-    file.unlink(missing_ok=True)  # it may be a link to the file of all attempts
     file.write_text(json.dumps(known | changes))
 
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(exist_ok=True)
-    file.unlink(missing_ok=True)
     file.write_text(text)
 
 
@@ -54,9 +52,9 @@ def _known(**auto_map: str) -> Callable[[Path, Path], None]:
     return lambda folder, _: _edit(folder / "config.json", auto_map=auto_map)
 
 
-def _tokenizer(value: object, **changes: object) -> Callable[[Path, Path], None]:
+def _tokenizer(value: object) -> Callable[[Path, Path], None]:
     return lambda folder, _: _edit(
-        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": value}, tokenizer_class="Mine", **changes
+        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": value}, tokenizer_class="Mine"
     )
 
 

@@ -148,8 +148,8 @@ def load_excerpts(
         column: as in ``load_tokens``.
 
     Returns:
-        Token ids [excerpts, length], int64. A text of fewer than ``count`` excerpts is cut without gaps; one that is
-        shorter than ``length`` tokens gives one excerpt of all its tokens.
+        Token ids [excerpts, length], int64. A short text is tokenised as a whole, and gives the excerpts that it holds;
+        one that is shorter than ``length`` tokens gives one excerpt of all its tokens.
 
     Raises:
         TransmlaError: as ``load_tokens``.
@@ -171,8 +171,9 @@ def load_excerpts(
     tokens = _tokenize(text, tokenizer)
     if not tokens:
         raise TransmlaError(f"{source} holds no text", remedy="give a text that is not empty")
-    whole = tokens[: min(count, max(1, len(tokens) // length)) * length]
-    return torch.tensor(whole, dtype=torch.int64).view(-1, min(length, len(tokens)))
+    whole = tokens[: max(1, len(tokens) // length) * length]
+    cut = torch.tensor(whole, dtype=torch.int64).view(-1, min(length, len(tokens)))
+    return cut[:: max(1, len(cut) // count)][:count]
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
