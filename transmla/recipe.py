@@ -60,13 +60,15 @@ class Calibration(Strict):
     )
     column: str | None = Field(None, json_schema_extra=TEXT, description="column of texts or chats of a dataset")
     sequences: PositiveInt | None = Field(
-        None, json_schema_extra=TEXT, description="number of calibration sequences (default: 96 on a GPU, 64 on a CPU)"
+        None,
+        json_schema_extra=TEXT,
+        description="number of calibration sequences (default: 64; on a GPU more of shorter ones)",
     )
     length: int | None = Field(
         None,
         ge=2,
         json_schema_extra=TEXT,
-        description="tokens per calibration sequence (default: 4096 on a GPU, 512 on a CPU)",
+        description="tokens per calibration sequence (default: 8192 on a GPU, 512 on a CPU)",
     )
 
 

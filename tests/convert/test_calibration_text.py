@@ -11,7 +11,7 @@ import pytest
 from helpers.interrupted import Killed, KilledAtLayer, files
 
 from transmla.convert.pipeline import convert
-from transmla.convert.prepare import prepare, summarise
+from transmla.convert.prepare import AMOUNTS, prepare, summarise
 from transmla.errors import TransmlaError
 from transmla.recipe import Recipe, parse_recipe, read_recipe
 
@@ -140,10 +140,24 @@ def test_a_resumed_run_uses_the_saved_tokens_and_keeps_the_texts(
 
 def test_the_default_amount_fits_the_context(make_source: Callable[..., Path], tmp_path: Path) -> None:
     values = {"output": str(tmp_path / "out"), "device": "cpu"}
-    for context, length in ((256, 256), (4096, 512)):
+    for context, sequences, length in ((256, 128, 256), (4096, 64, 512)):
         folder = make_source(name=f"source-{context}", max_position_embeddings=context)
         recipe = prepare(parse_recipe({"source": str(folder), **values}, "test")).recipe
-        assert (recipe.calibration.sequences, recipe.calibration.length) == (64, length)
+        assert (recipe.calibration.sequences, recipe.calibration.length) == (sequences, length)
+
+
+def test_a_softcap_shortens_the_default_sequences(
+    make_source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softcap needs all scores of a sequence in memory."""
+    monkeypatch.setitem(AMOUNTS, "cpu", (64, 8192))
+    for softcap, sequences, length in ((None, 64, 8192), (50.0, 128, 4096)):
+        folder = make_source(
+            "gemma2", name=f"gemma2-{softcap}", attn_logit_softcapping=softcap, max_position_embeddings=16384
+        )
+        values = {"source": str(folder), "output": str(tmp_path / "out"), "device": "cpu"}
+        calibration = prepare(parse_recipe(values, "test")).recipe.calibration
+        assert (calibration.sequences, calibration.length) == (sequences, length)
 
 
 def test_the_plan_counts_the_memory_of_sampling(source: Path, make_recipe: MakeRecipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_attention_equals_the_families(rules: ScoreRules) -> None:
     # The families compute the softmax in float32.
     assert relative(reference, family_attention(q, k, v, rules)) < 1e-6
     assert relative(attend(q, k, v, scaling=SCALING, rules=rules), reference) < 1e-12
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 8, 11, 12, 23, 24, 30])
+@pytest.mark.parametrize("name", ["window", "softcap and window", "sinks and window"])
+def test_windows_of_any_length_give_the_same_values_and_gradients(name: str, window: int) -> None:
+    """A text of more than two windows is attended to in blocks; blocks may or may not divide it."""
+    torch.manual_seed(2)
+    rules = replace(CASES[name], window=window)
+    q, k, v = (torch.randn(2, HEADS, LENGTH, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weights = torch.randn(2, HEADS, LENGTH, 6, dtype=torch.float64)
+    reference = causal_softmax(q @ k.mT * SCALING, rules=rules) @ v
+    blocks = attend(q, k, v, scaling=SCALING, rules=rules)
+    assert (blocks - reference).abs().max() < 1e-12
+    expected = torch.autograd.grad((reference * weights).sum(), (q, k, v))
+    for gradient, exact in zip(torch.autograd.grad((blocks * weights).sum(), (q, k, v)), expected, strict=True):
+        assert (gradient - exact).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("rules", CASES.values(), ids=CASES)

@@ -45,9 +45,11 @@ class Prepared:
 
 
 # Sequences and tokens per sequence of the calibration text by device, if the recipe does not say. A layer serves the
-# distances that it was calibrated on: with sequences of 1,024 tokens instead of 4,096, Qwen2.5-Coder-0.5B at half the
-# cache loses 1.06 instead of 0.58 nats on windows of 8,192 tokens, and 0.130 instead of 0.113 nats on windows of 1,024.
-AMOUNTS = {"cuda": (96, 4096), "cpu": (64, 512)}
+# distances that it was calibrated on: docs/how-the-fit-was-found.md, "Long sequences". Shorter contexts get more
+# sequences.
+AMOUNTS = {"cuda": (64, 8192), "cpu": (64, 512)}
+# Most tokens per sequence of sources with a softcap, whose fit holds all scores of a sequence.
+SOFTCAP_LENGTH = 4096
 
 
 def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
@@ -74,11 +76,12 @@ def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
 def _with_amounts(recipe: Recipe, spec: AttentionSpec, device: torch.device) -> Recipe:
     """Return the recipe with sequences and length of the calibration text chosen, within the source's context."""
     calibration = recipe.calibration
-    sequences, length = AMOUNTS["cuda" if device.type == "cuda" else "cpu"]
-    chosen = {
-        "sequences": calibration.sequences or sequences,
-        "length": calibration.length or min(length, longest_sequence(spec)),
-    }
+    sequences, most = AMOUNTS["cuda" if device.type == "cuda" else "cpu"]
+    limits = [longest_sequence(spec)]
+    if any(kind.softcap is not None for kind in spec.kinds):
+        limits.append(SOFTCAP_LENGTH)
+    length = calibration.length or min(most, *limits)
+    chosen = {"sequences": calibration.sequences or max(sequences, sequences * most // length), "length": length}
     return recipe.model_copy(update={"calibration": calibration.model_copy(update=chosen)})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from transmla.artifacts import LayerFactors, ScoreRules
-from transmla.core.reference_attention import PLAIN, causal_softmax, is_masked
+from transmla.core.reference_attention import PLAIN, is_masked, masked_softmax
 from transmla.core.rope import rotate
 
 
@@ -36,22 +36,56 @@ def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN) -> Tensor:
     """Return causal attention over whole sequences: q and k [N, H, T, d], v [N, H, T, d_v] → [N, H, T, d_v]."""
-    if rules.softcap is not None:
-        return causal_softmax(q @ k.mT * scaling, rules=rules).to(v.dtype) @ v
     # The fused kernels need equal widths; zero padding changes neither scores nor values.
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded_v = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-    if rules.window is None and rules.sinks is None:
-        return scaled_dot_product_attention(q, k, padded_v, is_causal=True, scale=scaling)[..., : v.shape[-1]]
-    positions = torch.arange(q.shape[2], device=q.device)
-    bias = torch.zeros_like(positions, dtype=q.dtype).expand(len(positions), -1)
-    bias = bias.masked_fill(is_masked(positions, positions, rules.window), float("-inf"))
+    if rules.window is not None and q.shape[2] > 2 * rules.window:
+        mixed = _attend_in_blocks(q, k, padded_v, rules.window, scaling=scaling, rules=rules)
+    elif rules.window is None and rules.softcap is None and rules.sinks is None:
+        mixed = scaled_dot_product_attention(q, k, padded_v, is_causal=True, scale=scaling)
+    else:
+        positions = torch.arange(q.shape[2], device=q.device)
+        mixed = _attend_masked(q, k, padded_v, is_masked(positions, positions, rules.window), scaling, rules)
+    return mixed[..., : v.shape[-1]]
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, *, scaling: float, rules: ScoreRules) -> Tensor:
+    """Return the attention of ``attend`` in time that grows with T · window instead of T²: [N, H, T, d] → [N, H, T, d].
+
+    A block is as long as the window, so a query sees only keys of its own block and of the one before.
+    """
+    count, heads, length, _ = q.shape
+    blocks = -(-length // window)
+    end = blocks * window - length
+    queries = pad(q, (0, 0, 0, end)).reshape(count, heads, blocks, window, -1)
+    # One block of zeros lies before the first. [N, H, blocks, 2 · window, d]
+    padded = (pad(t, (0, 0, window, end)).reshape(count, heads, blocks + 1, window, -1) for t in (k, v))
+    pairs = (torch.cat([t[:, :, :-1], t[:, :, 1:]], 3) for t in padded)
+    # [N · blocks, H, …, d]
+    queries, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (queries, *pairs))
+    key = torch.arange(-window, window, device=q.device)
+    first = window * torch.arange(blocks, device=q.device)[:, None]
+    # Zeros before the text are masked here. Those after it lie in the future of all queries that are kept.
+    masked = is_masked(key[window:], key, window) | (first + key < 0)[:, None]
+    mixed = _attend_masked(queries, keys, values, masked.repeat(count, 1, 1)[:, None], scaling, rules)
+    mixed = mixed.reshape(count, blocks, heads, window, -1).transpose(1, 2)
+    return mixed.flatten(2, 3)[:, :, :length]
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scaling: float, rules: ScoreRules) -> Tensor:
+    """Return the attention of q [N, H, Q, d] over the keys k and values v [N, H, T, d] that are not ``masked``.
+
+    ``masked`` is [Q, T] or [N, 1, Q, T]; of ``rules``, only softcap and sinks are read.
+    """
+    if rules.softcap is not None:
+        return masked_softmax(q @ k.mT * scaling, masked, rules).to(v.dtype) @ v
+    bias = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, float("-inf"))
     if rules.sinks is not None:
         # A sink is a key of zeros with score 0; the mask adds the sink's score.
-        k, padded_v = pad(k, (0, 0, 0, 1)), pad(padded_v, (0, 0, 0, 1))
-        sinks = rules.sinks.to(bias)[:, None, None].expand(-1, len(positions), 1)
-        bias = torch.cat([bias.expand(len(sinks), -1, -1), sinks], -1)
-    return scaled_dot_product_attention(q, k, padded_v, attn_mask=bias, scale=scaling)[..., : v.shape[-1]]
+        k, v = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1))
+        sinks = rules.sinks.to(bias)[:, None, None].expand(*bias.shape[:-3], -1, bias.shape[-2], 1)
+        bias = torch.cat([bias.expand(*sinks.shape[:-1], -1), sinks], -1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
 
 
 def attended_heads(

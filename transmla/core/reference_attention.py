@@ -24,9 +24,14 @@ def causal_softmax(scores: Tensor, positions: Tensor | None = None, rules: Score
     """
     keys = torch.arange(scores.shape[-1], device=scores.device)
     queries = keys if positions is None else positions
+    return masked_softmax(scores, is_masked(queries, keys, rules.window), rules)
+
+
+def masked_softmax(scores: Tensor, masked: Tensor, rules: ScoreRules) -> Tensor:
+    """Return the attention weights of ``scores`` [..., H, Q, T] with softcap and sinks; ``masked`` must broadcast."""
     if rules.softcap is not None:
         scores = (scores / rules.softcap).tanh() * rules.softcap
-    scores = scores.masked_fill(is_masked(queries, keys, rules.window), float("-inf"))
+    scores = scores.masked_fill(masked, float("-inf"))
     if rules.sinks is None:
         return scores.softmax(-1)
     sinks = rules.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)

@@ -40,7 +40,7 @@ SMALL_CACHE = 0.4
 # Values of ``--reconstruct`` that fit layers, with their settings.
 FITS = {
     "fast": FitSettings(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": FitSettings(steps=400, tokens=4096, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
+    "full": FitSettings(steps=300, tokens=8192, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
 }
 
 
