@@ -16,7 +16,7 @@ from transmla.core.fused_attention import fused_attention
 from transmla.core.linalg import regularise
 from transmla.core.reference_attention import expanded_attention
 
-SHAPES = [MLAShape(10, 4, 8, 8), MLAShape(24, 4, 13, 11, None, 10), MLAShape(10, 4, 8, 24, 14)]
+SHAPES = [MLAShape(10, 4, 8, 8), MLAShape(24, 4, 13, 11, None, 10), MLAShape(10, 4, 8, 24, 14), MLAShape(6, 4, 8, 8)]
 
 
 def make_factors(layout: str, shape: MLAShape, attention_factor: float = 1.0) -> tuple[torch.Tensor, LayerFactors]:

@@ -17,6 +17,8 @@ from transmla.core.rope import rotate
 def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
     """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
 
+    The heads attend to the latent itself (the absorbed form) if it is narrower than their expanded keys and values.
+    Gemma 3 then needs 256 channels instead of 288, and flash kernels hold at most 256.
     Runs in the dtype of ``x`` or of autocast. Rotations run in float32 or wider.
     """
     rotary_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -25,13 +27,19 @@ def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
     query_input = x if f.q_latent is None else linear(x, f.q_latent)
     query = _heads(linear(query_input, torch.cat([f.q_nope, f.q_pe], 1).flatten(0, 1)), heads)
     cached = linear(x, torch.cat([f.latent, f.rope]))
-    expanded = _heads(linear(cached[..., :rank], torch.cat([f.k_up, f.v_up], 1).flatten(0, 1)), heads)
+    latent = cached[..., :rank]
     q_pe = rotate(query[..., d_n:].to(rotary_dtype) * f.rope_gain, f.inv_freq, positions).to(query.dtype)
     k_pe = rotate(cached[..., rank:].to(rotary_dtype), f.inv_freq, positions).to(query.dtype)
-    q = torch.cat([query[..., :d_n], q_pe], -1)
-    k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
-    value = expanded[..., d_n:]
-    return attend(q, k, value, scaling=f.scaling, rules=f.rules).transpose(1, 2).flatten(2)
+    if rank < min(d_n, f.v_up.shape[1]):
+        q = torch.cat([query[..., :d_n] @ f.k_up, q_pe], -1)
+        k, value = (t[:, None].expand(-1, heads, -1, -1) for t in (torch.cat([latent, k_pe], -1), latent))
+        mixed = attend(q, k, value, scaling=f.scaling, rules=f.rules) @ f.v_up.mT
+    else:
+        expanded = _heads(linear(latent, torch.cat([f.k_up, f.v_up], 1).flatten(0, 1)), heads)
+        q = torch.cat([query[..., :d_n], q_pe], -1)
+        k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
+        mixed = attend(q, k, expanded[..., d_n:], scaling=f.scaling, rules=f.rules)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN) -> Tensor:

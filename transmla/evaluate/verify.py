@@ -20,7 +20,7 @@ from transmla.evaluate.verify_source import SourceChecks
 from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.export.manifest import Manifest
 from transmla.formats.base import Format, format_named
-from transmla.formats.model_checks import Check, compare_decoding
+from transmla.formats.model_checks import Check, beyond_rounding, compare_decoding
 from transmla.guard.config import check_config
 from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
 from transmla.signature.compare import compare_contents, compare_layers, compare_logits
@@ -139,12 +139,18 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
     )
     prompt, changed = _prompt(model), manifest.weights_changed
     with torch.no_grad():
-        full = model(prompt, use_cache=False).logits
         if manifest.signature is not None and not changed:
             limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
             logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
             yield compare_logits(manifest.signature, project(logits[0]), limit)
-    yield compare_decoding("cached decode = full forward", model, prompt, full, prompt.shape[1] // 2, changed=changed)
+
+    def compare() -> Check:
+        with torch.no_grad():
+            full = model(prompt, use_cache=False).logits
+        name, prefill = "cached decode = full forward", prompt.shape[1] // 2
+        return compare_decoding(name, model, prompt, full, prefill, changed=changed)
+
+    yield beyond_rounding(model, compare)
     yield _cache_size(model, prompt, manifest.plan)
     yield from (form.changed_checks if changed else form.checks)(model, prompt, dtype)
 
