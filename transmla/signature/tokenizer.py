@@ -24,9 +24,11 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     chosen = vocabulary[:: max(1, len(vocabulary) // SAMPLED_TOKENS)]
     texts = [_text(tokenizer, [index]) for index, _ in chosen]
     special = [str(getattr(tokenizer, name, None)) for name in SPECIAL]
+    # A special token that is not in the vocabulary has no id.
+    ids = sorted(index for index in tokenizer.all_special_ids if index is not None)
     return {
         "vocabulary": _hash(vocabulary),
-        "special tokens": _hash([special, sorted(tokenizer.all_special_ids)]),
+        "special tokens": _hash([special, ids]),
         "templates": _hash(getattr(tokenizer, "chat_template", None)),
         "tokens of a sample": _hash([encoded, plain]),
         "tokens of the vocabulary": _hash(tokenizer(texts, add_special_tokens=False)["input_ids"]),
