@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from helpers.byte_tokenizer import byte_tokenizer
 from helpers.tiny_gguf import FIELDS, MODEL, rewrite_gguf, write_gguf
 from helpers.tiny_sources import build_model
+from packaging.version import Version
 from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -155,11 +157,20 @@ def check_tokenizers(source: Path, export: Path) -> None:
         assert left.apply_chat_template(CHAT, **arguments) == right.apply_chat_template(CHAT, **arguments)
 
 
+# Ways that older transformers, here 5.17, cannot read from the folder of a DeepSeek-V3 model: they are refused.
+UNREADABLE = ("vocab.json and merges.txt", "the class in config.json")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_exports_tokenizer_equals_the_sources(bare: tuple[Path, Path], way: str) -> None:
     source, export = bare
     WAYS[way](source)
     tokenizer = load_tokenizer(source)
+    native = json.loads((export / "config.json").read_text())["model_type"] == "deepseek_v3"
+    if native and way in UNREADABLE and Version(transformers.__version__) < Version("5.24"):
+        with pytest.raises(TransmlaError, match="tokenizer"):
+            write_tokenizer(export, source, tokenizer, copy=True, generation=GenerationConfig())
+        return
     write_tokenizer(export, source, tokenizer, copy=True, generation=GenerationConfig(max_length=33))
     check_tokenizers(source, export)
     assert GenerationConfig.from_pretrained(export).max_length == 33
