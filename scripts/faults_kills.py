@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
+from tqdm import tqdm
 
 from transmla.convert import pipeline
 from transmla.errors import TransmlaError
@@ -142,6 +144,11 @@ def shorten() -> None:
     loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]
     write_export.write_curve = lambda curve, file: file.write_bytes(repr(curve).encode() * 20)
     FITS["fast"] = replace(FITS["fast"], steps=12)
+
+
+# Progress bars share a lock between processes, and a killed process never gives it back. Here each process has its own.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def forked(folder: Path, work: Callable[[], object]) -> int:

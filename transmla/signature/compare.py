@@ -12,10 +12,10 @@ from transmla.signature.layers import LayerProjections
 from transmla.signature.probe import Projections
 from transmla.signature.sign import CONTENTS, Measured
 
-# Largest deviation of a projection in float32, as a fraction of its size. Other devices and numbers of threads sum in
-# another order: on SmolLM2-135M, float32 differs from float64 by at most 2.6e-6, and any head's rows of any projection
-# times 1.02 give 1.7e-3 or more.
-TOLERANCE = 3e-5
+# Largest deviation of a projection, as a fraction of its size. Devices without float64 sum in float32, which differs
+# from float64 by up to 2.8e-6 on SmolLM2-135M and 3.2e-5 on Qwen2.5-Coder-0.5B. Any head's rows of any projection times
+# 1.02 give 1.7e-3 or more on SmolLM2-135M.
+TOLERANCE = 1e-4
 # Relative difference of two floats in a config that counts as equal: tables of frequencies are computed in float32.
 CLOSE = 1e-6
 # Differences that a check lists.

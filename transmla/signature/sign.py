@@ -44,7 +44,7 @@ def measure_export(folder: Path, family: str, device: torch.device | str, report
     Args:
         folder: folder of the export.
         family: name of the source's family.
-        device: the device that runs the layers, in float32.
+        device: the device that runs the layers, in float64 if it can.
         reporter: receives the progress, in layers; None: no reports.
     """
     named: Family = lookup("transmla.families", "FAMILY", family, kind="model family")
@@ -55,7 +55,7 @@ def measure_export(folder: Path, family: str, device: torch.device | str, report
 def measure_source(
     source: Source, device: torch.device | str, reporter: Reporter | None = None
 ) -> list[LayerProjections]:
-    """Run a source one layer at a time on the same inputs, in float32; ``reporter`` receives the progress."""
+    """Run a source one layer at a time on the same inputs; ``reporter`` receives the progress."""
     run = LayerByLayer(source.model, source.checkpoint, source.family, device)
     return _reported("signing the source", run, reporter)
 
@@ -84,7 +84,7 @@ def sign(
     Args:
         folder: folder of the export.
         family: name of the source's family.
-        device: the device that runs the layers, in float32.
+        device: the device that runs the layers, in float64 if it can.
         source: the source, to sign it too.
         before: signature before a healing. A healing changes weights only, so all else is taken from there.
         healings: number of healings of the export.

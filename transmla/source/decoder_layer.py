@@ -103,8 +103,8 @@ def _mismatch(index: int, reason: str) -> TransmlaError:
 
 
 @torch.no_grad()
-def embedded(model: Any, tokens: Tensor, embedding: Tensor) -> Tensor:
-    """Return the input of the first decoder layer [N, T, D] for token ids [N, T], in float32.
+def embedded(model: Any, tokens: Tensor, embedding: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the input of the first decoder layer [N, T, D] for token ids [N, T], in ``dtype``.
 
     The family's code runs up to the first layer, so that its multipliers and norms of the embedding apply.
 
@@ -112,6 +112,7 @@ def embedded(model: Any, tokens: Tensor, embedding: Tensor) -> Tensor:
         model: the source's causal LM without weights.
         tokens: token ids [N, T].
         embedding: the source's embedding [V, D].
+        dtype: precision of the computation.
     """
     words, tokens = tokens.unique(return_inverse=True)
     trunk = copy.copy(model.model)
@@ -119,7 +120,7 @@ def embedded(model: Any, tokens: Tensor, embedding: Tensor) -> Tensor:
     trunk.embed_tokens = copy.deepcopy(model.model.embed_tokens)
     # The embedding is cut to the tokens in use, so the padding token's index may be out of range.
     trunk.embed_tokens.padding_idx = None
-    trunk.embed_tokens.weight = nn.Parameter(embedding[words].float(), requires_grad=False)
+    trunk.embed_tokens.weight = nn.Parameter(embedding[words].to(dtype), requires_grad=False)
     first = copy.deepcopy(model.model.layers[0])
     first.register_forward_pre_hook(_capture_input)
     trunk.layers = nn.ModuleList([first])
