@@ -79,9 +79,8 @@ def test_layers_run_one_by_one_are_the_whole_model(exports: dict[str, Path], fam
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         logits = model(tokens(model.config.vocab_size)).logits
-    assert measure_export(folder, family, "cpu").rest.logits.values == pytest.approx(
-        project(logits[0]).values, rel=1e-6
-    )
+    found = measure_export(folder, family, "cpu").rest.logits
+    assert max(found.deviations(project(logits[0]).values)) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
