@@ -40,6 +40,9 @@ def test_a_latent_layer_behaves_as_a_dynamic_layer(length: int, change: str) -> 
     ours, theirs = grown(length, LatentLayer()), grown(length, DynamicLayer())
     for layer in (ours, theirs):
         CHANGES[change](layer)
+    if change == "reset":
+        # The layers of transformers 5.17 keep their length.
+        theirs = DynamicLayer()
     assert ours.get_seq_length() == theirs.get_seq_length()
     batch = 3 if change == "reset" else theirs.keys.shape[0]
     more = torch.randn(batch, 1, 2, 4), torch.randn(batch, 1, 2, 2)
