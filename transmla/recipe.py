@@ -68,7 +68,7 @@ class Calibration(Strict):
         None,
         ge=2,
         json_schema_extra=TEXT,
-        description="tokens per calibration sequence (default: 8192 on a GPU, 512 on a CPU)",
+        description="tokens per calibration sequence (default: 8192 on a GPU with the memory, 512 on a CPU)",
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.interrupted import Killed, KilledAtLayer, files
+from helpers.tiny_sources import build_model
 
 from transmla.convert.pipeline import convert
-from transmla.convert.prepare import AMOUNTS, prepare, summarise
+from transmla.convert.prepare import default_amounts, prepare, summarise
 from transmla.errors import TransmlaError
 from transmla.recipe import Recipe, parse_recipe, read_recipe
+from transmla.source.describe import describe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -146,18 +149,20 @@ def test_the_default_amount_fits_the_context(make_source: Callable[..., Path], t
         assert (recipe.calibration.sequences, recipe.calibration.length) == (sequences, length)
 
 
-def test_a_softcap_shortens_the_default_sequences(
-    make_source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_softcap_shortens_the_default_sequences() -> None:
     """A softcap needs all scores of a sequence in memory."""
-    monkeypatch.setitem(AMOUNTS, "cpu", (64, 8192))
     for softcap, sequences, length in ((None, 64, 8192), (50.0, 128, 4096)):
-        folder = make_source(
-            "gemma2", name=f"gemma2-{softcap}", attn_logit_softcapping=softcap, max_position_embeddings=16384
-        )
-        values = {"source": str(folder), "output": str(tmp_path / "out"), "device": "cpu"}
-        calibration = prepare(parse_recipe(values, "test")).recipe.calibration
-        assert (calibration.sequences, calibration.length) == (sequences, length)
+        config = build_model("gemma2", attn_logit_softcapping=softcap, max_position_embeddings=16384).config
+        assert default_amounts(describe(config), 80 * 10**9) == (sequences, length)
+
+
+@pytest.mark.parametrize(("gigabytes", "amounts"), [(141, (64, 8192)), (80, (64, 8192)), (24, (64, 2048))])
+def test_a_gpu_with_little_memory_gets_shorter_sequences(gigabytes: int, amounts: tuple[int, int]) -> None:
+    """The widths of Llama-3-8B."""
+    tiny = describe(build_model(max_position_embeddings=8192).config)
+    wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    spec = replace(tiny, **wide, head_dim=128, layer_parameters=3 * 4096 * 14336)
+    assert default_amounts(spec, gigabytes * 10**9) == amounts
 
 
 def test_the_plan_counts_the_memory_of_sampling(source: Path, make_recipe: MakeRecipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transmla.convert.calibration_text import longest_sequence
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan import estimate
-from transmla.plan.fit_settings import FitSettings, choose_fit, fit_settings
+from transmla.plan.fit_settings import FITS, FitSettings, choose_fit, fit_settings
 from transmla.plan.make_plan import AUTO as AUTO_FORMAT
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe
@@ -50,6 +50,8 @@ class Prepared:
 AMOUNTS = {"cuda": (64, 8192), "cpu": (64, 512)}
 # Most tokens per sequence of sources with a softcap, whose fit holds all scores of a sequence.
 SOFTCAP_LENGTH = 4096
+# Share of a GPU's memory that the fit may need by its estimate, and the tokens per sequence that are not halved for it.
+FIT_SHARE, SHORTEST = 0.8, 1024
 
 
 def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
@@ -76,13 +78,30 @@ def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
 def _with_amounts(recipe: Recipe, spec: AttentionSpec, device: torch.device) -> Recipe:
     """Return the recipe with sequences and length of the calibration text chosen, within the source's context."""
     calibration = recipe.calibration
-    sequences, most = AMOUNTS["cuda" if device.type == "cuda" else "cpu"]
-    limits = [longest_sequence(spec)]
-    if any(kind.softcap is not None for kind in spec.kinds):
-        limits.append(SOFTCAP_LENGTH)
-    length = calibration.length or min(most, *limits)
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    sequences, most = default_amounts(spec, memory)
+    length = calibration.length or most
+    # Shorter sequences than the default's are more.
     chosen = {"sequences": calibration.sequences or max(sequences, sequences * most // length), "length": length}
     return recipe.model_copy(update={"calibration": calibration.model_copy(update=chosen)})
+
+
+def default_amounts(spec: AttentionSpec, memory: int | None) -> tuple[int, int]:
+    """Return the sequences of the calibration text and their tokens, if the recipe does not say.
+
+    Args:
+        spec: the source's attention.
+        memory: the GPU's memory in bytes; None for a CPU.
+    """
+    sequences, most = AMOUNTS["cpu" if memory is None else "cuda"]
+    softcap = any(kind.softcap is not None for kind in spec.kinds)
+    length = min(most, longest_sequence(spec), SOFTCAP_LENGTH if softcap else most)
+    sequences = max(sequences, sequences * most // length)
+    while memory is not None and length >= 2 * SHORTEST:
+        if estimate.fit_bytes(spec, sequences, length, FITS["full"]) <= FIT_SHARE * memory:
+            break
+        length //= 2
+    return sequences, length
 
 
 def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
@@ -104,6 +123,8 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved."""
     plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
     fit = fit_settings(recipe.reconstruct, plan.cache_ratio, experts=source.spec.experts)
+    if fit is not None:
+        fit = replace(fit, tokens=max(fit.tokens, recipe.calibration.length or 0))
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 
 

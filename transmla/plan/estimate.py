@@ -56,11 +56,33 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int 
         # The difference of the source's and the export's hidden states; and for each layer of a window the source's
         # hidden states after the layer, one step's activations, the weights, the gradients and Adam's two moments.
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
-        activations = 4 * fit.tokens * (30 * width + 4 * heads + 6 * spec.intermediate_size)
-        fitting = fit.window * (activations + 4 * 4 * 2 * _maps(spec))
+        fitting = fit.window * (_activations(spec, fit.tokens, heads) + 4 * 4 * 2 * _maps(spec))
         work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * (4 * tokens * width + layer)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
     return BASE_MEMORY + held + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
+
+
+def fit_bytes(spec: AttentionSpec, sequences: int, length: int, fit: FitSettings) -> int:
+    """Return the memory of a fit on a GPU in bytes, for heads a quarter wider than the source's.
+
+    These are the hidden states of the source and their differences from the export's. For each layer of a window there
+    are one step's activations, the weights, the gradients and Adam's two moments.
+
+    Args:
+        spec: the source's attention.
+        sequences: number of calibration sequences.
+        length: tokens per sequence.
+        fit: settings of the fit.
+    """
+    heads = spec.num_attention_heads * spec.head_dim * 7 // 2
+    weights = 4 * (2 * _maps(spec) + spec.layer_parameters) + 4 * 4 * 2 * _maps(spec)
+    layer = _activations(spec, max(fit.tokens, length), heads) + weights
+    return 2 * 4 * sequences * length * spec.hidden_size + fit.window * layer
+
+
+def _activations(spec: AttentionSpec, tokens: int, heads: int) -> int:
+    """Return the bytes of one layer's activations in a step; ``heads`` counts query, key and value channels."""
+    return 4 * tokens * (30 * spec.hidden_size + 4 * heads + 6 * spec.intermediate_size)
 
 
 def _maps(spec: AttentionSpec) -> int:

@@ -17,7 +17,7 @@ class FitSettings:
 
     Attributes:
         steps: number of Adam steps.
-        tokens: tokens in one step, rounded down to whole sequences and limited to the calibration text.
+        tokens: tokens in one step, rounded down to whole sequences, but at least one sequence.
         rate: peak learning rate, in units of each tensor's root mean square; it decays to zero.
         through_mlp: measure the error after the layer's MLP; otherwise after its attention, at half the cost.
         window: number of consecutive layers that are fitted together. Only the first is final after the fit; the
@@ -40,7 +40,7 @@ SMALL_CACHE = 0.4
 # Values of ``--reconstruct`` that fit layers, with their settings.
 FITS = {
     "fast": FitSettings(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": FitSettings(steps=300, tokens=8192, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
+    "full": FitSettings(steps=300, tokens=4096, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
 }
 
 
