@@ -231,11 +231,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the attempts with their provenance to this file")
     parser.add_argument("--commit", help="commit to record, for a copy without git history")
     given = parser.parse_args()
-    fuzz_run.preload()
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        (root / "runs").mkdir()
-        fuzz_run.build_bases(root)
+    with fuzz_run.bases() as root:
         found = list(attempts(root))
     print(table(counts(found)))
     wrong = [attempt for attempt in found if attempt.ran or attempt.outcome in fuzz_run.FAULTS]

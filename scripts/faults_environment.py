@@ -71,13 +71,10 @@ def run_all(root: Path, chosen: Iterator[Case]) -> dict[str, dict[str, int]]:
     return found
 
 
-def build(root: Path) -> None:
-    """Write the sources and exports into ``root``, for all users to read."""
+def open_to_all(root: Path) -> None:
+    """Let all users read the sources and exports, and write into ``runs``."""
     root.chmod(0o755)
-    (root / "runs").mkdir()
     (root / "runs").chmod(0o777)
-    fuzz_run.preload()
-    fuzz_run.build_bases(root)
     subprocess.run(["chmod", "-R", "a+rX", str(root)], check=True)
 
 
@@ -87,9 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the counts with their provenance to this file")
     parser.add_argument("--commit", help="commit to record, for a copy without git history")
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        build(root)
+    with fuzz_run.bases() as root:
+        open_to_all(root)
         found = run_all(root, cases(root))
     found["all"] = {key: sum(row[key] for row in found.values()) for key in ("tried", "passed")}
     print("| environment | tried | as they should |\n|---|---|---|")

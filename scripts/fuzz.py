@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -74,11 +73,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the counts with their provenance to this file")
     parser.add_argument("--commit", help="commit to record, for a copy without git history")
     arguments = parser.parse_args()
-    fuzz_run.preload()
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        (root / "runs").mkdir()
-        fuzz_run.build_bases(root)
+    with fuzz_run.bases() as root:
         tally = Tally(root, arguments.keep)
         faulty = replay(tally)
         draw(tally, arguments.only or list(INPUTS), arguments.cases, arguments.seed)

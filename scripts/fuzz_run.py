@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def build_bases(root: Path) -> None:
     assert forked(["heal", *arguments, *HEAL], root)[0] == "accepted", "healed"
     (root / "gguf").mkdir()
     write_gguf(root / "gguf")
+
+
+@contextmanager
+def bases() -> Iterator[Path]:
+    """Give a temporary folder with what ``build_bases`` writes, and an empty folder ``runs``."""
+    preload()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "runs").mkdir()
+        build_bases(root)
+        yield root
 
 
 def command(verb: str, folder: Path, root: Path) -> list[str]:

@@ -62,7 +62,7 @@ class Calibration(Strict):
     sequences: PositiveInt | None = Field(
         None,
         json_schema_extra=TEXT,
-        description="number of calibration sequences (default: 64; on a GPU more of shorter ones)",
+        description="number of calibration sequences (default: 64, and more of shorter ones)",
     )
     length: int | None = Field(
         None,

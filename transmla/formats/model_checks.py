@@ -97,9 +97,11 @@ def beyond_rounding(model: Any, compare: Callable[[], Check]) -> Check:
     experts = getattr(config, "_experts_implementation", None)
     config._experts_implementation = "eager"  # the others have no float64
     model.double()
-    check = compare()
-    model.float()
-    config._experts_implementation = experts
+    try:
+        check = compare()
+    finally:
+        model.float()
+        config._experts_implementation = experts
     return Check(check.name, check.passed, f"{check.detail} in float64")
 
 

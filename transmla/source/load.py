@@ -14,7 +14,7 @@ from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.config import check_config
 from transmla.guard.folder import check_pickles
-from transmla.modeling.transformers_api import register
+from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
 
 # Files by which transformers recognises a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -139,5 +139,5 @@ def check_runs(model: Any, path: Path) -> None:
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     with boundary(f"the model of '{path}' cannot run", remedy="use the config.json that belongs to its weights"):
-        cache = model(tokens, use_cache=True).past_key_values
-        model(tokens[:, :1], past_key_values=cache, use_cache=True)
+        cache = model(tokens, use_cache=True)[CACHE_ARGUMENT]
+        model(tokens[:, :1], use_cache=True, **{CACHE_ARGUMENT: cache})
