@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transmla.convert.pipeline import convert
 from transmla.export.card import public_recipe
 from transmla.export.hashes import file_sha256
+from transmla.formats.native_layout import INPUT_SCALE
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import Recipe, dump_recipe, parse_recipe, read_recipe
 from transmla.source.checkpoint import Checkpoint, open_checkpoint
@@ -218,7 +219,8 @@ def test_norm_weights_compensate_the_changed_eps(exports: Path) -> None:
     source = open_checkpoint(exports / "cut-source")
     for name in source.shapes:
         if "norm" in name:
-            ratio = tensors.read(name) / source.read(name)
+            scale = INPUT_SCALE if "input_layernorm" in name else 1.0
+            ratio = tensors.read(name) / source.read(name) / scale
             assert float(ratio.max() - ratio.min()) < 1e-6
             assert 0.9 < float(ratio.mean()) < 1
     assert float(tensors.read("model.norm.weight")[0] / source.read("model.norm.weight")[0]) == pytest.approx(
@@ -228,9 +230,16 @@ def test_norm_weights_compensate_the_changed_eps(exports: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_tokenizer_template_and_generation_config_are_the_sources_bytes(exports: Path, name: str) -> None:
-    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-    for file in files:
-        assert (exports / name / file).read_bytes() == (exports / f"{name}-source" / file).read_bytes()
+    source = exports / f"{name}-source"
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (exports / name / file).read_bytes() == (source / file).read_bytes()
+    ours, theirs = (json.loads((path / "tokenizer_config.json").read_text()) for path in (exports / name, source))
+    # The class has the name that transformers 4 knows.
+    assert (ours.pop("tokenizer_class"), theirs.pop("tokenizer_class")) == (
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+    )
+    assert ours == theirs
     assert json.loads((exports / name / "generation_config.json").read_text())["temperature"] == 0.7
 
 

@@ -169,7 +169,7 @@ class LayerConverter:
             norms = current.observations.input_norm, current.observations.output_norm
             record["norm_residual"] = max(norm.residual for norm in norms)
             record |= {
-                "input_norm_correction": norms[0].correction,
+                "input_norm_correction": norms[0].correction * self.format.input_scale,
                 "output_norm_correction": norms[1].correction,
             }
         if fit is not None:
@@ -254,7 +254,7 @@ class LayerConverter:
         corrections = {}
         if self.format.norm_eps is not None:
             corrections = {
-                "input_layernorm.weight": observations.input_norm.correction,
+                "input_layernorm.weight": observations.input_norm.correction * self.format.input_scale,
                 "post_attention_layernorm.weight": observations.output_norm.correction,
             }
         tensors = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transmla.export.source_files import travelling_files
 from transmla.files import write_json
 from transmla.guard.folder import GENERATION
 
+SETTINGS = "tokenizer_config.json"
 # What a tokenizer holds besides its vocabulary and its rules.
 _ATTRIBUTES = (
     *("special_tokens_map", "added_tokens_decoder", "chat_template", "padding_side", "truncation_side"),
@@ -33,6 +35,8 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
             source, which has no such files.
         generation: the source's generation config, as its model would get it.
 
+    The class and the special tokens are named as transformers 4 knows them, where it does.
+
     Raises:
         TransmlaError: if the tokenizer of the export is another one than the source's.
     """
@@ -53,6 +57,8 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
         tokenizer.save_pretrained(folder)
         _record_class(folder, tokenizer)
         loaded = _load(folder)
+    if not difference(loaded, tokenizer):
+        loaded = _name_as_before(folder, loaded)
     if part := difference(loaded, tokenizer):
         raise TransmlaError(
             f"the tokenizer that transformers loads from '{folder}' is not the source's",
@@ -85,8 +91,33 @@ def _load(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def _name_as_before(folder: Path, loaded: Any) -> Any:
+    """Write names into the settings in ``folder`` that transformers 4 knows, if transformers 5 reads the same from them.
+
+    Returns:
+        The tokenizer in ``folder``, which does what ``loaded`` did.
+    """
+    file = folder / SETTINGS
+    settings = read_json_object(file) or {}
+    older = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    if older == settings:
+        return loaded
+    before = file.read_bytes()
+    write_json(file, older)
+    with contextlib.suppress(TransmlaError):
+        again = _load(folder)
+        if not difference(again, loaded):
+            return again
+    file.write_bytes(before)
+    return loaded
+
+
 def _record_class(folder: Path, tokenizer: Any) -> None:
     """Write the tokenizer's class into its settings in ``folder``."""
-    file = folder / "tokenizer_config.json"
+    file = folder / SETTINGS
     settings = read_json_object(file) or {}
     write_json(file, settings | {"tokenizer_class": type(tokenizer).__name__})

@@ -51,6 +51,7 @@ class Format(ABC):
         preference: rank for ``--format auto``, which takes the highest-ranked format that can store the source.
         options: recipe fields that this format supports and other formats may not.
         norm_eps: the eps of every RMSNorm in the export; None if the norms keep the source's eps.
+        input_scale: factor on the weight of each layer's input norm, which the export's projections undo.
         interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
         signed: whether transformers builds the export's model, so that its layers can be run and signed.
         carries_record: whether ``config.json`` may hold the manifest, for when transformers saves the export again.
@@ -61,6 +62,7 @@ class Format(ABC):
     preference: int
     options: frozenset[str] = frozenset()
     norm_eps: float | None = None
+    input_scale: float = 1.0
     interleaved: bool = False
     signed: bool = False
     carries_record: bool = False
@@ -236,8 +238,10 @@ class Format(ABC):
         """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""
         return
 
-    def to_natural(self, attention: nn.Module) -> None:
+    def to_natural(self, attention: nn.Module, input_norm: nn.Module) -> None:
         """Fold extreme scales out of the weights of one ``attention`` module, in place; its output does not change.
+
+        ``input_norm`` is the norm whose output the attention reads.
 
         Healing calls this before training; the default has no scales to fold.
         """

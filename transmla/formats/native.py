@@ -17,7 +17,7 @@ from transmla.core.reference_attention import absorbed_attention
 from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
 from transmla.formats.model_checks import TOLERANCE, Check, observe_layers, relative_difference
-from transmla.formats.native_layout import RMS_NORM_EPS, export_shape, export_tensors, layer_factors
+from transmla.formats.native_layout import INPUT_SCALE, RMS_NORM_EPS, export_shape, export_tensors, layer_factors
 from transmla.formats.native_natural import from_natural, measure, to_natural
 from transmla.formats.native_rotary import choose_slots, native_slots
 from transmla.formats.runtimes import Runtime, native_runtimes
@@ -41,6 +41,7 @@ class NativeFormat(Format):
     carries_record = True
     options = frozenset({"pad_for", "q_lora_rank", "custom_rope"})
     norm_eps = RMS_NORM_EPS
+    input_scale = INPUT_SCALE
     interleaved = True
     signed = True
 
@@ -129,6 +130,7 @@ class NativeFormat(Format):
             "rms_norm_eps": RMS_NORM_EPS,
             "rope_interleave": True,
             "rope_parameters": plan.rope_parameters,
+            **_older_rope(plan.rope_parameters),
             "tie_word_embeddings": False,
             "use_cache": True,
             "v_head_dim": shape.v_head_dim,
@@ -142,7 +144,7 @@ class NativeFormat(Format):
         tensors, scale = export_tensors(factors, plan, inputs)
         on_device = {name: tensor.to(factors.latent.device) for name, tensor in tensors.items()}
         heads = plan.spec.num_attention_heads
-        rounded = layer_factors(on_device, heads, plan.shape, factors.inv_freq, factors.rope_gain)
+        rounded = layer_factors(on_device, heads, plan.shape, factors.inv_freq, factors.rope_gain, INPUT_SCALE)
         record = {"latent_mean_square": scale.mean_square, "latent_max_square": scale.max_square}
         return AttentionExport(tensors, rounded.to(torch.float32), record)
 
@@ -197,13 +199,23 @@ class NativeFormat(Format):
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         measure(attention, watching=watching)
 
-    def to_natural(self, attention: nn.Module) -> None:
-        """Fold the latent norms into the projections, in place (``latent_scale.to_natural``)."""
-        to_natural(attention)
+    def to_natural(self, attention: nn.Module, input_norm: nn.Module) -> None:
+        """Fold the latent norms and the input's scale into the projections (``native_natural.to_natural``)."""
+        to_natural(attention, input_norm)
 
     def from_natural(self, name: str, attention: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Restore the latent norms in ``weights``, in place (``latent_scale.from_natural``)."""
+        """Restore latent norms and scales in ``weights``, in place (``native_natural.from_natural``)."""
         from_natural(name, attention, weights, dtype)
+
+
+def _older_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``rope_parameters`` by the names that transformers 4, mlx-lm and ONNX exporters read.
+
+    Without them, these would load the export with a base of 10,000. transformers 5 reads both, and finds the same.
+    """
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    fields = {"rope_theta": parameters["rope_theta"]}
+    return fields if scaling.get("rope_type", "default") == "default" else fields | {"rope_scaling": scaling}
 
 
 @torch.no_grad()

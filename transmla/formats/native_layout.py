@@ -20,6 +20,12 @@ from transmla.core.rope import halves_to_interleaved
 # eps of every RMSNorm in a native export. transformers hard-codes this value in the latent norms, while other runtimes
 # use the config's rms_norm_eps there. The config must therefore have the same value.
 RMS_NORM_EPS = 1e-6
+# Factor on the weight of every input norm; the projections that read the norm undo it. An identity norm needs tiny
+# latents (``core/norm_identity.py``). With this factor, the inputs are small instead of the rows of
+# ``kv_a_proj_with_mqa``, which int8 and low-rank updates could not represent. A power of two loses no bits.
+INPUT_SCALE = 2.0**-14
+# Projections that read the input norm.
+INPUT_PROJECTIONS = ("q_proj.weight", "q_a_proj.weight", "kv_a_proj_with_mqa.weight")
 
 
 def layer_tensors(
@@ -32,10 +38,10 @@ def layer_tensors(
     """Return the tensors of one ``self_attn`` in DeepSeek-V3's names and layout, rounded to ``dtype``, on the CPU.
 
     A DeepSeek-V3 runtime multiplies scores by (d_n + d_r)^{-1/2}. The ratio of the source's scale to this one is
-    multiplied into the query weights.
+    multiplied into the query weights. The tensors read inputs that were multiplied by INPUT_SCALE.
 
     Args:
-        factors: the layer's factors, padded to ``shape``.
+        factors: the layer's factors, padded to ``shape``, for inputs without that scale.
         shape: the export's widths.
         kv_norm: scale and norm weight of the key/value latent [r].
         q_norm: scale and norm weight of the query latent; None if queries are not compressed.
@@ -43,17 +49,18 @@ def layer_tensors(
     """
     order = halves_to_interleaved(shape.qk_rope_head_dim).to(factors.rope.device)
     query = torch.cat([factors.q_nope, factors.q_pe[:, order]], 1) * (factors.scaling * shape.qk_head_dim**0.5)
+    cached = torch.cat([factors.latent * kv_norm.scale, factors.rope[order]])
     expand = torch.cat([factors.k_up, factors.v_up], 1) * kv_norm.readout
     tensors = {
-        "kv_a_proj_with_mqa.weight": torch.cat([factors.latent * kv_norm.scale, factors.rope[order]]),
+        "kv_a_proj_with_mqa.weight": cached / INPUT_SCALE,
         "kv_a_layernorm.weight": torch.full((shape.kv_lora_rank,), kv_norm.weight),
         "kv_b_proj.weight": expand.flatten(0, 1),
         "o_proj.weight": factors.o.transpose(0, 1).flatten(1),
     }
     if factors.q_latent is None or q_norm is None:
-        tensors["q_proj.weight"] = query.flatten(0, 1)
+        tensors["q_proj.weight"] = query.flatten(0, 1) / INPUT_SCALE
     else:
-        tensors["q_a_proj.weight"] = factors.q_latent * q_norm.scale
+        tensors["q_a_proj.weight"] = factors.q_latent * (q_norm.scale / INPUT_SCALE)
         tensors["q_a_layernorm.weight"] = torch.full((factors.q_latent.shape[0],), q_norm.weight)
         tensors["q_b_proj.weight"] = query.flatten(0, 1) * q_norm.readout
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in sorted(tensors.items())}
@@ -71,7 +78,12 @@ def export_shape(config: Any) -> MLAShape:
 
 
 def layer_factors(
-    tensors: dict[str, Tensor], heads: int, shape: MLAShape, inv_freq: Tensor, rope_gain: float
+    tensors: dict[str, Tensor],
+    heads: int,
+    shape: MLAShape,
+    inv_freq: Tensor,
+    rope_gain: float,
+    input_scale: float = 1.0,
 ) -> LayerFactors:
     """Return the float64 factors of ``self_attn`` tensors; the inverse of ``layer_tensors``.
 
@@ -83,8 +95,12 @@ def layer_factors(
         shape: the export's widths.
         inv_freq: rotary frequencies [d_r/2], in radians per position.
         rope_gain: factor on the rotary part of the scores.
+        input_scale: scale of the inputs of ``tensors``, relative to those of the returned factors.
     """
     t = {name: tensor.double() for name, tensor in tensors.items()}
+    for name in INPUT_PROJECTIONS:
+        if name in t:
+            t[name] = t[name] * input_scale
     rank, d_r, d_n = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
     interleaved = halves_to_interleaved(d_r)
     halves = torch.empty_like(interleaved)

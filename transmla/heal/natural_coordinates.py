@@ -26,8 +26,8 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def to_natural(model: nn.Module, form: Format) -> None:
     """Bring an export (float32) of the format ``form`` into natural coordinates, in place; its output stays."""
-    for _, attention in attentions(model):
-        form.to_natural(attention)
+    for name, attention in attentions(model):
+        form.to_natural(attention, model.get_submodule(name.rpartition(".")[0]).input_layernorm)
         balance(attention, interleaved=form.interleaved)
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 
-# Smallest float16 number with full precision, 6.1e-5. The latents of an identity norm are below 1e-5
-# (core/norm_identity.py), and so are the weights that make them.
-SMALLEST = torch.finfo(torch.float16).tiny
-# Projections whose first rows make a latent, and the norm of that latent.
-_LATENTS = (("kv_a_proj_with_mqa", "kv_a_layernorm"), ("q_a_proj", "q_a_layernorm"))
+# Ratio of latent rows to rotary rows below which the latent's norm is an identity. Rows of an identity norm are smaller
+# by its scale, 2^-13 or less (core/norm_identity.py); rows of an ordinary norm are about as large as rotary rows.
+SMALL = 2.0**-10
+# The projection whose first rows make the latent, and whose other rows make the rotary key; and the latent's norm.
+PROJECTION, NORM = "kv_a_proj_with_mqa", "kv_a_layernorm"
 
 
 def refuse_underflow(layer: Any, dtype: torch.dtype | None = None) -> None:
@@ -28,21 +28,20 @@ def refuse_underflow(layer: Any, dtype: torch.dtype | None = None) -> None:
     Raises:
         TransmlaError: if ``dtype`` is float16 and a norm is an identity, whose latents are too small for it.
     """
-    for projection, norm in _LATENTS:
-        rows = getattr(getattr(getattr(layer, norm, None), "weight", None), "shape", (0,))[0]
-        weight = getattr(getattr(layer, projection, None), "weight", None)
-        if not rows or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-            continue
-        if (dtype or weight.dtype) != torch.float16:
-            continue
-        size = weight[:rows].detach().float().square().mean().sqrt()
-        if size < SMALLEST:
-            raise TransmlaError(
-                f"this export cannot compute in float16: a latent of layer {layer.layer_idx} underflows in float16",
-                limit="its norm is an identity on latents near 1e-6, and float16 loses precision below 6e-5",
-                remedy="use bfloat16 or float32, for the weights (dtype=…) and under autocast, or convert with "
-                "--format transmla, which has no such norm",
-            )
+    rank = getattr(getattr(getattr(layer, NORM, None), "weight", None), "shape", (0,))[0]
+    weight = getattr(getattr(layer, PROJECTION, None), "weight", None)
+    if not rank or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        return
+    if (dtype or weight.dtype) != torch.float16:
+        return
+    latent, rotary = (part.detach().double().square().mean() for part in (weight[:rank], weight[rank:]))
+    if latent < SMALL**2 * rotary:
+        raise TransmlaError(
+            f"this export cannot compute in float16: a latent of layer {layer.layer_idx} underflows in float16",
+            limit="its norm is an identity on latents near 1e-6, and float16 loses precision below 6e-5",
+            remedy="use bfloat16 or float32, for the weights (dtype=…) and under autocast, or convert with "
+            "--format transmla, which has no such norm",
+        )
 
 
 def precision(layer: Any) -> torch.dtype | None:
@@ -50,7 +49,7 @@ def precision(layer: Any) -> torch.dtype | None:
 
     The result is None if the weights cannot be read, such as some quantised ones.
     """
-    weight = getattr(getattr(layer, _LATENTS[0][0], None), "weight", None)
+    weight = getattr(getattr(layer, PROJECTION, None), "weight", None)
     if not isinstance(weight, Tensor):
         return None
     device = weight.device.type
