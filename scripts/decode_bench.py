@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 
 from transmla.evaluate.bench import measure, prefill_seconds
 from transmla.formats.base import format_named
-from transmla.modeling.transformers_api import register
+from transmla.modeling.registration import register
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.runtime.load import accelerate

@@ -22,6 +22,7 @@ them is one plug-in that is found by its presence.
     evaluate/     perplexity and KL, tasks, retrieval, verification, speed
     workflow.py   one run from a source to a healed export
     cli/          the command line
+    autoload.py   registers the transmla format as soon as transformers is imported
     shares.py     NAME:WEIGHT entries of a mixture of texts
     files.py      write files that are whole or absent
     errors.py     the one error a user reads: what is wrong, the limit, the remedy
@@ -38,7 +39,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transmla.modeling.transformers_api import register
+    from transmla.modeling.registration import register
     from transmla.runtime.load import accelerate, load
     from transmla.runtime.shared_prefix import shared_prefix
 
@@ -46,7 +47,7 @@ __all__ = ["accelerate", "load", "register", "shared_prefix"]
 _PUBLIC = {
     "accelerate": "transmla.runtime.load",
     "load": "transmla.runtime.load",
-    "register": "transmla.modeling.transformers_api",
+    "register": "transmla.modeling.registration",
     "shared_prefix": "transmla.runtime.shared_prefix",
 }
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from transmla.convert.pipeline import convert
 from transmla.evaluate.verify import verify
 from transmla.export.hashes import file_sha256
 from transmla.export.manifest import Manifest
-from transmla.modeling.transformers_api import register
+from transmla.modeling.registration import register
 from transmla.signature.compare import TOLERANCE, compare_layers, differences
 from transmla.signature.layers import LayerProjections
 from transmla.signature.probe import Projections, project, tokens

@@ -22,7 +22,7 @@ from transmla.export.hashes import EVALUATION
 from transmla.export.manifest import Manifest, versions
 from transmla.files import json_text, write_text
 from transmla.formats.base import format_named
-from transmla.modeling.transformers_api import register
+from transmla.modeling.registration import register
 from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
 from transmla.runtime.load import accelerate

@@ -22,7 +22,8 @@ from transmla.export.manifest import Manifest
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, beyond_rounding, compare_decoding
 from transmla.guard.config import check_config
-from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
+from transmla.modeling.registration import register
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.signature.compare import compare_contents, compare_layers, compare_logits
 from transmla.signature.probe import project, tokens
 from transmla.signature.sign import Measured, contents, measure_export

@@ -84,7 +84,7 @@ def _load(folder: Path) -> Any:
     """Load the tokenizer of an export."""
     from transformers import AutoTokenizer
 
-    from transmla.modeling.transformers_api import register
+    from transmla.modeling.registration import register
 
     register()
     with boundary(f"cannot load the tokenizer in '{folder}'", remedy="correct the files of the source's tokenizer"):

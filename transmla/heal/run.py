@@ -28,7 +28,7 @@ from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
 from transmla.heal.resume import FILE, State, Store, run_key, summary
 from transmla.heal.settings import Healing
 from transmla.heal.write_export import write_export
-from transmla.modeling.transformers_api import register
+from transmla.modeling.registration import register
 from transmla.reporter import Reporter, Silent
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_model, load_tokenizer

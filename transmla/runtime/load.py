@@ -43,7 +43,7 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
     """
     from transformers import AutoModelForCausalLM
 
-    from transmla.modeling.transformers_api import register
+    from transmla.modeling.registration import register
 
     register()
     # Without these, transformers would ask whether to run the checkpoint's code, and would open pickled weights.

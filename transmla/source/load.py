@@ -14,7 +14,8 @@ from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.config import check_config
 from transmla.guard.folder import check_pickles
-from transmla.modeling.transformers_api import CACHE_ARGUMENT, register
+from transmla.modeling.registration import register
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
 
 # Files by which transformers recognises a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
