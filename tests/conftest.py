@@ -17,8 +17,10 @@ from huggingface_hub import cached_assets_path
 if not torch.cuda.is_available():  # Triton reads this variable when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+from helpers.command_line import Run
 from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
 
+from transmla import cli
 from transmla.heal.settings import Healing
 from transmla.plan.fit_settings import FITS
 from transmla.recipe import Recipe, parse_recipe
@@ -141,3 +143,17 @@ def make_healing(pair: tuple[Path, Path], text_file: Path, tmp_path: Path) -> Ca
         return Healing(**{**named, "data": (str(text_file),), **SMALL_HEALING, **changes})
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("plan", "source", …)`` → (exit code, stdout, stderr), in this process."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["transmla", *argv])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call

@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests: tiny sources in a working directory, and calls in this process."""
+"""Fixtures of the command line's tests: tiny sources in a working directory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.command_line import Run
 from helpers.tiny_sources import build_model, build_tokenizer
-
-from transmla import cli
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +32,3 @@ def place(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("plan", "source", …)`` → (exit code, stdout, stderr), in this process."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["transmla", *argv])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return call

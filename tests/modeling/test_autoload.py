@@ -45,7 +45,9 @@ def test_starting_python_imports_no_library() -> None:
 
 
 def test_importing_a_config_class_imports_no_model() -> None:
-    code = "import sys; from transformers import AutoConfig; print('transmla.modeling.modeling_transmla' in sys.modules)"
+    code = (
+        "import sys; from transformers import AutoConfig; print('transmla.modeling.modeling_transmla' in sys.modules)"
+    )
     assert python(code) == "False"
 
 
@@ -67,7 +69,9 @@ def test_an_export_loads(export: Path, code: str) -> None:
 
 
 def test_it_registers_where_transformers_was_imported_first(export: Path) -> None:
-    code = "import sys, transformers as t; t.AutoConfig; import importlib, transmla.autoload as a; importlib.reload(a)\n"
+    code = (
+        "import sys, transformers as t; t.AutoConfig; import importlib, transmla.autoload as a; importlib.reload(a)\n"
+    )
     code += "print(t.AutoConfig.from_pretrained(sys.argv[1]).source_model_type)"
     ended = subprocess.run(
         [sys.executable, "-c", code, str(export)], capture_output=True, text=True, cwd=ROOT, check=True

@@ -15,6 +15,7 @@ from transmla.cli.convert_verbs import convert, families, inspect, plan
 from transmla.cli.evaluate_verb import evaluate
 from transmla.cli.export_verbs import bench, heal, push, verify
 from transmla.cli.options import Command
+from transmla.cli.serve_verbs import chat, serve
 from transmla.cli.streams import Tolerant, abandon_output, flush_output, prepare_streams
 from transmla.errors import TransmlaError
 
@@ -27,6 +28,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "heal": heal,
     "bench": bench,
+    "chat": chat,
+    "serve": serve,
     "push": push,
 }
 # What a shell reports for Ctrl-C, and what typer turns it into; and for a command whose reader has left.
@@ -53,7 +56,8 @@ def build() -> typer.Typer:
         """Convert pretrained models to Multi-head Latent Attention: a small KV cache, fast decoding."""
 
     for name, function in VERBS.items():
-        app.command(name, cls=Command)(function)
+        context = {"allow_extra_args": True} if function is serve else None
+        app.command(name, cls=Command, context_settings=context)(function)
     return app
 
 

@@ -92,7 +92,7 @@ def _load(folder: Path) -> Any:
 
 
 def _name_as_before(folder: Path, loaded: Any) -> Any:
-    """Write names into the settings in ``folder`` that transformers 4 knows, if transformers 5 reads the same from them.
+    """Write names that transformers 4 knows into the settings in ``folder``, if transformers 5 reads the same.
 
     Returns:
         The tokenizer in ``folder``, which does what ``loaded`` did.

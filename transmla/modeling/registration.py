@@ -1,7 +1,7 @@
 """Registration of the transmla format with transformers' Auto classes.
 
-Once registered, exports load without ``trust_remote_code``. An installed transmla registers when transformers is imported
-(``transmla.autoload``).
+Once registered, exports load without ``trust_remote_code``. An installed transmla registers when transformers is
+imported (``transmla.autoload``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,83 @@
+"""`transmla chat`: answers stream word by word, a conversation is remembered, and the cache is counted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.command_line import Run
+
+import transmla
+from transmla.serve.chat import Answer, Sampling, answer, converse, encode
+from transmla.source.load import load_tokenizer
+
+GREEDY = Sampling(max_new_tokens=6, temperature=0)
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+
+
+@pytest.fixture
+def opened(pair: tuple[Path, Path]) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer(pair[1])
+    tokenizer.chat_template = TEMPLATE
+    return transmla.load(pair[1]), tokenizer
+
+
+def test_an_answer_is_what_generate_returns(opened: tuple[Any, Any]) -> None:
+    model, tokenizer = opened
+    messages = [{"role": "user", "content": "the cat sat on the mat"}]
+    pieces: list[str] = []
+    given = answer(model, tokenizer, messages, GREEDY, pieces.append)
+    ids = encode(tokenizer, messages)
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert given.text == "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert given.prompt_tokens == ids.shape[1]
+    assert given.new_tokens == len(tokens)
+    rows = given.prompt_tokens + given.new_tokens - 1
+    config = model.config
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    assert given.cache_bytes == rows * config.num_hidden_layers * values * model.dtype.itemsize
+
+
+def test_a_conversation_is_remembered(opened: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[dict[str, str]]] = []
+
+    def listen(model: Any, tokenizer: Any, messages: list[dict[str, str]], *rest: Any) -> Answer:
+        seen.append([dict(message) for message in messages])
+        return Answer(f"answer {len(seen)}", 1, 2, 0.1, 0.5, 10)
+
+    monkeypatch.setattr("transmla.serve.chat.answer", listen)
+    given = list(converse(*opened, iter(["one", "two"]), GREEDY, print, system="short"))
+    assert [message["content"] for message in seen[1]] == ["short", "one", "answer 1", "two"]
+    assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
+    assert given[0].tokens_per_second == 2.0
+
+
+def test_without_a_template_the_model_continues(pair: tuple[Path, Path]) -> None:
+    tokenizer = load_tokenizer(pair[1])
+    tokenizer.chat_template = None
+    messages = [{"role": "user", "content": "a b"}, {"role": "user", "content": "the cat"}]
+    assert torch.equal(encode(tokenizer, messages), tokenizer("the cat", return_tensors="pt")["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["out", "source"])
+def test_the_command_prints_speed_and_cache(
+    run: Run, converted: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat sat"))
+    code, out, _ = run("chat", str(converted / name), "--max-new-tokens", "5", "--temperature", "0")
+    assert code == 0
+    line = out.splitlines()[-1]
+    assert line.startswith("[")
+    assert "tokens/s" in line
+    assert ("the source's would be" in line) == (name == "out")
+
+
+def test_a_message_and_a_backend_are_options(run: Run, converted: Path) -> None:
+    given = ("--prompt", "the cat", "--max-new-tokens", "3", "--backend")
+    assert run("chat", str(converted / "out"), *given, "torch")[0] == 0
+    code, _, error = run("chat", str(converted / "out"), *given, "nothing")
+    assert code == 2
+    assert "nothing" in error

@@ -1,0 +1,1 @@
+"""Use an export: chat in a terminal, and servers."""

@@ -1,0 +1,84 @@
+"""Start an OpenAI-compatible server for a model: an installed vLLM, or else transformers' own server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transmla.boundary import read_json_object
+from transmla.errors import TransmlaError
+
+VLLM, TRANSFORMERS = "vllm", "transformers"
+# Modules that transformers' server needs, of the extra ``transformers[serving]``.
+SERVING = ("fastapi", "uvicorn", "openai")
+INSTALL = {VLLM: "pip install vllm", TRANSFORMERS: 'pip install "transformers[serving]"'}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that can be started.
+
+    Attributes:
+        name: ``vllm`` or ``transformers``.
+        command: the command and its arguments.
+        reason: why it is this server, for the user; empty if there is nothing to say.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    reason: str
+
+
+def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Sequence[str]) -> Server:
+    """Choose the server for the model in ``folder``, before any weight is read.
+
+    Args:
+        folder: an export, or another checkpoint folder.
+        runtime: ``auto``, ``vllm`` or ``transformers``. ``auto`` means vLLM where it is installed and serves the model.
+        host, port: the address to listen on.
+        extra: further arguments of the server.
+
+    Raises:
+        TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model.
+    """
+    if runtime not in ("auto", VLLM, TRANSFORMERS):
+        raise TransmlaError(f"unknown runtime '{runtime}'", limit="auto, vllm or transformers", remedy="choose one")
+    config = read_json_object(folder / "config.json")
+    if config is None:
+        raise TransmlaError(f"'{folder}' has no config.json", remedy="give the folder of an export")
+    problem, reason = vllm_problem(config), ""
+    if runtime == VLLM and problem is not None:
+        raise TransmlaError(f"vLLM does not serve this export: {problem}", remedy="leave --runtime out")
+    if runtime == "auto":
+        if problem is None and find_spec(VLLM):
+            runtime = VLLM
+        else:
+            runtime = TRANSFORMERS
+            reason = f"vLLM does not serve it: {problem}" if problem else "vLLM is not installed"
+    missing = [name for name in ((VLLM,) if runtime == VLLM else SERVING) if find_spec(name) is None]
+    if missing:
+        raise TransmlaError(
+            f"{runtime} cannot serve here",
+            limit=f"{missing[0]} is not installed",
+            remedy=INSTALL[runtime] if runtime == VLLM else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
+        )
+    return Server(runtime, (*_command(runtime, folder, host, port), *extra), reason)
+
+
+def vllm_problem(config: dict[str, Any]) -> str | None:
+    """Return why vLLM does not serve a model with this ``config.json``; None if it does, or if it is no export."""
+    return None
+
+
+def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...]:
+    """Return the command that starts the server."""
+    address = ("--host", host, "--port", str(port))
+    if runtime == VLLM:
+        return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *address)
+    # transmla registers its format even where its start-up file is not installed.
+    start = "import transmla.autoload; from transformers.cli.transformers import main; main()"
+    return (sys.executable, "-c", start, "serve", str(folder), *address)
