@@ -27,7 +27,8 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def to_natural(model: nn.Module, form: Format) -> None:
     """Bring an export (float32) of the format ``form`` into natural coordinates, in place; its output stays."""
     for name, attention in attentions(model):
-        form.to_natural(attention, model.get_submodule(name.rpartition(".")[0]).input_layernorm)
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
+        form.to_natural(attention, layer.input_layernorm)
         balance(attention, interleaved=form.interleaved)
 
 
