@@ -125,11 +125,10 @@ def _problem(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError |
 
 def _feature(config: Mapping[str, Any], family: str) -> str | None:
     """Name a feature of the export's attention that vLLM's MLA lacks; None if there is none."""
-    mla, types = config["mla"], config.get("layer_types")
-    slides = types is None or "sliding_attention" in types
+    mla = config["mla"]
     features = {
         "layers that kept the source's attention": None in mla["layers"],
-        "sliding windows": config.get("sliding_window") is not None and slides,
+        "sliding windows": _slides(config),
         "soft-capped scores": config.get("attn_logit_softcapping") is not None,
         "attention sinks": family in WITH_SINKS,
         "latent norms": any(kind.get("latent_norm") for kind in mla["kinds"]),
@@ -139,3 +138,10 @@ def _feature(config: Mapping[str, Any], family: str) -> str | None:
         "quantised weights": config.get("quantization_config") is not None,
     }
     return next((name for name, has in features.items() if has), None)
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Return whether a sliding window is shorter than the longest text in some layer."""
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    slides = types is None or "sliding_attention" in types
+    return slides and window is not None and window < config.get("max_position_embeddings", 0)

@@ -81,6 +81,8 @@ def served_config(config: Mapping[str, Any], *, cpu: bool, **kwargs: Any) -> Any
     served.kv_lora_rank, served.qk_rope_head_dim = widths.latent, widths.rotary
     served.qk_nope_head_dim, served.v_head_dim = widths.nope, widths.value
     served.q_lora_rank = None
+    # ``refuses`` accepts only windows that no text exceeds.
+    served.sliding_window = None
     served.architectures = [architecture(family)]
     served.model_type = MLA_MODEL_TYPE
     return made
