@@ -17,9 +17,9 @@ import torch
 from helpers.uncut_exports import make_source, uncut
 from torch import Tensor
 
+from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
 from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.modeling.modeling_transmla import model_class
-from transmla.serve.limits import SERVED, Widths, refuses, served_widths
 from transmla.serve.self_check import disagreement, signed_logits
 from transmla.serve.vllm_plugin import (
     CHECKED_WORKER,

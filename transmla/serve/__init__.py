@@ -1,11 +1,10 @@
 """Serve exports in other runtimes, one set of files a runtime.
 
-- ``limits``: what the vLLM plugin serves and refuses, read from ``config.json`` alone.
 - ``widen``: pad tensors with zeros to the widths of vLLM's kernels.
 - ``vllm_plugin``: registration in vLLM (entry point ``vllm.general_plugins``), and the config that vLLM reads.
 - ``vllm_model``: vLLM's own model classes with latent attention inside.
 - ``vllm_worker``: vLLM's worker, which compares the loaded model with the export's signature before it serves.
 - ``self_check``: the comparison.
 
-Only ``vllm_model`` and ``vllm_worker`` import vLLM, and vLLM alone imports these two.
+``formats.vllm_limits`` says what the vLLM plugin serves. Only ``vllm_model`` and ``vllm_worker`` import vLLM, and vLLM alone imports these two.
 """

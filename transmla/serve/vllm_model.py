@@ -20,7 +20,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 
-from transmla.serve.limits import SERVED, Widths
+from transmla.formats.vllm_limits import SERVED, Widths
 from transmla.serve.vllm_plugin import architecture, widths_of
 from transmla.serve.widen import rotary_table, rotate, widened
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transmla.serve.limits import SERVED, Widths, refuses, served_widths
+from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
 
 MODEL_TYPE = "transmla"
 # A ``model_type`` for which vLLM caches one latent row a token.

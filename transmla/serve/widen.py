@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.serve.limits import Widths
+from transmla.formats.vllm_limits import Widths
 
 # Names in vLLM for the projections of queries, keys and values. vLLM would fuse tensors that keep the family's names.
 RENAMED = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}

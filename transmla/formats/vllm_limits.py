@@ -46,6 +46,11 @@ class Widths:
     nope: int
     value: int
 
+    @property
+    def cached(self) -> int:
+        """Number of values that one layer caches for a token."""
+        return self.latent + self.rotary
+
     @classmethod
     def of(cls, kind: Mapping[str, Any]) -> Widths:
         """Read the widths of an entry of the config's ``mla["kinds"]``."""
