@@ -20,7 +20,7 @@ from torch import Tensor
 from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
 from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.modeling.modeling_transmla import model_class
-from transmla.serve.self_check import disagreement, signed_logits
+from transmla.serve.self_check import compare_served, refusal, signed_logits
 from transmla.serve.vllm_plugin import (
     CHECKED_WORKER,
     OPTION,
@@ -264,16 +264,20 @@ def test_other_logits_are_refused_with_a_reason() -> None:
     decoded = torch.randn(32, 100, generator=torch.Generator().manual_seed(0))
     signed = project(decoded).rounded()
 
-    def compare(now: Tensor, prefilled: Tensor, dtype: torch.dtype = torch.float32) -> str:
-        return disagreement(now, prefilled, signed, dtype) or ""
+    def passes(now: Tensor, prefilled: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+        return compare_served(now, prefilled, signed, dtype).passed
 
-    assert compare(decoded, decoded[-1]) == ""
-    assert "differ from those signed; deviation" in compare(decoded.roll(1, 0), decoded[-2])
-    assert "prefill differ from those of decoding" in compare(decoded, decoded[0])
-    assert "differ from those signed; deviation" in compare(decoded * float("nan"), decoded[-1])
-    assert "differ" in compare(decoded * 1.02, decoded[-1] * 1.02)
-    assert compare(decoded * 1.02, decoded[-1] * 1.02, torch.bfloat16) == ""
-    assert OPTION in compare(decoded, decoded[0])
+    assert passes(decoded, decoded[-1])
+    assert not passes(decoded.roll(1, 0), decoded[-2])  # decoding
+    assert not passes(decoded, decoded[0])  # prefill
+    assert not passes(decoded * float("nan"), decoded[-1])
+    assert not passes(decoded, decoded[-1] * float("nan"))
+    assert not passes(decoded[1:], decoded[-1])
+    assert not passes(decoded * 1.02, decoded[-1] * 1.02)
+    assert passes(decoded * 1.02, decoded[-1] * 1.02, torch.bfloat16)
+    words = refusal(compare_served(decoded, decoded[0], signed, torch.float32))
+    assert words.startswith("vLLM's logits differ from those that the export records; decoding deviates by ")
+    assert OPTION in words
 
 
 def test_an_unsigned_config_has_no_logits() -> None:

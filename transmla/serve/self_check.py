@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,21 @@ REMEDY = (
 )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Result of the comparison: whether the logits agree, and the deviations in one line."""
+
+    passed: bool
+    detail: str
+
+
 def signed_logits(config: Mapping[str, Any]) -> list[float] | None:
     """Return the projections of the logits that an export's ``config.json`` records; None if it is not signed."""
     signature = (config.get(KEY) or {}).get("signature") or {}
     return signature.get("logits")
 
 
-def disagreement(decoded: Tensor, prefilled: Tensor, signed: list[float], dtype: torch.dtype) -> str | None:
+def compare_served(decoded: Tensor, prefilled: Tensor, signed: list[float], dtype: torch.dtype) -> Comparison:
     """Compare the logits for the seeded tokens with the signed ones.
 
     Args:
@@ -35,18 +44,18 @@ def disagreement(decoded: Tensor, prefilled: Tensor, signed: list[float], dtype:
         prefilled: logits [vocabulary] of the last token, read together with all others.
         signed: projections that the signature records.
         dtype: the model's precision.
-
-    Returns:
-        One line that says what differs and what to do; None if the logits agree.
     """
-    tolerance = TOLERANCE.get(dtype, OTHER_TOLERANCE)
-    worst = max(project(decoded).deviations(signed))
+    tolerance, name = TOLERANCE.get(dtype, OTHER_TOLERANCE), str(dtype).removeprefix("torch.")
+    deviations = project(decoded).deviations(signed)
     apart = float((decoded[-1] - prefilled).norm() / decoded[-1].norm())
-    for what, deviation in (
-        ("the model's logits differ from those signed", worst),
-        ("the logits of prefill differ from those of decoding", apart),
-    ):
-        if not deviation <= tolerance:
-            limit = f"deviation {deviation:.1e}, at most {tolerance:.0e} in {str(dtype).removeprefix('torch.')}"
-            return str(TransmlaError(what, limit=limit, remedy=REMEDY))
-    return None
+    return Comparison(
+        all(deviation <= tolerance for deviation in (*deviations, apart)),
+        f"decoding deviates by {max(deviations):.1e} from the signature, and prefill by {apart:.1e} from decoding; at "
+        f"most {tolerance:.0e} in {name}",
+    )
+
+
+def refusal(comparison: Comparison) -> str:
+    """Return why a model whose ``comparison`` failed is not served, and what to do, in one line."""
+    what = "vLLM's logits differ from those that the export records"
+    return str(TransmlaError(what, limit=comparison.detail, remedy=REMEDY))

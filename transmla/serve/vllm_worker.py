@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from transmla.serve.self_check import disagreement, signed_logits
+from transmla.serve.self_check import compare_served, refusal, signed_logits
 from transmla.signature.probe import TOKENS, tokens
 
 if current_platform.is_cpu():
@@ -64,10 +64,10 @@ class CheckedWorker(Worker):
                 model.seen = None
         if not runs[0]:  # another device holds the logits
             return
-        problem = disagreement(torch.cat(runs[0]), runs[1][-1][-1], signed, self.model_config.dtype)
-        if problem is not None:
-            raise ValueError(problem)
-        logger.info("transmla: the model's logits are those signed")
+        found = compare_served(torch.cat(runs[0]), runs[1][-1][-1], signed, self.model_config.dtype)
+        if not found.passed:
+            raise ValueError(refusal(found))
+        logger.info("transmla: the logits are those signed: %s", found.detail)
 
     def _blocks(self) -> tuple[list[int], ...]:
         """Return blocks of the cache for the tokens of the check. Block 0 belongs to vLLM."""
