@@ -3,7 +3,7 @@
 vLLM usually has an environment of its own, so this script has two parts:
 
     python scripts/serve_vllm.py reference reference.json qwen2=exports/qwen native=exports/native
-    python scripts/serve_vllm.py compare reference.json [--modes eager compiled]
+    python scripts/serve_vllm.py compare reference.json [--modes eager compiled]  # compiled models start in minutes
 
 The first part runs in the environment of transmla. The second part runs in vLLM's, where transmla is installed as well,
 and writes results/serve/vllm.json.
@@ -117,12 +117,12 @@ def main() -> None:
         args.file.write_text(json.dumps(entries))
         return
     rows = []
-    for entry in json.loads(args.file.read_text()):
-        if args.only is None or entry["name"] in args.only:
-            for mode in args.modes:
+    for mode in args.modes:
+        for entry in json.loads(args.file.read_text()):
+            if args.only is None or entry["name"] in args.only:
                 rows.append(compare(entry, mode))
                 print(rows[-1], flush=True)
-    write_result(args.output, rows, args.commit)
+                write_result(args.output, rows, args.commit)
 
 
 if __name__ == "__main__":
