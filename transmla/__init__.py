@@ -19,6 +19,7 @@ them is one plug-in that is found by its presence.
     runtime/      transmla.load: the latent cache, attention over it, shared prefixes
     kernels/      SHELF: decode kernels
     heal/         distillation from the source: settings, learning rates, losses, loop
+    serve/        exports in other runtimes: the plugin of vLLM
     evaluate/     perplexity and KL, tasks, retrieval, verification, speed
     workflow.py   one run from a source to a healed export
     cli/          the command line

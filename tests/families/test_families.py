@@ -302,7 +302,6 @@ def test_native_is_chosen_if_it_can_express_the_source() -> None:
             "llama: the native format cannot store attention_bias",
         ),
         ({"format": "native", "layers": "0"}, "cannot store layers that keep the source's attention"),
-        ({"format": "transmla", "pad_for": "vllm"}, "--pad-for needs the native format"),
         ({"format": "transmla", "q_lora_rank": 8}, "--q-lora-rank needs the native format"),
         ({"format": "transmla", "custom_rope": True}, "--custom-rope needs the native format"),
         ({"layers": "1-2"}, "--layers 1-2: '1-2' names no layers; the model has layers 0 to 1"),

@@ -105,7 +105,7 @@ def test_a_new_format_refuses_what_it_cannot_store(
 ) -> None:
     with pytest.raises(TransmlaError, match="the toy format cannot store q/k norms"):
         prepare(make_recipe(make_source("qwen3", name="normed"), format="toy"))
-    with pytest.raises(TransmlaError, match="--pad-for needs the native format"):
+    with pytest.raises(TransmlaError, match="--pad-for needs the native or transmla format"):
         prepare(make_recipe(make_source(name="plain"), format="toy", pad_for="vllm"))
 
 

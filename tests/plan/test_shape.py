@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
+from transmla.errors import TransmlaError
+from transmla.formats.base import format_named
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.source.describe import describe
@@ -40,3 +42,41 @@ def test_a_fitted_export_has_a_narrow_rotary_key(config: Any, ratio: float, fit:
     recipe = parse_recipe({"source": "x", "output": "y", "cache_ratio": ratio, "reconstruct": fit}, "test")
     shape = make_plan(describe(config), recipe, "bfloat16").shape
     assert (shape.qk_rope_head_dim, shape.kv_lora_rank) == widths
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "widths"),
+    [
+        (QWEN_1_5B, {"cache_ratio": 0.7}, (256, 64)),
+        (QWEN_1_5B, {"cache_ratio": 0.5}, (256, 64)),
+        (QWEN_1_5B, {"kv_lora_rank": 200, "qk_rope_head_dim": 32}, (256, 32)),
+        (LLAMA_8B, {"cache_ratio": 0.5}, (512, 64)),
+        (LLAMA_8B, {"cache_ratio": 0.2}, (256, 64)),
+    ],
+)
+def test_padding_for_vllm_chooses_served_widths_without_zeros_in_the_transmla_format(
+    config: Any, changes: dict[str, Any], widths: tuple[int, int]
+) -> None:
+    given = {"source": "x", "output": "y", "format": "transmla", "pad_for": "vllm"}
+    plan = make_plan(describe(config), parse_recipe(given | changes, "test"), "bfloat16")
+    shape = plan.shape
+    assert (shape.kv_lora_rank, shape.qk_rope_head_dim) == widths
+    assert shape.latent_rank == shape.kv_lora_rank
+    assert (shape.qk_nope_head_dim, shape.v_head_dim) == (128, 128)
+    vllm = next(runtime for runtime in format_named("transmla").runtimes(plan) if runtime.name == "vLLM")
+    assert vllm.accepts
+    assert ("padded" in vllm.note) == (widths[1] != 64)
+
+
+def test_a_row_of_vllm_that_saves_nothing_is_refused() -> None:
+    recipe = parse_recipe({"source": "x", "output": "y", "pad_for": "vllm", "format": "transmla"}, "test")
+    with pytest.raises(TransmlaError, match="caches 320 values"):
+        make_plan(describe(QWEN_0_5B), recipe, "bfloat16")
+
+
+def test_plan_names_what_vllm_does_not_serve() -> None:
+    recipe = parse_recipe({"source": "x", "output": "y", "cache_ratio": 0.5, "format": "transmla"}, "test")
+    plan = make_plan(describe(LLAMA_8B), recipe, "bfloat16")
+    vllm = next(runtime for runtime in format_named("transmla").runtimes(plan) if runtime.name == "vLLM")
+    assert not vllm.accepts
+    assert "latent is 960 wide" in vllm.note

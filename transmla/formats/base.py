@@ -54,6 +54,8 @@ class Format(ABC):
         input_scale: factor on the weight of each layer's input norm, which the export's projections undo.
         interleaved: whether the two rows of a rotary frequency are adjacent in the export's tensors.
         signed: whether transformers builds the export's model, so that its layers can be run and signed.
+        padded_by_runtimes: whether runtimes pad the export's tensors to their kernels' widths, so that ``--pad-for``
+            only chooses widths, and the export has no zeros.
         carries_record: whether ``config.json`` may hold the manifest, for when transformers saves the export again.
     """
 
@@ -65,6 +67,7 @@ class Format(ABC):
     input_scale: float = 1.0
     interleaved: bool = False
     signed: bool = False
+    padded_by_runtimes: bool = False
     carries_record: bool = False
 
     # --- before a weight is read

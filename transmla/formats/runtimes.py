@@ -55,10 +55,14 @@ def native_runtimes(plan: Plan) -> list[Runtime]:
     ]
 
 
-def transmla_runtimes() -> list[Runtime]:
-    """List the runtimes for an export that contains its modelling code (the transmla format)."""
-    transformers = Runtime("transformers", True, "latent cache; loads the export's code; fast with transmla.load")
+def transmla_runtimes(vllm: Runtime) -> list[Runtime]:
+    """List the runtimes for an export that contains its modelling code (the transmla format).
+
+    Args:
+        vllm: vLLM's support, which depends on the export.
+    """
     return [
-        transformers,
-        *(Runtime(name, False, "reads native exports only") for name in ("vLLM", "SGLang", "llama.cpp")),
+        Runtime("transformers", True, "latent cache; loads the export's code; fast with transmla.load"),
+        vllm,
+        *(Runtime(name, False, "reads native exports only") for name in ("SGLang", "llama.cpp")),
     ]

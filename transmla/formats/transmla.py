@@ -22,6 +22,7 @@ from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
 from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime, transmla_runtimes
+from transmla.formats.vllm_limits import refuses, served_widths
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
 from transmla.source.attention_view import AttentionView
@@ -33,7 +34,9 @@ class TransmlaFormat(Format):
     name = "transmla"
     summary = "the source family's classes with MLA inside, for sources that the native format cannot store"
     preference = 0
+    options = frozenset({"pad_for"})
     signed = True
+    padded_by_runtimes = True
     carries_record = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:
@@ -51,8 +54,8 @@ class TransmlaFormat(Format):
         return evenly_spread(kind, width), dict(spec.rope_parameters)
 
     def runtimes(self, plan: Plan) -> list[Runtime]:
-        """List the runtimes that read exports with modelling code."""
-        return transmla_runtimes()
+        """List the runtimes that read exports with modelling code; vLLM needs transmla's plugin."""
+        return transmla_runtimes(_vllm(plan))
 
     def target(self, spec: AttentionSpec) -> str:
         """Return the family's name, and that its attention is MLA."""
@@ -66,14 +69,7 @@ class TransmlaFormat(Format):
         if all(plan.spec.kind(i).softcap is None for i in range(plan.spec.num_hidden_layers)):
             # Some families have the field, and ignore it. Latent attention would not.
             source.attn_logit_softcapping = None
-        kinds: list[dict[str, Any]] = []
-        layers: list[int | None] = []
-        for i in range(plan.spec.num_hidden_layers):
-            kind = layer_kind(plan.at(i), plan.spec.kind(i))
-            if i not in plan.kept and kind not in kinds:
-                kinds.append(kind)
-            layers.append(None if i in plan.kept else kinds.index(kind))
-        fields: dict[str, Any] = converted_config(source, {"layers": layers, "kinds": kinds}).to_dict()
+        fields: dict[str, Any] = converted_config(source, all_kinds(plan)).to_dict()
         return fields | {"dtype": plan.dtype}
 
     def attention(
@@ -147,6 +143,41 @@ def evenly_spread(kind: LayerKind, width: int) -> tuple[int, ...]:
         limit="every n-th frequency is kept, or each is repeated n times",
         remedy=f"use an even divisor of {2 * kind.rotary_pairs}, or a multiple",
     )
+
+
+def all_kinds(plan: Plan) -> dict[str, Any]:
+    """Return the config's ``mla``: all kinds of latent attention, and each layer's index; None for a kept layer."""
+    kinds: list[dict[str, Any]] = []
+    layers: list[int | None] = []
+    for i in range(plan.spec.num_hidden_layers):
+        kind = layer_kind(plan.at(i), plan.spec.kind(i))
+        if i not in plan.kept and kind not in kinds:
+            kinds.append(kind)
+        layers.append(None if i in plan.kept else kinds.index(kind))
+    return {"layers": layers, "kinds": kinds}
+
+
+def _vllm(plan: Plan) -> Runtime:
+    """Return vLLM's support for the export of a plan."""
+    spec, shape = plan.spec, plan.shape
+    kinds = [spec.kind(i) for i in range(spec.num_hidden_layers)]
+    # The fields of config.json that decide about this.
+    config = {
+        "source_model_type": spec.family,
+        "num_attention_heads": spec.num_attention_heads,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "sliding_window": min((kind.window for kind in kinds if kind.window is not None), default=None),
+        "attn_logit_softcapping": next((kind.softcap for kind in kinds if kind.softcap is not None), None),
+        "mla": all_kinds(plan),
+    }
+    problem = refuses(config)
+    if problem is not None:
+        return Runtime("vLLM", False, problem)
+    widths = served_widths(config, cpu=False)
+    note = f"latent cache, rows of {widths.latent} + {widths.rotary}, with transmla installed beside it"
+    if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (widths.latent, widths.rotary):
+        note += f"; this shape is padded, its cache is {100 * widths.cached / spec.cache_values:.0f} % of the source's"
+    return Runtime("vLLM", True, note)
 
 
 def layer_kind(plan: Plan, kind: LayerKind) -> dict[str, Any]:

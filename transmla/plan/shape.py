@@ -11,6 +11,8 @@ from transmla.recipe import Recipe
 
 # Share of the source's cache that the export keeps if the recipe gives neither a ratio nor widths.
 DEFAULT_CACHE_RATIO = 0.5
+# Width of the rotary key in vLLM's kernels.
+VLLM_ROTARY = 64
 # A ``kv_lora_rank`` that is chosen from the cache budget is a multiple of this number of channels.
 RANK_MULTIPLE = 16
 # Largest share of a fitted export's cache that the rotary key takes, down to a quarter of a head's rotary channels. A
@@ -62,7 +64,9 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
         )
     budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
     ratio = recipe.cache_ratio or DEFAULT_CACHE_RATIO
-    d_r = recipe.qk_rope_head_dim or (64 if recipe.pad_for else _rotary_width(spec, ratio, budget, form, recipe))
+    d_r = recipe.qk_rope_head_dim or (
+        VLLM_ROTARY if recipe.pad_for else _rotary_width(spec, ratio, budget, form, recipe)
+    )
     rank = recipe.kv_lora_rank or (budget - d_r) // RANK_MULTIPLE * RANK_MULTIPLE
     if rank <= 0:
         raise TransmlaError(
@@ -81,7 +85,11 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
     d_v = recipe.v_head_dim or spec.head_dim
     latent_rank = min(rank, full)
     if recipe.pad_for == "vllm":
-        rank, d_r, d_n, d_v = _vllm_shape(rank, d_r, d_n, d_v, by_budget=recipe.kv_lora_rank is None)
+        by_budget = recipe.kv_lora_rank is None
+        if form.padded_by_runtimes:
+            rank = min(full, _vllm_shape(min(rank, full), max(d_r, VLLM_ROTARY), d_n, d_v, by_budget=by_budget)[0])
+        else:
+            rank, d_r, d_n, d_v = _vllm_shape(rank, d_r, d_n, d_v, by_budget=by_budget)
         latent_rank = min(rank, full)
     else:
         rank = latent_rank

@@ -1,1 +1,13 @@
-"""Use an export: chat in a terminal, and servers."""
+"""Use an export: chat in a terminal, and serve in other runtimes.
+
+- ``chat``: a conversation in a terminal.
+- ``launch``: choose and start an installed server.
+- ``widen``: pad tensors with zeros to the widths of vLLM's kernels.
+- ``vllm_plugin``: registration in vLLM (entry point ``vllm.general_plugins``), and the config that vLLM reads.
+- ``vllm_model``: vLLM's own model classes with latent attention inside.
+- ``vllm_worker``: vLLM's worker, which compares the loaded model with the export's signature before it serves.
+- ``self_check``: the comparison.
+
+``formats.vllm_limits`` says what the vLLM plugin serves. Only ``vllm_model`` and ``vllm_worker`` import vLLM, and vLLM
+alone imports these two.
+"""
