@@ -13,7 +13,7 @@ import pytest
 from helpers.command_line import Run
 
 from transmla.errors import TransmlaError
-from transmla.serve.launch import SERVING, Server, choose_server
+from transmla.serve.launch import SERVING, Server, choose_server, vllm_problem
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_missing_server_is_refused_with_the_command_that_installs_it(
     with pytest.raises(TransmlaError, match=r'pip install "transformers\[serving\]"'):
         choose(converted / "out")
     with pytest.raises(TransmlaError, match="pip install vllm"):
-        choose(converted / "out", "vllm")
+        choose(converted / "source", "vllm")
 
 
 def test_unknown_runtimes_and_folders_are_refused(converted: Path, tmp_path: Path) -> None:
@@ -56,6 +56,35 @@ def test_unknown_runtimes_and_folders_are_refused(converted: Path, tmp_path: Pat
         choose(converted / "out", "tgi")
     with pytest.raises(TransmlaError, match=r"has no config\.json"):
         choose(tmp_path)
+
+
+def test_an_export_that_vllm_does_not_serve_goes_to_transformers(
+    installed: Callable[..., None], converted: Path
+) -> None:
+    installed("vllm", *SERVING)
+    server = choose(converted / "out")
+    assert server.name == "transformers"
+    assert "its latent cache takes" in server.reason
+    with pytest.raises(TransmlaError, match="vLLM does not serve this export: its latent cache takes"):
+        choose(converted / "out", "vllm")
+    # A model that is no export is vLLM's own business.
+    assert choose(converted / "source").name == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"kv_lora_rank": 256}, "takes 512 + 64 on CPUs"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
+        ({"transmla": None, "model_type": "llama"}, None),
+    ],
+)
+def test_what_vllm_serves_of_native_exports(changes: dict[str, Any], problem: str | None) -> None:
+    config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "transmla": {}}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    found = vllm_problem(config | changes, cpu=True)
+    assert found is None if problem is None else problem in str(found)
 
 
 def test_the_command_runs_what_it_prints(

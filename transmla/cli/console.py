@@ -140,7 +140,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     table(
         "who runs it",
         ["runtime", "takes it", "how"],
-        [[r["name"], "yes" if r["accepts"] else "no", r["note"]] for r in summary["runtimes"]],
+        [[r["name"], _takes(r), r["note"]] for r in summary["runtimes"]],
     )
     say(
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
@@ -151,6 +151,13 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         say(summary["healing"])
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
+
+
+def _takes(runtime: dict[str, Any]) -> str:
+    """Return whether a runtime takes an export, in a few words."""
+    if not runtime["accepts"]:
+        return "no"
+    return f"with {runtime['flag']}" if runtime["flag"] else "yes"
 
 
 def show_inspection(inspection: Inspection) -> None:

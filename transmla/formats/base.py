@@ -241,10 +241,10 @@ class Format(ABC):
         """Start or stop measuring in a natural ``attention`` what ``from_natural`` needs. A start clears the past."""
         return
 
-    def to_natural(self, attention: nn.Module, input_norm: nn.Module) -> None:
+    def to_natural(self, attention: nn.Module, input_norm: nn.Module | None) -> None:
         """Fold extreme scales out of the weights of one ``attention`` module, in place; its output does not change.
 
-        ``input_norm`` is the norm whose output the attention reads.
+        ``input_norm`` is the norm whose output the attention reads; None in families without one.
 
         Healing calls this before training; the default has no scales to fold.
         """

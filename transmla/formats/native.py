@@ -199,7 +199,7 @@ class NativeFormat(Format):
     def measure(self, attention: nn.Module, *, watching: bool) -> None:
         measure(attention, watching=watching)
 
-    def to_natural(self, attention: nn.Module, input_norm: nn.Module) -> None:
+    def to_natural(self, attention: nn.Module, input_norm: nn.Module | None) -> None:
         """Fold the latent norms and the input's scale into the projections (``native_natural.to_natural``)."""
         to_natural(attention, input_norm)
 

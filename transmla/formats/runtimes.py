@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 from transmla.artifacts import Plan
 
-# Shapes with fast kernels in vLLM 0.24–0.33 on Hopper: (kv_lora_rank, qk_rope_head_dim) for decode, and
-# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) for prefill.
+# Shapes that vLLM's MLA serves, read in 0.32 and run on a CPU: (kv_lora_rank, qk_rope_head_dim) for decode (on CPUs 512
+# + 64 alone; other rows end the server at its first request), and (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) with
+# fast kernels for prefill on Hopper.
 VLLM_DECODE = ((256, 64), (512, 64))
+VLLM_CPU_DECODE = ((512, 64),)
 VLLM_PREFILL = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+# mlx-lm 0.32 takes tensors of layer 61 and above for a multi-token predictor, and drops them.
+MLX_LAYERS = 61
 
 
 @dataclass(frozen=True)
@@ -20,39 +24,58 @@ class Runtime:
         name: the runtime.
         accepts: whether the runtime reads the export.
         note: how the runtime runs this shape, or why it does not.
+        flag: an option of the runtime without which it does not run the export; empty if there is none.
     """
 
     name: str
     accepts: bool
     note: str
+    flag: str = ""
 
 
 def native_runtimes(plan: Plan) -> list[Runtime]:
     """List the runtimes for a dense DeepSeek-V3 of the plan's shape."""
-    shape = plan.shape
     rope_type = plan.rope_parameters.get("rope_type", "default")
-    plain = rope_type == "default"
-    why = "" if plain else f"its DeepSeek loader does not read rope_type '{rope_type}'"
-    decode = (shape.kv_lora_rank, shape.qk_rope_head_dim) in VLLM_DECODE
-    prefill = (shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim) in VLLM_PREFILL
-    if not plain:
-        vllm = why
-    elif decode and prefill:
-        kernels = "FlashMLA, FA3" if shape.kv_lora_rank == 512 else "FA3"
-        vllm = f"latent cache, fast decode on Hopper ({kernels})"
-    else:
-        vllm = "no fast kernel for this shape (--pad-for vllm); VLLM_MLA_DISABLE=1 runs it with an expanded cache"
-    sglang = why if not plain else ("latent cache" if decode else "supports only latent 512 or 256 with rotary 64")
-    return [
-        Runtime("transformers", True, "latent cache; its DeepSeek-V3 code expands the cache at every step"),
-        Runtime("vLLM", plain, vllm),
-        Runtime("SGLang", plain and decode, sglang),
-        Runtime(
-            "llama.cpp",
-            plain,
-            why or "set q_lora_rank 0 in the config for the GGUF conversion; keep attn_kv_a_mqa in BF16 or F32",
-        ),
+    layers = plan.spec.num_hidden_layers
+    runtimes = [
+        Runtime("transformers", True, "latent cache, expanded at every step; with transmla.load never expanded")
     ]
+    if rope_type != "default":
+        why = f"its DeepSeek loader does not read rope_type '{rope_type}'"
+        return runtimes + [Runtime(name, False, why) for name in ("vLLM", "SGLang", "llama.cpp", "MLX")]
+    return [
+        *runtimes,
+        _vllm(plan),
+        Runtime("SGLang", True, "latent cache; any width (its code was read in 0.5.23, not run)"),
+        Runtime("llama.cpp", True, "after `transmla gguf`: latent cache, also quantised"),
+        Runtime("MLX", True, "latent cache (mlx-lm 0.32)")
+        if layers <= MLX_LAYERS
+        else Runtime("MLX", False, f"mlx-lm 0.32 drops layers from {MLX_LAYERS} on, and this model has {layers}"),
+    ]
+
+
+def _vllm(plan: Plan) -> Runtime:
+    """Return vLLM's support for a native export."""
+    shape, spec = plan.shape, plan.spec
+    problem = vllm_refuses(shape.kv_lora_rank, shape.qk_rope_head_dim, cpu=False)
+    if problem is None:
+        on_cpu = vllm_refuses(shape.kv_lora_rank, shape.qk_rope_head_dim, cpu=True)
+        note = "latent cache on GPUs" + (" and CPUs" if on_cpu is None else "; on CPUs it takes 512 + 64 alone")
+        fast = (shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim) in VLLM_PREFILL
+        return Runtime("vLLM", True, note + ("" if fast else "; no fast prefill for these heads (--pad-for vllm)"))
+    expanded = spec.num_attention_heads * (shape.qk_head_dim + max(shape.qk_head_dim, shape.v_head_dim))
+    share = expanded / spec.cache_values
+    note = f"{problem}; this option expands the cache to {share:.1f} × the source's (--pad-for vllm avoids it)"
+    return Runtime("vLLM", True, note, flag="VLLM_MLA_DISABLE=1")
+
+
+def vllm_refuses(rank: int, rotary: int, *, cpu: bool) -> str | None:
+    """Return why vLLM does not serve a native export with rows of ``rank`` + ``rotary``; None if it does."""
+    served = VLLM_CPU_DECODE if cpu else VLLM_DECODE
+    if (rank, rotary) in served:
+        return None
+    shapes = " or ".join(f"{latent} + {width}" for latent, width in served)
+    return f"its latent cache takes {shapes}{' on CPUs' if cpu else ''}, not {rank} + {rotary}"
 
 
 def transmla_runtimes(vllm: Runtime) -> list[Runtime]:
@@ -64,5 +87,5 @@ def transmla_runtimes(vllm: Runtime) -> list[Runtime]:
     return [
         Runtime("transformers", True, "latent cache; loads the export's code; fast with transmla.load"),
         vllm,
-        *(Runtime(name, False, "reads native exports only") for name in ("SGLang", "llama.cpp")),
+        *(Runtime(name, False, "reads native exports only") for name in ("SGLang", "llama.cpp", "MLX")),
     ]

@@ -28,7 +28,7 @@ def to_natural(model: nn.Module, form: Format) -> None:
     """Bring an export (float32) of the format ``form`` into natural coordinates, in place; its output stays."""
     for name, attention in attentions(model):
         layer: Any = model.get_submodule(name.rpartition(".")[0])
-        form.to_natural(attention, layer.input_layernorm)
+        form.to_natural(attention, getattr(layer, "input_layernorm", None))
         balance(attention, interleaved=form.interleaved)
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
+from transmla.export.travel import KEY
+from transmla.formats.runtimes import vllm_refuses
+from transmla.formats.vllm_limits import refuses
+from transmla.modeling.configuration_transmla import MODEL_TYPE
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
@@ -50,9 +56,11 @@ def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Seque
     config = read_json_object(folder / "config.json")
     if config is None:
         raise TransmlaError(f"'{folder}' has no config.json", remedy="give the folder of an export")
-    problem, reason = vllm_problem(config), ""
+    problem, reason = vllm_problem(config, cpu=not torch.cuda.is_available()), ""
     if runtime == VLLM and problem is not None:
-        raise TransmlaError(f"vLLM does not serve this export: {problem}", remedy="leave --runtime out")
+        raise TransmlaError(
+            f"vLLM does not serve this export: {problem}", remedy="leave --runtime out, or convert with --pad-for vllm"
+        )
     if runtime == "auto":
         if problem is None and find_spec(VLLM):
             runtime = VLLM
@@ -69,9 +77,21 @@ def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Seque
     return Server(runtime, (*_command(runtime, folder, host, port), *extra), reason)
 
 
-def vllm_problem(config: dict[str, Any]) -> str | None:
-    """Return why vLLM does not serve a model with this ``config.json``; None if it does, or if it is no export."""
-    return None
+def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
+    """Return why vLLM does not serve an export; None if it does, or if the model is no export.
+
+    Args:
+        config: content of ``config.json``.
+        cpu: whether the model would run on a CPU.
+    """
+    if config.get("model_type") == MODEL_TYPE:
+        return refuses(config)
+    if config.get("model_type") != "deepseek_v3" or KEY not in config:
+        return None
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type != "default":
+        return f"it does not read rope_type '{rope_type}' in this model"
+    return vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
 
 
 def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...]:
