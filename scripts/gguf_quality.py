@@ -26,7 +26,8 @@ from provenance import RESULTS, write_result
 from torch import Tensor
 
 from transmla.reporter import Silent
-from transmla.serve.gguf_file import _add_vocabulary, _write_tensors, write_gguf
+from transmla.serve.gguf_fields import add_vocabulary
+from transmla.serve.gguf_file import write_gguf, write_tensors
 from transmla.serve.gguf_tensors import FILE_TYPES, GgufTensor, tensor_type
 from transmla.serve.gguf_tokenizer import describe_tokenizer
 from transmla.source.checkpoint import open_checkpoint
@@ -77,7 +78,8 @@ class LlamaCpp:
 
     def __init__(self, threads: int) -> None:
         spec = importlib.util.find_spec("xllamacpp")
-        assert spec is not None and spec.origin is not None, "pip install xllamacpp"
+        assert spec is not None, "pip install xllamacpp"
+        assert spec.origin is not None
         library = next(Path(spec.origin).parent.glob("xllamacpp*.so"))
         self.c, self.threads, self.silent = ctypes.CDLL(str(library)), threads, LOG(lambda *_: None)
         for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_get_memory"):
@@ -140,8 +142,8 @@ def write_source(folder: Path, output: Path, file_type: str) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_vocabulary(writer, describe_tokenizer(tokenizer, config["vocab_size"], [config["eos_token_id"]]))
-    _write_tensors(writer, list(source_tensors(config, dict(checkpoint.shapes), checkpoint.read, file_type)), Silent())
+    add_vocabulary(writer, describe_tokenizer(tokenizer, config["vocab_size"], [config["eos_token_id"]]))
+    write_tensors(writer, list(source_tensors(config, dict(checkpoint.shapes), checkpoint.read, file_type)), Silent())
     writer.close()
 
 

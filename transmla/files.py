@@ -64,7 +64,7 @@ def temporary(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def istemporary(path: Path) -> bool:
+def is_temporary(path: Path) -> bool:
     """Return whether a path is a folder of unfinished files, as its name and kind say."""
     return path.name.startswith(TEMPORARY) and path.is_dir() and not path.is_symlink()
 
@@ -72,7 +72,7 @@ def istemporary(path: Path) -> bool:
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed processes were writing into ``folder``; earlier versions wrote it beside the other files."""
     for path in [*folder.iterdir()]:
-        if istemporary(path):
+        if is_temporary(path):
             shutil.rmtree(path)
         elif path.is_file() and (path.name.startswith(".tmp") or path.name.endswith(".tmp")):
             path.unlink()

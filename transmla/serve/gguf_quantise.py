@@ -103,8 +103,10 @@ def _affine(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     start = x.amin(-1).clamp(max=0)
     span = (x.amax(-1) - start).clamp(min=0)
     total, total_x = weights.sum(-1), (weights * x).sum(-1)
-    best = torch.full_like(span, torch.inf)
-    scale, low = torch.zeros_like(span), torch.zeros_like(span)
+    # The range itself, also for a sub-block of equal values, whose codes are all 0.
+    scale, low = span / 15, -start
+    q = _codes(x - start[..., None], scale[..., None], 15)
+    best = (weights * (scale[..., None] * q - low[..., None] - x).square()).sum(-1)
     for step in STEPS_4:
         q = _codes(x - start[..., None], (span / (15 + step))[..., None], 15)
         weighted = weights * q
