@@ -50,7 +50,7 @@ def native_runtimes(plan: Plan) -> list[Runtime]:
         Runtime(
             "llama.cpp",
             plain,
-            why or "set q_lora_rank 0 in the config for the GGUF conversion; keep attn_kv_a_mqa in BF16 or F32",
+            why or "latent cache; `transmla gguf` writes the file",
         ),
     ]
 
