@@ -270,7 +270,7 @@ def test_other_log_probs_are_refused(export: Path, monkeypatch: pytest.MonkeyPat
         return {"text": text, "best": request["chosen"], "log_probs": [-20.0] * len(request["chosen"])}
 
     monkeypatch.setattr(gguf_check, "run_file", run)
-    with pytest.raises(TransmlaError, match="differ by .* on average, 0.3 allowed"):
+    with pytest.raises(TransmlaError, match=r"differ by .* on average, 0.3 allowed"):
         check_file(export, Path("x.gguf"), tokenizer, "q8_0", gguf_file.Silent())
 
 
@@ -296,5 +296,5 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path, request: pytest.
 @pytest.mark.skipif(not RUNS, reason="xllamacpp is not installed")
 def test_a_file_that_llama_cpp_cannot_load_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(TransmlaError, match="llama.cpp cannot run the file"):
+    with pytest.raises(TransmlaError, match=r"llama.cpp cannot run the file"):
         gguf_check.run_file(tmp_path / "x.gguf", {"text": "a", "prompt": [0], "chosen": [1], "candidates": 3})
