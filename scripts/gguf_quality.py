@@ -192,9 +192,9 @@ def main() -> None:
     starts = torch.linspace(0, len(tokens) - WINDOW, arguments.windows).long()
     windows = torch.stack([torch.tensor(tokens[start : start + WINDOW]) for start in starts])
     llama, rows = LlamaCpp(arguments.threads), []
-    for model in ("export", "source"):
-        reference = None
-        for file_type in types:
+    references: dict[str, Tensor] = {}
+    for file_type in types:
+        for model in ("export", "source"):
             with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
                 file = Path(folder) / f"{model}-{file_type}.gguf"
                 if model == "export":
@@ -202,8 +202,7 @@ def main() -> None:
                 else:
                     write_source(arguments.source, file, file_type)
                 losses, size = llama.losses(file, windows).mean(1), file.stat().st_size
-            reference = losses if reference is None else reference
-            change = losses - reference
+            change = losses - references.setdefault(model, losses)
             rows.append(
                 {
                     "model": model,
@@ -216,8 +215,8 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    if arguments.result:
-        write_result(RESULTS / arguments.result, rows, arguments.commit)
+            if arguments.result:
+                write_result(RESULTS / arguments.result, rows, arguments.commit)
 
 
 if __name__ == "__main__":
