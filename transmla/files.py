@@ -50,7 +50,7 @@ TEMPORARY = ".tmp-transmla-"
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path) -> Iterator[Path]:
     """Yield a path in a new folder beside ``path``. The file written there gets its name when the block ends.
 
     Libraries write temporary files of their own beside the file that they were asked for. If the process is killed,
@@ -89,7 +89,7 @@ def remove_folder(folder: Path, *, last: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8. Bytes of file names that are no UTF-8 are written as escapes."""
-    with _temporary(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with temporary(path) as scratch, scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -128,12 +128,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) 
     """
     from safetensors.torch import save_file
 
-    with _temporary(path) as temporary:
+    with temporary(path) as scratch:
         # safetensors makes files that only their owner can read. A new file has the mode that the umask leaves.
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+        scratch.chmod(mode)
         if sync:
-            with temporary.open("rb") as file:
+            with scratch.open("rb") as file:
                 os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from transmla.boundary import explain
 from transmla.cli.convert_verbs import convert, families, inspect, plan
 from transmla.cli.evaluate_verb import evaluate
 from transmla.cli.export_verbs import bench, heal, push, verify
+from transmla.cli.gguf_verb import gguf
 from transmla.cli.options import Command
 from transmla.cli.serve_verbs import chat, serve
 from transmla.cli.streams import Tolerant, abandon_output, flush_output, prepare_streams
@@ -30,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "chat": chat,
     "serve": serve,
+    "gguf": gguf,
     "push": push,
 }
 # What a shell reports for Ctrl-C, and what typer turns it into; and for a command whose reader has left.

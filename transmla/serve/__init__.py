@@ -1,7 +1,9 @@
-"""Use an export: chat in a terminal, and serve in other runtimes.
+"""Use an export: chat in a terminal, serve it in other runtimes, and write it for them.
 
 - ``chat``: a conversation in a terminal.
 - ``launch``: choose and start an installed server.
+- ``gguf_file``: write a GGUF file for llama.cpp, with ``gguf_fields``, ``gguf_tensors``, ``gguf_scale``,
+  ``gguf_quantise`` and ``gguf_tokenizer``; ``gguf_check`` runs it through ``llama_cpp_run``.
 - ``widen``: pad tensors with zeros to the widths of vLLM's kernels.
 - ``vllm_plugin``: registration in vLLM (entry point ``vllm.general_plugins``), and the config that vLLM reads.
 - ``vllm_model``: vLLM's own model classes with latent attention inside.

@@ -1,0 +1,218 @@
+"""Write a native export as a GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.boundary import boundary, read_json_object
+from transmla.errors import TransmlaError
+from transmla.export.manifest import Manifest
+from transmla.files import temporary
+from transmla.reporter import Reporter, Silent
+from transmla.serve.gguf_check import GgufCheck, check_file, refuse_check
+from transmla.serve.gguf_fields import open_writer
+from transmla.serve.gguf_quantise import HALF_MAX, quantise
+from transmla.serve.gguf_scale import choose_scales
+from transmla.serve.gguf_tensors import ENDS, EXPAND, FILE_TYPES, LAYER, PARTS, GgufTensor, count_bytes, list_tensors
+from transmla.serve.gguf_tokenizer import describe_tokenizer
+from transmla.source.checkpoint import open_checkpoint
+from transmla.source.load import load_tokenizer
+
+# Numbers of layers of DeepSeek-V2-Lite and others. llama.cpp takes a file with one of them as such a model, and ignores
+# that its queries are compressed.
+LITE_DEPTHS = (26, 27, 48)
+# Share of the disk that must stay free, in bytes of the file.
+SLACK = 1.01
+
+
+@dataclass(frozen=True)
+class WrittenGguf:
+    """A GGUF file that was written.
+
+    Attributes:
+        path: the file.
+        size: its bytes.
+        types: number of tensors by type of GGUF.
+        exponent: k; the residual stream in the file is 2^k times the export's.
+        check: the comparison with transformers; None if the file was not run.
+        unchecked: why the file was not run; empty if it was.
+    """
+
+    path: Path
+    size: int
+    types: dict[str, int]
+    exponent: int
+    check: GgufCheck | None
+    unchecked: str
+
+
+def write_gguf(
+    folder: Path, output: Path, file_type: str, *, check: bool = True, reporter: Reporter | None = None
+) -> WrittenGguf:
+    """Write the native export in ``folder`` as a GGUF file.
+
+    Tensors are read, rescaled, quantised and written one at a time. The file gets its name at the end, after the
+    comparison with transformers; until then it lies in a hidden folder beside ``output``.
+
+    Args:
+        folder: folder of the export.
+        output: the file to write.
+        file_type: f32, bf16, f16, q8_0 or q4_k_m.
+        check: whether to run the file, if ``xllamacpp`` is installed, and compare it with transformers.
+        reporter: receives the progress.
+
+    Raises:
+        TransmlaError: if llama.cpp cannot read such a model or tokenizer, if ``output`` exists or the disk lacks space,
+            if ``gguf`` is missing, or if the file computes something else than the export.
+    """
+    reporter = reporter or Silent()
+    _check_request(output, file_type)
+    manifest = Manifest.read(folder)
+    _check_format(folder, manifest)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check_config(config)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = describe_tokenizer(tokenizer, config["vocab_size"], _ends(folder, config))
+    checkpoint = open_checkpoint(folder)
+    _check_names(config, checkpoint.shapes)
+    layers = config["num_hidden_layers"]
+    scales = choose_scales(layers, config["kv_lora_rank"], set(checkpoint.shapes), checkpoint.read)
+    tensors = list(list_tensors(config, dict(checkpoint.shapes), checkpoint.read, scales, file_type))
+    size = sum(count_bytes(tensor.shape, tensor.kind) for tensor in tensors)
+    _check_disk(output, size)
+    result, unchecked = None, refuse_check(checkpoint.size) if check else "the check is off"
+    with temporary(output) as file:
+        writer = open_writer(file, manifest, config, vocabulary, scales.eps(config["rms_norm_eps"]), file_type)
+        with closing(writer):
+            write_tensors(writer, tensors, reporter)
+        if not unchecked:
+            result = check_file(folder, file, tokenizer, file_type, reporter)
+    types = Counter(tensor.kind for tensor in tensors)
+    return WrittenGguf(output, output.stat().st_size, dict(types.most_common()), scales.residual, result, unchecked)
+
+
+def _check_request(output: Path, file_type: str) -> None:
+    """Refuse what can be refused before anything is read."""
+    if file_type not in FILE_TYPES:
+        raise TransmlaError(
+            f"unknown type '{file_type}'", limit=f"supported: {', '.join(FILE_TYPES)}", remedy="choose one with --type"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise TransmlaError(
+            "writing a GGUF file needs the 'gguf' package",
+            limit="it is not installed",
+            remedy='pip install "transmla[gguf]"',
+        )
+    if output.exists():
+        raise TransmlaError(f"'{output}' exists", limit="nothing is overwritten", remedy="choose another --output")
+    if not output.parent.is_dir():
+        raise TransmlaError(f"there is no folder '{output.parent}'", remedy="create it, or choose another --output")
+
+
+def _check_format(folder: Path, manifest: Manifest) -> None:
+    if manifest.format != "native":
+        raise TransmlaError(
+            f"'{folder}' is an export in the {manifest.format} format",
+            limit="llama.cpp runs MLA with DeepSeek's layout only, which the native format has",
+            remedy="convert the source with --format native, where it fits",
+        )
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Check that llama.cpp's ``deepseek2`` computes what a native export's ``config`` says.
+
+    Raises:
+        TransmlaError: if it does not.
+    """
+    rope, layers = config["rope_parameters"], config["num_hidden_layers"]
+    if rope.get("rope_type", "default") != "default":
+        raise TransmlaError(
+            f"llama.cpp cannot run rope_type '{rope['rope_type']}' in a DeepSeek model",
+            limit="it computes the rotary frequencies from rope_theta alone",
+            remedy="use the export with transformers",
+        )
+    if config["hidden_act"] != "silu":
+        raise TransmlaError(
+            f"llama.cpp cannot run a DeepSeek model with hidden_act '{config['hidden_act']}'",
+            limit="its MLPs use silu",
+            remedy="use the export with transformers",
+        )
+    if config.get("q_lora_rank") and layers in LITE_DEPTHS:
+        raise TransmlaError(
+            f"llama.cpp cannot run compressed queries in {layers} layers",
+            limit="it takes a model of this depth as DeepSeek-V2-Lite, whose queries are not compressed",
+            remedy="convert again without q_lora_rank",
+        )
+
+
+def _check_names(config: dict[str, Any], shapes: Iterable[str]) -> None:
+    """Refuse an export with tensors that the layout has no place for, such as biases."""
+    parts = (*PARTS, EXPAND)
+    known = {LAYER.format(i) + part for i in range(config["num_hidden_layers"]) for part in parts} | set(ENDS)
+    if other := sorted(set(shapes) - known):
+        raise TransmlaError(
+            f"llama.cpp's layout has no place for '{other[0]}'",
+            limit=f"{len(other)} tensors of the export are not part of a dense DeepSeek-V3",
+            remedy="convert the source again",
+        )
+
+
+def _check_disk(output: Path, size: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < size * SLACK:
+        raise TransmlaError(
+            f"the disk that holds '{output.parent}' has {free / 1e9:.1f} GB free",
+            limit=f"the file needs {size / 1e9:.1f} GB",
+            remedy="free some space, or choose a smaller --type",
+        )
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
+    """Return the ids that end a text, from the generation config or else the config."""
+    settings = read_json_object(folder / "generation_config.json") or {}
+    ends = settings.get("eos_token_id", config.get("eos_token_id"))
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def write_tensors(writer: Any, tensors: list[GgufTensor], reporter: Reporter) -> None:
+    """Write the header and every tensor, one at a time."""
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+    plain = {"F32": "float32", "F16": "float16"}
+    for tensor in tensors:
+        kind, size = GGMLQuantizationType[tensor.kind], count_bytes(tensor.shape, tensor.kind)
+        stored = tensor.shape if tensor.kind in plain else quant_shape_to_byte_shape(tensor.shape, kind)
+        dtype = getattr(torch, plain.get(tensor.kind, "uint8"))
+        writer.add_tensor_info(tensor.name, stored, torch.empty(0, dtype=dtype).numpy().dtype, size, kind)
+    with boundary("cannot write the GGUF file", remedy="check the disk that holds it"):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    reporter.stage("write tensors", len(tensors))
+    for done, tensor in enumerate(tensors, start=1):
+        values = tensor.make()
+        _check_values(tensor, values)
+        writer.write_tensor_data(quantise(values, tensor.kind))
+        reporter.advance(done, tensor.kind)
+
+
+def _check_values(tensor: GgufTensor, values: torch.Tensor) -> None:
+    """Refuse values that the tensor's type cannot hold."""
+    largest = float(values.abs().max())
+    limit = torch.finfo(torch.float32).max if tensor.kind in ("F32", "BF16") else HALF_MAX
+    if not largest <= limit:
+        raise TransmlaError(
+            f"'{tensor.name}' holds values up to {largest:.3g}",
+            limit=f"{tensor.kind} holds at most {limit:,.0f}" if limit == HALF_MAX else "weights must be finite",
+            remedy="write the file with --type bf16" if limit == HALF_MAX else "convert the source again",
+        )
