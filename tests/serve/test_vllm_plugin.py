@@ -219,6 +219,7 @@ def settings(config: Any, devices: int = 1, **option: Any) -> Any:
         model_config=SimpleNamespace(hf_config=config),
         parallel_config=SimpleNamespace(tensor_parallel_size=devices, worker_cls="auto"),
         additional_config=option,
+        lora_config=None,
     )
 
 
@@ -231,6 +232,10 @@ def test_the_checked_worker_is_chosen_unless_an_option_says_no() -> None:
     assert unchecked.parallel_config.worker_cls == "auto"
     with pytest.raises(ValueError, match="cannot be divided among 4 devices"):
         check_settings(settings(config, devices=4))
+    adapted = settings(config)
+    adapted.lora_config = "some"
+    with pytest.raises(ValueError, match="no LoRA adapters"):
+        check_settings(adapted)
 
 
 def test_registration_names_every_family(monkeypatch: pytest.MonkeyPatch) -> None:

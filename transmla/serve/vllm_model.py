@@ -160,8 +160,6 @@ class Latent:
         seen: logits [n, vocabulary] that the model computed, while a list is assigned; else None.
     """
 
-    # Adapters of the source do not fit the new projections.
-    supports_lora = False
     seen: list[Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transmla.errors import TransmlaError
 from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
 
 MODEL_TYPE = "transmla"
@@ -104,6 +105,9 @@ def check_settings(vllm_config: Any) -> None:
     problem = refuses(config, parallel.tensor_parallel_size)
     if problem is not None:
         raise ValueError(problem)
+    if vllm_config.lora_config is not None:
+        limit, remedy = "vLLM's adapters name the source's projections", "merge the adapters into the export"
+        raise ValueError(str(TransmlaError("the plugin serves no LoRA adapters", limit=limit, remedy=remedy)))
     checked = (vllm_config.additional_config or {}).get(OPTION, True)
     if checked and parallel.worker_cls == "auto":
         parallel.worker_cls = CHECKED_WORKER
