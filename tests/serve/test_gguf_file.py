@@ -154,8 +154,9 @@ def test_latent_rows_get_an_ordinary_size(export: Path) -> None:
     sizes = []
     for i in range(LAYERS):
         name = f"model.layers.{i}.{READERS[2]}"
-        rows = checkpoint.read(name)[: scales.rank]
-        assert float(rows.abs().max()) < 1e-4
+        # The latents themselves are tiny.
+        inputs = checkpoint.read(f"model.layers.{i}.{NORM}").abs().max()
+        assert float(checkpoint.read(name)[: scales.rank].abs().max() * inputs) < 1e-4
         sizes.append(float(scales.apply(name, checkpoint.read(name))[: scales.rank].square().mean().sqrt()))
     assert ROW_SIZE <= min(sizes) <= 2 * ROW_SIZE
     assert latent_rows("mlp.up_proj.weight", torch.ones(4, 4), 2).tolist() == []

@@ -14,6 +14,7 @@ from helpers.command_line import Run
 
 from transmla.errors import TransmlaError
 from transmla.serve.launch import SERVING, Server, choose_server, vllm_problem
+from transmla.serve.vllm_plugin import CHECKED_WORKER
 
 
 @pytest.fixture
@@ -85,6 +86,31 @@ def test_what_vllm_serves_of_native_exports(changes: dict[str, Any], problem: st
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     found = vllm_problem(config | changes, cpu=True)
     assert found is None if problem is None else problem in str(found)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "check", "options"),
+    [
+        ("deepseek_v3", True, ("--worker-cls", CHECKED_WORKER)),
+        ("deepseek_v3", False, ()),
+        ("transmla", True, ()),
+        ("transmla", False, ("--additional-config", '{"transmla_self_check": false}')),
+    ],
+)
+def test_vllm_checks_an_export_before_it_serves(
+    installed: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    check: bool,
+    options: tuple[str, ...],
+) -> None:
+    installed("vllm")
+    monkeypatch.setattr("transmla.serve.launch.vllm_problem", lambda config, cpu: None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "transmla": {}}))
+    server = choose_server(tmp_path, "vllm", "::1", 80, ("--max-model-len", "99"), check=check)
+    address = ("--host", "::1", "--port", "80")
+    assert server.command[3:] == ("serve", str(tmp_path), *address, *options, "--max-model-len", "99")
 
 
 def test_the_command_runs_what_it_prints(

@@ -98,6 +98,9 @@ def serve(
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    self_check: Annotated[
+        bool, typer.Option(help="In vLLM, compare the export's logits with its signature before it is served.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option(help="Print the command, and start nothing.")] = False,
 ) -> None:
     """Serve an export with an OpenAI-compatible API, by vLLM or by transformers' own server.
@@ -112,7 +115,7 @@ def serve(
     from transmla.cli import console
     from transmla.serve.launch import choose_server
 
-    server = choose_server(folder, runtime, host, port, context.args)
+    server = choose_server(folder, runtime, host, port, context.args, check=self_check)
     if server.reason:
         console.say(server.reason)
     console.say(f"starting {server.name}: {shlex.join(server.command)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transmla.export.travel import KEY
 from transmla.formats.runtimes import vllm_refuses
 from transmla.formats.vllm_limits import refuses
 from transmla.modeling.configuration_transmla import MODEL_TYPE
+from transmla.serve.vllm_plugin import CHECKED_WORKER, OPTION
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
@@ -39,7 +41,9 @@ class Server:
     reason: str
 
 
-def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Sequence[str]) -> Server:
+def choose_server(
+    folder: Path, runtime: str, host: str, port: int, extra: Sequence[str], *, check: bool = True
+) -> Server:
     """Choose the server for the model in ``folder``, before any weight is read.
 
     Args:
@@ -47,6 +51,7 @@ def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Seque
         runtime: ``auto``, ``vllm`` or ``transformers``. ``auto`` means vLLM where it is installed and serves the model.
         host, port: the address to listen on.
         extra: further arguments of the server.
+        check: whether vLLM compares the export's logits with its signature before it serves.
 
     Raises:
         TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model.
@@ -74,7 +79,8 @@ def choose_server(folder: Path, runtime: str, host: str, port: int, extra: Seque
             limit=f"{missing[0]} is not installed",
             remedy=INSTALL[runtime] if runtime == VLLM else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
         )
-    return Server(runtime, (*_command(runtime, folder, host, port), *extra), reason)
+    checks = _check_options(config, check=check) if runtime == VLLM else ()
+    return Server(runtime, (*_command(runtime, folder, host, port), *checks, *extra), reason)
 
 
 def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
@@ -92,6 +98,15 @@ def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
     if rope_type != "default":
         return f"it does not read rope_type '{rope_type}' in this model"
     return vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+
+
+def _check_options(config: Mapping[str, Any], *, check: bool) -> tuple[str, ...]:
+    """Return vLLM's options for the check. The plugin checks exports of the transmla format without an option."""
+    if config.get("model_type") == MODEL_TYPE and not check:
+        return ("--additional-config", json.dumps({OPTION: False}))
+    return (
+        ("--worker-cls", CHECKED_WORKER) if config.get("model_type") != MODEL_TYPE and check and KEY in config else ()
+    )
 
 
 def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...]:

@@ -154,13 +154,7 @@ class LatentAttention(nn.Module):
 
 
 class Latent:
-    """Mixin placed before vLLM's class of a family; replaces the attention of the layers once the model is built.
-
-    Attributes:
-        seen: logits [n, vocabulary] that the model computed, while a list is assigned; else None.
-    """
-
-    seen: list[Tensor] | None = None
+    """Mixin placed before vLLM's class of a family; replaces the attention of the layers once the model is built."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -183,13 +177,6 @@ class Latent:
         """Load the tensors of an export, padded to the served widths, and return the names that were loaded."""
         padded = widened(weights, self.mla, self.widths, normed=self.normed)
         return super().load_weights(padded)  # type: ignore[misc,no-any-return]
-
-    def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Return the logits of vLLM's class, and keep them in ``seen`` if it is a list."""
-        logits: Tensor | None = super().compute_logits(*args, **kwargs)  # type: ignore[misc]
-        if self.seen is not None and logits is not None:
-            self.seen.append(logits.detach().float().cpu())
-        return logits
 
 
 @cache

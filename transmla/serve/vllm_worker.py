@@ -8,6 +8,7 @@ together, as in prefill.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from transmla.serve.self_check import compare_served, refusal, signed_logits
+from transmla.serve.vllm_plugin import OPTION
 from transmla.signature.probe import TOKENS, tokens
 
 if current_platform.is_cpu():
@@ -41,7 +43,9 @@ class CheckedWorker(Worker):
         """
         times = super().compile_or_warm_up_model()
         signed = signed_logits(self.model_config.hf_config.to_dict())
-        if signed is None:
+        if not (self.vllm_config.additional_config or {}).get(OPTION, True):
+            logger.warning("transmla: the logits were not checked, as %s asks", OPTION)
+        elif signed is None:
             logger.warning("transmla: the export has no signature, so its logits were not checked")
         elif self.model_config.max_model_len <= TOKENS:
             logger.warning("transmla: the logits were not checked, which takes %d tokens", TOKENS + 1)
@@ -55,14 +59,11 @@ class CheckedWorker(Worker):
         ids: list[int] = tokens(self.model_config.hf_config.vocab_size)[0].tolist()
         runs: list[list[Tensor]] = []
         for steps in (one_by_one(ids, self._blocks()), together(ids, self._blocks())):
-            model.seen = []
-            try:
+            with recorded(model) as logits:
                 for step in steps:
                     if self.execute_model(step) is None and step.total_num_scheduled_tokens:
                         self.sample_tokens(None)
-                runs.append(model.seen)
-            finally:
-                model.seen = None
+            runs.append(logits)
         if not runs[0]:
             # The logits are on the first device of the last stage, unless sampling is split among devices.
             if get_pp_group().is_last_rank and get_tensor_model_parallel_rank() == 0:
@@ -78,6 +79,25 @@ class CheckedWorker(Worker):
         groups = self.model_runner.kv_cache_config.kv_cache_groups
         sizes = [group.kv_cache_spec.block_size for group in groups]
         return tuple(list(range(1, 1 + -(-(TOKENS + 1) // size))) for size in sizes)
+
+
+@contextmanager
+def recorded(model: Any) -> Iterator[list[Tensor]]:
+    """Yield a list to which ``model`` adds the logits [n, vocabulary] that it computes in this context."""
+    logits: list[Tensor] = []
+    compute = model.compute_logits
+
+    def compute_and_record(*args: Any, **kwargs: Any) -> Tensor | None:
+        found: Tensor | None = compute(*args, **kwargs)
+        if found is not None:
+            logits.append(found.detach().float().cpu())
+        return found
+
+    model.compute_logits = compute_and_record
+    try:
+        yield logits
+    finally:
+        del model.compute_logits
 
 
 def one_by_one(ids: list[int], blocks: tuple[list[int], ...]) -> Iterator[SchedulerOutput]:
