@@ -16,7 +16,7 @@ from transmla.convert.factorize import factorize
 from transmla.core.factors import pad_factors
 from transmla.core.norm_identity import NormIdentity
 from transmla.core.reference_attention import absorbed_attention, expanded_attention
-from transmla.formats.native_layout import export_tensors, layer_factors, layer_tensors
+from transmla.formats.native_layout import INPUT_SCALE, export_tensors, layer_factors, layer_tensors
 from transmla.registry import scan
 
 METHODS = scan("transmla.core.methods", "METHOD")
@@ -93,7 +93,7 @@ def read_back(factors: LayerFactors, plan: Plan, layer: Layer) -> LayerFactors:
     """Write factors in the native layout in the plan's precision, and read them back to float64."""
     tensors, scale = export_tensors(factors, plan, lambda: iter(layer.x.float()[:, None]))
     assert 0 < scale.mean_square <= scale.max_square
-    return layer_factors(tensors, layer.spec.num_attention_heads, plan.shape, factors.inv_freq, factors.rope_gain)
+    return layer_factors(tensors, layer.spec.num_attention_heads, plan.shape, factors.inv_freq, factors.rope_gain, INPUT_SCALE)
 
 
 SHAPES = {
@@ -150,7 +150,7 @@ def test_export_includes_the_readout_of_both_norms() -> None:
     factors = factorize(layer.weights, layer.stats, plan)
     kv_norm, q_norm = NormIdentity(2.0**-9, 0.5, 1.25), NormIdentity(2.0**-8, 0.25, 1.5)
     tensors = layer_tensors(factors, shape, kv_norm, q_norm, torch.float64)
-    exported = layer_factors(tensors, 6, shape, factors.inv_freq, 1.0)
+    exported = layer_factors(tensors, 6, shape, factors.inv_freq, 1.0, INPUT_SCALE)
     # ``layer_factors`` treats each norm as a division by sqrt(1e-6) and a product with the norm's weight.
     for norm, actual, product in (
         (kv_norm, exported.v_up @ exported.latent, factors.v_up @ factors.latent),

@@ -102,11 +102,9 @@ def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
 
 def _check_options(config: Mapping[str, Any], *, check: bool) -> tuple[str, ...]:
     """Return vLLM's options for the check. The plugin checks exports of the transmla format without an option."""
-    if config.get("model_type") == MODEL_TYPE and not check:
-        return ("--additional-config", json.dumps({OPTION: False}))
-    return (
-        ("--worker-cls", CHECKED_WORKER) if config.get("model_type") != MODEL_TYPE and check and KEY in config else ()
-    )
+    if config.get("model_type") == MODEL_TYPE:
+        return () if check else ("--additional-config", json.dumps({OPTION: False}))
+    return ("--worker-cls", CHECKED_WORKER) if check and KEY in config else ()
 
 
 def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...]:
