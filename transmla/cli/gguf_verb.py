@@ -38,6 +38,6 @@ def gguf(
         return
     found = written.check
     console.say(
-        f"llama.cpp computes what transmla's export does: {found.equal} of {found.tokens} greedy tokens are equal, and"
+        f"run in llama.cpp and compared with transformers: {found.equal} of {found.tokens} greedy tokens are equal, and"
         f" log-probs differ by {found.mean:.2g} on average, {found.largest:.2g} at most"
     )
