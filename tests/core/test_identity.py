@@ -93,7 +93,9 @@ def read_back(factors: LayerFactors, plan: Plan, layer: Layer) -> LayerFactors:
     """Write factors in the native layout in the plan's precision, and read them back to float64."""
     tensors, scale = export_tensors(factors, plan, lambda: iter(layer.x.float()[:, None]))
     assert 0 < scale.mean_square <= scale.max_square
-    return layer_factors(tensors, layer.spec.num_attention_heads, plan.shape, factors.inv_freq, factors.rope_gain, INPUT_SCALE)
+    return layer_factors(
+        tensors, layer.spec.num_attention_heads, plan.shape, factors.inv_freq, factors.rope_gain, INPUT_SCALE
+    )
 
 
 SHAPES = {
