@@ -72,7 +72,10 @@ class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "transmla":
             raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocked())
+# An installed transmla has begun to wait for transformers when Python started.
+sys.meta_path[:] = [Blocked(), *(f for f in sys.meta_path if type(f).__module__ != "transmla.autoload")]
+for name in [name for name in sys.modules if name.split(".")[0] == "transmla"]:
+    del sys.modules[name]
 try:
     import transmla
 except ModuleNotFoundError:
