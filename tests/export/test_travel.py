@@ -18,6 +18,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export import push as hub
 from transmla.export.manifest import Manifest
+from transmla.formats.native_layout import INPUT_SCALE
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.recipe import Recipe
@@ -128,7 +129,8 @@ def test_a_fine_tuned_export_heals_from_its_own_loss(exports: dict[str, Path], t
     model = transmla.load(exports["native"], dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.kv_a_proj_with_mqa.weight.add_(torch.randn_like(layer.self_attn.kv_a_proj_with_mqa.weight))
+            weight = layer.self_attn.kv_a_proj_with_mqa.weight
+            weight.add_(torch.randn_like(weight) / INPUT_SCALE)
     folder = save(model, exports["native"], tmp_path / "tuned")
     teacher = save(model, exports["native"], tmp_path / "teacher")
     values = settings(folder, exports, tmp_path / "healed").model_copy(update={"teacher": str(teacher)})
