@@ -39,12 +39,15 @@ def chat(
     """
     from transmla.cli import console
     from transmla.evaluate.open_model import open_model
+    from transmla.registry import lookup
     from transmla.runtime.load import accelerate, mla_layers
     from transmla.serve.chat import Sampling, converse
     from transmla.source.device import pick_device
     from transmla.source.locate import resolve_source
 
     place = pick_device(device)
+    if backend != "auto":
+        lookup("transmla.kernels", "BACKEND", backend, kind="backend")
     path = resolve_source(model, allow_pickle=allow_pickle)
     opened, tokenizer = open_model(path, dtype=dtype, device=place, allow_pickle=allow_pickle)
     if backend != "auto" and mla_layers(opened):

@@ -60,11 +60,13 @@ def choose_server(
         raise TransmlaError(f"unknown runtime '{runtime}'", limit="auto, vllm or transformers", remedy="choose one")
     config = read_json_object(folder / "config.json")
     if config is None:
-        raise TransmlaError(f"'{folder}' has no config.json", remedy="give the folder of an export")
+        raise TransmlaError(
+            f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
+        )
     problem, reason = vllm_problem(config, cpu=not torch.cuda.is_available()), ""
     if runtime == VLLM and problem is not None:
         raise TransmlaError(
-            f"vLLM does not serve this export: {problem}", remedy="leave --runtime out, or convert with --pad-for vllm"
+            f"vLLM does not serve this export: {problem}", remedy="leave --runtime out to serve it with transformers"
         )
     if runtime == "auto":
         if problem is None and find_spec(VLLM):
