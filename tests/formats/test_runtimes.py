@@ -14,9 +14,9 @@ from transmla.recipe import parse_recipe
 from transmla.source.describe import describe
 
 
-def runtimes(layers: int = 3, **settings: Any) -> dict[str, Runtime]:
+def runtimes(layers: int = 3, activation: str = "silu", **settings: Any) -> dict[str, Runtime]:
     spec = describe(build_model("llama", "gqa", head_dim=64).config)
-    spec = replace(spec, num_hidden_layers=layers)
+    spec = replace(spec, num_hidden_layers=layers, hidden_act=activation)
     recipe = parse_recipe({"source": "s", "output": "o", "reconstruct": "off", **settings}, "test")
     return {runtime.name: runtime for runtime in native_runtimes(make_plan(spec, recipe, "float32"))}
 
@@ -46,3 +46,22 @@ def test_a_padded_export_says_where_vllm_takes_it(rank: int, cpu: bool) -> None:
 def test_mlx_drops_layers_of_deep_models() -> None:
     assert runtimes(MLX_LAYERS)["MLX"].accepts
     assert not runtimes(MLX_LAYERS + 1)["MLX"].accepts
+
+
+def test_llama_cpp_takes_plain_models() -> None:
+    assert runtimes()["llama.cpp"].accepts
+    assert runtimes(q_lora_rank=64)["llama.cpp"].accepts
+    assert runtimes(27)["llama.cpp"].accepts
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"activation": "gelu_pytorch_tanh"}, "its MLPs use silu"),
+        ({"layers": 27, "q_lora_rank": 64}, "takes a model of this depth as DeepSeek-V2-Lite"),
+    ],
+)
+def test_plan_names_what_llama_cpp_cannot_compute(settings: dict[str, Any], says: str) -> None:
+    found = runtimes(**settings)["llama.cpp"]
+    assert not found.accepts
+    assert says in found.note

@@ -17,9 +17,9 @@ LAYERS, HEADS = 3, 4
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 512, "head_dim": 48}
 
 
-def native_export(folder: Path, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """Convert a random Llama in ``folder``, and return the export's folder."""
-    build_model(layout="mha", **SHAPE).to(dtype).save_pretrained(folder / "source")
+def native_export(folder: Path, *, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """Convert a random model in ``folder``, and return the export's folder."""
+    build_model(family, "mha", **SHAPE).to(dtype).save_pretrained(folder / "source")
     build_tokenizer(folder / "source")
     write_text(folder / "text.txt")
     calibration = {"source": str(folder / "text.txt"), "sequences": 4, "length": 32}

@@ -228,6 +228,14 @@ def test_the_transmla_format_is_refused(tmp_path: Path) -> None:
     refused(folder, tmp_path / "x.gguf", "in the transmla format.*--format native")
 
 
+def test_what_the_native_format_cannot_store_is_named(tmp_path: Path) -> None:
+    refused(
+        native_export(tmp_path, family="qwen2", format="transmla"),
+        tmp_path / "x.gguf",
+        "DeepSeek's layout only, without biases",
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transmla.artifacts import Plan
+from transmla.formats.llama_cpp_limits import llama_cpp_refusal
 
 # Shapes that vLLM's MLA serves, read in 0.32 and run on a CPU: (kv_lora_rank, qk_rope_head_dim) for decode (on CPUs 512
 # + 64 alone; other rows end the server at its first request), and (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) with
@@ -47,7 +48,7 @@ def native_runtimes(plan: Plan) -> list[Runtime]:
         *runtimes,
         _vllm(plan),
         Runtime("SGLang", True, "latent cache; any width (its code was read in 0.5.23, not run)"),
-        Runtime("llama.cpp", True, "after `transmla gguf`: latent cache, also quantised"),
+        _llama_cpp(plan),
         Runtime("MLX", True, "latent cache (mlx-lm 0.32)")
         if layers <= MLX_LAYERS
         else Runtime("MLX", False, f"mlx-lm 0.32 drops layers from {MLX_LAYERS} on, and this model has {layers}"),
@@ -67,6 +68,16 @@ def _vllm(plan: Plan) -> Runtime:
     share = expanded / spec.cache_values
     note = f"{problem}; this option expands the cache to {share:.1f} × the source's (--pad-for vllm avoids it)"
     return Runtime("vLLM", True, note, flag="VLLM_MLA_DISABLE=1")
+
+
+def _llama_cpp(plan: Plan) -> Runtime:
+    """Return llama.cpp's support for a native export."""
+    rope_type = plan.rope_parameters.get("rope_type", "default")
+    problem = llama_cpp_refusal(rope_type, plan.spec.hidden_act, plan.shape.q_lora_rank, plan.spec.num_hidden_layers)
+    if problem is not None:
+        return Runtime("llama.cpp", False, str(problem))
+    note = "after `transmla gguf`, if it knows the tokenizer's rules: latent cache, also quantised"
+    return Runtime("llama.cpp", True, note)
 
 
 def vllm_refuses(rank: int, rotary: int, *, cpu: bool) -> str | None:

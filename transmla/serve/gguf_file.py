@@ -18,6 +18,7 @@ from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.manifest import Manifest
 from transmla.files import temporary
+from transmla.formats.llama_cpp_limits import llama_cpp_refusal
 from transmla.reporter import Reporter, Silent
 from transmla.serve.gguf_check import GgufCheck, check_file, refuse_check
 from transmla.serve.gguf_fields import open_writer
@@ -28,9 +29,6 @@ from transmla.serve.gguf_tokenizer import describe_tokenizer
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_tokenizer
 
-# Numbers of layers of DeepSeek-V2-Lite and others. llama.cpp takes a file with one of them as such a model, and ignores
-# that its queries are compressed.
-LITE_DEPTHS = (26, 27, 48)
 # Share of the disk that must stay free, in bytes of the file.
 SLACK = 1.01
 
@@ -120,12 +118,14 @@ def _check_request(output: Path, file_type: str) -> None:
 
 
 def _check_format(folder: Path, manifest: Manifest) -> None:
-    if manifest.format != "native":
-        raise TransmlaError(
-            f"'{folder}' is an export in the {manifest.format} format",
-            limit="llama.cpp runs MLA with DeepSeek's layout only, which the native format has",
-            remedy="convert the source with --format native, where it fits",
-        )
+    if manifest.format == "native":
+        return
+    gap = manifest.plan.spec.native_gap
+    raise TransmlaError(
+        f"'{folder}' is an export in the {manifest.format} format",
+        limit=f"llama.cpp runs MLA in DeepSeek's layout only, {f'without {gap}' if gap else 'the native format'}",
+        remedy="use it with `transmla chat` or `transmla serve`" if gap else "convert the source with --format native",
+    )
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -134,25 +134,10 @@ def check_config(config: dict[str, Any]) -> None:
     Raises:
         TransmlaError: if it does not.
     """
-    rope, layers = config["rope_parameters"], config["num_hidden_layers"]
-    if rope.get("rope_type", "default") != "default":
-        raise TransmlaError(
-            f"llama.cpp cannot run rope_type '{rope['rope_type']}' in a DeepSeek model",
-            limit="it computes the rotary frequencies from rope_theta alone",
-            remedy="use the export with transformers",
-        )
-    if config["hidden_act"] != "silu":
-        raise TransmlaError(
-            f"llama.cpp cannot run a DeepSeek model with hidden_act '{config['hidden_act']}'",
-            limit="its MLPs use silu",
-            remedy="use the export with transformers",
-        )
-    if config.get("q_lora_rank") and layers in LITE_DEPTHS:
-        raise TransmlaError(
-            f"llama.cpp cannot run compressed queries in {layers} layers",
-            limit="it takes a model of this depth as DeepSeek-V2-Lite, whose queries are not compressed",
-            remedy="convert again without q_lora_rank",
-        )
+    rope_type = config["rope_parameters"].get("rope_type", "default")
+    problem = llama_cpp_refusal(rope_type, config["hidden_act"], config.get("q_lora_rank"), config["num_hidden_layers"])
+    if problem is not None:
+        raise problem
 
 
 def _check_names(config: dict[str, Any], shapes: Iterable[str]) -> None:
