@@ -6,6 +6,7 @@ transformers, vLLM, SGLang and llama.cpp load this layout as it is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ COPIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "
 # which is bfloat16's rounding.
 MAX_HEADROOM = 1e-2
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Modules that bitsandbytes must leave out. It casts to float16, which overflows in the projections that hold the
+# inverse of the input scale. It cannot run the expansion, whose input has four dimensions.
+NOT_QUANTISED = ["q_proj", "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"]
 
 
 class NativeFormat(Format):
@@ -165,7 +169,11 @@ class NativeFormat(Format):
         """Return the model card's text on this format."""
         return CardWords(
             layout="It is a dense `DeepseekV3ForCausalLM`: transformers loads it with no custom code.",
-            precision="Use bfloat16 or float32: in float16 the latent norm underflows.",
+            precision=(
+                "Use bfloat16 or float32: in float16 the latent norm underflows. With bitsandbytes, leave out these "
+                "modules:\n"
+                f"`BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules={json.dumps(NOT_QUANTISED)})`."
+            ),
         )
 
     def checks(self, model: Any, tokens: Tensor, dtype: torch.dtype) -> Iterator[Check]:
