@@ -7,6 +7,7 @@ file as soon as it is measured. All weights are random.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from typing import Any
 
 # Prompts of this many tokens together measure the speed of prefill.
 PREFILL_TOKENS = 65536
-# Sizes of CUDA graphs are multiples of this number of sequences.
-GRAPH_MULTIPLE = 8
+# Prompts consist of the ids below this number, which every vocabulary has.
+TOKEN_IDS = 96
 
 
 def measured_context(tokens: int) -> int:
@@ -53,7 +54,7 @@ def row(job: dict[str, Any], tokens: int, batch: int, prefill: float, step: floa
 
 def vllm_options(job: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``vllm.LLM``."""
-    batches = sorted({-(-point["batch"] // GRAPH_MULTIPLE) * GRAPH_MULTIPLE for point in job["points"]})
+    batches = sorted({point["batch"] for point in job["points"]})
     options: dict[str, Any] = {
         "model": job["folder"],
         "load_format": "dummy",
@@ -63,6 +64,8 @@ def vllm_options(job: dict[str, Any]) -> dict[str, Any]:
         "max_num_seqs": max(batches),
         "max_num_batched_tokens": job["batched_tokens"],
         "kv_cache_memory_bytes": job["cache_bytes"],
+        # With explicit bytes of the cache, vLLM only checks at its start that this share of the memory is free.
+        "gpu_memory_utilization": 0.5,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
@@ -97,8 +100,14 @@ def run_vllm(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         steps = -(-batch * context // (job["batched_tokens"] - batch)) + job["steps"]
         step = steady_step(drain(engine, names, batch, context - steps // 2, steps), batch)
         measured = row(job, tokens, batch, prefill, step)
-        extra = {"cache tokens": capacity, "start s": round(started, 1), "vllm": vllm.__version__}
-        yield measured | extra | {"GPU GB in use": used_gigabytes()}
+        yield {
+            **measured,
+            "cache tokens": capacity,
+            "GPU GB in use": used_gigabytes(),
+            "start s": round(started, 1),
+            "vllm": vllm.__version__,
+            "runner": "V2" if engine.vllm_config.use_v2_model_runner else "V1",
+        }
 
 
 def drain(engine: Any, names: Iterator[str], batch: int, prompt: int, outputs: int) -> list[tuple[float, int]]:
@@ -108,7 +117,7 @@ def drain(engine: Any, names: Iterator[str], batch: int, prompt: int, outputs: i
         engine: vLLM's engine.
         names: names for requests.
         batch: number of requests.
-        prompt: tokens of each prompt. All prompts differ.
+        prompt: tokens of each prompt.
         outputs: tokens to generate for each.
 
     Returns:
@@ -122,7 +131,7 @@ def drain(engine: Any, names: Iterator[str], batch: int, prompt: int, outputs: i
     )
     began, stamps = time.perf_counter(), []
     for i in range(batch):
-        ids = [1 + (7 * i + j) % 997 for j in range(prompt)]
+        ids = [(i + j) % TOKEN_IDS for j in range(prompt)]
         engine.add_request(next(names), {"prompt_token_ids": ids}, params)
     while engine.has_unfinished_requests():
         outs = engine.step()
@@ -141,13 +150,13 @@ def steady_step(stamps: list[tuple[float, int]], batch: int) -> float:
 
 
 def used_gigabytes() -> float | None:
-    """Return the memory in use on the fullest GPU, as nvidia-smi reports it; None without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Return the memory in use on the first visible GPU, by nvidia-smi; None without one."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.check_output(command, text=True).split()
-    except (OSError, subprocess.CalledProcessError):
+        return round(int(subprocess.check_output(command, text=True)) * 2**20 / 1e9, 2)
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
-    return round(max(map(int, lines)) * 2**20 / 1e9, 2)
 
 
 def run_transformers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
