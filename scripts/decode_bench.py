@@ -44,6 +44,10 @@ GEMMA2 = {
     "hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
     "intermediate_size": 14336, "vocab_size": 256000, "max_position_embeddings": 8192, "sliding_window": 4096,
 }  # fmt: skip
+QWEN25 = {
+    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+}  # fmt: skip
 WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
 TINY = {
     "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -53,6 +57,7 @@ TINY = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": ("llama", {**WIDE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}),
     "llama-2-7b": ("llama", {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}),
+    "qwen2.5-0.5b": ("qwen2", QWEN25),
     "qwen3-8b": ("qwen3", QWEN3),
     "gemma-2-9b": ("gemma2", GEMMA2),
     "tiny": ("llama", TINY),

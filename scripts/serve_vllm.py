@@ -1,9 +1,10 @@
-"""Compare what vLLM generates from exports with transformers: tokens and log-probs of greedy decoding in float32.
+"""Compare what vLLM generates from exports with transformers in float32: tokens and log-probs of greedy decoding.
 
 vLLM usually has an environment of its own, so this script has two parts:
 
     python scripts/serve_vllm.py reference reference.json qwen2=exports/qwen native=exports/native
     python scripts/serve_vllm.py compare reference.json [--modes eager compiled]  # compiled models start in minutes
+    python scripts/serve_vllm.py compare reference.json --dtype bfloat16  # GPUs have no MLA kernels for float32
 
 The first part runs in the environment of transmla. The second part runs in vLLM's, where transmla is installed as well,
 and writes results/serve/vllm.json.
@@ -55,12 +56,13 @@ def reference(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(entry: dict[str, Any], mode: str) -> dict[str, Any]:
+def compare(entry: dict[str, Any], mode: str, dtype: str) -> dict[str, Any]:
     """Serve one export with vLLM, and return one row of the result.
 
     Args:
         entry: the export's name, folder and reference.
         mode: "eager" or "compiled".
+        dtype: vLLM's precision.
     """
     import vllm
 
@@ -69,7 +71,7 @@ def compare(entry: dict[str, Any], mode: str) -> dict[str, Any]:
     options = NATIVE_EAGER if native and mode == "eager" else {}
     llm = vllm.LLM(
         entry["folder"],
-        dtype="float32",
+        dtype=dtype,
         max_model_len=LONGEST,
         kv_cache_memory_bytes=CACHE,
         enforce_eager=mode == "eager",
@@ -91,6 +93,7 @@ def compare(entry: dict[str, Any], mode: str) -> dict[str, Any]:
         "format": "native" if native else "transmla",
         "layers": config["num_hidden_layers"],
         "mode": mode,
+        "dtype": dtype,
         "tokens": TOKENS * len(entry["rows"]),
         "tokens equal": equal,
         "largest difference of log-probs": worst,
@@ -107,6 +110,7 @@ def main() -> None:
     second = parts.add_parser("compare", help="generate with vLLM and compare")
     second.add_argument("file", type=Path, help="JSON file of the first part")
     second.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    second.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="vLLM's precision")
     second.add_argument("--only", nargs="+", help="names of exports; default: all")
     second.add_argument("--output", type=Path, default=RESULTS / "serve" / "vllm.json")
     second.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
@@ -120,7 +124,7 @@ def main() -> None:
     for mode in args.modes:
         for entry in json.loads(args.file.read_text()):
             if args.only is None or entry["name"] in args.only:
-                rows.append(compare(entry, mode))
+                rows.append(compare(entry, mode, args.dtype))
                 print(rows[-1], flush=True)
                 write_result(args.output, rows, args.commit)
 
