@@ -22,7 +22,7 @@ from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
 from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime, transmla_runtimes
-from transmla.formats.vllm_limits import refuses, served_widths
+from transmla.formats.serve_limits import refuses, served_widths
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
 from transmla.source.attention_view import AttentionView

@@ -10,6 +10,6 @@
 - ``vllm_worker``: vLLM's worker, which compares the loaded model with the export's signature before it serves.
 - ``self_check``: the comparison.
 
-``formats.vllm_limits`` says what the vLLM plugin serves. Only ``vllm_model`` and ``vllm_worker`` import vLLM, and vLLM
+``formats.serve_limits`` says what the vLLM plugin serves. Only ``vllm_model`` and ``vllm_worker`` import vLLM, and vLLM
 alone imports these two.
 """

@@ -16,9 +16,10 @@ from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.runtimes import vllm_refuses
-from transmla.formats.vllm_limits import refuses
+from transmla.formats.serve_limits import refuses
 from transmla.modeling.configuration_transmla import MODEL_TYPE
-from transmla.serve.vllm_plugin import CHECKED_WORKER, OPTION
+from transmla.serve.family_config import OPTION
+from transmla.serve.vllm_plugin import CHECKED_WORKER
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
