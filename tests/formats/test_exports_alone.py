@@ -158,6 +158,7 @@ def test_config_is_a_dense_deepseek_v3(exports: Path, name: str) -> None:
         "model_type": "deepseek_v3",
         "first_k_dense_replace": source["num_hidden_layers"],
         "num_nextn_predict_layers": 0,
+        "moe_layer_freq": 1,
         "num_key_value_heads": source["num_attention_heads"],
         "attention_bias": False,
         "tie_word_embeddings": False,

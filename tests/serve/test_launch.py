@@ -13,7 +13,7 @@ import pytest
 from helpers.command_line import Run
 
 from transmla.errors import TransmlaError
-from transmla.serve.launch import SERVING, Server, choose_server, vllm_problem
+from transmla.serve.launch import SERVING, Server, choose_server, sglang_problem, vllm_problem
 from transmla.serve.vllm_plugin import CHECKED_WORKER
 
 
@@ -111,6 +111,37 @@ def test_vllm_checks_an_export_before_it_serves(
     server = choose_server(tmp_path, "vllm", "::1", 80, ("--max-model-len", "99"), check=check)
     address = ("--host", "::1", "--port", "80")
     assert server.command[3:] == ("--model", str(tmp_path), *address, *options, "--max-model-len", "99")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"kv_lora_rank": 160}, None),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
+        ({"model_type": "transmla"}, "no widths of a latent attention"),
+        ({"transmla": None, "model_type": "llama"}, None),
+    ],
+)
+def test_what_sglang_serves(changes: dict[str, Any], problem: str | None) -> None:
+    config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "moe_layer_freq": 1, "transmla": {}}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    found = sglang_problem(config | changes)
+    assert found is None if problem is None else problem in str(found)
+    del config["moe_layer_freq"]
+    assert "moe_layer_freq" in str(sglang_problem(config))
+
+
+def test_sglang_checks_an_export_unless_an_option_says_no(installed: Callable[..., None], converted: Path) -> None:
+    installed("sglang")
+    server = choose(converted / "out", "sglang", "--tp", "2")
+    command = ("-m", "sglang.launch_server", "--model-path", str(converted / "out"))
+    assert server.command[1:] == (*command, "--host", "127.0.0.1", "--port", "8000", "--tp", "2")
+    unchecked = choose_server(converted / "out", "sglang", "::1", 80, (), check=False)
+    assert unchecked.command[-2:] == ("--json-model-override-args", '{"transmla_self_check": false}')
+    installed()
+    with pytest.raises(TransmlaError, match="pip install sglang"):
+        choose(converted / "out", "sglang")
 
 
 def test_the_command_runs_what_it_prints(

@@ -17,19 +17,12 @@ import torch
 from helpers.uncut_exports import make_source, uncut
 from torch import Tensor
 
-from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
+from transmla.formats.serve_limits import SERVED, Widths, refuses, served_widths
 from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.modeling.modeling_transmla import model_class
+from transmla.serve.family_config import OPTION, architecture, widths_of
 from transmla.serve.self_check import compare_served, refusal, signed_logits
-from transmla.serve.vllm_plugin import (
-    CHECKED_WORKER,
-    OPTION,
-    architecture,
-    check_settings,
-    register,
-    served_config,
-    widths_of,
-)
+from transmla.serve.vllm_plugin import CHECKED_WORKER, check_settings, register, served_config
 from transmla.serve.widen import RENAMED, rotary_table, widened
 from transmla.signature.probe import project
 
@@ -280,7 +273,7 @@ def test_other_logits_are_refused_with_a_reason() -> None:
     assert not passes(decoded[1:], decoded[-1])
     assert not passes(decoded * 1.02, decoded[-1] * 1.02)
     assert passes(decoded * 1.02, decoded[-1] * 1.02, torch.bfloat16)
-    words = refusal(compare_served(decoded, decoded[0], signed, torch.float32))
+    words = refusal(compare_served(decoded, decoded[0], signed, torch.float32), "vLLM", f"--no {OPTION}")
     assert words.startswith("vLLM's logits differ from those that the export records; decoding deviates by ")
     assert OPTION in words
 

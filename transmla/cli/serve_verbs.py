@@ -97,16 +97,17 @@ def serve(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
     *,
     runtime: Annotated[
-        str, typer.Option(help="auto (vLLM where it is installed and serves the export), vllm or transformers.")
+        str, typer.Option(help="auto (vLLM where it is installed and serves it), vllm, sglang or transformers.")
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     self_check: Annotated[
-        bool, typer.Option(help="In vLLM, compare the export's logits with its signature before it is served.")
+        bool,
+        typer.Option(help="In vLLM and SGLang, compare the export's logits with its signature before it is served."),
     ] = True,
     dry_run: Annotated[bool, typer.Option(help="Print the command, and start nothing.")] = False,
 ) -> None:
-    """Serve an export with an OpenAI-compatible API, by vLLM or by transformers' own server.
+    """Serve an export with an OpenAI-compatible API, by vLLM, SGLang or transformers' own server.
 
     An export that the runtime cannot serve is refused before the server starts. Arguments after `--` go to the server.
 

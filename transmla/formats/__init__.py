@@ -7,7 +7,7 @@ native_rotary   the rotary table that runtimes compute from a DeepSeek-V3 config
 native_natural  the latent scale of native exports, removed for healing and restored for saving
 transmla        the transmla format: the source family's classes with latent attention inside
 runtimes        which runtimes read an export, and with which kernels
-vllm_limits     which exports of the transmla format the vLLM plugin (``serve/``) serves
+serve_limits    which exports of the transmla format the plugins for vLLM and SGLang (``serve/``) serve
 model_checks    checks of a loaded export, shared by the formats
 
 To add a format, put one file into this folder that subclasses ``Format`` and assigns an instance to ``FORMAT``. The

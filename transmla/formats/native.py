@@ -124,6 +124,8 @@ class NativeFormat(Format):
             "intermediate_size": spec.intermediate_size,
             "kv_lora_rank": shape.kv_lora_rank,
             "max_position_embeddings": spec.max_position_embeddings,
+            # SGLang 0.5.17 needs it, also where no layer has experts, and transformers' config class lacks it.
+            "moe_layer_freq": 1,
             "num_attention_heads": spec.num_attention_heads,
             "num_hidden_layers": spec.num_hidden_layers,
             "num_key_value_heads": spec.num_attention_heads,

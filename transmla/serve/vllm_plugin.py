@@ -10,20 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from transmla.errors import TransmlaError
-from transmla.formats.vllm_limits import SERVED, Widths, refuses, served_widths
+from transmla.formats.serve_limits import SERVED, refuses, served_widths
+from transmla.serve.family_config import MODEL_TYPE, OPTION, architecture, family_config
 
-MODEL_TYPE = "transmla"
 # A ``model_type`` for which vLLM caches one latent row a token.
 MLA_MODEL_TYPE = "deepseek_v3"
 MODELS = "transmla.serve.vllm_model"
 CHECKED_WORKER = "transmla.serve.vllm_worker.CheckedWorker"
-# Key of ``--additional-config`` that turns the check at start-up off.
-OPTION = "transmla_self_check"
-
-
-def architecture(family: str) -> str:
-    """Return the name under which vLLM knows the served model class of ``family``."""
-    return f"Transmla{SERVED[family][1]}"
 
 
 def register() -> None:
@@ -69,29 +62,13 @@ def served_config(config: Mapping[str, Any], *, cpu: bool, **kwargs: Any) -> Any
     Raises:
         ValueError: if the plugin does not serve this export; vLLM shows the message.
     """
-    from transformers import CONFIG_MAPPING
-
     problem = refuses(config)
     if problem is not None:
         raise ValueError(problem)
-    family = config["source_model_type"]
-    fields = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "architectures")}
-    made = CONFIG_MAPPING[family].from_dict(fields, **kwargs)
+    made = family_config(config, served_widths(config, cpu=cpu), **kwargs)
     served: Any = made[0] if isinstance(made, tuple) else made
-    widths = served_widths(config, cpu=cpu)
-    served.kv_lora_rank, served.qk_rope_head_dim = widths.latent, widths.rotary
-    served.qk_nope_head_dim, served.v_head_dim = widths.nope, widths.value
-    served.q_lora_rank = None
-    # ``refuses`` accepts only windows that no text exceeds.
-    served.sliding_window = None
-    served.architectures = [architecture(family)]
     served.model_type = MLA_MODEL_TYPE
     return made
-
-
-def widths_of(config: Any) -> Widths:
-    """Return the widths of a config from ``served_config``."""
-    return Widths(config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
 
 
 def check_settings(vllm_config: Any) -> None:

@@ -19,8 +19,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from transmla.serve.family_config import OPTION
 from transmla.serve.self_check import compare_served, refusal, signed_logits
-from transmla.serve.vllm_plugin import OPTION
 from transmla.signature.probe import TOKENS, tokens
 
 if current_platform.is_cpu():
@@ -29,6 +29,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker
 
 logger = init_logger(f"vllm.{__name__}")
+UNCHECKED = f"--additional-config '{{\"{OPTION}\": false}}'"
 DECODED, PREFILLED = "transmla_self_check_decode", "transmla_self_check_prefill"
 
 
@@ -71,7 +72,7 @@ class CheckedWorker(Worker):
             return
         found = compare_served(torch.cat(runs[0]), runs[1][-1][-1], signed, self.model_config.dtype)
         if not found.passed:
-            raise ValueError(refusal(found))
+            raise ValueError(refusal(found, "vLLM", UNCHECKED))
         logger.info("transmla: the logits are those signed: %s", found.detail)
 
     def _blocks(self) -> tuple[list[int], ...]:

@@ -1,4 +1,4 @@
-"""Pad the tensors of an export with zeros to the widths of vLLM's kernels. What attention computes does not change.
+"""Pad the tensors of an export with zeros to the widths of a runtime's kernels, which changes no output.
 
 Shapes: H heads; r, d_r, d_n, d_v the export's widths of latent, rotary key, other key channels and value. Capitals R,
 D_R, D_N, D_V are the padded widths.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.formats.vllm_limits import Widths
+from transmla.formats.serve_limits import Widths
 
 # Names in vLLM for the projections of queries, keys and values. vLLM would fuse tensors that keep the family's names.
 RENAMED = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
@@ -21,7 +21,12 @@ _PLACE = re.compile(r"(.*\blayers\.(\d+)\.self_attn\.)(\w+)(\..+)?")
 
 
 def widened(
-    tensors: Iterable[tuple[str, Tensor]], mla: Mapping[str, Any], widths: Widths, *, normed: bool
+    tensors: Iterable[tuple[str, Tensor]],
+    mla: Mapping[str, Any],
+    widths: Widths,
+    *,
+    normed: bool,
+    names: Mapping[str, str] = RENAMED,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of an export with the names and shapes that the served model has.
 
@@ -30,6 +35,7 @@ def widened(
         mla: the config's ``mla``, with the widths of each layer.
         widths: the widths to pad to.
         normed: whether the family normalises queries and keys.
+        names: new names of modules in ``self_attn``; the default is vLLM's.
     """
     kinds: Sequence[Widths] = [Widths.of(kind) for kind in mla["kinds"]]
     for name, tensor in tensors:
@@ -39,7 +45,7 @@ def widened(
             continue
         before, layer, part, after = place.groups()
         kind = kinds[mla["layers"][int(layer)]]
-        yield f"{before}{RENAMED.get(part, part)}{after or ''}", widen(part, tensor, kind, widths, normed=normed)
+        yield f"{before}{names.get(part, part)}{after or ''}", widen(part, tensor, kind, widths, normed=normed)
 
 
 def widen(part: str, tensor: Tensor, kind: Widths, widths: Widths, *, normed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the vLLM plugin serves: families, features and widths, read from ``config.json`` without vLLM."""
+"""What the plugins for vLLM and SGLang serve: families, features and widths, read from ``config.json`` alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transmla.errors import TransmlaError
 from transmla.formats.runtimes import VLLM_DECODE, VLLM_PREFILL
 
-# Families whose vLLM classes the plugin changes, by ``model_type``: module and class in vLLM.
+# Families whose classes the plugins change, by ``model_type``: module and class, the same in vLLM and SGLang.
 SERVED = {
     "granite": ("granite", "GraniteForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
@@ -22,7 +22,7 @@ SERVED = {
 }
 # Families whose attention has learned sinks, which ``config.json`` does not mention otherwise.
 WITH_SINKS = ("gpt_oss",)
-# Rotary width of vLLM's MLA kernels, and the latent widths that they take beside it; on CPUs 512 alone.
+# Rotary width of the MLA kernels, and the latent widths that they take beside it; on CPUs, vLLM takes 512 alone.
 ROTARY = 64
 LATENTS, CPU_LATENTS = tuple(latent for latent, rotary in VLLM_DECODE if rotary == ROTARY), (512,)
 # Widths (d_n, d_v) of a head for which GPUs have prefill kernels.
@@ -60,7 +60,7 @@ class Widths:
 def served_widths(config: Mapping[str, Any], *, cpu: bool) -> Widths:
     """Return the widths to which all layers of an export are padded.
 
-    vLLM's cache has one width, so layers of different widths are all padded to the largest.
+    The runtime's cache has one width, so layers of different widths are all padded to the largest.
 
     Args:
         config: content of ``config.json``, which ``refuses`` accepts.
@@ -78,21 +78,22 @@ def _largest(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return max(k.latent for k in kinds), max(k.nope for k in kinds), max(k.value for k in kinds)
 
 
-def refuses(config: Mapping[str, Any], tensor_parallel: int = 1) -> str | None:
-    """Return why the vLLM plugin does not serve an export; None if it does.
+def refuses(config: Mapping[str, Any], tensor_parallel: int = 1, runtime: str = "vLLM") -> str | None:
+    """Return why the plugin for ``runtime`` does not serve an export; None if it does.
 
     Args:
         config: content of ``config.json`` of an export in the transmla format.
         tensor_parallel: number of devices that share the heads.
+        runtime: the runtime's name, for the words of the refusal; both plugins have the same limits.
 
     Returns:
         One line: what is not served, the limit, and a remedy.
     """
-    problem = _problem(config, tensor_parallel)
+    problem = _problem(config, tensor_parallel, runtime)
     return None if problem is None else str(problem)
 
 
-def _problem(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError | None:
+def _problem(config: Mapping[str, Any], tensor_parallel: int, runtime: str) -> TransmlaError | None:
     mla, family = config.get("mla"), config.get("source_model_type")
     if not isinstance(mla, Mapping) or not mla.get("kinds") or not mla.get("layers") or not family:
         return TransmlaError(
@@ -102,7 +103,7 @@ def _problem(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError |
         )
     feature = _feature(config, str(family))
     if feature is not None:
-        return TransmlaError(f"the export has {feature}", limit="vLLM's MLA does not support this", remedy=REMEDY)
+        return TransmlaError(f"the export has {feature}", limit=f"{runtime}'s MLA does not support this", remedy=REMEDY)
     if family not in SERVED:
         limit = f"it serves {', '.join(sorted(SERVED))}"
         return TransmlaError(f"the plugin does not serve the family {family}", limit=limit, remedy=REMEDY)
@@ -113,10 +114,10 @@ def _problem(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError |
         ("latent", latent, max(LATENTS), "--kv-lora-rank"),
     ):
         if width > most:
-            limit, remedy = f"vLLM's MLA takes at most {most}", f"convert again with {option} {most}, or less"
+            limit, remedy = f"{runtime}'s MLA takes at most {most}", f"convert again with {option} {most}, or less"
             return TransmlaError(f"the export's {name} is {width} wide", limit=limit, remedy=remedy)
     if not any(head[0] >= nope and head[1] >= value for head in HEADS):
-        limit = f"vLLM's prefill takes at most {max(n for n, _ in HEADS)} and {max(v for _, v in HEADS)}"
+        limit = f"{runtime}'s prefill takes at most {max(n for n, _ in HEADS)} and {max(v for _, v in HEADS)}"
         return TransmlaError(f"the export's heads are {nope} and {value} wide", limit=limit, remedy=REMEDY)
     heads = config.get("num_attention_heads", 0)
     if heads % tensor_parallel:
@@ -129,7 +130,7 @@ def _problem(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError |
 
 
 def _feature(config: Mapping[str, Any], family: str) -> str | None:
-    """Name a feature of the export's attention that vLLM's MLA lacks; None if there is none."""
+    """Name a feature of the export's attention that the runtimes' MLA lacks; None if there is none."""
     mla = config["mla"]
     features = {
         "layers that kept the source's attention": None in mla["layers"],
