@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -65,10 +66,13 @@ def build() -> typer.Typer:
 
 def _quiet() -> None:
     """Silence the progress bars and advice of libraries."""
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    # transformers imports torchao where it is installed, and both libraries below warn of torchao's own code.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
