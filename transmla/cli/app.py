@@ -37,6 +37,8 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 # What a shell reports for Ctrl-C, and what typer turns it into; and for a command whose reader has left.
 INTERRUPTED, PIPE_CLOSED = 130, 141
+# Loggers that warn of torchao's own code where torchao is installed, because transformers imports it.
+TALKATIVE = ("torchao", "torch.utils._pytree")
 ISSUES = "https://pypi.org/project/transmla"
 
 
@@ -65,19 +67,18 @@ def build() -> typer.Typer:
 
 
 def _quiet() -> None:
-    """Silence the progress bars and advice of libraries."""
-    from transformers.utils import logging as of_transformers
+    """Silence the progress bars and advice of transformers."""
+    from transformers.utils import logging
 
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
-    # transformers imports torchao where it is installed, and both libraries below warn of torchao's own code.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
     prepare_streams()
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = sys.argv[1:] or ["--help"]
     try:
         if not {"--help", "--version"} & set(arguments):
