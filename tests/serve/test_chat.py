@@ -11,6 +11,7 @@ import torch
 from helpers.command_line import Run
 
 import transmla
+from transmla.errors import TransmlaError
 from transmla.serve.chat import Answer, Sampling, answer, converse, encode
 from transmla.source.load import load_tokenizer
 
@@ -53,6 +54,15 @@ def test_a_conversation_is_remembered(opened: tuple[Any, Any], monkeypatch: pyte
     assert [message["content"] for message in seen[1]] == ["short", "one", "answer 1", "two"]
     assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
     assert given[0].tokens_per_second == 2.0
+
+
+def test_a_message_without_tokens_is_refused() -> None:
+    def tokenizer(text: str, **_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(1, len(text))}
+
+    assert encode(tokenizer, [{"role": "user", "content": "a"}]).shape == (1, 1)
+    with pytest.raises(TransmlaError, match="the message is empty"):
+        encode(tokenizer, [{"role": "user", "content": ""}])
 
 
 def test_without_a_template_the_model_continues(pair: tuple[Path, Path]) -> None:

@@ -250,6 +250,33 @@ def test_what_llama_cpp_cannot_compute_is_refused(export: Path, changes: dict[st
         check_config(config_of(export) | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kv_lora_rank": None}, "kv_lora_rank is missing or has the wrong type"),
+        ({"rope_parameters": None}, "rope_parameters is missing or has the wrong type"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_theta is missing"),
+        ({"num_hidden_layers": LAYERS + 1}, f"'model.layers.{LAYERS}.input_layernorm.weight' is missing"),
+        ({"num_attention_heads": HEADS + 1}, "has shape .*; config.json asks for shape"),
+        ({"q_lora_rank": 8}, "llama.cpp's layout has no place for 'model.layers.0.self_attn.q_proj.weight'"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_tensors_is_refused(
+    export: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    folder = shutil.copytree(export, tmp_path / "export")
+    (folder / "config.json").write_text(json.dumps(config_of(export) | changes))
+    refused(folder, tmp_path / "x.gguf", says)
+
+
+def test_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(export, tmp_path / "export")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    refused(folder, tmp_path / "x.gguf", "eos_token_id is no number")
+    (folder / "config.json").write_text("{")
+    refused(folder, tmp_path / "x.gguf", "is not a valid JSON file")
+
+
 def test_a_full_disk_is_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     refused(export, tmp_path / "x.gguf", "GB free; the file needs")

@@ -59,8 +59,37 @@ def test_unknown_runtimes_and_folders_are_refused(converted: Path, tmp_path: Pat
         choose(tmp_path)
 
 
+@pytest.mark.parametrize("runtime", ["auto", "vllm", "sglang"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "deepseek_v3", "transmla": {}, "rope_parameters": "default"}',
+        '{"model_type": "transmla", "source_model_type": "llama", "mla": {"layers": [0], "kinds": [{}]}}',
+        '{"model_type": "transmla", "source_model_type": "llama", "mla": {"layers": 5, "kinds": [1]}}',
+    ],
+)
+def test_a_damaged_config_is_an_error_in_one_line(tmp_path: Path, runtime: str, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TransmlaError, match=r"cannot read the config|is not a valid JSON file"):
+        choose(tmp_path, runtime)
+
+
+def test_a_refusal_names_one_remedy(tmp_path: Path, installed: Callable[..., None]) -> None:
+    installed("vllm", *SERVING)
+    config = {"model_type": "transmla", "source_model_type": "gpt_oss", "mla": {"layers": [0], "kinds": [{}]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    limit = "the export has attention sinks; vLLM's MLA does not support this"
+    with pytest.raises(TransmlaError) as refused:
+        choose(tmp_path, "vllm")
+    assert str(refused.value) == f"vLLM does not serve this export: {limit}; serve it with --runtime transformers"
+    assert choose(tmp_path).reason == f"vLLM does not serve it: {limit}"
+
+
 def test_an_export_that_vllm_does_not_serve_goes_to_transformers(
-    installed: Callable[..., None], converted: Path
+    installed: Callable[..., None], converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed("vllm", *SERVING)
     server = choose(converted / "out")
@@ -68,6 +97,9 @@ def test_an_export_that_vllm_does_not_serve_goes_to_transformers(
     assert "its latent cache takes" in server.reason
     with pytest.raises(TransmlaError, match="vLLM does not serve this export: its latent cache takes"):
         choose(converted / "out", "vllm")
+    # With this option, vLLM expands the cache.
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert choose(converted / "out", "vllm").name == "vllm"
     # A model that is no export is vLLM's own business.
     assert choose(converted / "source").name == "vllm"
 
@@ -124,12 +156,18 @@ def test_vllm_checks_an_export_before_it_serves(
     ],
 )
 def test_what_sglang_serves(changes: dict[str, Any], problem: str | None) -> None:
-    config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "moe_layer_freq": 1, "transmla": {}}
+    config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "transmla": {}}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     found = sglang_problem(config | changes)
     assert found is None if problem is None else problem in str(found)
-    del config["moe_layer_freq"]
-    assert "moe_layer_freq" in str(sglang_problem(config))
+
+
+def test_sglang_is_given_the_field_that_older_exports_lack(installed: Callable[..., None], tmp_path: Path) -> None:
+    installed("sglang")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "transmla": {}}))
+    server = choose_server(tmp_path, "sglang", "::1", 80, (), check=False)
+    assert server.command[-2] == "--json-model-override-args"
+    assert json.loads(server.command[-1]) == {"transmla_self_check": False, "moe_layer_freq": 1}
 
 
 def test_sglang_checks_an_export_unless_an_option_says_no(installed: Callable[..., None], converted: Path) -> None:

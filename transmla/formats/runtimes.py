@@ -13,6 +13,8 @@ from transmla.formats.llama_cpp_limits import llama_cpp_refusal
 VLLM_DECODE = ((256, 64), (512, 64))
 VLLM_CPU_DECODE = ((512, 64),)
 VLLM_PREFILL = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+# Option of vLLM that expands the latent cache, so that any width is served.
+VLLM_EXPANDED = "VLLM_MLA_DISABLE=1"
 # mlx-lm 0.32 takes tensors of layer 61 and above for a multi-token predictor, and drops them.
 MLX_LAYERS = 61
 
@@ -67,7 +69,7 @@ def _vllm(plan: Plan) -> Runtime:
     expanded = spec.num_attention_heads * (shape.qk_head_dim + max(shape.qk_head_dim, shape.v_head_dim))
     share = expanded / spec.cache_values
     note = f"{problem}; this option expands the cache to {share:.1f} × the source's (--pad-for vllm avoids it)"
-    return Runtime("vLLM", True, note, flag="VLLM_MLA_DISABLE=1")
+    return Runtime("vLLM", True, note, flag=VLLM_EXPANDED)
 
 
 def _llama_cpp(plan: Plan) -> Runtime:

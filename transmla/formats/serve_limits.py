@@ -89,11 +89,12 @@ def refuses(config: Mapping[str, Any], tensor_parallel: int = 1, runtime: str = 
     Returns:
         One line: what is not served, the limit, and a remedy.
     """
-    problem = _problem(config, tensor_parallel, runtime)
+    problem = refusal(config, tensor_parallel, runtime)
     return None if problem is None else str(problem)
 
 
-def _problem(config: Mapping[str, Any], tensor_parallel: int, runtime: str) -> TransmlaError | None:
+def refusal(config: Mapping[str, Any], tensor_parallel: int = 1, runtime: str = "vLLM") -> TransmlaError | None:
+    """Return ``refuses`` as an error, whose parts can be read one by one."""
     mla, family = config.get("mla"), config.get("source_model_type")
     if not isinstance(mla, Mapping) or not mla.get("kinds") or not mla.get("layers") or not family:
         return TransmlaError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from transmla.errors import TransmlaError
 from transmla.runtime.latent_cache import latent_bytes
 
 Message = dict[str, str]
@@ -89,6 +90,9 @@ def encode(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
 
     The conversation goes through the chat template. Without a template, the ids are those of the last message alone,
     which the model continues.
+
+    Raises:
+        TransmlaError: if there are no tokens.
     """
     if getattr(tokenizer, "chat_template", None):
         ids = tokenizer.apply_chat_template(
@@ -96,6 +100,12 @@ def encode(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
         )["input_ids"]
     else:
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise TransmlaError(
+            "the message is empty",
+            limit="a model without a chat template continues the message, and needs a token to begin with",
+            remedy="write a message",
+        )
     return ids  # type: ignore[no-any-return]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from transmla.boundary import boundary, read_json_object
+from transmla.boundary import boundary, read_json, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.manifest import Manifest
 from transmla.files import temporary
@@ -24,13 +23,23 @@ from transmla.serve.gguf_check import GgufCheck, check_file, refuse_check
 from transmla.serve.gguf_fields import open_writer
 from transmla.serve.gguf_quantise import HALF_MAX, quantise
 from transmla.serve.gguf_scale import choose_scales
-from transmla.serve.gguf_tensors import ENDS, EXPAND, FILE_TYPES, LAYER, PARTS, GgufTensor, count_bytes, list_tensors
+from transmla.serve.gguf_tensors import FILE_TYPES, GgufTensor, count_bytes, export_shapes, list_tensors
 from transmla.serve.gguf_tokenizer import describe_tokenizer
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_tokenizer
 
 # Share of the disk that must stay free, in bytes of the file.
 SLACK = 1.01
+# Fields of config.json that are read, with their types.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"), int),
+    **dict.fromkeys(("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), int),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), int),
+    "q_lora_rank": (int, type(None)),
+    "rms_norm_eps": (float, int),
+    "hidden_act": str,
+    "rope_parameters": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,12 @@ def write_gguf(
     _check_request(output, file_type)
     manifest = Manifest.read(folder)
     _check_format(folder, manifest)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder)
     check_config(config)
     tokenizer = load_tokenizer(folder)
     vocabulary = describe_tokenizer(tokenizer, config["vocab_size"], _ends(folder, config))
     checkpoint = open_checkpoint(folder)
-    _check_names(config, checkpoint.shapes)
+    _check_tensors(config, checkpoint.shapes)
     layers = config["num_hidden_layers"]
     scales = choose_scales(layers, config["kv_lora_rank"], set(checkpoint.shapes), checkpoint.read)
     tensors = list(list_tensors(config, dict(checkpoint.shapes), checkpoint.read, scales, file_type))
@@ -128,6 +137,22 @@ def _check_format(folder: Path, manifest: Manifest) -> None:
     )
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a native export's ``config.json``, after a check of the fields that are read."""
+    config = read_json(folder / "config.json")
+    fields = config if isinstance(config, dict) else {}
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(fields.get(name), kind)]
+    if not wrong and not isinstance(fields["rope_parameters"].get("rope_theta"), float | int):
+        wrong = ["rope_parameters.rope_theta"]
+    if wrong:
+        raise TransmlaError(
+            f"cannot read the config of '{folder}'",
+            limit=f"{wrong[0]} is missing or has the wrong type",
+            remedy="correct its config.json, or convert the source again",
+        )
+    return fields
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Check that llama.cpp's ``deepseek2`` computes what a native export's ``config`` says.
 
@@ -140,16 +165,20 @@ def check_config(config: dict[str, Any]) -> None:
         raise problem
 
 
-def _check_names(config: dict[str, Any], shapes: Iterable[str]) -> None:
-    """Refuse an export with tensors that the layout has no place for, such as biases."""
-    parts = (*PARTS, EXPAND)
-    known = {LAYER.format(i) + part for i in range(config["num_hidden_layers"]) for part in parts} | set(ENDS)
-    if other := sorted(set(shapes) - known):
+def _check_tensors(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an export whose tensors are not those that its config describes."""
+    expected = export_shapes(config)
+    if other := sorted(set(shapes) - set(expected)):
         raise TransmlaError(
             f"llama.cpp's layout has no place for '{other[0]}'",
-            limit=f"{len(other)} tensors of the export are not part of a dense DeepSeek-V3",
+            limit=f"{len(other)} tensors of the export are not part of a dense DeepSeek-V3 with its config.json",
             remedy="convert the source again",
         )
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            found = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
+            limit = f"config.json asks for shape {list(shape)}"
+            raise TransmlaError(f"'{name}' {found}", limit=limit, remedy="convert the source again")
 
 
 def _check_disk(output: Path, size: int) -> None:
@@ -166,7 +195,14 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
     """Return the ids that end a text, from the generation config or else the config."""
     settings = read_json_object(folder / "generation_config.json") or {}
     ends = settings.get("eos_token_id", config.get("eos_token_id"))
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise TransmlaError(
+            f"cannot read the tokens that end a text in '{folder}'",
+            limit="eos_token_id is no number, and no list of numbers",
+            remedy="correct its generation_config.json or config.json",
+        )
+    return ends
 
 
 def write_tensors(writer: Any, tensors: list[GgufTensor], reporter: Reporter) -> None:

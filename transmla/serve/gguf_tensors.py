@@ -42,6 +42,36 @@ PARTS = {
 EXPAND = "self_attn.kv_b_proj.weight"
 
 
+def export_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a native export with this ``config``, by name."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    rank, d_r, compressed = config["kv_lora_rank"], config["qk_rope_head_dim"], config.get("q_lora_rank")
+    d_n, d_v = config["qk_nope_head_dim"], config["v_head_dim"]
+    queries = heads * (d_n + d_r)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.kv_a_proj_with_mqa.weight": (rank + d_r, hidden),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        EXPAND: (heads * (d_n + d_v), rank),
+        "self_attn.o_proj.weight": (hidden, heads * d_v),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if compressed:
+        layer["self_attn.q_a_proj.weight"] = (compressed, hidden)
+        layer["self_attn.q_a_layernorm.weight"] = (compressed,)
+        layer["self_attn.q_b_proj.weight"] = (queries, compressed)
+    else:
+        layer["self_attn.q_proj.weight"] = (queries, hidden)
+    vocabulary = (config["vocab_size"], hidden)
+    ends = dict(zip(ENDS, (vocabulary, (hidden,), vocabulary), strict=True))
+    return ends | {
+        LAYER.format(i) + part: shape for i in range(config["num_hidden_layers"]) for part, shape in layer.items()
+    }
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """One tensor of the file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 
-from transmla.boundary import read_json_object
+from transmla.boundary import boundary, read_json
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
-from transmla.formats.runtimes import vllm_refuses
-from transmla.formats.serve_limits import refuses
+from transmla.formats.runtimes import VLLM_EXPANDED, vllm_refuses
+from transmla.formats.serve_limits import REMEDY, refusal
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.serve.family_config import OPTION
 from transmla.serve.vllm_plugin import CHECKED_WORKER
@@ -57,27 +58,31 @@ def choose_server(
         check: whether vLLM or SGLang compares the export's logits with its signature before it serves.
 
     Raises:
-        TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model.
+        TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model, or if the model's
+            config.json is missing or damaged.
     """
     if runtime not in ("auto", VLLM, SGLANG, TRANSFORMERS):
         limit = "auto, vllm, sglang or transformers"
         raise TransmlaError(f"unknown runtime '{runtime}'", limit=limit, remedy="choose one")
-    config = read_json_object(folder / "config.json")
-    if config is None:
-        raise TransmlaError(
-            f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
-        )
+    config = _read_config(folder)
     cpu, reason = not torch.cuda.is_available(), ""
-    problem = sglang_problem(config) if runtime == SGLANG else vllm_problem(config, cpu=cpu)
+    with boundary(f"cannot read the config of '{folder}'", remedy="correct its config.json"):
+        problem = sglang_problem(config) if runtime == SGLANG else vllm_problem(config, cpu=cpu)
     if runtime in NAMES and problem is not None:
-        what, remedy = f"{NAMES[runtime]} does not serve this export: {problem}", "serve it with --runtime transformers"
-        raise TransmlaError(what, remedy=remedy)
+        other = "" if problem.remedy == REMEDY else f"{problem.remedy}, or "
+        raise TransmlaError(
+            f"{NAMES[runtime]} does not serve this export: {problem.what}",
+            limit=problem.limit,
+            remedy=f"{other}serve it with --runtime transformers",
+        )
     if runtime == "auto":
         if problem is None and find_spec(VLLM):
             runtime = VLLM
         else:
             runtime = TRANSFORMERS
-            reason = f"vLLM does not serve it: {problem}" if problem else "vLLM is not installed"
+            reason = "vLLM is not installed"
+            if problem is not None:
+                reason = str(TransmlaError(f"vLLM does not serve it: {problem.what}", limit=problem.limit))
     missing = [name for name in ((runtime,) if runtime in NAMES else SERVING) if find_spec(name) is None]
     if missing:
         raise TransmlaError(
@@ -85,11 +90,25 @@ def choose_server(
             limit=f"{missing[0]} is not installed",
             remedy=INSTALL[runtime] if runtime in NAMES else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
         )
-    checks = _check_options(config, runtime, check=check)
-    return Server(runtime, (*_command(runtime, folder, host, port), *checks, *extra), reason)
+    options = _options(config, runtime, check=check)
+    return Server(runtime, (*_command(runtime, folder, host, port), *options, *extra), reason)
 
 
-def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of ``config.json`` in ``folder``, which names a model type."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise TransmlaError(
+            f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
+        )
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        limit, remedy = "it names no model_type", "correct its config.json"
+        raise TransmlaError(f"cannot read the config of '{folder}'", limit=limit, remedy=remedy)
+    return config
+
+
+def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> TransmlaError | None:
     """Return why vLLM does not serve an export; None if it does, or if the model is no export.
 
     Args:
@@ -97,33 +116,39 @@ def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> str | None:
         cpu: whether the model would run on a CPU.
     """
     if config.get("model_type") == MODEL_TYPE:
-        return refuses(config)
+        return refusal(config)
     if config.get("model_type") != "deepseek_v3" or KEY not in config:
         return None
-    return _rope_problem(config) or vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+    name, _, value = VLLM_EXPANDED.partition("=")
+    expanded = os.environ.get(name) == value
+    rows = None if expanded else vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+    return _rope_problem(config) or (None if rows is None else TransmlaError(rows, remedy=REMEDY))
 
 
-def sglang_problem(config: Mapping[str, Any]) -> str | None:
+def sglang_problem(config: Mapping[str, Any]) -> TransmlaError | None:
     """Return why SGLang does not serve an export with this ``config.json``; None if it does, or if it is no export."""
     if config.get("model_type") == MODEL_TYPE:
-        return refuses(config, runtime=NAMES[SGLANG])
+        return refusal(config, runtime=NAMES[SGLANG])
     if config.get("model_type") != "deepseek_v3" or KEY not in config:
         return None
-    if "moe_layer_freq" not in config:
-        return "its config.json lacks moe_layer_freq, as those of earlier versions of transmla do; convert it again"
     return _rope_problem(config)
 
 
-def _rope_problem(config: Mapping[str, Any]) -> str | None:
+def _rope_problem(config: Mapping[str, Any]) -> TransmlaError | None:
     """Return why vLLM and SGLang do not read the rotary scaling of a native export; None if they do."""
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    return None if rope_type == "default" else f"it does not read rope_type '{rope_type}' in this model"
+    if rope_type == "default":
+        return None
+    return TransmlaError(f"it does not read rope_type '{rope_type}' in this model", remedy=REMEDY)
 
 
-def _check_options(config: Mapping[str, Any], runtime: str, *, check: bool) -> tuple[str, ...]:
-    """Return the runtime's options for the check. The plugins need none, except for native exports in vLLM."""
+def _options(config: Mapping[str, Any], runtime: str, *, check: bool) -> tuple[str, ...]:
+    """Return the runtime's options for the check, and for fields that SGLang needs and older exports lack."""
     if runtime == SGLANG:
-        return () if check else ("--json-model-override-args", json.dumps({OPTION: False}))
+        changes: dict[str, Any] = {} if check else {OPTION: False}
+        if config.get("model_type") == "deepseek_v3" and KEY in config and "moe_layer_freq" not in config:
+            changes["moe_layer_freq"] = 1
+        return ("--json-model-override-args", json.dumps(changes)) if changes else ()
     if runtime != VLLM:
         return ()
     if config.get("model_type") == MODEL_TYPE:
