@@ -21,10 +21,10 @@ from transmla.formats.serve_limits import SERVED, Widths, refuses, served_widths
 from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.modeling.modeling_transmla import model_class
 from transmla.serve.family_config import OPTION, architecture, widths_of
-from transmla.serve.self_check import compare_served, refusal, signed_logits
+from transmla.serve.self_check import SignedLogits, compare_served, refusal, signed_logits
 from transmla.serve.vllm_plugin import CHECKED_WORKER, check_settings, register, served_config
 from transmla.serve.widen import RENAMED, rotary_table, widened
-from transmla.signature.probe import project
+from transmla.signature.probe import project_logits
 
 LAYERS = 3
 KIND = {
@@ -260,7 +260,7 @@ def test_the_plugin_is_an_entry_point_that_imports_neither_vllm_nor_transformers
 
 def test_other_logits_are_refused_with_a_reason() -> None:
     decoded = torch.randn(32, 100, generator=torch.Generator().manual_seed(0))
-    signed = project(decoded).rounded()
+    signed = SignedLogits(project_logits(decoded).rounded(), [0.01, 0.01, 0.1, 0.02])
 
     def passes(now: Tensor, prefilled: Tensor, dtype: torch.dtype = torch.float32) -> bool:
         return compare_served(now, prefilled, signed, dtype).passed
@@ -273,6 +273,8 @@ def test_other_logits_are_refused_with_a_reason() -> None:
     assert not passes(decoded[1:], decoded[-1])
     assert not passes(decoded * 1.02, decoded[-1] * 1.02)
     assert passes(decoded * 1.02, decoded[-1] * 1.02, torch.bfloat16)
+    wrong = torch.cat([decoded[:-4], decoded.roll(1, 0)[-4:]])
+    assert not passes(wrong, wrong[-1], torch.bfloat16)
     words = refusal(compare_served(decoded, decoded[0], signed, torch.float32), "vLLM", f"--no {OPTION}")
     assert words.startswith("vLLM's logits differ from those that the export records; decoding deviates by ")
     assert OPTION in words
@@ -281,4 +283,12 @@ def test_other_logits_are_refused_with_a_reason() -> None:
 def test_an_unsigned_config_has_no_logits() -> None:
     assert signed_logits({}) is None
     assert signed_logits({"transmla": {"signature": None}}) is None
-    assert signed_logits({"transmla": {"signature": {"logits": [1.0]}}}) == [1.0]
+    assert signed_logits({"transmla": {"signature": {"logits": [1.0]}}}) is None
+    signature = {"logits": [1.0], "rounding": [0.1]}
+    assert signed_logits({"transmla": {"signature": signature}}) == SignedLogits([1.0], [0.1])
+
+
+def test_the_tolerance_in_bfloat16_is_what_rounding_changes() -> None:
+    signed = SignedLogits([1.0, 1.0], [0.001, 0.1])
+    assert signed.tolerances(torch.float32) == [1e-2, 1e-2]
+    assert signed.tolerances(torch.bfloat16) == [0.05, 0.5]

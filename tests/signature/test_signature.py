@@ -21,7 +21,7 @@ from transmla.export.manifest import Manifest
 from transmla.modeling.registration import register
 from transmla.signature.compare import TOLERANCE, compare_layers, differences
 from transmla.signature.layers import LayerProjections
-from transmla.signature.probe import Projections, project, tokens
+from transmla.signature.probe import UNSETTLED, Projections, project, project_logits, tokens
 from transmla.signature.sign import Measured, measure_export
 from transmla.signature.tokenizer import describe_tokenizer
 from transmla.source.load import load_tokenizer
@@ -80,7 +80,23 @@ def test_layers_run_one_by_one_are_the_whole_model(exports: dict[str, Path], fam
     with torch.no_grad():
         logits = model(tokens(model.config.vocab_size)).logits
     found = measure_export(folder, family, "cpu").rest.logits
-    assert max(found.deviations(project(logits[0]).values)) < 1e-6
+    assert max(found.deviations(project_logits(logits[0]).values)) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_signature_records_how_much_bfloat16_changes_the_logits(exports: dict[str, Path], family: str) -> None:
+    folder = exports[family] / "out"
+    register()
+    logits = []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+        model.config._experts_implementation = "eager"
+        with torch.no_grad():
+            logits.append(model(tokens(model.config.vocab_size)).logits[0, UNSETTLED:].double())
+    change = (logits[1] - logits[0]).norm() / logits[0].norm()
+    signature = Manifest.read(folder).signature
+    assert signature is not None
+    assert 0 < change / 2 < max(signature.rounding) < 4 * change
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

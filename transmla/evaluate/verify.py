@@ -25,7 +25,7 @@ from transmla.guard.config import check_config
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.signature.compare import compare_contents, compare_layers, compare_logits
-from transmla.signature.probe import project, tokens
+from transmla.signature.probe import project_logits, tokens
 from transmla.signature.sign import Measured, contents, measure_export
 from transmla.source.locate import resolve_source
 
@@ -143,7 +143,7 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
         if manifest.signature is not None and not changed:
             limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
             logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
-            yield compare_logits(manifest.signature, project(logits[0]), limit)
+            yield compare_logits(manifest.signature, project_logits(logits[0]), limit)
 
     def compare() -> Check:
         with torch.no_grad():

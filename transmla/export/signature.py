@@ -31,6 +31,8 @@ class Signature:
         embedding: projections of the embedding's weight.
         head: projections of the logits that the last norm and the head give for seeded hidden states.
         logits: projections of the whole model's logits for seeded tokens.
+        rounding: change of these logits if the model runs in bfloat16, as a fraction of their norm, for each group of
+            tokens. Servers run in bfloat16.
         config: content of ``config.json``.
         generation: content of ``generation_config.json``; empty if the export has none.
         tokenizer: what the tokenizer does (``transmla.signature.tokenizer``).
@@ -49,5 +51,6 @@ class Signature:
     tokenizer: dict[str, Any]
     dtypes: dict[str, int]
     code: dict[str, str]
+    rounding: list[float] = field(default_factory=list)
     healings: int = 0
     source: list[LayerSignature] = field(default_factory=list)

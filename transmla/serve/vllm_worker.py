@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from transmla.serve.family_config import OPTION
-from transmla.serve.self_check import compare_served, refusal, signed_logits
+from transmla.serve.self_check import SignedLogits, compare_served, refusal, signed_logits
 from transmla.signature.probe import TOKENS, tokens
 
 if current_platform.is_cpu():
@@ -55,7 +55,7 @@ class CheckedWorker(Worker):
         return times
 
     @torch.inference_mode()
-    def _check(self, signed: list[float]) -> None:
+    def _check(self, signed: SignedLogits) -> None:
         model = self.model_runner.get_model()
         ids: list[int] = tokens(self.model_config.hf_config.vocab_size)[0].tolist()
         runs: list[list[Tensor]] = []

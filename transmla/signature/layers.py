@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.families.base import Family
-from transmla.signature.probe import Projections, hidden_states, project, tokens
+from transmla.signature.probe import Projections, hidden_states, project, project_logits, tokens
 from transmla.source.checkpoint import Checkpoint
 from transmla.source.decoder_layer import embedded, layer_with
 
@@ -30,11 +30,20 @@ class LayerProjections:
 
 @dataclass(frozen=True)
 class RestProjections:
-    """Projections of the embedding's weight, of the head's logits, and of the whole model's logits."""
+    """Projections of what lies outside the layers, and of the whole model.
+
+    Attributes:
+        embedding: of the embedding's weight.
+        head: of the head's logits.
+        logits: of the whole model's logits.
+        rounding: change of these logits if the model runs in bfloat16, as a fraction of their norm, for each group;
+            empty if that was not measured.
+    """
 
     embedding: Projections
     head: Projections
     logits: Projections
+    rounding: list[float]
 
 
 def precision(device: torch.device | str) -> torch.dtype:
@@ -53,9 +62,18 @@ class LayerByLayer:
         checkpoint: reads its weights.
         family: names the tensors.
         device: the device that runs the layers.
+        rounded: whether the model runs in bfloat16 as well, for ``RestProjections.rounding``.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, family: Family, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        family: Family,
+        device: torch.device | str,
+        *,
+        rounded: bool = False,
+    ) -> None:
         self.model, self.checkpoint, self.names, self.device = model, checkpoint, family.tensors, device
         self.dtype = precision(device)
         self.count = len(model.model.layers)
@@ -63,7 +81,10 @@ class LayerByLayer:
         states = hidden_states(model.config.hidden_size)
         # The second row is the hidden state of seeded tokens, which passes from layer to layer.
         self.ids = tokens(model.config.vocab_size)
-        self._hidden = torch.cat([states, self._embedded()]).to(device, self.dtype)
+        given = self._embedded()
+        self._hidden = torch.cat([states, given]).to(device, self.dtype)
+        # Hidden states [1, T, D] of the seeded tokens in a model that runs in bfloat16.
+        self._rounded = given.to(device, torch.bfloat16) if rounded else None
 
     @torch.no_grad()
     def layers(self) -> Iterator[LayerProjections]:
@@ -73,7 +94,9 @@ class LayerByLayer:
             layer = _with_exact_experts(layer_with(self.model, i, tensors, self.dtype)).to(self.device)
             attended: list[Tensor] = []
             layer.self_attn.register_forward_hook(lambda _, __, out, seen=attended: seen.append(out[0]))
-            output = self._run(i, layer)
+            output = self._run(i, layer, self._hidden)
+            if self._rounded is not None:
+                self._rounded = self._run(i, layer.to(torch.bfloat16), self._rounded)
             yield LayerProjections(project(attended[0][0]), project((output - self._hidden)[0]))
             self._hidden = torch.stack([self._hidden[0], output[1]])
 
@@ -82,27 +105,36 @@ class LayerByLayer:
         """Return the projections of what lies outside the layers, after all layers have run."""
         embedding = self.checkpoint.read(self.names["embed"])
         head = self.checkpoint.read(self.names["head"]) if self.names["head"] in self.checkpoint.shapes else embedding
+        logits = self._logits(head, self._hidden)
+        exact, rounding = project_logits(logits[1]), list[float]()
+        if self._rounded is not None:
+            change = project_logits(self._logits(head, self._rounded)[0].to(logits.dtype) - logits[1])
+            rounding = [float(error / max(size, 1e-30)) for error, size in zip(change.sizes, exact.sizes, strict=True)]
+        return RestProjections(project(embedding), project(logits[0]), exact, rounding)
+
+    def _logits(self, head: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits [N, T, vocabulary] of ``hidden`` [N, T, D] after all layers, in its precision."""
+        dtype = hidden.dtype
         whole = _opened(self.model)
         whole.lm_head = copy.deepcopy(self.model.lm_head)
-        whole.lm_head.weight = nn.Parameter(head.to(self.device, self.dtype), requires_grad=False)
-        whole.model = self._trunk([_Given(None, self._hidden) for _ in range(self.count)])
+        whole.lm_head.weight = nn.Parameter(head.to(self.device, dtype), requires_grad=False)
+        whole.model = self._trunk([_Given(None, hidden) for _ in range(self.count)])
         norm = copy.deepcopy(self.model.model.norm)
         prefix = self.names["norm"].removesuffix("weight")
-        weights = {name: tensor.to(self.dtype) for name, tensor in self.checkpoint.layer(prefix).items()}
+        weights = {name: tensor.to(dtype) for name, tensor in self.checkpoint.layer(prefix).items()}
         norm.load_state_dict(weights, strict=True, assign=True)
         whole.model.norm = norm.to(self.device)
-        logits = whole(inputs_embeds=self._hidden, use_cache=False).logits
-        return RestProjections(project(embedding), project(logits[0]), project(logits[1]))
+        return whole(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _embedded(self) -> Tensor:
         return embedded(self.model, self.ids, self.checkpoint.read(self.names["embed"]), self.dtype)
 
-    def _run(self, index: int, layer: Any) -> Tensor:
-        """Run ``layer`` on the hidden states [2, T, D] at its place in the model, and return its output [2, T, D]."""
-        given = _Given(layer, self._hidden)
+    def _run(self, index: int, layer: Any, hidden: Tensor) -> Tensor:
+        """Run ``layer`` on ``hidden`` [N, T, D] at its place in the model, and return its output [N, T, D]."""
+        given = _Given(layer, hidden)
         trunk = self._trunk([given if i == index else _Given(None, None) for i in range(self.count)])
         trunk.norm = nn.Identity()
-        return trunk(inputs_embeds=self._hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def _trunk(self, layers: list[nn.Module]) -> Any:
         """Return the model's decoder with other ``layers``."""

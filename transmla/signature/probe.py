@@ -16,6 +16,10 @@ from torch import Tensor
 
 # Tokens of the seeded inputs. Every expert of a mixture should receive some of them.
 TOKENS = 32
+# Tokens whose logits are not signed. Rounding to bfloat16 changes the logits of the first 13 tokens of
+# Qwen2.5-Coder-0.5B by up to 140 % of their size, before an attention sink has formed, and those of later tokens by at
+# most 8 %.
+UNSETTLED = 16
 # Rows are dealt to this many groups, each with a direction of its own. A token that a router sends to another expert,
 # because two experts are nearly equal, then changes one projection and not all.
 GROUPS = 4
@@ -65,6 +69,11 @@ def hidden_states(width: int) -> Tensor:
 def tokens(vocabulary: int) -> Tensor:
     """Return seeded token ids [1, T] below ``vocabulary``."""
     return torch.from_numpy(np.random.RandomState(2).randint(0, vocabulary, (1, TOKENS)))
+
+
+def project_logits(logits: Tensor) -> Projections:
+    """Project the logits [T, vocabulary] of the seeded tokens, without those of the first ``UNSETTLED`` tokens."""
+    return project(logits[UNSETTLED:])
 
 
 def project(rows: Tensor) -> Projections:

@@ -38,7 +38,14 @@ class Measured:
     rest: RestProjections
 
 
-def measure_export(folder: Path, family: str, device: torch.device | str, reporter: Reporter | None = None) -> Measured:
+def measure_export(
+    folder: Path,
+    family: str,
+    device: torch.device | str,
+    reporter: Reporter | None = None,
+    *,
+    rounded: bool = False,
+) -> Measured:
     """Run an export one layer at a time on seeded inputs.
 
     Args:
@@ -46,9 +53,10 @@ def measure_export(folder: Path, family: str, device: torch.device | str, report
         family: name of the source's family.
         device: the device that runs the layers, in float64 if it can.
         reporter: receives the progress, in layers; None: no reports.
+        rounded: whether to measure how much bfloat16 changes the logits.
     """
     named: Family = lookup("transmla.families", "FAMILY", family, kind="model family")
-    run = LayerByLayer(empty_model(load_config(folder)), open_checkpoint(folder), named, device)
+    run = LayerByLayer(empty_model(load_config(folder)), open_checkpoint(folder), named, device, rounded=rounded)
     return Measured(_reported("signing the export", run, reporter), run.rest())
 
 
@@ -90,12 +98,13 @@ def sign(
         healings: number of healings of the export.
         reporter: receives the progress, in layers; None: no reports.
     """
-    measured = measure_export(folder, family, device, reporter)
+    measured = measure_export(folder, family, device, reporter, rounded=True)
     signature = Signature(
         layers=recorded(measured.layers),
         embedding=measured.rest.embedding.rounded(),
         head=measured.rest.head.rounded(),
         logits=measured.rest.logits.rounded(),
+        rounding=[float(f"{value:.3g}") for value in measured.rest.rounding],
         **contents(folder),
         healings=healings,
         source=[] if source is None else recorded(measure_source(source, device, reporter)),
