@@ -13,6 +13,7 @@ import pytest
 from helpers.command_line import Run
 
 from transmla.errors import TransmlaError
+from transmla.serve import launch
 from transmla.serve.launch import SERVING, Server, choose_server, sglang_problem, vllm_problem
 from transmla.serve.vllm_plugin import CHECKED_WORKER
 
@@ -116,7 +117,7 @@ def test_an_export_that_vllm_does_not_serve_goes_to_transformers(
 def test_what_vllm_serves_of_native_exports(changes: dict[str, Any], problem: str | None) -> None:
     config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "transmla": {}}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    found = vllm_problem(config | changes, cpu=True)
+    found = vllm_problem(config | changes, 1, cpu=True)
     assert found is None if problem is None else problem in str(found)
 
 
@@ -158,7 +159,7 @@ def test_vllm_checks_an_export_before_it_serves(
 def test_what_sglang_serves(changes: dict[str, Any], problem: str | None) -> None:
     config = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "transmla": {}}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    found = sglang_problem(config | changes)
+    found = sglang_problem(config | changes, 1)
     assert found is None if problem is None else problem in str(found)
 
 
@@ -198,3 +199,33 @@ def test_the_command_runs_what_it_prints(
     assert path == sys.executable
     assert command[-4:] == ("--port", "9000", "--device", "cpu")
     assert json.loads((converted / "out/config.json").read_text())["model_type"] == "deepseek_v3"
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang"])
+@pytest.mark.parametrize("option", ["--tensor-parallel-size 4", "--tp 4", "-tp 4", "--tp-size=4"])
+def test_heads_that_devices_cannot_share_are_refused(
+    installed: Callable[..., None], converted: Path, runtime: str, option: str
+) -> None:
+    installed("vllm", "sglang")
+    folder = converted / "out"
+    shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 6}
+    config = json.loads((folder / "config.json").read_text()) | shape
+    assert config["model_type"] == "deepseek_v3"
+    problem = {"vllm": vllm_problem(config, 4, cpu=True), "sglang": sglang_problem(config, 4)}[runtime]
+    assert problem is not None
+    assert "6 attention heads cannot be divided among 4 devices" in str(problem)
+    assert launch._devices(["--max-model-len", "8", *option.split()]) == 4
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--tp"], ["--tp", "many"], ["--tp", "0"], ["--enable-dp-attention", "--tp", "4"]]
+)
+def test_other_arguments_leave_the_heads_together(extra: list[str]) -> None:
+    assert launch._devices(extra) == 1
+
+
+def test_the_plugin_needs_the_latent_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    found = vllm_problem({"model_type": "transmla"}, 1, cpu=True)
+    assert found is not None
+    assert "unset VLLM_MLA_DISABLE" in str(found)

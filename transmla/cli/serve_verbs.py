@@ -111,7 +111,9 @@ def serve(
 
     An export that the runtime cannot serve is refused before the server starts. Arguments after `--` go to the server.
 
-    Example: transmla serve llama-mla --port 8000 -- --max-model-len 8192
+    Example: transmla serve llama-mla --port 8000
+
+    Example: transmla serve llama-mla --runtime vllm -- --max-model-len 8192
     """
     import os
     import shlex

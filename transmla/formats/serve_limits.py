@@ -120,14 +120,19 @@ def refusal(config: Mapping[str, Any], tensor_parallel: int = 1, runtime: str = 
     if not any(head[0] >= nope and head[1] >= value for head in HEADS):
         limit = f"{runtime}'s prefill takes at most {max(n for n, _ in HEADS)} and {max(v for _, v in HEADS)}"
         return TransmlaError(f"the export's heads are {nope} and {value} wide", limit=limit, remedy=REMEDY)
+    return heads_refusal(config, tensor_parallel)
+
+
+def heads_refusal(config: Mapping[str, Any], tensor_parallel: int) -> TransmlaError | None:
+    """Return why the heads of a model cannot be divided among ``tensor_parallel`` devices; None if they can."""
     heads = config.get("num_attention_heads", 0)
-    if heads % tensor_parallel:
-        return TransmlaError(
-            f"{heads} attention heads cannot be divided among {tensor_parallel} devices",
-            limit="tensor parallelism gives each device the same number of heads",
-            remedy="use a divisor of the heads for --tensor-parallel-size",
-        )
-    return None
+    if heads % tensor_parallel == 0:
+        return None
+    return TransmlaError(
+        f"{heads} attention heads cannot be divided among {tensor_parallel} devices",
+        limit="tensor parallelism gives each device the same number of heads",
+        remedy="use a divisor of the heads for --tensor-parallel-size",
+    )
 
 
 def _feature(config: Mapping[str, Any], family: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from transmla.boundary import boundary, read_json
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.runtimes import VLLM_EXPANDED, vllm_refuses
-from transmla.formats.serve_limits import REMEDY, refusal
+from transmla.formats.serve_limits import REMEDY, heads_refusal, refusal
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.serve.family_config import OPTION
 from transmla.serve.vllm_plugin import CHECKED_WORKER
@@ -65,9 +66,9 @@ def choose_server(
         limit = "auto, vllm, sglang or transformers"
         raise TransmlaError(f"unknown runtime '{runtime}'", limit=limit, remedy="choose one")
     config = _read_config(folder)
-    cpu, reason = not torch.cuda.is_available(), ""
+    cpu, devices, reason = not torch.cuda.is_available(), _devices(extra), ""
     with boundary(f"cannot read the config of '{folder}'", remedy="correct its config.json"):
-        problem = sglang_problem(config) if runtime == SGLANG else vllm_problem(config, cpu=cpu)
+        problem = sglang_problem(config, devices) if runtime == SGLANG else vllm_problem(config, devices, cpu=cpu)
     if runtime in NAMES and problem is not None:
         other = "" if problem.remedy == REMEDY else f"{problem.remedy}, or "
         raise TransmlaError(
@@ -108,30 +109,52 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def vllm_problem(config: Mapping[str, Any], *, cpu: bool) -> TransmlaError | None:
+def _devices(extra: Sequence[str]) -> int:
+    """Return the number of devices that the server's arguments ``extra`` divide the heads among."""
+    if "--enable-dp-attention" in extra:
+        return 1
+    names = ("--tensor-parallel-size", "-tp", "--tp-size", "--tp")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="devices", nargs="?", default="1")
+    devices = str(parser.parse_known_args(list(extra))[0].devices)
+    # Other values are for the server to refuse.
+    return int(devices) if devices.isdigit() and int(devices) else 1
+
+
+def vllm_problem(config: Mapping[str, Any], devices: int, *, cpu: bool) -> TransmlaError | None:
     """Return why vLLM does not serve an export; None if it does, or if the model is no export.
 
     Args:
         config: content of ``config.json``.
+        devices: devices that share the heads.
         cpu: whether the model would run on a CPU.
     """
-    if config.get("model_type") == MODEL_TYPE:
-        return refusal(config)
-    if config.get("model_type") != "deepseek_v3" or KEY not in config:
-        return None
     name, _, value = VLLM_EXPANDED.partition("=")
     expanded = os.environ.get(name) == value
-    rows = None if expanded else vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
-    return _rope_problem(config) or (None if rows is None else TransmlaError(rows, remedy=REMEDY))
-
-
-def sglang_problem(config: Mapping[str, Any]) -> TransmlaError | None:
-    """Return why SGLang does not serve an export with this ``config.json``; None if it does, or if it is no export."""
     if config.get("model_type") == MODEL_TYPE:
-        return refusal(config, runtime=NAMES[SGLANG])
+        if expanded:
+            limit = "the plugin serves latent attention alone"
+            return TransmlaError(f"{VLLM_EXPANDED} is set", limit=limit, remedy=f"unset {name}")
+        return refusal(config, devices)
     if config.get("model_type") != "deepseek_v3" or KEY not in config:
         return None
-    return _rope_problem(config)
+    rows = None if expanded else vllm_refuses(config["kv_lora_rank"], config["qk_rope_head_dim"], cpu=cpu)
+    unserved = None if rows is None else TransmlaError(rows, remedy=REMEDY)
+    return _rope_problem(config) or unserved or heads_refusal(config, devices)
+
+
+def sglang_problem(config: Mapping[str, Any], devices: int) -> TransmlaError | None:
+    """Return why SGLang does not serve an export; None if it does, or if the model is no export.
+
+    Args:
+        config: content of ``config.json``.
+        devices: devices that share the heads.
+    """
+    if config.get("model_type") == MODEL_TYPE:
+        return refusal(config, devices, NAMES[SGLANG])
+    if config.get("model_type") != "deepseek_v3" or KEY not in config:
+        return None
+    return _rope_problem(config) or heads_refusal(config, devices)
 
 
 def _rope_problem(config: Mapping[str, Any]) -> TransmlaError | None:

@@ -16,7 +16,6 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
-from transmla.export.travel import KEY
 from transmla.serve.family_config import OPTION
 from transmla.serve.self_check import compare_served, refusal, signed_logits
 from transmla.signature.probe import TOKENS, tokens
@@ -26,15 +25,13 @@ UNCHECKED = f"--json-model-override-args '{{\"{OPTION}\": false}}'"
 
 
 def check(scheduler: Any, server_args: Any) -> None:
-    """Compare the loaded model with the signature of its export; other models are not checked.
+    """Compare the loaded model, an export, with its signature.
 
     Raises:
         ValueError: if the model's logits differ from the signed ones.
     """
     runner = scheduler.tp_worker.model_runner
     config = runner.model_config.hf_config.to_dict()
-    if KEY not in config:
-        return
     signed = signed_logits(config)
     reason = None
     if not config.get(OPTION, True):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transmla.errors import TransmlaError
+from transmla.export.travel import KEY
 from transmla.formats.serve_limits import refuses, served_widths
 from transmla.serve.family_config import MODEL_TYPE, family_config
 
@@ -76,7 +77,8 @@ def start(create: Callable[..., None], scheduler: Any, server_args: Any, *args: 
         check_settings(config, server_args)
         ModelRegistry.models.update(model_classes())
     create(scheduler, server_args, *args, **kwargs)
-    check(scheduler, server_args)
+    if KEY in config.to_dict():
+        check(scheduler, server_args)
 
 
 def is_export(config: Any) -> bool:
