@@ -139,7 +139,7 @@ def test_vllm_checks_an_export_before_it_serves(
     options: tuple[str, ...],
 ) -> None:
     installed("vllm")
-    monkeypatch.setattr("transmla.serve.launch.vllm_problem", lambda config, cpu: None)
+    monkeypatch.setattr("transmla.serve.launch.vllm_problem", lambda config, devices, cpu: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "transmla": {}}))
     server = choose_server(tmp_path, "vllm", "::1", 80, ("--max-model-len", "99"), check=check)
     address = ("--host", "::1", "--port", "80")
