@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transmla.formats.serve_limits import SERVED, Widths
+from transmla.errors import TransmlaError
+from transmla.formats.serve_limits import SERVED, Widths, refuses
 
 MODEL_TYPE = "transmla"
 # Key that turns the check at start-up off: in vLLM's ``--additional-config``, in SGLang's overrides of the config.
@@ -46,3 +47,23 @@ def family_config(config: Mapping[str, Any], widths: Widths, **kwargs: Any) -> A
 def widths_of(config: Any) -> Widths:
     """Return the widths of a config from ``family_config``."""
     return Widths(config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
+
+
+def check_served(config: Any, devices: int, runtime: str, *, adapters: bool) -> None:
+    """Check a runtime's settings for an export.
+
+    Args:
+        config: a config from ``family_config``.
+        devices: devices that share the heads.
+        runtime: vLLM or SGLang.
+        adapters: whether the runtime loads LoRA adapters.
+
+    Raises:
+        ValueError: if a setting does not fit the export; the runtime shows the message.
+    """
+    problem = refuses(config.to_dict() | {"source_model_type": config.source_model_type}, devices, runtime)
+    if problem is not None:
+        raise ValueError(problem)
+    if adapters:
+        limit, remedy = f"{runtime}'s adapters name the source's projections", "merge the adapters into the export"
+        raise ValueError(str(TransmlaError("the plugin serves no LoRA adapters", limit=limit, remedy=remedy)))

@@ -12,7 +12,7 @@ from typing import Any
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.serve_limits import refuses, served_widths
-from transmla.serve.family_config import MODEL_TYPE, family_config
+from transmla.serve.family_config import MODEL_TYPE, check_served, family_config
 
 # An architecture for which SGLang caches one latent row a token. The model's class is that of the first architecture.
 MLA_ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -92,13 +92,8 @@ def check_settings(config: Any, server_args: Any) -> None:
     Raises:
         ValueError: if a setting does not fit the export.
     """
-    fields = config.to_dict() | {"source_model_type": config.source_model_type}
-    problem = refuses(fields, server_args.tp_size, "SGLang")
-    if problem is not None:
-        raise ValueError(problem)
-    if server_args.enable_lora or server_args.lora_paths:
-        limit, remedy = "SGLang's adapters name the source's projections", "merge the adapters into the export"
-        raise ValueError(str(TransmlaError("the plugin serves no LoRA adapters", limit=limit, remedy=remedy)))
+    adapters = bool(server_args.enable_lora or server_args.lora_paths)
+    check_served(config, server_args.tp_size, "SGLang", adapters=adapters)
     if server_args.enable_dp_attention:
         limit, remedy = "its layers expect every device to hold all tokens", "leave --enable-dp-attention out"
         raise ValueError(str(TransmlaError("the plugin serves no data-parallel attention", limit=limit, remedy=remedy)))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transmla.errors import TransmlaError
 from transmla.formats.serve_limits import SERVED, refuses, served_widths
-from transmla.serve.family_config import MODEL_TYPE, OPTION, architecture, family_config
+from transmla.serve.family_config import MODEL_TYPE, OPTION, architecture, check_served, family_config
 
 # A ``model_type`` for which vLLM caches one latent row a token.
 MLA_MODEL_TYPE = "deepseek_v3"
@@ -77,14 +76,8 @@ def check_settings(vllm_config: Any) -> None:
     Raises:
         ValueError: if a setting does not fit the export.
     """
-    served, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
-    config = served.to_dict() | {"source_model_type": served.source_model_type}
-    problem = refuses(config, parallel.tensor_parallel_size)
-    if problem is not None:
-        raise ValueError(problem)
-    if vllm_config.lora_config is not None:
-        limit, remedy = "vLLM's adapters name the source's projections", "merge the adapters into the export"
-        raise ValueError(str(TransmlaError("the plugin serves no LoRA adapters", limit=limit, remedy=remedy)))
+    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    check_served(config, parallel.tensor_parallel_size, "vLLM", adapters=vllm_config.lora_config is not None)
     checked = (vllm_config.additional_config or {}).get(OPTION, True)
     if checked and parallel.worker_cls == "auto":
         parallel.worker_cls = CHECKED_WORKER
