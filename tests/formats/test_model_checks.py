@@ -26,16 +26,22 @@ def model_with_large_scores(family: str) -> Any:
 SCALES = {"deepseek_v3": 3000.0, "minicpm3": 20000.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SCALES)
-def test_a_right_model_that_rounds_is_judged_in_float64(family: str) -> None:
+def test_a_right_model_that_rounds_is_judged_in_float64(family: str, dtype: torch.dtype) -> None:
     model = model_with_large_scores(family)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     experts = getattr(model.config, "_experts_implementation", None)
     check = absorbed_decoding(model, TOKENS)
     assert check.passed, check.detail
     assert check.detail.endswith("in float64")
     # The model is as before, but accelerated.
-    assert model.dtype == torch.float32
+    assert model.dtype == dtype
+    assert all(torch.equal(table, tables[name]) for name, table in model.named_buffers())
+    assert all(table.dtype == tables[name].dtype for name, table in model.named_buffers())
     assert getattr(model.config, "_experts_implementation", None) == experts
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 

@@ -41,12 +41,12 @@ def verify(
 
     from transmla.cli import console
     from transmla.evaluate.record import RECORD
-    from transmla.evaluate.verify import LOGITS_TOLERANCE
+    from transmla.evaluate.verify import PRECISIONS
     from transmla.evaluate.verify import verify as run
     from transmla.source.device import pick_device
 
     precision = getattr(torch, dtype, None)
-    if precision not in LOGITS_TOLERANCE:
+    if precision not in PRECISIONS:
         raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
     failed, recorded = 0, True
     chosen = str(pick_device(device))

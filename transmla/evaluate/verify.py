@@ -19,21 +19,23 @@ from transmla.evaluate.record import forget, record
 from transmla.evaluate.verify_source import SourceChecks
 from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.export.manifest import Manifest
+from transmla.export.signature import Signature
 from transmla.formats.base import Format, format_named
 from transmla.formats.model_checks import Check, beyond_rounding, compare_decoding
 from transmla.guard.config import check_config
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
-from transmla.signature.compare import compare_contents, compare_layers, compare_logits
+from transmla.signature.compare import compare_contents, compare_layers, compare_logits, rounded_tolerances
 from transmla.signature.probe import project_logits, tokens
 from transmla.signature.sign import Measured, contents, measure_export
 from transmla.source.locate import resolve_source
 
 # Tokens per row of the test prompt.
 PROMPT_TOKENS = 96
-# Largest deviation of the whole model's logits from the signed ones, by precision. They are signed in float32. In
-# bfloat16, errors grow from layer to layer (0.13 on SmolLM2-135M); another model's logits differ by more than 1.
-LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+# Largest deviation of the whole model's logits from the signed ones in float32.
+LOGITS_TOLERANCE = 1e-3
+# Precisions that a model is verified in.
+PRECISIONS = (torch.float32, torch.bfloat16)
 # The same for models with experts in float32: after rounding, a router may choose another expert.
 ROUTED_TOLERANCE = 5e-1
 
@@ -140,10 +142,14 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
     )
     prompt, changed = _prompt(model), manifest.weights_changed
     with torch.no_grad():
-        if manifest.signature is not None and not changed:
-            limit = max(LOGITS_TOLERANCE[dtype], ROUTED_TOLERANCE if manifest.plan.spec.experts else 0.0)
+        signature = None if changed else manifest.signature
+        if signature is not None and not signature.rounding:
+            detail = "the signature is that of an older version of transmla: convert the source again"
+            yield Check("logits as signed", False, detail)
+        elif signature is not None:
+            limit = _logits_tolerance(signature, dtype, experts=manifest.plan.spec.experts)
             logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
-            yield compare_logits(manifest.signature, project_logits(logits[0]), limit)
+            yield compare_logits(signature, project_logits(logits[0]), limit)
 
     def compare() -> Check:
         with torch.no_grad():
@@ -154,6 +160,12 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
     yield beyond_rounding(model, compare)
     yield _cache_size(model, prompt, manifest.plan)
     yield from (form.changed_checks if changed else form.checks)(model, prompt, dtype)
+
+
+def _logits_tolerance(signature: Signature, dtype: torch.dtype, *, experts: bool) -> float:
+    """Return the largest deviation of a model in ``dtype`` from its signed logits."""
+    limit = LOGITS_TOLERANCE if dtype == torch.float32 else max(rounded_tolerances(signature.rounding))
+    return max(limit, ROUTED_TOLERANCE if experts else 0.0)
 
 
 def _state(manifest: Manifest) -> str:

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
+from transmla.signature.compare import rounded_tolerances
 from transmla.signature.probe import project_logits
 
-# Largest deviation from the signed logits as a fraction of their size: in float32; and in other precisions, in units of
-# the change by rounding that the export records, and at least. In bfloat16, a right export of Qwen2.5-Coder-0.5B
-# deviates by up to 3 times the recorded change in vLLM, and one with twice the rotary frequencies by 14 times.
+# Largest deviation from the signed logits in float32, as a fraction of their size.
 FLOAT32_TOLERANCE = 1e-2
-ROUNDINGS, LEAST_TOLERANCE = 5.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class SignedLogits:
         """Return the largest deviation of each group from its projection, for a model in ``dtype``."""
         if dtype == torch.float32:
             return [FLOAT32_TOLERANCE] * len(self.rounding)
-        return [max(LEAST_TOLERANCE, ROUNDINGS * change) for change in self.rounding]
+        return rounded_tolerances(self.rounding)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from transmla.signature.sign import CONTENTS, Measured
 # from float64 by up to 2.8e-6 on SmolLM2-135M and 3.2e-5 on Qwen2.5-Coder-0.5B. Any head's rows of any projection times
 # 1.02 give 1.7e-3 or more on SmolLM2-135M.
 TOLERANCE = 1e-4
+# Largest deviation of the whole model's logits in bfloat16: in units of the change by rounding that the signature
+# records, and at least. A right export of Qwen2.5-Coder-0.5B deviates by up to 3 times the recorded change in vLLM, and
+# one with twice the rotary frequencies by 14 times.
+ROUNDINGS, LEAST_TOLERANCE = 5.0, 0.05
 # Relative difference of two floats in a config that counts as equal: tables of frequencies are computed in float32.
 CLOSE = 1e-6
 # Differences that a check lists.
@@ -42,6 +46,11 @@ def compare_layers(signature: Signature, measured: Measured, *, experts: bool) -
     deviations.append(("the embedding", _largest(measured.rest.embedding, signature.embedding)))
     deviations.append(("the head", _largest(measured.rest.head, signature.head)))
     return _check("layers as signed", deviations)
+
+
+def rounded_tolerances(rounding: list[float]) -> list[float]:
+    """Return the largest deviation of each group's logits in bfloat16, for a signature's ``rounding``."""
+    return [max(LEAST_TOLERANCE, ROUNDINGS * change) for change in rounding]
 
 
 def compare_logits(signature: Signature, logits: Projections, tolerance: float) -> Check:
