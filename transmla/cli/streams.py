@@ -18,31 +18,44 @@ class Tolerant(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write ``text``, as far as the stream takes it."""
-        if sys.stderr is not None:
+        stream = _stderr()
+        if stream is not None:
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text)
+                stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
-        if sys.stderr is not None:
+        stream = _stderr()
+        if stream is not None:
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.flush()
+                stream.flush()
 
     def isatty(self) -> bool:
         """Return whether standard error is a terminal."""
-        return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+        stream = _stderr()
+        return stream is not None and not stream.closed and stream.isatty()
 
     def fileno(self) -> int:
         """Return the descriptor of standard error."""
-        if sys.stderr is None:
+        stream = _stderr()
+        if stream is None:
             raise OSError("standard error is closed")
-        return sys.stderr.fileno()
+        return stream.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """The encoding of standard error."""
-        return getattr(sys.stderr, "encoding", None) or "utf-8"
+        return getattr(_stderr(), "encoding", None) or "utf-8"
+
+
+def _stderr() -> TextIO | None:
+    """Return standard error itself.
+
+    While a progress bar is drawn on a terminal, ``sys.stderr`` is rich's proxy, which prints on the console that
+    ``Tolerant`` writes for. Writing to the proxy would never end.
+    """
+    return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 
 def prepare_streams() -> None:
