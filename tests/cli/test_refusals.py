@@ -57,6 +57,7 @@ def rope(**values: Any) -> Edit:
 
 BAD_SOURCES: dict[str, tuple[Edit, str]] = {
     "gpt2": (config(model_type="gpt2"), "unknown model family 'gpt2'; supported: gemma2, gemma3_text, glm4, "),
+    "mla": (config(model_type="deepseek_v3"), "attention is MLA already (model_type 'deepseek_v3')"),
     "qwen2": (config(model_type="qwen2"), "6 tensors are missing, the first is 'model.layers.0.self_attn.q_proj.bias'"),
     "no-such-type": (config(model_type="nonsense"), "model type `nonsense`"),
     "attention-bias": (config(attention_bias=True), "8 tensors are missing"),

@@ -91,7 +91,7 @@ def main() -> None:
         abandon_output()
         code = PIPE_CLOSED
     except Exception as error:
-        code = _report(error)
+        code = _report(error, arguments[0])
     if code == INTERRUPTED:
         resumable = arguments[0] in ("convert", "heal")
         hint = f"; `transmla {arguments[0]}` continues with --resume" if resumable else ""
@@ -99,11 +99,12 @@ def main() -> None:
     raise SystemExit(code or 0)
 
 
-def _report(error: Exception) -> int:
-    """Print an error, and return the exit code. Only a bug of transmla shows its traceback."""
+def _report(error: Exception, verb: str) -> int:
+    """Print an error of the command ``verb``, and return the exit code. Only a bug of transmla shows its traceback."""
     # A misused option. typer carries click inside or beside it, by version, and exports no base class of errors.
     message = getattr(error, "format_message", None)
-    explained = TransmlaError(message(), remedy="see --help") if message else explain(error)
+    remedy = "see --help; the server's own options go after --" if verb == "serve" else "see --help"
+    explained = TransmlaError(message(), remedy=remedy) if message else explain(error)
     if explained is not None:
         if isinstance(error, OSError):  # standard output may be what failed
             abandon_output()

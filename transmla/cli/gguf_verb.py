@@ -22,7 +22,7 @@ def gguf(
     """Write an export as a GGUF file for llama.cpp and the programs built on it.
 
     The file is compared with transformers before it gets its name: tokens of a text, and log-probs of a greedy
-    continuation. Needs pip install "transmla[gguf]".
+    continuation. Needs `pip install gguf`.
 
     Example: transmla gguf llama-mla -o llama-mla-q8_0.gguf --type q8_0
     """

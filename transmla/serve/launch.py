@@ -27,7 +27,11 @@ VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
 SERVING = ("fastapi", "uvicorn", "openai")
 NAMES = {VLLM: "vLLM", SGLANG: "SGLang"}
-INSTALL = {VLLM: "pip install vllm", SGLANG: "pip install sglang", TRANSFORMERS: 'pip install "transformers[serving]"'}
+INSTALL = {
+    VLLM: "pip install vllm",
+    SGLANG: "pip install sglang==0.5.17 in an environment of its own, whose transformers SGLang pins",
+    TRANSFORMERS: 'pip install "transformers[serving]"',
+}
 
 
 @dataclass(frozen=True)

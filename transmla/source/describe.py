@@ -54,7 +54,16 @@ def family_of(config: Any) -> Family:
             limit="transmla converts causal language models",
             remedy=f"save its language model, {of_type}as a separate model, and convert that",
         )
-    family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
+    try:
+        family: Family = lookup("transmla.families", "FAMILY", config.model_type, kind="model family")
+    except TransmlaError:
+        if not hasattr(config, "kv_lora_rank"):
+            raise
+        raise TransmlaError(
+            f"the model's attention is MLA already (model_type '{config.model_type}')",
+            limit="multi-head and grouped-query attention can be converted",
+            remedy="give the model before its conversion",
+        ) from None
     family.check(config)
     return family
 
