@@ -31,7 +31,14 @@ def on_a_terminal(arguments: Sequence[str], interrupt_at: str | None = None) -> 
     command = [sys.executable, "-m", "transmla", *arguments]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     child = subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment,
+        start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(terminal)
     timer = threading.Timer(LIMIT, child.kill)
