@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.served_kind import KIND
 from transformers import LlamaConfig
 
 from transmla.formats.serve_limits import SERVED, Widths
@@ -18,15 +19,6 @@ from transmla.modeling.configuration_transmla import TransmlaConfig
 from transmla.serve.family_config import architecture, widths_of
 from transmla.serve.sglang_plugin import check_settings, register, served_config, set_scaling, start
 
-KIND = {
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "inv_freq": [0.5] * 16,
-    "attention_factor": 1.0,
-    "latent_norm": False,
-}
 MLA = {"layers": [0] * 3, "kinds": [KIND]}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.served_kind import KIND
 from helpers.uncut_exports import make_source, uncut
 from torch import Tensor
 
@@ -27,15 +28,6 @@ from transmla.serve.widen import RENAMED, rotary_table, widened
 from transmla.signature.probe import project_logits
 
 LAYERS = 3
-KIND = {
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "inv_freq": [0.5] * 16,
-    "attention_factor": 1.0,
-    "latent_norm": False,
-}
 CONFIG: dict[str, Any] = {
     "source_model_type": "llama",
     "hidden_size": 48,

@@ -166,7 +166,8 @@ def _rope_problem(config: Mapping[str, Any]) -> TransmlaError | None:
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope_type == "default":
         return None
-    return TransmlaError(f"it does not read rope_type '{rope_type}' in this model", remedy=REMEDY)
+    what, limit = f"it does not read rope_type '{rope_type}' in this model", "it reads the default one"
+    return TransmlaError(what, limit=limit, remedy=REMEDY)
 
 
 def _options(config: Mapping[str, Any], runtime: str, *, check: bool) -> tuple[str, ...]:
