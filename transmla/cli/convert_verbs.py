@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_recipe, refuse_run
 from transmla.cli.options import JsonOption, overrides, with_recipe_options
 from transmla.files import json_text
+from transmla.recipe import Recipe, parse_recipe, read_recipe
 
 SourceArgument = Annotated[
     str,
@@ -31,6 +33,8 @@ def families(
     from transmla.cli import console
     from transmla.plan import family_table
 
+    load_libraries()
+
     if as_json:
         print(json_text([vars(row) for row in family_table.supported()]))
     elif markdown:
@@ -49,11 +53,13 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
 
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
+    recipe = _recipe(source, options | {"output": "unused"})
+    load_libraries()
     from transmla.cli import console
     from transmla.convert.prepare import prepare, summarise
     from transmla.workflow import choice_for
 
-    prepared = prepare(_recipe(source, options | {"output": "unused"}))
+    prepared = prepare(recipe)
     summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
     if as_json:
         print(json_text(summary))
@@ -76,13 +82,15 @@ def inspect(
 
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """
-    from transmla.cli import console, inspect_report
-    from transmla.convert.inspect import inspect_source
     from transmla.evaluate import figures
 
     recipe = _recipe(source, options | {"output": "unused"})
     if report:
         figures.check_picture(report)
+    load_libraries()
+    from transmla.cli import console, inspect_report
+    from transmla.convert.inspect import inspect_source
+
     with console.Bars() as bars:
         inspection = inspect_source(recipe, bars)
     if as_json:
@@ -110,12 +118,18 @@ def convert(
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
+    from transmla.evaluate.texts import check_texts
+
+    recipe = _recipe(source, options | {"output": output})
+    refuse_run(recipe.output, recipe.calibration.source, resume=resume)
+    if recipe.eval:
+        check_texts(recipe.eval)
+    load_libraries()
     from transmla.cli import console
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
     from transmla.workflow import convert_and_heal
 
-    recipe = _recipe(source, options | {"output": output})
     check_evaluation(recipe)
     with console.Bars() as bars:
         folder = convert_and_heal(recipe, resume=resume, reporter=bars)
@@ -125,10 +139,13 @@ def convert(
     console.say(f"wrote {folder}; next: transmla verify {folder}")
 
 
-def _recipe(source: str, options: dict[str, Any]) -> Any:
-    from transmla.recipe import parse_recipe, read_recipe
+def _recipe(source: str, options: dict[str, Any]) -> Recipe:
+    """Return the recipe of a command: the file ``source``, or the model ``source``, with the flags that were given.
 
-    given = overrides(options)
-    if source.endswith((".yaml", ".yml")):
-        return read_recipe(Path(source), given)
-    return parse_recipe({"source": source, **given}, "command line")
+    Raises:
+        TransmlaError: if a setting is wrong, or the model is not there.
+    """
+    given, file = overrides(options), source.endswith((".yaml", ".yml"))
+    recipe = read_recipe(Path(source), given) if file else parse_recipe({"source": source, **given}, "command line")
+    refuse_recipe(recipe)
+    return recipe

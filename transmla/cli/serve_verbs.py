@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_backend, refuse_dtype, refuse_models
 from transmla.cli.options import DeviceOption, DtypeOption, PickleOption
 
 if TYPE_CHECKING:
@@ -37,17 +38,18 @@ def chat(
 
     Example: transmla chat llama-mla --prompt "Why is the sky blue?"
     """
+    refuse_dtype(dtype)
+    refuse_backend(backend)
+    refuse_models(model)
+    load_libraries()
     from transmla.cli import console
     from transmla.evaluate.open_model import open_model
-    from transmla.registry import lookup
     from transmla.runtime.load import accelerate, mla_layers
     from transmla.serve.chat import Sampling, converse
     from transmla.source.device import pick_device
     from transmla.source.locate import resolve_source
 
     place = pick_device(device)
-    if backend != "auto":
-        lookup("transmla.kernels", "BACKEND", backend, kind="backend")
     path = resolve_source(model, allow_pickle=allow_pickle)
     opened, tokenizer = open_model(path, dtype=dtype, device=place, allow_pickle=allow_pickle)
     if backend != "auto" and mla_layers(opened):
@@ -118,6 +120,11 @@ def serve(
     import os
     import shlex
 
+    from transmla.serve.request import check_runtime, read_config
+
+    check_runtime(runtime)
+    read_config(folder)
+    load_libraries()
     from transmla.cli import console
     from transmla.serve.launch import choose_server
 

@@ -23,7 +23,8 @@ from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
-from transmla.export.workspace import Progress, Workspace, check_writable, output_path
+from transmla.export.output import check_writable, output_path
+from transmla.export.workspace import Progress, Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import format_named
 from transmla.plan.estimate import disk_bytes

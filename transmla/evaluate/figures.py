@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transmla.errors import TransmlaError
-from transmla.evaluate.bench import Bench
+
+if TYPE_CHECKING:
+    from transmla.evaluate.bench import Bench
 
 
 def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> None:

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from transmla.boundary import boundary, read_json
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.runtimes import VLLM_EXPANDED, vllm_refuses
 from transmla.formats.serve_limits import REMEDY, heads_refusal, refusal
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.serve.family_config import OPTION
+from transmla.serve.request import SGLANG, TRANSFORMERS, VLLM, check_runtime, read_config
 from transmla.serve.vllm_plugin import CHECKED_WORKER
 
-VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
 SERVING = ("fastapi", "uvicorn", "openai")
 NAMES = {VLLM: "vLLM", SGLANG: "SGLang"}
@@ -66,10 +66,8 @@ def choose_server(
         TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model, or if the model's
             config.json is missing or damaged.
     """
-    if runtime not in ("auto", VLLM, SGLANG, TRANSFORMERS):
-        limit = "auto, vllm, sglang or transformers"
-        raise TransmlaError(f"unknown runtime '{runtime}'", limit=limit, remedy="choose one")
-    config = _read_config(folder)
+    check_runtime(runtime)
+    config = read_config(folder)
     cpu, devices, reason = not torch.cuda.is_available(), _devices(extra), ""
     with boundary(f"cannot read the config of '{folder}'", remedy="correct its config.json"):
         problem = sglang_problem(config, devices) if runtime == SGLANG else vllm_problem(config, devices, cpu=cpu)
@@ -97,20 +95,6 @@ def choose_server(
         )
     options = _options(config, runtime, check=check)
     return Server(runtime, (*_command(runtime, folder, host, port), *options, *extra), reason)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json`` in ``folder``, which names a model type."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise TransmlaError(
-            f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
-        )
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        limit, remedy = "it names no model_type", "correct its config.json"
-        raise TransmlaError(f"cannot read the config of '{folder}'", limit=limit, remedy=remedy)
-    return config
 
 
 def _devices(extra: Sequence[str]) -> int:
