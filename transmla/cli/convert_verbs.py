@@ -106,13 +106,20 @@ def inspect(
 def convert(
     source: SourceArgument,
     *,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder to write (default: the recipe's, or the source's name and -mla in the current directory).",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
     **options: Any,
 ) -> None:
     """Convert a checkpoint to Multi-head Latent Attention.
 
-    Writes a folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
+    Writes a new folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
     several times, source and export are compared on these texts at the end.
 
@@ -124,8 +131,11 @@ def convert(
     refuse_run(recipe.output, recipe.calibration.source, resume=resume)
     if recipe.eval:
         check_texts(recipe.eval)
-    load_libraries()
     from transmla.cli import console
+
+    if "output" not in recipe.model_fields_set:
+        console.note(f"no --output: writing {recipe.output}")
+    load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
     from transmla.workflow import convert_and_heal
