@@ -113,7 +113,12 @@ def serve(
 
     An export that the runtime cannot serve is refused before the server starts. Arguments after `--` go to the server.
 
+    In requests, the model has the name of the folder.
+
     Example: transmla serve llama-mla --port 8000
+
+    Example: curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json"
+    -d '{"model": "llama-mla", "messages": [{"role": "user", "content": "Hello"}]}'
 
     Example: transmla serve llama-mla --runtime vllm -- --max-model-len 8192
     """
@@ -132,6 +137,8 @@ def serve(
     if server.reason:
         console.say(server.reason)
     console.say(f"starting {server.name}: {shlex.join(server.command)}")
+    if server.model:
+        console.say(f"the model '{server.model}' at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not dry_run:
         sys.stdout.flush()
         os.execv(server.command[0], server.command)

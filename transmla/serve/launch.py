@@ -27,6 +27,8 @@ from transmla.serve.vllm_plugin import CHECKED_WORKER
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
 SERVING = ("fastapi", "uvicorn", "openai")
 NAMES = {VLLM: "vLLM", SGLANG: "SGLang"}
+# Option of vLLM and SGLang that names the model.
+NAME = "--served-model-name"
 INSTALL = {
     VLLM: "pip install vllm",
     SGLANG: "pip install sglang==0.5.17 in an environment of its own, whose transformers SGLang pins",
@@ -42,11 +44,13 @@ class Server:
         name: ``vllm``, ``sglang`` or ``transformers``.
         command: the command and its arguments.
         reason: why it is this server, for the user; empty if there is nothing to say.
+        model: name of the model in requests; None if an argument of the user sets it.
     """
 
     name: str
     command: tuple[str, ...]
     reason: str
+    model: str | None = None
 
 
 def choose_server(
@@ -94,7 +98,11 @@ def choose_server(
             remedy=INSTALL[runtime] if runtime in NAMES else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
         )
     options = _options(config, runtime, check=check)
-    return Server(runtime, (*_command(runtime, folder, host, port), *options, *extra), reason)
+    name, named = folder.resolve().name, any(argument.replace("_", "-").startswith(NAME) for argument in extra)
+    if runtime in NAMES and not named:
+        options = (NAME, name, *options)
+    command = (*_command(runtime, folder, host, port), *options, *extra)
+    return Server(runtime, command, reason, None if named else name)
 
 
 def _devices(extra: Sequence[str]) -> int:
@@ -176,6 +184,4 @@ def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *address)
     if runtime == SGLANG:
         return (sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), *address)
-    # transmla registers its format even where its start-up file is not installed.
-    start = "import transmla.autoload; from transformers.cli.transformers import main; main()"
-    return (sys.executable, "-c", start, "serve", str(folder), *address)
+    return (sys.executable, "-m", "transmla.serve.transformers_server", str(folder), *address)
