@@ -151,9 +151,14 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         [[r["name"], _takes(r), r["note"]] for r in summary["runtimes"]],
     )
     say(
-        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
-        f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
-        " calibration sampling and healing not counted)"
+        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
+        f" {summary['device']} (reconstruction {summary['reconstruct']}; calibration sampling and healing not counted)"
+    )
+    healed = summary.get("healing_disk_bytes") or 0
+    also = f"; {gigabytes(healed)} while it is healed, with the unhealed copy and the state of the training"
+    say(
+        f"disk: {gigabytes(summary['export_bytes'])} for the export; {gigabytes(summary['disk_bytes'])} while it is"
+        f" converted, with the state for --resume{also if healed else ''}"
     )
     if summary.get("healing"):
         say(summary["healing"])

@@ -60,7 +60,9 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     from transmla.workflow import choice_for
 
     prepared = prepare(recipe)
-    summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
+    choice = choice_for(prepared)
+    healing = {"healing": choice.reason or None, "healing_disk_bytes": choice.disk_bytes}
+    summary = summarise(prepared) | healing
     if as_json:
         print(json_text(summary))
     else:

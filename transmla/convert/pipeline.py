@@ -78,7 +78,7 @@ def convert(
         workspace.refuse_overwrite(resume=resume)
         workspace.refuse_foreign()
         tokenizer = load_tokenizer(source.path)
-        _check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
+        check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
         check_length(source.spec, length)
         tokens, text = calibration, None
         complete = resume and is_complete(workspace.folder)
@@ -138,7 +138,7 @@ def output_folder(recipe: Recipe) -> Path:
     return output_path(recipe.output)
 
 
-def _check_disk(output: Path, needed: int) -> None:
+def check_disk(output: Path, needed: int) -> None:
     """Check that the disk of ``output`` is writable and has ``needed`` bytes free.
 
     Raises:
