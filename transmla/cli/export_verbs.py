@@ -42,7 +42,9 @@ def verify(
 ) -> None:
     """Check an export: file hashes, what each layer computes, loading, cached against full forward passes, and more.
 
-    Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
+    Differences are relative, and stand beside the largest that is allowed. What the conversion costs in quality is
+    measured by `transmla eval`. Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push`
+    asks for it.
 
     Example: transmla verify llama-mla --source meta-llama/Llama-3.1-8B
     """
