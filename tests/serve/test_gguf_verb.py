@@ -48,4 +48,4 @@ def test_a_refusal_is_one_line(
     assert call(monkeypatch, str(tmp_path), "-o", str(tmp_path / "x.gguf")) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert 'pip install "transmla[gguf]"' in err
+    assert 'pip install "gguf>=0.17"' in err

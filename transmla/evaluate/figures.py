@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 
 if TYPE_CHECKING:
     from transmla.evaluate.bench import Bench
@@ -35,9 +35,7 @@ def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> 
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise TransmlaError(
-            "drawing needs matplotlib", limit="it is not installed", remedy="pip install 'transmla[plots]'"
-        ) from error
+        raise missing_package("drawing needs matplotlib", "matplotlib") from error
 
 
 def write_speeds(found: dict[str, Bench], path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.boundary import read_json
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 
 VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
 # Types of files, with the number that the field general.file_type has for each (GGUF's LlamaFileType).
@@ -54,11 +54,7 @@ def check_gguf(output: Path, file_type: str) -> None:
             f"unknown type '{file_type}'", limit=f"supported: {', '.join(FILE_TYPES)}", remedy="choose one with --type"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise TransmlaError(
-            "writing a GGUF file needs the 'gguf' package",
-            limit="it is not installed",
-            remedy='pip install "transmla[gguf]"',
-        )
+        raise missing_package("writing a GGUF file needs the 'gguf' package", "gguf")
     if output.exists():
         raise TransmlaError(f"'{output}' exists", limit="nothing is overwritten", remedy="choose another --output")
     if not output.parent.is_dir():
