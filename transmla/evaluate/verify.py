@@ -34,8 +34,6 @@ from transmla.source.locate import resolve_source
 PROMPT_TOKENS = 96
 # Largest deviation of the whole model's logits from the signed ones in float32.
 LOGITS_TOLERANCE = 1e-3
-# Precisions that a model is verified in.
-PRECISIONS = (torch.float32, torch.bfloat16)
 # The same for models with experts in float32: after rounding, a router may choose another expert.
 ROUTED_TOLERANCE = 5e-1
 
