@@ -60,7 +60,7 @@ def compare_decoding(
         pieces.append(model(tokens[:, i : i + 1], use_cache=True, **{CACHE_ARGUMENT: cache}).logits)
     difference = relative_difference(torch.cat(pieces, 1), expected)
     limit = CHANGED_TOLERANCE if changed else TOLERANCE[model.dtype]
-    return Check(name, difference <= limit, f"relative difference {difference:.1e}")
+    return Check(name, difference <= limit, f"logits differ by {difference:.1e}, at most {limit:.0e} allowed")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from transmla.boundary import boundary
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 from transmla.files import write_json, write_tensors, write_text
 from transmla.source.gguf_header import check_header, read_gguf_card
 from transmla.source.load import load_model, load_tokenizer
@@ -97,11 +97,7 @@ def load_gguf(path: Path) -> Any:
         TransmlaError: if ``gguf`` is not installed, or the file is damaged or scales its rotary frequencies.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise TransmlaError(
-            "reading a GGUF file needs the 'gguf' package",
-            limit="it is not installed",
-            remedy='pip install "transmla[demo]"',
-        )
+        raise missing_package("reading a GGUF file needs the 'gguf' package", "gguf")
     with boundary(f"'{path.name}' cannot be read as GGUF", remedy="download it again"):
         check_header(path)
         _refuse_lost_scaling(path)
