@@ -33,6 +33,7 @@ class Stages(Silent):
     def __init__(self, folder: Path) -> None:
         self.unhealed, self.copy = folder.with_name(folder.name + ".unhealed"), folder.with_name(folder.name + "-off")
         self.began, self.copying, self.stages = time.monotonic(), 0.0, list[tuple[float, str]]()
+        self.phases: dict[str, float] = {}
 
     def seconds(self) -> float:
         """Return the seconds since the beginning, without those of the copy."""
@@ -45,6 +46,9 @@ class Stages(Silent):
             began = time.monotonic()
             shutil.copytree(self.unhealed, self.copy)
             self.copying = time.monotonic() - began
+
+    def spent(self, phase: str, seconds: float) -> None:
+        self.phases[phase] = round(seconds, 1)
 
     def message(self, text: str) -> None:
         print(text, flush=True)
@@ -91,6 +95,7 @@ def main() -> None:
             "rotary + latent": f"{shape['qk_rope_head_dim']} + {shape['kv_lora_rank']}",
             "seconds": seconds,
             "stages": reporter.stages,
+            "phases": reporter.phases,
         }
         measured = {"export": folder, "before healing": reporter.copy}
         for what, export in measured.items():

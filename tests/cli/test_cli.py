@@ -98,6 +98,21 @@ def test_texts_are_mixed_by_flags_with_weights(place: Path, run: Run) -> None:
     assert json.loads(Path("out/transmla.json").read_text())["texts"] == {"text.txt": 0.75, "self": 0.25}
 
 
+def test_convert_tells_where_its_time_went(place: Path, run: Run) -> None:
+    code, out, _ = run("convert", "source", "-o", "out", *CALIBRATION)
+    assert code == 0
+    rows = [line.split()[1:3] for line in out.splitlines() if "converting layers" in line or "  fit" in line]
+    assert [row[0] for row in rows] == ["converting", "fit"]
+    code, out, _ = run("convert", "source", "-o", "again", *CALIBRATION, "--json")
+    result = json.loads(out)
+    assert (code, result["output"], result["evaluation"]) == (0, "again", None)
+    stages = {stage["name"]: stage for stage in result["stages"]}
+    phases = stages["converting layers"]["phases"]
+    assert list(phases) == ["read", "observe", "factorise", "fit", "write"]
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) <= stages["converting layers"]["seconds"]
+
+
 def test_the_whole_way_and_eval_in_json(place: Path, run: Run) -> None:
     code, out, err = run("convert", "source", "-o", "out", "--calibration-sequences", "8", "--calibration-length", "48")
     assert code == 0

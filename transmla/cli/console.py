@@ -73,6 +73,9 @@ class Bars:
         if self.task is not None:
             self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
 
+    def spent(self, phase: str, seconds: float) -> None:
+        """Show nothing: the table of times comes at the end."""
+
     def message(self, text: str) -> None:
         """Print one line above the bars."""
         note(text)
@@ -283,6 +286,15 @@ def show_healing(record: dict[str, Any]) -> None:
         ["", "before", "after"],
         [["held-out KL to the teacher", f"{kl['before']:.4f}", f"{kl['after']:.4f}"]],
     )
+
+
+def show_times(stages: list[dict[str, Any]]) -> None:
+    """Print where the time of a command went: its stages, and the phases of those that tell them."""
+    rows, total = [], sum(stage["seconds"] for stage in stages)
+    for stage in stages:
+        rows.append([stage["name"], f"{stage['seconds']:.1f}", f"{stage['seconds'] / max(total, 1e-9):.0%}"])
+        rows += [[f"  {name}", f"{seconds:.1f}", ""] for name, seconds in stage["phases"].items()]
+    table(f"{duration(total)} in all", ["stage", "seconds", ""], rows)
 
 
 def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:

@@ -117,13 +117,14 @@ def convert(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
+    as_json: JsonOption = False,
     **options: Any,
 ) -> None:
     """Convert a checkpoint to Multi-head Latent Attention.
 
     Writes a new folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
-    several times, source and export are compared on these texts at the end.
+    several times, source and export are compared on these texts at the end. The last table says where the time went.
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
@@ -140,14 +141,21 @@ def convert(
     load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
+    from transmla.reporter import Timed
     from transmla.workflow import convert_and_heal
 
     check_evaluation(recipe)
     with console.Bars() as bars:
-        folder = convert_and_heal(recipe, resume=resume, reporter=bars)
-        evaluation = evaluate_export(folder, recipe, bars) if recipe.eval else None
+        timed = Timed(bars)
+        folder = convert_and_heal(recipe, resume=resume, reporter=timed)
+        evaluation = evaluate_export(folder, recipe, timed) if recipe.eval else None
+        stages = timed.finish()
+    if as_json:
+        print(json_text({"output": str(folder), "stages": stages, "evaluation": evaluation}))
+        return
     if evaluation:
         console.show_before_after(Manifest.read(folder).plan, evaluation)
+    console.show_times(stages)
     console.say(f"wrote {folder}; next: transmla verify {folder}")
 
 

@@ -14,6 +14,7 @@ from transmla.convert.eps_correction import NormRatio
 from transmla.convert.factorize import factorize
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
+from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared
 from transmla.convert.source_layer import Observations, SourceLayer, steps
 from transmla.convert.streams import Streams
@@ -90,6 +91,7 @@ class LayerConverter:
             for _ in range(1 if self.fit is None else self.fit.window)
         ]
         self._ahead: dict[int, _OpenLayer] = {}
+        self.phases = Phases(self.device)
 
     def start(self, tokens: Tensor, embedding: Tensor) -> Streams:
         """Return the streams [N, T, D] that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D].
@@ -152,18 +154,21 @@ class LayerConverter:
     def _convert(self, index: int, streams: Streams) -> ConvertedLayer:
         """Convert layer ``index`` to latent attention."""
         window = self._window(index, streams)
-        current, fit = window[0], self._fit(index, window, streams)
+        with self.phases.measure("fit"):
+            current, fit = window[0], self._fit(index, window, streams)
         factors, ahead = current.factors, dict[int, dict[str, Tensor]]()
         if fit is not None:
             factors = fit.factors[0]
             for k, fitted in enumerate(fit.factors[1:], start=1):
                 ahead[index + k] = {name: t.float().contiguous() for name, t in _fitted_tensors(fitted).items()}
-        export = self._export(index, factors, current, streams)
-        converted = streams.converted
-        if converted is not None:
-            converted = current.layer.run_stream(converted, export.factors)[1]
-        evaluated = streams.source[-held_out(len(streams.source)) :]
-        error = relative_error(current.layer, export.factors, evaluated)
+        with self.phases.measure("factorise"):
+            export = self._export(index, factors, current, streams)
+        with self.phases.measure("observe"):
+            converted = streams.converted
+            if converted is not None:
+                converted = current.layer.run_stream(converted, export.factors)[1]
+            evaluated = streams.source[-held_out(len(streams.source)) :]
+            error = relative_error(current.layer, export.factors, evaluated)
         record: dict[str, Any] = {"layer": index, "relative_error": error, **export.record}
         if self.plan.at(index).rotary.measured:
             frequencies = torch.tensor(current.layer.spec.inv_freq, dtype=torch.float64)
@@ -213,7 +218,8 @@ class LayerConverter:
     def _keep(self, index: int, streams: Streams) -> ConvertedLayer:
         """Copy layer ``index`` from the source."""
         layer = self._load(index)
-        leaving = streams.map(lambda stream: layer.run_stream(stream, None)[1])
+        with self.phases.measure("observe"):
+            leaving = streams.map(lambda stream: layer.run_stream(stream, None)[1])
         prefix = self._prefix(index)
         names = [name for name in self.source.checkpoint.shapes if name.startswith(prefix)]
         tensors = {name: self.cast(self.source.checkpoint.read(name)) for name in names}
@@ -233,19 +239,24 @@ class LayerConverter:
     def _open(self, index: int, streams: Streams) -> _OpenLayer:
         """Load layer ``index``, run the source's ``streams`` through it, and factor it in closed form."""
         layer, plan = self._load(index), self.plan.at(index)
-        observations = layer.observe(streams.source)
+        with self.phases.measure("observe"):
+            observations = layer.observe(streams.source)
         stats, leaving = observations.stats, Streams(observations.hidden)
         if self.first_pass is not None:
             assert streams.first_pass is not None
             first_factors = self.first_pass(layer.weights().to(torch.float64), stats.to(torch.float64), plan)
-            moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
+            with self.phases.measure("observe"):
+                moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
             stats, leaving = replace(stats, converted_moment=moment), replace(leaving, first_pass=hidden)
-        return _OpenLayer(layer, observations, factorize(layer.weights(), stats, plan), leaving)
+        with self.phases.measure("factorise"):
+            factors = factorize(layer.weights(), stats, plan)
+        return _OpenLayer(layer, observations, factors, leaving)
 
     def _load(self, index: int) -> SourceLayer:
         """Load the weights of layer ``index`` into a source layer."""
         layer = self.layers[index % len(self.layers)]
-        layer.load(self.source.checkpoint.layer(self._prefix(index)), index)
+        with self.phases.measure("read"):
+            layer.load(self.source.checkpoint.layer(self._prefix(index)), index)
         return layer
 
     def _prefix(self, index: int) -> str:

@@ -180,17 +180,21 @@ def _convert_layers(
     saved, pause = time.monotonic(), SAVE_SECONDS
     for i in range(start, layers):
         converted = converter.convert(i, streams)
-        progress.hashes[workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, converted.tensors)
+        with converter.phases.measure("write"):
+            progress.hashes[workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, converted.tensors)
         progress.layers.append(converted.record)
         streams = converted.streams
         if (began := time.monotonic()) - saved >= pause:
-            progress.checksum = workspace.save_streams(i + 1, streams.to_tensors())
-            progress.next_layer = i + 1
-            workspace.save_progress(progress)
-            workspace.drop_streams(keep=i + 1)
+            with converter.phases.measure("write"):
+                progress.checksum = workspace.save_streams(i + 1, streams.to_tensors())
+                progress.next_layer = i + 1
+                workspace.save_progress(progress)
+                workspace.drop_streams(keep=i + 1)
             saved = time.monotonic()
             pause = SAVE_SECONDS * max(1.0, saved - began)
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
+    for phase, seconds in converter.phases.seconds.items():
+        report.spent(phase, seconds)
     progress.final_norm = converter.final_norm(streams)
     workspace.save_progress(progress)
     return progress.final_norm
