@@ -190,14 +190,19 @@ def test_an_empty_text_gives_no_excerpts(tokenizer: PreTrainedTokenizerFast, tmp
 def test_chunks_of_a_long_text_have_the_tokens_of_the_whole(
     space: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n  # note {i}\nclass A{i}:\n\n    b = 1\n" for i in range(60))
+    text = "".join(
+        f"def f{i}(x):\n    return x + {i}\n\n\n  # note {i}\nclass A{i}:\n\n    b = 1\n\n" for i in range(60)
+    )
     tokenizer = byte_tokenizer([text], bos=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     whole = tokenizer(text)["input_ids"]
-    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(module, "CHUNK", 60)
+    encode, counts = module._encode_all, list[int]()
+    monkeypatch.setattr(module, "_encode_all", lambda texts, t: counts.append(len(texts)) or encode(texts, t))
     file = tmp_path / "text.txt"
     file.write_text(text, encoding="utf-8")
     assert load_tokens(str(file), tokenizer).tolist() == whole
+    assert (counts[-1] == 1) == space
 
 
 def test_one_bos_at_the_start_and_no_eos(with_bos: PreTrainedTokenizerFast, text_file: Path) -> None:

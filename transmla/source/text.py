@@ -31,7 +31,7 @@ CHARS_PER_TOKEN = 5
 # Tokens before a cut that are thrown away: cutting a text may change the tokens near the cut.
 CUT_MARGIN = 64
 # Characters in the chunks of a long text, which are tokenised in parallel, and where a chunk may begin.
-CHUNK, LINE_START = 2**16, re.compile(r"(?<=\n)(?=\w)")
+CHUNK, LINE_START = 2**16, re.compile(r"(?<=\S\n)(?=\w)")
 
 
 def load_blocks(
@@ -233,7 +233,11 @@ def _encode_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[li
 
 
 def _chunks(text: str) -> list[str]:
-    """Cut a text into chunks of about CHUNK characters, each before a line that begins with a letter or the like."""
+    """Cut a text into chunks of about CHUNK characters.
+
+    A chunk begins with a line that begins with a letter or the like, and the line before is not blank: tokenizers of
+    GPT-2's kind join blank lines at the end of a text, but not before a word.
+    """
     cuts, start = [0], CHUNK
     while start < len(text) and (found := LINE_START.search(text, start)):
         cuts.append(found.start())
