@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers.random_layer import LAYOUTS, make_layer, make_plan, relative
 
-from transmla.artifacts import LayerFactors, MLAShape
+from transmla.artifacts import LayerFactors, MLAShape, ScoreRules
 from transmla.convert.factorize import factorize
 from transmla.core.factors import orthonormal_latents, pad_factors
 from transmla.core.fit_coordinates import Coordinates
-from transmla.core.fused_attention import fused_attention
+from transmla.core.fused_attention import fused_attention, fused_source_attention
 from transmla.core.linalg import regularise
-from transmla.core.reference_attention import expanded_attention
+from transmla.core.reference_attention import expanded_attention, source_attention
 
 SHAPES = [MLAShape(10, 4, 8, 8), MLAShape(24, 4, 13, 11, None, 10), MLAShape(10, 4, 8, 24, 14), MLAShape(6, 4, 8, 8)]
 
@@ -30,6 +30,19 @@ def make_factors(layout: str, shape: MLAShape, attention_factor: float = 1.0) ->
 def test_fused_equals_expanded(layout: str, shape: MLAShape) -> None:
     x, factors = make_factors(layout, shape, attention_factor=1.2)
     assert relative(fused_attention(x, factors), expanded_attention(x, factors)) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rules", [ScoreRules(), ScoreRules(window=3), ScoreRules(softcap=2.0), "sinks"])
+def test_the_fused_source_equals_the_reference(layout: str, rules: ScoreRules | str) -> None:
+    layer = make_layer(layout)
+    if isinstance(rules, str):
+        rules = ScoreRules(sinks=torch.linspace(-1, 1, layer.weights.q.shape[0], dtype=torch.float64))
+    weights = replace(layer.weights, rules=rules)
+    frequencies = torch.tensor(layer.spec.inv_freq, dtype=torch.float64)
+    expected = source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
+    found = fused_source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
+    assert relative(found, expected) <= 1e-12
 
 
 def test_bfloat16_inputs_keep_exact_angles() -> None:

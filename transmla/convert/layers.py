@@ -18,9 +18,8 @@ from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared
 from transmla.convert.source_layer import Observations, SourceLayer, steps
 from transmla.convert.streams import Streams
-from transmla.core.fused_attention import fused_attention
+from transmla.core.fused_attention import fused_attention, fused_source_attention
 from transmla.core.methods.base import method_named
-from transmla.core.reference_attention import source_attention
 from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
 from transmla.formats.base import AttentionExport, format_named
@@ -296,7 +295,7 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
     difference = energy = 0.0
     for hidden in stream:
         x = layer.features(hidden[None])
-        target = source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
+        target = fused_source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
         difference += float((fused_attention(x, factors) - target).square().sum())
         energy += float(target.square().sum())
     return difference / max(energy, 1e-30)

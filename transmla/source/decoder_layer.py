@@ -17,6 +17,8 @@ from transmla.errors import TransmlaError
 
 # Prefix of the attention's tensors in a decoder layer.
 ATTENTION = "self_attn."
+# Tokens that are embedded at once.
+PART = 1024
 
 
 class _Captured(Exception):
@@ -124,13 +126,13 @@ def embedded(model: Any, tokens: Tensor, embedding: Tensor, dtype: torch.dtype =
     first = copy.deepcopy(model.model.layers[0])
     first.register_forward_pre_hook(_capture_input)
     trunk.layers = nn.ModuleList([first])
-    # One sequence at a time: some families allocate an attention mask [T, T] for each sequence.
-    return torch.cat([_first_layer_input(trunk, row[None]) for row in tokens])
+    # In small parts: some families allocate an attention mask [T, T] for each sequence, and no token sees another yet.
+    return torch.cat([torch.cat([_first_layer_input(trunk, p[None]) for p in row.split(PART)], 1) for row in tokens])
 
 
-def _first_layer_input(trunk: Any, row: Tensor) -> Tensor:
+def _first_layer_input(trunk: Any, tokens: Tensor) -> Tensor:
     try:
-        trunk(input_ids=row, use_cache=False)
+        trunk(input_ids=tokens, use_cache=False)
     except _Captured as captured:
         return captured.value.float()
     raise AssertionError("the first layer was not run")
