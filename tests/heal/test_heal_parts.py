@@ -143,6 +143,32 @@ class TestLosses:
         assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
         assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
 
+    @pytest.mark.parametrize("head", ["own", "tied", "frozen"])
+    def test_the_gradients_are_those_of_the_formulas(
+        self, head: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("transmla.heal.losses.CHUNK_VALUES", 128 * 5)
+        student, teacher = load(pair[1]).double(), load(pair[0]).double()
+        if head == "tied":
+            student.lm_head.weight = student.model.embed_tokens.weight
+        student.lm_head.weight.requires_grad_(head != "frozen")
+        tokens = torch.randint(0, 128, (2, 9))
+        distiller = Distiller(student, teacher, kl=0.7, cross_entropy=0.2, hidden=0.0, temperature=2.0)
+        (3 * distiller(tokens)[0]).backward()
+        found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        student.zero_grad()
+        logits = student(tokens).logits
+        with torch.no_grad():
+            q = (teacher(tokens).logits / 2).log_softmax(-1)
+        kl = (q.exp() * (q - (logits / 2).log_softmax(-1))).sum(-1).mean()
+        likelihood = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+        (3 * (0.7 * 4 * kl - 0.2 * likelihood)).backward()
+        expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys()
+        assert ("lm_head.weight" in found) == (head == "own")
+        for name, gradient in expected.items():  # the logits are float32
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
     def test_a_model_distilled_from_itself_has_no_loss(self, pair: tuple[Path, Path]) -> None:
         teacher = load(pair[0])
         loss, kl = Distiller(teacher, teacher, kl=1.0, cross_entropy=0.0, hidden=1.0, temperature=1.0)(

@@ -155,4 +155,7 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
     kept = spec.hidden_size if parts == MOST_PARTS else values
     activations = 2 * tokens * (spec.num_hidden_layers * kept + values)
     logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
+    # The head's gradient of all chunks together lies beside the weights' gradients.
+    if trainable == "all":
+        logits += 4 * spec.vocab_size * spec.hidden_size
     return 4 * weights + (TRAINED_BYTES - 4) * trained + teacher + activations + logits

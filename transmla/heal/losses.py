@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 # Largest number of logits in one chunk: 2048 positions of a 128k vocabulary, 1 GiB in float32.
 CHUNK_VALUES = 2**28
@@ -53,24 +52,50 @@ class Distiller(nn.Module):
         with torch.no_grad():
             taught = trunk(self.teacher[0])(tokens, use_cache=False, output_hidden_states=with_hidden)
         learned = trunk(self.student)(tokens, use_cache=False, output_hidden_states=with_hidden)
-        heads = Head.of(self.student), Head.of(self.teacher[0])
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1).flatten()
-        states = learned.last_hidden_state.flatten(0, 1), taught.last_hidden_state.flatten(0, 1)
-        size = max(1, min(len(targets), CHUNK_VALUES // heads[0].projection.weight.shape[0]))
-        sums = torch.zeros(3, device=tokens.device)
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            # The backward pass recomputes the logits; they are too large to keep.
-            chunk = checkpoint(self._chunk, *(s[part] for s in states), targets[part], heads, use_reentrant=False)
-            sums = sums + chunk
-        counts = torch.tensor([len(targets), (targets >= 0).sum(), len(targets)], device=tokens.device)
-        kl_loss, token_loss, kl = sums / counts
-        total = self.kl * kl_loss + self.cross_entropy * token_loss
+        total, kl = self._logits_loss(
+            learned.last_hidden_state.flatten(0, 1), taught.last_hidden_state.flatten(0, 1), targets
+        )
         if with_hidden:
             pairs = zip(learned.hidden_states[1:], taught.hidden_states[1:], strict=True)
             errors = [_relative_error(student, teacher) for student, teacher in pairs]
             total = total + self.hidden * torch.stack(errors).mean()
-        return total, kl.detach()
+        return total, kl
+
+    def _logits_loss(self, learned: Tensor, taught: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of the logits, and KL(teacher ‖ student) in nats per position without gradient; both scalars.
+
+        The logits of all positions are too large to keep for the backward pass. The gradients are therefore computed
+        with the loss, chunk by chunk, and the backward pass only scales them.
+
+        Args:
+            learned: the student's last hidden states [N, D_s].
+            taught: the teacher's last hidden states [N, D_t].
+            targets: next tokens [N]; -100 for none.
+        """
+        heads = Head.of(self.student), Head.of(self.teacher[0])
+        factors = torch.tensor([self.kl, self.cross_entropy, 0.0], device=targets.device)
+        counts = torch.stack(
+            [torch.tensor(len(targets), device=targets.device), (targets >= 0).sum(), factors.new_ones(())]
+        )
+        scale = factors / counts
+        with_gradients = torch.is_grad_enabled() and learned.requires_grad
+        weights = [p for p in heads[0].projection.parameters() if p.requires_grad] if with_gradients else []
+        sums, by_states, by_weights = torch.zeros(3, device=targets.device), list[Tensor](), list[Tensor]()
+        size = max(1, min(len(targets), CHUNK_VALUES // heads[0].projection.weight.shape[0]))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            states = learned[part].detach().requires_grad_(with_gradients)
+            chunk = self._chunk(states, taught[part], targets[part], heads)
+            sums = sums + chunk.detach()
+            if with_gradients:
+                first, *rest = torch.autograd.grad((scale * chunk).sum(), [states, *weights])
+                by_states.append(first)
+                by_weights = [a.add_(b) for a, b in zip(by_weights, rest, strict=True)] if by_weights else rest
+        kl, total = sums[2] / len(targets), (scale * sums).sum()
+        if with_gradients:
+            total = _WithGradients.apply(total, [torch.cat(by_states), *by_weights], learned, *weights)
+        return total, kl
 
     def compile_parts(self) -> None:
         """Compile the repeated parts: the loss of a chunk, and each layer of both models.
@@ -132,6 +157,21 @@ class Head:
         # Under FSDP2, the head's dtype may differ from the dtype of the hidden states.
         logits: Tensor = self.projection(states.to(self.projection.weight.dtype)).float() / self.divisor
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients with respect to its inputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        """Return the ``loss`` of the ``inputs``, whose gradients are ``gradients``."""
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        """Return the gradients, scaled in place by that of the loss."""
+        return None, None, *(known.mul_(gradient) for known in ctx.gradients)
 
 
 def trunk(model: Any) -> Any:
