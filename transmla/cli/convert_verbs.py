@@ -45,7 +45,7 @@ def families(
 def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
     """Show what a conversion would do: shape, cache, contexts, runtimes and cost. Converts nothing.
 
-    A Hub id is downloaded first, once its config is known to be convertible.
+    Reads headers only: of a Hub id no weights are downloaded, and a .gguf file is not unpacked.
 
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
@@ -53,7 +53,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     from transmla.convert.prepare import prepare, summarise
     from transmla.workflow import choice_for
 
-    prepared = prepare(_recipe(source, options | {"output": "unused"}))
+    prepared = prepare(_recipe(source, options | {"output": "unused"}), weights=False)
     summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
     if as_json:
         print(json_text(summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transmla.guard.config import check_config
 from transmla.guard.folder import check_pickles
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.source.gguf_header import check_header, without_tensors
 
 # Files by which transformers recognises a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -65,11 +67,32 @@ def load_config(path: Path) -> Any:
     """Load the transformers config of a checkpoint folder or GGUF file. Loaders raise any type if it is damaged."""
     from transformers import AutoConfig
 
-    folder, extra = split_gguf(path)
-    check_config(folder)
     register()
+    if path.suffix == ".gguf":
+        need_gguf()
+        with boundary(f"'{path.name}' cannot be read as GGUF", remedy="download it again"):
+            check_header(path)
+        with without_tensors(path) as header:
+            config = AutoConfig.from_pretrained(header.parent, gguf_file=header.name)
+        config.name_or_path = str(path.parent)
+        return _named_outputs(config)
+    check_config(path)
     with code_refused(path):
-        return _named_outputs(AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra))
+        return _named_outputs(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def need_gguf() -> None:
+    """Check that the package ``gguf`` is installed.
+
+    Raises:
+        TransmlaError: if it is not.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise TransmlaError(
+            "reading a GGUF file needs the 'gguf' package",
+            limit="it is not installed",
+            remedy='pip install "transmla[demo]"',
+        )
 
 
 def _named_outputs(config: Any) -> Any:

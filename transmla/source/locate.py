@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
 from transmla.guard.folder import check_folder
+from transmla.guard.headers import Stored
 from transmla.source.gguf import unpacked
 
 # Files that a Hub download skips: copies of the same weights in other formats.
@@ -19,11 +22,15 @@ def resolve_source(
 ) -> Path:
     """Return a local path for a source. A Hub model is downloaded into the Hub's cache, a GGUF file unpacked there.
 
+    Without ``weights``, the path is a GGUF file that was not unpacked yet, or a folder without the weights of a Hub
+    model that were not downloaded yet.
+
     Args:
         source: a local path, a Hub id such as org/name, or ``package:NAME/FILE`` for a data file inside an installed
             Python package. The package is not imported.
         revision: branch, tag or commit of a Hub model.
-        weights: whether to download the weights of a Hub model, besides its config and tokenizer.
+        weights: whether to download the weights of a Hub model, besides its config and tokenizer, and to unpack those
+            of a GGUF file.
         allow_pickle: whether to download pickled weights too.
 
     Raises:
@@ -31,21 +38,26 @@ def resolve_source(
             the folder, or if the Hub refuses the download or cannot be reached.
     """
     if source.startswith("package:"):
-        return _checked(_package_file(source.removeprefix("package:")))
+        return _checked(_package_file(source.removeprefix("package:")), weights=weights)
     path = local_path(source)
     if path.exists():
-        return _checked(path)
+        return _checked(path, weights=weights)
     if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise TransmlaError(
             f"source '{source}' does not exist",
             limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
             remedy="check the path",
         )
-    return _checked(_download(source, revision, weights=weights, allow_pickle=allow_pickle))
+    return _checked(_download(source, revision, weights=weights, allow_pickle=allow_pickle), weights=weights)
 
 
-def _checked(path: Path) -> Path:
-    """Return ``path`` after its files have been checked; a GGUF file is unpacked.
+def is_hub_id(source: str) -> bool:
+    """Return whether ``resolve_source`` looks for a source on the Hub."""
+    return not source.startswith("package:") and not local_path(source).exists()
+
+
+def _checked(path: Path, *, weights: bool) -> Path:
+    """Return ``path`` after its files have been checked; with ``weights``, a GGUF file is unpacked.
 
     Raises:
         TransmlaError: if ``check_folder`` refuses a file, or ``path`` is neither a folder nor a GGUF file.
@@ -59,7 +71,7 @@ def _checked(path: Path) -> Path:
         raise TransmlaError(
             f"source '{path}' is a file", limit="a source is a folder, a .gguf file or a Hub id", remedy="check SOURCE"
         )
-    return unpacked(path)
+    return unpacked(path, weights=weights)
 
 
 def _package_file(reference: str) -> Path:
@@ -85,11 +97,48 @@ def _package_file(reference: str) -> Path:
 
 def _download(repo_id: str, revision: str | None, *, weights: bool, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     ignored = _OTHER_WEIGHTS + ([] if allow_pickle else ["*.bin"]) + ([] if weights else ["*.safetensors", "*.bin"])
-    try:
+    with _hub_errors(repo_id):
         return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=ignored))
+
+
+def hub_headers(repo_id: str, revision: str | None) -> dict[str, Stored] | None:
+    """Return every tensor of a Hub model by name, without its values. Only the headers of its files are downloaded.
+
+    Args:
+        repo_id: the Hub id.
+        revision: branch, tag or commit.
+
+    Returns:
+        The tensors; None if the model has no safetensors files.
+
+    Raises:
+        TransmlaError: if the Hub refuses the request or cannot be reached, or if a header is damaged.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    what, remedy = f"cannot read the headers of the weights of '{repo_id}' on the Hub", "check --revision, or try again"
+    with boundary(what, remedy=remedy), _hub_errors(repo_id):
+        try:
+            files = get_safetensors_metadata(repo_id, revision=revision).files_metadata
+        except NotASafetensorsRepoError:
+            return None
+    return {
+        name: Stored(Path(file), tuple(tensor.shape), tensor.dtype)
+        for file, header in files.items()
+        for name, tensor in header.tensors.items()
+    }
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Convert errors of requests to the Hub into a ``TransmlaError``."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
     except HFValidationError as error:
         raise TransmlaError(
             f"'{repo_id}' is neither a local path nor a valid Hub id",
