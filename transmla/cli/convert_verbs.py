@@ -71,8 +71,11 @@ def inspect(
 ) -> None:
     """Measure a source before converting it: spectra, rotary energy, and the error at several cache budgets.
 
-    Runs the source over the calibration text and writes no weights. The shapes are those that `convert` chooses with
-    the same options; the errors are those of the closed form, before any fit.
+    Runs the source over the calibration text, one layer in memory at a time, and writes no weights. The shapes are
+    those that `convert` chooses with the same options; the errors are those of the closed form, before any fit.
+
+    Of a big model, --layers 0,1,30 or --layers 0-3 measures these layers only, and the source runs up to the last of
+    them. The default calibration text is sampled from the whole model; a text such as --calibration pydoc is not.
 
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """

@@ -67,18 +67,26 @@ class Checkpoint:
         digest = hashlib.sha256()
         for done, name in enumerate(sorted(self.shapes), start=1):
             tensor = self.read(name).contiguous()
-            low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise TransmlaError(
-                    f"tensor '{name}' holds NaN or Inf",
-                    limit="weights must be finite",
-                    remedy="download the checkpoint again, or repair it",
-                )
+            check_finite(name, tensor)
             crc = zlib.crc32(tensor.view(torch.uint8).numpy().data) if tensor.numel() else 0
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc}\n".encode())
             if progress:
                 progress(done, len(self.shapes))
         return digest.hexdigest()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that all values of a checkpoint's tensor are finite.
+
+    Raises:
+        TransmlaError: if one is NaN or infinite.
+    """
+    if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        raise TransmlaError(
+            f"tensor '{name}' holds NaN or Inf",
+            limit="weights must be finite",
+            remedy="download the checkpoint again, or repair it",
+        )
 
 
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
