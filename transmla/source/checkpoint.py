@@ -17,6 +17,7 @@ from transmla.errors import TransmlaError
 from transmla.guard.folder import INDEX, PICKLES, WEIGHTS, check_pickles, weight_map
 from transmla.guard.headers import Stored, read_headers, shards_of
 from transmla.source.gguf_weights import DTYPE, GgufWeights
+from transmla.source.packed_weights import packed_weights, quantisation, stored_dtype
 
 # safetensors' names of the dtypes that weights may have.
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -129,47 +130,53 @@ def describe_tensors(folder: Path, stored: Mapping[str, Stored]) -> Checkpoint:
         stored: the tensors by name, as the headers of the files say.
 
     Raises:
-        TransmlaError: if a tensor has another dtype than float32, float16 or bfloat16.
+        TransmlaError: if a tensor is neither float32, float16 or bfloat16 nor packed in a layout that is read.
     """
 
     def read(name: str) -> Tensor:
         raise AssertionError(f"'{name}' is not on this machine")
 
-    dtypes = _dtypes(stored)
-    size = sum(math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in stored.items())
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    return Checkpoint(folder, shapes, read, dtypes=dtypes, size=size, headers_only=True)
+    return _from_headers(folder, stored, read, headers_only=True)
 
 
 def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
     from safetensors import safe_open
 
     stored = read_headers(folder, shards)
-    dtypes = _dtypes(stored)
 
     def read(name: str) -> Tensor:
         # Open the file for each tensor: a mapped file keeps its pages in memory until its last tensor is freed.
         with safe_open(stored[name].file, framework="pt") as handle:
             return handle.get_tensor(name)
 
-    size = sum((folder / shard).stat().st_size for shard in shards)
-    return Checkpoint(folder, {name: tensor.shape for name, tensor in stored.items()}, read, dtypes=dtypes, size=size)
+    return _from_headers(folder, stored, read)
 
 
-def _dtypes(stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
-    """Return the dtypes of the ``stored`` tensors.
-
-    Raises:
-        TransmlaError: if one is neither float32 nor float16 nor bfloat16.
-    """
-    for name, tensor in stored.items():
+def _from_headers(
+    folder: Path, stored: Mapping[str, Stored], read: Callable[[str], Tensor], *, headers_only: bool = False
+) -> Checkpoint:
+    """Return the checkpoint of ``stored`` tensors, whose packed weights are dequantised when they are read."""
+    settings, dtype = quantisation(folder), stored_dtype(folder)
+    packed, consumed = packed_weights(stored, settings) if settings else ({}, set[str]())
+    plain = {name: tensor for name, tensor in stored.items() if name not in consumed}
+    for name, tensor in plain.items():
         if tensor.dtype not in _DTYPES:
             raise TransmlaError(
                 f"tensor '{name}' is stored as {tensor.dtype}",
                 limit="weights must be float32, float16 or bfloat16",
                 remedy="convert the unquantised checkpoint",
             )
-    return {name: _DTYPES[tensor.dtype] for name, tensor in stored.items()}
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    shapes |= {name: weight.shape for name, weight in packed.items()}
+    dtypes = {name: _DTYPES[tensor.dtype] for name, tensor in plain.items()} | dict.fromkeys(packed, dtype)
+    return Checkpoint(
+        folder,
+        shapes,
+        lambda name: packed[name].read(read, dtype) if name in packed else read(name),
+        dtypes=dtypes,
+        size=sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()),
+        headers_only=headers_only,
+    )
 
 
 def _open_pickle(folder: Path, allow: bool) -> Checkpoint:

@@ -14,10 +14,11 @@ from torch import nn
 from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.config import check_config
-from transmla.guard.folder import check_pickles
+from transmla.guard.folder import GENERATION, check_pickles
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.source.gguf_header import check_header, without_tensors
+from transmla.source.packed_weights import quantisation
 
 # Files by which transformers recognises a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -138,6 +139,8 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
     if not extra:
         check_config(folder)
         extra["use_safetensors"] = not check_pickles(folder, allow=allow_pickle)
+        if quantisation(folder) is not None:
+            return _load_packed(folder, dtype, **kwargs)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in extra and gguf_config is not None:
         # From 5.2x on, transformers keeps GGUF weights packed by default.
@@ -151,6 +154,26 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
     if getattr(model.config, "attn_logit_softcapping", None):
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def _load_packed(folder: Path, dtype: torch.dtype | str, **kwargs: Any) -> Any:
+    """Load a causal LM whose weights are packed; they are dequantised without the packages that made them."""
+    from transformers import GenerationConfig
+
+    from transmla.source.checkpoint import open_checkpoint
+    from transmla.source.describe import empty_model
+
+    checkpoint, config = open_checkpoint(folder), load_config(folder)
+    del config.quantization_config
+    what, remedy = f"cannot load '{folder}' as a causal LM", "check the files, and that the model fits into the memory"
+    with boundary(what, remedy=remedy):
+        tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
+        model = type(empty_model(config)).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, **kwargs
+        )
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transmla.artifacts import AttentionSpec
-from transmla.families.base import Family
+from transmla.families.base import PACKED, Family
 from transmla.recipe import Recipe
 from transmla.source.card import read_card
 from transmla.source.check_tensors import check_tensors
@@ -17,6 +17,7 @@ from transmla.source.checkpoint import Checkpoint, describe_tensors, has_weights
 from transmla.source.describe import describe, empty_model, family_of, read_config
 from transmla.source.device import is_fast_in_bfloat16
 from transmla.source.locate import hub_headers, is_hub_id, resolve_source
+from transmla.source.packed_weights import check_packing
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,14 @@ def open_path(path: Path, *, allow_pickle: bool = False) -> Source:
 def _describe(path: Path) -> tuple[Any, Family, Any, AttentionSpec]:
     """Return the config in ``path``, its family, the model without weights, and the description of the attention."""
     config = read_config(path)
-    family, model = family_of(config), empty_model(config)
+    family = family_of(config)
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        if settings.get("quant_method") in PACKED:
+            check_packing(family.name, settings)
+        # The weights are dequantised when they are read.
+        del config.quantization_config
+    model = empty_model(config)
     return config, family, model, describe(config, model)
 
 
