@@ -28,8 +28,9 @@ from torch import Tensor
 from transmla.reporter import Silent
 from transmla.serve.gguf_fields import add_vocabulary
 from transmla.serve.gguf_file import write_gguf, write_tensors
-from transmla.serve.gguf_tensors import FILE_TYPES, GgufTensor, tensor_type
+from transmla.serve.gguf_tensors import GgufTensor, tensor_type
 from transmla.serve.gguf_tokenizer import describe_tokenizer
+from transmla.serve.request import FILE_TYPES
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_tokenizer
 

@@ -17,6 +17,15 @@ _SECRETS = (
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+# Requirements of optional packages by the module that is imported, as pyproject.toml has them.
+REQUIREMENTS = {
+    "gguf": "gguf>=0.17",
+    "lm_eval": "lm-eval>=0.4.13",
+    "matplotlib": "matplotlib>=3.9",
+    "peft": "peft>=0.17",
+}
+
+
 class TransmlaError(Exception):
     """A mistake in the user's input, explained in one line.
 
@@ -34,6 +43,17 @@ class TransmlaError(Exception):
         # The limit may quote a library's message, which can have several lines and a final full stop.
         parts = (_clipped(printable(" ".join(part.split()))).removesuffix(".") for part in (what, limit, remedy))
         super().__init__("; ".join(part for part in parts if part))
+
+
+def missing_package(what: str, module: str, *, limit: str = "it is not installed") -> TransmlaError:
+    """Return the error for an optional package that is missing, with the command that installs the package.
+
+    Args:
+        what: what needs the package.
+        module: the package's module, a key of ``REQUIREMENTS``.
+        limit: replaces the words that the package is not installed.
+    """
+    return TransmlaError(what, limit=limit, remedy=f'pip install "{REQUIREMENTS[module]}"')
 
 
 def printable(text: str) -> str:

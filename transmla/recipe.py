@@ -6,11 +6,21 @@ makes its flags from these fields (``cli/options.py``).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
@@ -30,6 +40,9 @@ FORMAT: dict[str, Any] = {"panel": "Format"}
 METHOD: dict[str, Any] = {"panel": "Method"}
 TEXT: dict[str, Any] = {"panel": "Calibration text"}
 EVALUATION: dict[str, Any] = {"panel": "Evaluation"}
+
+# End of a GGUF file's name that says how the weights are stored, such as .Q4_K_M or -bf16.
+QUANTISATION = re.compile(r"[.-](?:(?:i|t)?q\d\w*|bf16|fp?16|f32|mxfp4\w*)$", re.IGNORECASE)
 
 HEAL_AUTO, HEAL_OFF = "auto", "off"
 
@@ -105,7 +118,9 @@ class Recipe(Strict):
     """One conversion from a source to an export."""
 
     source: str = Field(description="checkpoint folder, .gguf file, package:NAME/FILE, or Hub id")
-    output: str = Field(description="folder to write")
+    output: str = Field(
+        "", description="folder to write (default: the name of the source and -mla, in the current directory)"
+    )
     revision: str | None = Field(None, json_schema_extra=SOURCE, description="branch, tag or commit of a Hub id")
     allow_pickle: bool = Field(
         False, json_schema_extra=SOURCE, description="open pickled (.bin) weights, which can run code"
@@ -175,6 +190,21 @@ class Recipe(Strict):
     device: str = Field("auto", json_schema_extra=METHOD, description="device: auto, cpu, cuda, cuda:1, …")
     calibration: Calibration = Calibration()
     eval: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _named_output(self) -> Self:
+        """Give ``output`` its default, which depends on the source."""
+        if "output" not in self.model_fields_set:
+            object.__setattr__(self, "output", default_output(self.source))
+        return self
+
+
+def default_output(source: str) -> str:
+    """Return the folder that a conversion of ``source`` writes if none is named, such as ``Qwen3-8B-mla``."""
+    name = Path(source).name or Path(source).absolute().name
+    if name.endswith(".gguf"):
+        name = re.sub(QUANTISATION, "", name.removesuffix(".gguf"))
+    return f"{name}-mla"
 
 
 Section = TypeVar("Section", bound=BaseModel)

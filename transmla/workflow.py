@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from transmla.convert.pipeline import convert, output_folder
+from transmla.convert.pipeline import check_disk, convert, output_folder
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import refuse_other_run
 from transmla.errors import TransmlaError
@@ -65,6 +65,8 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     notes = (note,) if note else ()
     if settings is None:
         return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
+    if not resume:
+        check_disk(output, choice.disk_bytes or 0)
     if not (resume and _is_conversion_of(prepared, unhealed, report)):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)

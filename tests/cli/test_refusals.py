@@ -168,7 +168,6 @@ def test_an_option_out_of_range_is_refused(place: Path, run: Run, bad: str) -> N
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("convert source", "output: field required"),
         ("convert ./nowhere -o out", "source './nowhere' does not exist"),
         ("convert nowhere.gguf -o out", "source 'nowhere.gguf' does not exist"),
         ("convert garbage.gguf -o out", "garbage.gguf"),
@@ -262,6 +261,22 @@ def test_pickled_weights_open_when_asked_for(place: Path, run: Run) -> None:
         *CALIBRATION,
         says="cannot be opened as pickled",
     )
+
+
+@pytest.mark.parametrize("verb", ["eval", "convert", "calibration"])
+def test_a_hub_out_of_reach_is_one_line_before_a_model_is_loaded(place: Path, verb: str) -> None:
+    argv = {
+        "eval": ["eval", "source", "--text", "text.txt", "--text", "wikitext"],
+        "convert": ["convert", "source", "-o", "out", *CALIBRATION, "--eval", "text.txt", "--eval", "wikitext"],
+        "calibration": ["convert", "source", "-o", "out", "--calibration", "wikitext", *CALIBRATION[2:]],
+    }[verb]
+    # Nothing listens at this port.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "transmla", *argv], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: dataset wikitext: the Hugging Face Hub could not be reached; leave it out")
+    assert done.stderr.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_a_fresh_process_refuses_in_one_line_and_without_a_network(place: Path) -> None:

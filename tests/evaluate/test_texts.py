@@ -240,6 +240,7 @@ def test_the_card_shows_all_texts_and_a_file_keeps_the_result(
 
     card = (export / "README.md").read_text(encoding="utf-8")
     assert "| text.txt | " in card
+    assert "not evaluated" not in card
     assert all(" | ".join(row[1:]) in card for row in table_rows(result))
     assert "Windows: 3 × 64 tokens per text. Windows do not start with BOS." in card
     kept = json.loads((export / "evaluation.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export import push as hub
 from transmla.export.hashes import file_sha256
+from transmla.export.manifest import Manifest
 from transmla.recipe import parse_recipe
 
 SHARD = "model-00002-of-00004.safetensors"  # layer 0
@@ -323,3 +325,32 @@ def test_the_source_is_loaded_at_its_recorded_commit(
         edit_json(folder / "transmla.json", source=origin)
         assert failures(folder, source=str(pristine / "source")) == []
     assert revisions == ["0" * 40, "main"]
+
+
+def test_every_measured_number_stands_beside_its_limit(pristine: Path, folder: Path) -> None:
+    checks = {check.name: check.detail for check in verify(folder, source=str(pristine / "source"))}
+    number, limit = r"\d[\d.]*e[-+]\d+", r"at most \d[\d.e+-]* allowed"
+    measured = [
+        "layers as signed",
+        "logits as signed",
+        "cached decode = full forward",
+        "absorbed = expanded",
+        "latent norm is an identity",
+        "source layers as signed",
+        "distance to the source as signed",
+    ]
+    for name in measured:
+        assert re.search(rf"{number}.*, {limit}$", checks[name]), checks[name]
+        assert len(re.findall(r"e[-+]\d\d", checks[name])) == 2, checks[name]
+    # The error on the signature's random inputs is no measure of quality, and is not shown.
+    assert "differs from the source by" not in checks["distance to the source as signed"]
+    assert "attention errors" not in checks["distance to the source as signed"]
+
+
+def test_the_cache_is_measured_in_the_precision_of_the_export(pristine: Path, tmp_path: Path) -> None:
+    values = {"source": str(pristine / "source"), "output": str(tmp_path / "half"), "dtype": "bfloat16"}
+    calibration = {"source": "self", "sequences": 8, "length": 48}
+    export = convert(parse_recipe(values | {"device": "cpu", "calibration": calibration}, "test"))
+    plan = Manifest.read(export).plan
+    (detail,) = [check.detail for check in verify(export) if check.name == "cache size"]
+    assert detail == f"{2 * plan.model_cache_values:,} bytes per token in bfloat16, as planned"

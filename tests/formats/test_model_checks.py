@@ -9,7 +9,7 @@ import torch
 from helpers.mla_models import tiny
 
 from transmla.formats import model_checks
-from transmla.formats.model_checks import absorbed_decoding
+from transmla.formats.model_checks import Check, absorbed_decoding, beyond_rounding, relative_difference
 
 TOKENS = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -59,6 +59,20 @@ def test_a_wrong_model_fails_in_float64_too(family: str, monkeypatch: pytest.Mon
     check = absorbed_decoding(model_with_large_scores(family), TOKENS)
     assert not check.passed, check.detail
     assert check.detail.endswith("in float64")
+
+
+def test_norms_are_exact_in_the_comparison_in_float64() -> None:
+    """Norms of transformers round to float32 otherwise, and massive activations magnify that."""
+    model, rows = tiny(num_hidden_layers=3), torch.randn(4, 48, dtype=torch.float64)
+
+    def compare() -> Check:
+        norm = model.model.norm
+        exact = norm.weight.double() * rows * (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+        difference = relative_difference(norm(rows.to(model.dtype)).detach(), exact.detach())
+        return Check("norm", difference < 1e-14, f"{difference:.1e}")
+
+    check = beyond_rounding(model, compare)
+    assert check.passed, check.detail
 
 
 def test_a_model_that_passes_in_float32_is_not_judged_again() -> None:

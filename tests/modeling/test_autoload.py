@@ -68,6 +68,17 @@ def test_an_export_loads(export: Path, code: str) -> None:
     assert (name, family) == ("TransmlaQwen3ForCausalLM", "qwen3")
 
 
+@pytest.mark.parametrize("task", ["text-generation", "text-classification", "token-classification"])
+def test_pipelines_know_the_export(export: Path, task: str) -> None:
+    """A pipeline lists hundreds of supported models for a class that the table of its task does not name."""
+    program = f"import sys, transformers; transformers.pipeline({task!r}, sys.argv[1])"
+    start = (ROOT / START).read_text()
+    ended = subprocess.run(
+        [sys.executable, "-c", start + program, str(export)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "is not supported" not in ended.stderr
+
+
 def test_it_registers_where_transformers_was_imported_first(export: Path) -> None:
     code = (
         "import sys, transformers as t; t.AutoConfig; import importlib, transmla.autoload as a; importlib.reload(a)\n"

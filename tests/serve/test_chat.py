@@ -91,3 +91,44 @@ def test_a_message_and_a_backend_are_options(run: Run, converted: Path) -> None:
     code, _, error = run("chat", str(converted / "out"), *given, "nothing")
     assert code == 2
     assert "nothing" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "temperature"),
+    [
+        (["--prompt", "the cat"], 0),
+        (["--prompt", "the cat", "--temperature", "0.5"], 0.5),
+        (["--prompt", "the cat", "--top-p", "0.9"], 0.7),
+        ([], 0),  # standard input is one message
+    ],
+)
+def test_one_message_is_answered_greedily(
+    run: Run, converted: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], temperature: float
+) -> None:
+    used: list[Sampling] = []
+
+    def answer(model: Any, tokenizer: Any, messages: Any, sampling: Sampling, write: Any) -> Answer:
+        used.append(sampling)
+        return Answer("", 1, 2, 0.1, 0.5, 10)
+
+    monkeypatch.setattr("transmla.serve.chat.answer", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat"))
+    assert run("chat", str(converted / "out"), *argv)[0] == 0
+    assert used[0].temperature == temperature
+
+
+def test_a_chat_samples(run: Run, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Sampling] = []
+
+    def answer(model: Any, tokenizer: Any, messages: Any, sampling: Sampling, write: Any) -> Answer:
+        used.append(sampling)
+        return Answer("", 1, 2, 0.1, 0.5, 10)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("transmla.serve.chat.answer", answer)
+    monkeypatch.setattr("sys.stdin", Terminal("the cat\n"))
+    assert run("chat", str(converted / "out"))[0] == 0
+    assert (used[0].temperature, used[0].top_p) == (0.7, 0.95)

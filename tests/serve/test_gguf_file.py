@@ -220,7 +220,7 @@ def test_requests_are_refused_first(export: Path, tmp_path: Path, monkeypatch: p
         write_gguf(export, tmp_path / "nowhere" / "x.gguf", "f32")
     refused(export.parent / "source", tmp_path / "x.gguf", "holds no finished conversion")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    refused(export, tmp_path / "x.gguf", r"needs the 'gguf' package.*pip install \"transmla\[gguf\]\"")
+    refused(export, tmp_path / "x.gguf", r"needs the 'gguf' package.*pip install \"gguf>=0.17\"")
 
 
 def test_the_transmla_format_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from transmla import cli
+from transmla.cli import gguf_verb
 from transmla.serve import gguf_file
 from transmla.serve.gguf_check import GgufCheck
 from transmla.serve.gguf_file import WrittenGguf
@@ -33,6 +34,7 @@ def test_it_says_what_was_written_and_whether_it_runs(
     reason = "" if check else "llama.cpp is not installed (pip install xllamacpp)"
     written = WrittenGguf(Path("x.gguf"), 2_000_000, {"Q8_0": 3, "F32": 2}, 9, check, reason)
     monkeypatch.setattr(gguf_file, "write_gguf", lambda *_, **__: written)
+    monkeypatch.setattr(gguf_verb, "refuse_unfinished", lambda _: None)
     assert call(monkeypatch, "dir", "-o", "x.gguf") == 0
     out = capsys.readouterr().out
     assert "wrote x.gguf, 2 MB: 3 Q8_0, 2 F32" in out
@@ -46,4 +48,4 @@ def test_a_refusal_is_one_line(
     assert call(monkeypatch, str(tmp_path), "-o", str(tmp_path / "x.gguf")) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert 'pip install "transmla[gguf]"' in err
+    assert 'pip install "gguf>=0.17"' in err

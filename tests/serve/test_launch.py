@@ -142,7 +142,7 @@ def test_vllm_checks_an_export_before_it_serves(
     monkeypatch.setattr("transmla.serve.launch.vllm_problem", lambda config, devices, cpu: None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "transmla": {}}))
     server = choose_server(tmp_path, "vllm", "::1", 80, ("--max-model-len", "99"), check=check)
-    address = ("--host", "::1", "--port", "80")
+    address = ("--host", "::1", "--port", "80", "--served-model-name", tmp_path.name)
     assert server.command[3:] == ("--model", str(tmp_path), *address, *options, "--max-model-len", "99")
 
 
@@ -175,12 +175,37 @@ def test_sglang_checks_an_export_unless_an_option_says_no(installed: Callable[..
     installed("sglang")
     server = choose(converted / "out", "sglang", "--tp", "2")
     command = ("-m", "sglang.launch_server", "--model-path", str(converted / "out"))
-    assert server.command[1:] == (*command, "--host", "127.0.0.1", "--port", "8000", "--tp", "2")
+    address = ("--host", "127.0.0.1", "--port", "8000", "--served-model-name", "out")
+    assert server.command[1:] == (*command, *address, "--tp", "2")
     unchecked = choose_server(converted / "out", "sglang", "::1", 80, (), check=False)
     assert unchecked.command[-2:] == ("--json-model-override-args", '{"transmla_self_check": false}')
     installed()
     with pytest.raises(TransmlaError, match="pip install sglang"):
         choose(converted / "out", "sglang")
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang"])
+@pytest.mark.parametrize("option", ["--served-model-name mine", "--served-model-name=mine", "--served_model_name mine"])
+def test_the_user_may_name_the_model(
+    installed: Callable[..., None],
+    converted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: str,
+    option: str,
+) -> None:
+    installed(runtime)
+    monkeypatch.setattr("transmla.serve.launch.vllm_problem", lambda config, devices, cpu: None)
+    server = choose(converted / "out", runtime, *option.split())
+    assert sum("served" in argument for argument in server.command) == 1
+    assert server.model is None
+
+
+def test_a_model_has_the_name_of_its_folder_however_that_is_typed(
+    installed: Callable[..., None], converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(*SERVING)
+    monkeypatch.chdir(converted / "out")
+    assert [choose(Path(typed)).model for typed in (".", "../out/", str(converted / "out"))] == ["out"] * 3
 
 
 def test_the_command_runs_what_it_prints(

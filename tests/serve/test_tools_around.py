@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -162,15 +164,37 @@ def test_transformers_serves_an_export(folders: dict[str, Path], form: str) -> N
         port = free.getsockname()[1]
     command = ["serve", str(folders[form]), "--runtime", "transformers", "--port", str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "transmla", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "transmla", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        answer = ask(server, port, str(folders[form]))
+        # The model has the name of its folder.
+        answer = ask(server, port, folders[form].name)
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
     finally:
         server.kill()
         output, _ = server.communicate()
     assert answer, output[-2000:]
     assert json.loads(answer)["choices"][0]["message"]["role"] == "assistant"
+    assert f"the model '{folders[form].name}' at http://127.0.0.1:{port}/v1" in output
+    # Ctrl-C ends the server without an error.
+    assert output.endswith("\nstopped\n")
+    assert "Aborted" not in output
+    assert server.returncode == 130
+
+
+def test_a_wrong_option_of_transformers_server_is_one_line(folders: dict[str, Path]) -> None:
+    command = ["serve", str(folders["native"]), "--runtime", "transformers", "--", "--colour", "red"]
+    done = subprocess.run([sys.executable, "-m", "transmla", *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    where = "arguments after -- go to `transformers serve`; see `transformers serve --help`"
+    assert re.fullmatch(rf"error: No such option:? '?--colour'?; {re.escape(where)}", last)
 
 
 def ask(server: subprocess.Popen[str], port: int, model: str) -> str:

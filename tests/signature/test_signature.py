@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from transmla.convert.pipeline import convert
+from transmla.core.exact_float64 import ExactFloat64
 from transmla.evaluate.verify import verify
 from transmla.export.hashes import file_sha256
 from transmla.export.manifest import Manifest
@@ -77,7 +78,7 @@ def test_layers_run_one_by_one_are_the_whole_model(exports: dict[str, Path], fam
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     model.config._experts_implementation = "eager"
-    with torch.no_grad():
+    with torch.no_grad(), ExactFloat64():
         logits = model(tokens(model.config.vocab_size)).logits
     found = measure_export(folder, family, "cpu").rest.logits
     assert max(found.deviations(project_logits(logits[0]).values)) < 1e-6

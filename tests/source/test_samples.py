@@ -99,6 +99,18 @@ def test_a_row_sampled_alone_continues_its_opening(
     assert torch.equal(alone, replayed)
 
 
+def test_kernels_that_plan_every_length_draw_no_samples(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    seen: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    sample_self(model, tokenizer, sequences=1, length=8)
+    handle.remove()
+    assert seen == [False] * 7
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_repetitive_rows_are_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     good = torch.randint(0, 200, (4, 40), generator=generator)

@@ -2,7 +2,11 @@
 
 app            the application: one command per verb, errors as one line
 convert_verbs  families, plan, inspect, convert
-export_verbs   verify, eval, bench, heal, push
+export_verbs   verify, bench, heal, push
+evaluate_verb  eval
+serve_verbs    chat, serve
+gguf_verb      gguf
+early          refusals before torch is imported
 options        flags made from the fields of recipes, evaluations and healings
 streams        standard output and error: nothing they do ends a command
 console        progress bars and tables

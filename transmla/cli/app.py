@@ -66,14 +66,6 @@ def build() -> typer.Typer:
     return app
 
 
-def _quiet() -> None:
-    """Silence the progress bars and advice of transformers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
     prepare_streams()
@@ -81,8 +73,6 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = sys.argv[1:] or ["--help"]
     try:
-        if not {"--help", "--version"} & set(arguments):
-            _quiet()
         code = build()(arguments, standalone_mode=False)
         flush_output()
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,17 +17,18 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from transmla.artifacts import Plan
 from transmla.cli.streams import Tolerant
-from transmla.convert.inspect import Inspection
 from transmla.errors import printable
-from transmla.evaluate.bench import Bench
-from transmla.evaluate.retrieval import Retrieval
-from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, TASK_COLUMNS, retrieval_rows, task_rows
-from transmla.evaluate.tasks import TaskScores
-from transmla.evaluate.verify import Check
-from transmla.export.card import cache_rows
 from transmla.export.evaluation_table import caption, table_columns, table_rows
+
+# Importing these modules imports torch, which takes seconds.
+if TYPE_CHECKING:
+    from transmla.artifacts import Plan
+    from transmla.convert.inspect import Inspection
+    from transmla.evaluate.bench import Bench
+    from transmla.evaluate.retrieval import Retrieval
+    from transmla.evaluate.tasks import TaskScores
+    from transmla.evaluate.verify import Check
 
 out = Console(emoji=False)
 err = Console(file=cast(IO[str], Tolerant()), emoji=False)
@@ -74,12 +75,17 @@ class Bars:
 
     def message(self, text: str) -> None:
         """Print one line above the bars."""
-        self.progress.console.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
+        note(text)
 
 
 def say(text: str) -> None:
     """Print one line of plain text on standard output; brackets are not markup."""
     out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one line on standard error that is no error."""
+    err.print(f"[yellow]note:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, wrap: bool = True) -> None:
@@ -113,6 +119,8 @@ def duration(seconds: float) -> str:
 
 def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     """Print the tables of ``transmla plan``: the shape, who runs it, and what the conversion needs."""
+    from transmla.export.card import cache_rows
+
     shape, spec = plan.shape, plan.spec
     (_, *values), (_, *size) = cache_rows(plan)
     table(
@@ -143,9 +151,14 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         [[r["name"], _takes(r), r["note"]] for r in summary["runtimes"]],
     )
     say(
-        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {gigabytes(summary['disk_bytes'])} disk,"
-        f" {duration(summary['seconds'])} on {summary['device']} (reconstruction {summary['reconstruct']};"
-        " calibration sampling and healing not counted)"
+        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
+        f" {summary['device']} (reconstruction {summary['reconstruct']}; calibration sampling and healing not counted)"
+    )
+    healed = summary.get("healing_disk_bytes") or 0
+    also = f"; {gigabytes(healed)} while it is healed, with the unhealed copy and the state of the training"
+    say(
+        f"disk: {gigabytes(summary['export_bytes'])} for the export; {gigabytes(summary['disk_bytes'])} while it is"
+        f" converted, with the state for --resume{also if healed else ''}"
     )
     if summary.get("healing"):
         say(summary["healing"])
@@ -219,11 +232,15 @@ def show_evaluation(result: dict[str, Any]) -> None:
 
 def show_tasks(result: TaskScores) -> None:
     """Print the score of every task and metric, with standard errors."""
+    from transmla.evaluate.score_table import TASK_COLUMNS, task_rows
+
     table(f"lm-evaluation-harness {result.harness}", TASK_COLUMNS, task_rows(result))
 
 
 def show_retrieval(result: Retrieval) -> None:
     """Print the share of found keys by kind and length, with standard errors."""
+    from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, retrieval_rows
+
     table("share of pass keys found, over all depths", RETRIEVAL_COLUMNS, retrieval_rows(result))
 
 
@@ -271,5 +288,7 @@ def show_healing(record: dict[str, Any]) -> None:
 
 def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:
     """Print the tables that close a conversion whose recipe has an ``eval`` section."""
+    from transmla.export.card import cache_rows
+
     table("before and after", ["", "source", "MLA"], [*map(list, cache_rows(plan))])
     show_evaluation(evaluation)

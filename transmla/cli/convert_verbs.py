@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_recipe, refuse_run
 from transmla.cli.options import JsonOption, overrides, with_recipe_options
 from transmla.files import json_text
+from transmla.recipe import Recipe, parse_recipe, read_recipe
 
 SourceArgument = Annotated[
     str,
@@ -31,6 +33,8 @@ def families(
     from transmla.cli import console
     from transmla.plan import family_table
 
+    load_libraries()
+
     if as_json:
         print(json_text([vars(row) for row in family_table.supported()]))
     elif markdown:
@@ -49,12 +53,16 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
 
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
+    recipe = _recipe(source, options | {"output": "unused"})
+    load_libraries()
     from transmla.cli import console
     from transmla.convert.prepare import prepare, summarise
     from transmla.workflow import choice_for
 
-    prepared = prepare(_recipe(source, options | {"output": "unused"}), weights=False)
-    summary = summarise(prepared) | {"healing": choice_for(prepared).reason or None}
+    prepared = prepare(recipe, weights=False)
+    choice = choice_for(prepared)
+    healing = {"healing": choice.reason or None, "healing_disk_bytes": choice.disk_bytes}
+    summary = summarise(prepared) | healing
     if as_json:
         print(json_text(summary))
     else:
@@ -79,13 +87,15 @@ def inspect(
 
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """
-    from transmla.cli import console, inspect_report
-    from transmla.convert.inspect import inspect_source
     from transmla.evaluate import figures
 
     recipe = _recipe(source, options | {"output": "unused"})
     if report:
         figures.check_picture(report)
+    load_libraries()
+    from transmla.cli import console, inspect_report
+    from transmla.convert.inspect import inspect_source
+
     with console.Bars() as bars:
         inspection = inspect_source(recipe, bars)
     if as_json:
@@ -101,24 +111,40 @@ def inspect(
 def convert(
     source: SourceArgument,
     *,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; a recipe may name it.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder to write (default: the recipe's, or the source's name and -mla in the current directory).",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a conversion that was interrupted.")] = False,
     **options: Any,
 ) -> None:
     """Convert a checkpoint to Multi-head Latent Attention.
 
-    Writes a folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
+    Writes a new folder that transformers loads. On a GPU, minutes of distillation end the conversion (--heal). An
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
     several times, source and export are compared on these texts at the end.
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
+    from transmla.evaluate.texts import check_texts
+
+    recipe = _recipe(source, options | {"output": output})
+    refuse_run(recipe.output, recipe.calibration.source, resume=resume)
+    if recipe.eval:
+        check_texts(recipe.eval)
     from transmla.cli import console
+
+    if "output" not in recipe.model_fields_set:
+        console.note(f"no --output: writing {recipe.output}")
+    load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
     from transmla.workflow import convert_and_heal
 
-    recipe = _recipe(source, options | {"output": output})
     check_evaluation(recipe)
     with console.Bars() as bars:
         folder = convert_and_heal(recipe, resume=resume, reporter=bars)
@@ -128,10 +154,13 @@ def convert(
     console.say(f"wrote {folder}; next: transmla verify {folder}")
 
 
-def _recipe(source: str, options: dict[str, Any]) -> Any:
-    from transmla.recipe import parse_recipe, read_recipe
+def _recipe(source: str, options: dict[str, Any]) -> Recipe:
+    """Return the recipe of a command: the file ``source``, or the model ``source``, with the flags that were given.
 
-    given = overrides(options)
-    if source.endswith((".yaml", ".yml")):
-        return read_recipe(Path(source), given)
-    return parse_recipe({"source": source, **given}, "command line")
+    Raises:
+        TransmlaError: if a setting is wrong, or the model is not there.
+    """
+    given, file = overrides(options), source.endswith((".yaml", ".yml"))
+    recipe = read_recipe(Path(source), given) if file else parse_recipe({"source": source, **given}, "command line")
+    refuse_recipe(recipe)
+    return recipe

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_dtype, refuse_models
 from transmla.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -44,11 +45,9 @@ def evaluate(
 
     Example: transmla eval llama-mla --baseline meta-llama/Llama-3.1-8B --tasks hellaswag --tasks gsm8k --retrieval
     """
-    from transmla.cli import console, eval_report
-    from transmla.cli.report import Section
-    from transmla.evaluate import figures, harness, retrieval, score_report, tasks
-    from transmla.evaluate.compare import evaluate_models
+    from transmla.evaluate import figures
     from transmla.evaluate.settings import RetrievalSettings, TaskSettings
+    from transmla.evaluate.texts import check_texts
     from transmla.recipe import Evaluation, parse_section
 
     given = given_options(options)
@@ -61,6 +60,16 @@ def evaluate(
     for file, suffix in ((report, ".html"), (for_retrieval.retrieval_plot, ".png")):
         if file:
             figures.check_picture(file, (suffix,))
+    refuse_dtype(dtype)
+    refuse_models(model, baseline)
+    if by_text:
+        check_texts(for_texts)
+    load_libraries()
+    from transmla.cli import console, eval_report
+    from transmla.cli.report import Section
+    from transmla.evaluate import harness, retrieval, score_report, tasks
+    from transmla.evaluate.compare import evaluate_models
+
     lengths = retrieval.choose_lengths(model, baseline, for_retrieval) if by_retrieval else ()
     loaded_tasks = harness.open_tasks(for_tasks) if by_task else {}
 

@@ -7,6 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from transmla.boundary import local_path
+from transmla.cli.early import (
+    load_libraries,
+    refuse_backend,
+    refuse_dtype,
+    refuse_models,
+    refuse_run,
+    refuse_unfinished,
+)
 from transmla.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -16,9 +25,9 @@ from transmla.cli.options import (
     help_of,
     with_healing_options,
 )
-from transmla.errors import TransmlaError
 from transmla.files import json_text
 from transmla.heal.settings import Healing
+from transmla.recipe import parse_section
 
 
 def verify(
@@ -33,21 +42,24 @@ def verify(
 ) -> None:
     """Check an export: file hashes, what each layer computes, loading, cached against full forward passes, and more.
 
-    Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push` asks for it.
+    Differences are relative, and stand beside the largest that is allowed. What the conversion costs in quality is
+    measured by `transmla eval`. Exits with 1 if a check fails. A pass is recorded in the folder, and `transmla push`
+    asks for it.
 
     Example: transmla verify llama-mla --source meta-llama/Llama-3.1-8B
     """
+    refuse_dtype(dtype, ("float32", "bfloat16"))
+    refuse_unfinished(folder)
+    refuse_models(source)
+    load_libraries()
     import torch
 
     from transmla.cli import console
     from transmla.evaluate.record import RECORD
-    from transmla.evaluate.verify import PRECISIONS
     from transmla.evaluate.verify import verify as run
     from transmla.source.device import pick_device
 
-    precision = getattr(torch, dtype, None)
-    if precision not in PRECISIONS:
-        raise TransmlaError(f"dtype '{dtype}' is not supported", limit="float32 or bfloat16", remedy="choose one")
+    precision = getattr(torch, dtype)
     failed, recorded = 0, True
     chosen = str(pick_device(device))
     for check in run(folder, source=source, dtype=precision, device=chosen, allow_pickle=allow_pickle):
@@ -87,12 +99,17 @@ def bench(
 
     Example: transmla bench llama-mla --baseline meta-llama/Llama-3.1-8B --batch 1 --batch 32 --context 16384
     """
-    from transmla.cli import console
     from transmla.evaluate import figures
-    from transmla.evaluate.compare import bench_models
 
+    refuse_dtype(dtype)
+    refuse_backend(backend)
+    refuse_models(model, baseline)
     if plot:
         figures.check_picture(plot, (".png",))
+    load_libraries()
+    from transmla.cli import console
+    from transmla.evaluate.compare import bench_models
+
     with console.Bars() as bars:
         results = bench_models(
             model,
@@ -136,17 +153,20 @@ def heal(
     Example: transmla heal llama-mla --teacher meta-llama/Llama-3.1-8B -o llama-mla-healed --data wikitext
     --data self
     """
+    given = given_options(options)
+    named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
+    given["allow_pickle"] = allow_pickle
+    settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
+    refuse_unfinished(local_path(folder))
+    refuse_models(teacher)
+    refuse_run(output, settings.data, resume=resume)
+    load_libraries()
     from accelerate import PartialState
 
     from transmla.cli import console
     from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
-    from transmla.recipe import parse_section
 
-    given = given_options(options)
-    named = {"student": folder, "teacher": teacher, "output": output, "revision": revision}
-    given["allow_pickle"] = allow_pickle
-    settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     with console.Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)
     if not PartialState().is_main_process:
@@ -169,6 +189,8 @@ def push(
 
     Example: transmla push llama-mla you/llama-mla --dry-run
     """
+    refuse_unfinished(folder)
+    load_libraries()
     from transmla.cli import console
     from transmla.export import push as hub
 

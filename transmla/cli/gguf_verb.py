@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_unfinished
+
 
 def gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export in the native format.")],
@@ -26,6 +28,11 @@ def gguf(
 
     Example: transmla gguf llama-mla -o llama-mla-q8_0.gguf --type q8_0
     """
+    from transmla.serve.request import check_gguf
+
+    check_gguf(output, file_type)
+    refuse_unfinished(folder)
+    load_libraries()
     from transmla.cli import console
     from transmla.serve.gguf_file import write_gguf
 

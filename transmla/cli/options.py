@@ -17,7 +17,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.settings import RetrievalSettings, TaskSettings
 from transmla.heal.settings import Healing
 from transmla.recipe import Calibration, Evaluation, Recipe
-from transmla.registry import scan
+from transmla.registry import summaries
 
 # A section's flags begin with its name. The flag of this field may also be the name alone: --calibration pydoc.
 SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
@@ -88,7 +88,7 @@ def help_of(model: type[BaseModel], field: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help lists methods and formats. Finding them imports torch, so only the help does it."""
+    """A command whose help lists methods and formats."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, methods and formats included."""
@@ -105,7 +105,7 @@ class Command(TyperCommand):
 
 def _plugin_help(package: str, attribute: str) -> str:
     """One paragraph for each plug-in of a folder."""
-    return escape("".join(f"\n\n{plugin.name}: {plugin.summary}" for plugin in scan(package, attribute).values()))
+    return escape("".join(f"\n\n{name}: {summary}" for name, summary in summaries(package, attribute).items()))
 
 
 def _parameters(model: type[BaseModel], *, prefix: str = "", main: str = "") -> list[inspect.Parameter]:

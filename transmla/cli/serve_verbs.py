@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from transmla.cli.early import load_libraries, refuse_backend, refuse_dtype, refuse_models
 from transmla.cli.options import DeviceOption, DtypeOption, PickleOption
 
 if TYPE_CHECKING:
-    from transmla.serve.chat import Answer
+    from transmla.serve.chat import Answer, Sampling
 
 
 def chat(
@@ -21,8 +22,19 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this message alone, and end.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0 for greedy decoding.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability to sample from.")] = 0.95,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Temperature of sampling; 0 for greedy decoding (default: 0.7 in a conversation, 0 for one message).",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of the probability to sample from; samples one message too (default: 0.95)."
+        ),
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="Decode kernels: auto, torch, triton, hopper, flashmla or flashinfer.")
     ] = "auto",
@@ -32,30 +44,42 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal. Below each answer stand its speed and the size of the cache.
 
-    Ctrl-D ends the chat. Without a terminal, standard input is one message. A model without a chat template continues
-    the message.
+    Ctrl-D ends the chat. Without a terminal, standard input is one message. One message (`--prompt` or standard input)
+    is decoded greedily, so the same command prints the same answer; a conversation is sampled. A model without a chat
+    template continues the message.
 
     Example: transmla chat llama-mla --prompt "Why is the sky blue?"
     """
+    refuse_dtype(dtype)
+    refuse_backend(backend)
+    refuse_models(model)
+    load_libraries()
     from transmla.cli import console
     from transmla.evaluate.open_model import open_model
-    from transmla.registry import lookup
     from transmla.runtime.load import accelerate, mla_layers
-    from transmla.serve.chat import Sampling, converse
+    from transmla.serve.chat import converse
     from transmla.source.device import pick_device
     from transmla.source.locate import resolve_source
 
     place = pick_device(device)
-    if backend != "auto":
-        lookup("transmla.kernels", "BACKEND", backend, kind="backend")
     path = resolve_source(model, allow_pickle=allow_pickle)
     opened, tokenizer = open_model(path, dtype=dtype, device=place, allow_pickle=allow_pickle)
     if backend != "auto" and mla_layers(opened):
         accelerate(opened, backend=backend)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
+    sampling = _sampling(max_new_tokens, temperature, top_p, one=prompt is not None or not sys.stdin.isatty())
     for given in converse(opened, tokenizer, _questions(prompt), sampling, _write, system=system):
         print(flush=True)
         console.say(_speed_and_cache(given, path))
+
+
+def _sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, *, one: bool) -> Sampling:
+    """Return how to sample; ``one`` message is decoded greedily unless an option of sampling is given."""
+    from transmla.serve.chat import Sampling
+
+    default = Sampling(max_new_tokens)
+    if temperature is None:
+        temperature = 0.0 if one and top_p is None else default.temperature
+    return Sampling(max_new_tokens, temperature, default.top_p if top_p is None else top_p)
 
 
 def _speed_and_cache(given: Answer, path: Path) -> str:
@@ -111,13 +135,23 @@ def serve(
 
     An export that the runtime cannot serve is refused before the server starts. Arguments after `--` go to the server.
 
+    In requests, the model has the name of the folder.
+
     Example: transmla serve llama-mla --port 8000
+
+    Example: curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json"
+    -d '{"model": "llama-mla", "messages": [{"role": "user", "content": "Hello"}]}'
 
     Example: transmla serve llama-mla --runtime vllm -- --max-model-len 8192
     """
     import os
     import shlex
 
+    from transmla.serve.request import check_runtime, read_config
+
+    check_runtime(runtime)
+    read_config(folder)
+    load_libraries()
     from transmla.cli import console
     from transmla.serve.launch import choose_server
 
@@ -125,6 +159,8 @@ def serve(
     if server.reason:
         console.say(server.reason)
     console.say(f"starting {server.name}: {shlex.join(server.command)}")
+    if server.model:
+        console.say(f"the model '{server.model}' at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not dry_run:
         sys.stdout.flush()
         os.execv(server.command[0], server.command)

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from transmla.modeling.sdpa import without_cudnn
 
 # Number of steps that run before a graph is captured; they allocate the optimizer's state and all workspaces.
 EAGER = 3
@@ -60,11 +61,7 @@ def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Return a context in which PyTorch uses deterministic kernels only; the caller's settings are restored at its end.
-
-    Attention is limited to PyTorch's flash, memory-efficient and math backends, which have deterministic backward
-    passes.
-    """
+    """Return a context in which PyTorch uses deterministic kernels only; it restores the settings at its end."""
     enabled, warned = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -74,7 +71,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False
     try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with without_cudnn():
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warned)

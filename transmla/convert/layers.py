@@ -23,12 +23,13 @@ from transmla.core.reference_attention import source_attention
 from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
 from transmla.formats.base import AttentionExport, format_named
+from transmla.plan.estimate import fit_bytes
 from transmla.source.decoder_layer import embedded
 from transmla.source.open_source import runs_in_bfloat16
 
-# The streams stay on a GPU if its free memory holds this many copies of them. Copies are needed before and after each
-# layer of a window and as inputs of the fit; as much memory again is left to the fit.
-STREAM_COPIES = 16
+# Copies of the streams that a GPU must hold, beside a fit, to keep them. Three are needed: before and after each layer
+# of a window, and as inputs of the fit.
+STREAM_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,10 @@ class LayerConverter:
         return self.place(Streams(hidden, first_pass, converted=hidden if self.fit is not None else None))
 
     def place(self, streams: Streams) -> Streams:
-        """Move ``streams`` to the GPU if STREAM_COPIES of them fit its free memory; otherwise return them unchanged."""
-        return streams.nearest(self.device, STREAM_COPIES)
+        """Move ``streams`` to the GPU if its free memory holds STREAM_COPIES of them and the fit's own memory."""
+        length = streams.source.shape[1]
+        beside = 0 if self.fit is None else fit_bytes(self.source.spec, 0, length, self.fit)
+        return streams.nearest(self.device, STREAM_COPIES, beside)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """Return a tensor outside the attention in the precision in which it is written."""

@@ -23,7 +23,8 @@ from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
-from transmla.export.workspace import Progress, Workspace, check_writable, output_path
+from transmla.export.output import check_writable, output_path
+from transmla.export.workspace import Progress, Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import format_named
 from transmla.plan.estimate import disk_bytes
@@ -77,7 +78,7 @@ def convert(
         workspace.refuse_overwrite(resume=resume)
         workspace.refuse_foreign()
         tokenizer = load_tokenizer(source.path)
-        _check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
+        check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
         check_length(source.spec, length)
         tokens, text = calibration, None
         complete = resume and is_complete(workspace.folder)
@@ -137,7 +138,7 @@ def output_folder(recipe: Recipe) -> Path:
     return output_path(recipe.output)
 
 
-def _check_disk(output: Path, needed: int) -> None:
+def check_disk(output: Path, needed: int) -> None:
     """Check that the disk of ``output`` is writable and has ``needed`` bytes free.
 
     Raises:

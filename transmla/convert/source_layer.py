@@ -15,6 +15,7 @@ from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWei
 from transmla.convert.eps_correction import NormRatio
 from transmla.convert.finite import check_hidden, check_tensors, watched_norms
 from transmla.convert.sensitivity_meter import SensitivityMeter
+from transmla.convert.streams import empty_like
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family
@@ -169,9 +170,10 @@ class SourceLayer:
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
         meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
-        following = torch.empty_like(stream)
+        following = empty_like(stream, self.device)
         with self._observed_norms() as norms, watched_norms(self.place, self.module):
-            for start, hidden in steps(stream):
+            for start, part in steps(stream):
+                hidden = part.to(self.device)
                 x = self.features(hidden)
                 step_mass, squared = self._attention(x, meter)
                 mass += step_mass
@@ -179,7 +181,7 @@ class SourceLayer:
                 flat = x.flatten(0, 1)
                 moment += (flat.mT @ flat).double()
                 attended += ((x * squared[..., None]).flatten(0, 1).mT @ flat).double()
-                following[start : start + len(hidden)] = self.run(hidden.to(self.device)).to(stream.device)
+                following[start : start + len(hidden)].copy_(self.run(hidden))
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         check_hidden(self.place, {"source": following})
@@ -202,12 +204,12 @@ class SourceLayer:
         """
         width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        following = torch.empty_like(stream)
-        for start, hidden in steps(stream):
+        following = empty_like(stream, self.device)
+        for start, part in steps(stream):
+            hidden = part.to(self.device)
             x = self.features(hidden).flatten(0, 1)
             moment += (x.mT @ x).double()
-            output = self.run(hidden.to(self.device), factors)
-            following[start : start + len(hidden)] = output.to(stream.device)
+            following[start : start + len(hidden)].copy_(self.run(hidden, factors))
         return moment / (stream.shape[0] * stream.shape[1]), following
 
     @contextmanager

@@ -58,12 +58,27 @@ class Streams:
                 hidden[key] = tensor
         return cls(**hidden, ahead=ahead)
 
-    def nearest(self, device: torch.device, copies: int) -> Streams:
-        """Return the streams on the GPU ``device`` if ``copies`` of them fit its free memory; else unchanged."""
+    def nearest(self, device: torch.device, copies: int, beside: int) -> Streams:
+        """Return the streams on the GPU ``device`` if its free memory suffices; otherwise unchanged.
+
+        Args:
+            device: the device that converts.
+            copies: number of copies of all streams that are needed at once.
+            beside: bytes that are needed beside them.
+        """
+        if device.type != "cuda":
+            return self
+        torch.cuda.empty_cache()  # sampling before the conversion has reserved most of the memory
         size = sum(tensor.nbytes for tensor in self._all())
-        if device.type == "cuda" and size * copies < torch.cuda.mem_get_info(device)[0]:
-            return self.map(lambda stream: stream.to(device))
-        return self
+        if size * copies + beside > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return self.map(lambda stream: stream.to(device))
 
     def _all(self) -> list[Tensor]:
         return [*self.hidden().values(), *(t for tensors in self.ahead.values() for t in tensors.values())]
+
+
+def empty_like(stream: Tensor, device: torch.device) -> Tensor:
+    """Return an empty tensor like ``stream``; one in the computer's memory is pinned if ``device`` is a GPU."""
+    pinned = device.type == "cuda" and stream.device.type == "cpu"
+    return torch.empty(stream.shape, dtype=stream.dtype, device=stream.device, pin_memory=pinned)

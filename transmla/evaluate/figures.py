@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transmla.errors import TransmlaError
-from transmla.evaluate.bench import Bench
+from transmla.errors import TransmlaError, missing_package
+
+if TYPE_CHECKING:
+    from transmla.evaluate.bench import Bench
 
 
 def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> None:
@@ -33,9 +35,7 @@ def check_picture(path: Path, suffixes: tuple[str, ...] = (".png", ".html")) -> 
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise TransmlaError(
-            "drawing needs matplotlib", limit="it is not installed", remedy="pip install 'transmla[plots]'"
-        ) from error
+        raise missing_package("drawing needs matplotlib", "matplotlib") from error
 
 
 def write_speeds(found: dict[str, Bench], path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 from transmla.evaluate.settings import TaskSettings
 from transmla.reporter import Reporter
 from transmla.source.text import text_start
@@ -49,11 +49,8 @@ def open_tasks(settings: TaskSettings) -> LoadedTasks:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise TransmlaError(
-            "--tasks needs lm-evaluation-harness",
-            limit=f"it cannot be imported: {error}",
-            remedy="pip install 'transmla[eval]'",
-        ) from error
+        what = "--tasks needs lm-evaluation-harness"
+        raise missing_package(what, "lm_eval", limit=f"it cannot be imported: {error}") from error
     folder = settings.tasks_path
     if folder is not None and not Path(folder).is_dir():
         raise TransmlaError(f"no folder '{folder}'", remedy="give --tasks-path a folder of task files in YAML")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from transmla.evaluate.compare import load_errors, load_named
+from transmla.modeling.sdpa import without_cudnn
 from transmla.runtime.load import accelerate, mla_layers
 from transmla.source.load import check_runs, load_config, load_tokenizer
 from transmla.source.locate import resolve_source
@@ -90,7 +91,8 @@ def for_each_model(
     results = {}
     for role, path in paths.items():
         loaded, tokenizer = open_model(path, dtype=dtype, device=device, allow_pickle=allow_pickle)
-        results[role] = run(loaded, tokenizer, role)
+        with without_cudnn():
+            results[role] = run(loaded, tokenizer, role)
         del loaded
         free_memory()
     return results

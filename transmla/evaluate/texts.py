@@ -8,7 +8,7 @@ from typing import Any
 from transmla.errors import TransmlaError
 from transmla.evaluate.windows import Windows, check_stride, cut_windows, tokens_needed
 from transmla.recipe import Evaluation
-from transmla.source.text import AUTO, SELF, load_tokens, named_texts, start_token, text_options
+from transmla.source.text import AUTO, SELF, check_text, load_tokens, named_texts, start_token, text_options
 from transmla.source.texts.base import TEST
 
 # Splits that conversions do not calibrate on by default. The named texts of this machine all have a test split.
@@ -31,10 +31,11 @@ class Text:
 
 
 def check_texts(settings: Evaluation) -> None:
-    """Check the names and options of the texts and the stride, before anything is read.
+    """Check the names, files and options of the texts and the stride, before anything is read.
 
     Raises:
-        TransmlaError: if a text is sampled from a model, no text takes an option, or the stride exceeds the window.
+        TransmlaError: if a text is sampled from a model, a file is missing, no text takes an option, or the stride
+            exceeds the window.
     """
     check_stride(settings.window, settings.stride)
     if sampled := [name for name in settings.text if name in (SELF, AUTO)]:
@@ -53,6 +54,8 @@ def check_texts(settings: Evaluation) -> None:
                 limit=f"only {kinds} have a {option}",
                 remedy=f"leave the {option} out",
             )
+    for name in settings.text:
+        check_text(name)
 
 
 def _held_out(name: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.artifacts import Plan
+from transmla.artifacts import Plan, value_bytes
 from transmla.boundary import reason
 from transmla.evaluate.record import forget, record
 from transmla.evaluate.verify_source import SourceChecks
@@ -34,8 +34,6 @@ from transmla.source.locate import resolve_source
 PROMPT_TOKENS = 96
 # Largest deviation of the whole model's logits from the signed ones in float32.
 LOGITS_TOLERANCE = 1e-3
-# Precisions that a model is verified in.
-PRECISIONS = (torch.float32, torch.bfloat16)
 # The same for models with experts in float32: after rounding, a router may choose another expert.
 ROUTED_TOLERANCE = 5e-1
 
@@ -215,8 +213,7 @@ def _cache_size(model: Any, prompt: Tensor, plan: Plan) -> Check:
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     measured = sum(t.numel() * t.element_size() / (t.shape[0] * t.shape[2]) for t in cached)
     planned = plan.model_cache_values * model.dtype.itemsize
-    return Check(
-        "cache size",
-        measured == planned,
-        f"{measured:,.0f} bytes per token measured, {planned:,} planned ({model.dtype})",
-    )
+    # The check runs in float32 by default, and an export in its own precision.
+    own = value_bytes(plan.dtype) / model.dtype.itemsize
+    wanted = "as planned" if measured == planned else f"{planned * own:,.0f} planned"
+    return Check("cache size", measured == planned, f"{measured * own:,.0f} bytes per token in {plan.dtype}, {wanted}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from transmla.errors import TransmlaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Windows:
 
     def tokens(self, first: int, last: int) -> Tensor:
         """Return the windows from ``first`` to before ``last`` (integer [last - first, size])."""
+        import torch
+
         text = self.text.unfold(0, self.size - (self.bos is not None), self.stride)[first:last]
         return text if self.bos is None else torch.cat([text.new_full((len(text), 1), self.bos), text], dim=1)
 

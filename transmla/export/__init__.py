@@ -1,5 +1,6 @@
 """Write an export: its files, its manifest and its model card; and push it to the Hub.
 
+- ``output``: check the folder that is to be written, before torch is imported.
 - ``workspace``: the folder ``OUTPUT.partial`` of an unfinished conversion, from which a killed run resumes.
 - ``manifest``: read and write the manifest ``transmla.json``.
 - ``signature``: the part of the manifest that says what the export computes and contains.

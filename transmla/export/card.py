@@ -36,6 +36,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "{name}"  # this folder, or the id of this model on the Hub
 model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{load_arguments})
 tokenizer = AutoTokenizer.from_pretrained(path{load_arguments})
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+With transmla installed, `transmla.load` in the place of `from_pretrained` decodes over the latent cache without
+expanding it:
+
+```python
+import transmla
+
+model = transmla.load(path, dtype="auto")
 ```
 {precision}
 ## Compared with the source
@@ -64,6 +75,10 @@ states.{texts} The relative squared error of the attention output is {mean_error
 {max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
 the hashes of the files.
 {healing}{changed}{notes}"""
+
+_NOT_EVALUATED = """
+What the conversion costs in quality was not evaluated: run `transmla eval {name} --baseline {source}`.
+"""
 
 _EVALUATION = """
 ## Evaluation
@@ -219,10 +234,10 @@ def write_card(
     metadata |= manifest.source.card
     if recipe.source.count("/") == 1 and shown.source == recipe.source:  # a Hub id
         metadata["base_model"] = recipe.source
-    notes = "".join(f"\n- {note}" for note in plan.notes)
+    notes, name = "".join(f"\n- {note}" for note in plan.notes), Path(recipe.output).name
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
-        name=Path(recipe.output).name,
+        name=name,
         source=shown.source,
         attention=attention_kind(plan.spec),
         version=manifest.versions["transmla"],
@@ -230,7 +245,7 @@ def write_card(
         load_arguments=words.load_arguments,
         precision=f"\n{words.precision}\n" if words.precision else "",
         rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in _plan_rows(plan)),
-        evaluation=_evaluation(evaluation) if evaluation else "",
+        evaluation=_evaluation(evaluation) if evaluation else _NOT_EVALUATED.format(name=name, source=shown.source),
         recipe=dump_recipe(shown),
         method=plan.method,
         fold=plan.rotary.freqfold,

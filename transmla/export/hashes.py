@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-
-import torch
 
 from transmla.boundary import leaves, read_json_object
 from transmla.errors import TransmlaError
@@ -141,7 +140,7 @@ def write_index(folder: Path) -> None:
                 weight_map[name] = shard.name
                 tensor = handle.get_slice(name)
                 width = 4 if tensor.get_dtype() == "F32" else 2
-                total += width * int(torch.tensor(tensor.get_shape()).prod())
+                total += width * math.prod(tensor.get_shape())
     write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -12,75 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.boundary import boundary, local_path
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
 from transmla.export.lock import lock_folder, unlock_folder
+from transmla.export.output import refuse_taken
 from transmla.export.state import read_state, write_state
 from transmla.export.unfinished import first_damaged, refuse_foreign, refuse_no_folder, remove_if_empty
 from transmla.files import remove_temporaries, write_tensors
 
 # What a resumed conversion must have in common with the run that it continues.
 BEGUN_WITH = "other weights, settings or versions, or other files beside the weights"
-
-# The longest name that a command gives to a folder or file beside OUTPUT or inside it.
-_LONGEST_SUFFIX = len(".unhealed.partial")
-LONGEST_NAME = 255
-
-
-def output_path(name: str) -> Path:
-    """Return the folder that a conversion or a healing writes, after checking that it can be created.
-
-    Raises:
-        TransmlaError: if the path has no name, its name is too long or belongs to unfinished runs, or if its parent is
-            no folder that this user may write to.
-    """
-    output = local_path(name)
-    if not output.name:  # "." has no name to append ".partial" to
-        with boundary(f"cannot write to '{name}'", remedy="choose another --output"):
-            output = output.resolve()
-    if not output.name or output.name == "..":
-        raise TransmlaError(
-            f"'{name}' has no name", limit="an export is a new folder", remedy="choose another --output"
-        )
-    with boundary(
-        f"the path '{output}' is not UTF-8", remedy="choose another --output", limit="safetensors writes no other"
-    ):
-        str(output).encode()
-    if output.name.endswith(UNFINISHED_SUFFIX):
-        raise TransmlaError(
-            f"the name of '{output}' ends in {UNFINISHED_SUFFIX}",
-            limit="folders of unfinished runs are called so",
-            remedy="choose another --output",
-        )
-    if len(os.fsencode(output.name)) + _LONGEST_SUFFIX > LONGEST_NAME:
-        raise TransmlaError(
-            f"the name '{output.name[:40]}…' is too long",
-            limit=f"at most {LONGEST_NAME - _LONGEST_SUFFIX} bytes",
-            remedy="choose a shorter --output",
-        )
-    check_writable(output)
-    return output
-
-
-def check_writable(output: Path) -> Path:
-    """Return the deepest existing folder above ``output``, after checking that this user may write to it.
-
-    Raises:
-        TransmlaError: if that is no folder, or is not writable.
-    """
-    with boundary(f"cannot write to '{output}'", remedy="choose another --output"):
-        parent = output.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
-        usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    if not usable:
-        raise TransmlaError(
-            f"cannot write to '{parent}'",
-            limit="this path is not a folder, or this user may not write to it",
-            remedy="choose another --output",
-        )
-    return parent
 
 
 @dataclass
@@ -139,14 +80,7 @@ class Workspace:
             TransmlaError: if the output is not empty or a link, if there is an unfinished run and ``resume`` is off, or
                 if ``OUTPUT.partial`` is no folder or belongs to another process.
         """
-        if self.output.is_symlink() or (
-            self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
-        ):
-            raise TransmlaError(
-                f"output '{self.output}' is not empty" if self.output.is_dir() else f"output '{self.output}' exists",
-                limit="nothing is ever overwritten",
-                remedy="choose another --output, or delete this one",
-            )
+        refuse_taken(self.output)
         refuse_no_folder(self.folder)
         if self.folder.exists() and not resume:
             raise TransmlaError(

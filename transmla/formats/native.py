@@ -244,14 +244,17 @@ def _absorbed_equals_expanded(model: Any, tokens: Tensor, dtype: torch.dtype) ->
         worst = max(worst, relative_difference(output.cpu(), absorbed_attention(x.double().cpu(), factors)))
     # Absorbed attention takes the norm as an exact identity; the export may deviate by half the allowed headroom.
     limit = TOLERANCE[dtype] + MAX_HEADROOM / 2
-    return Check("absorbed = expanded", worst <= limit, f"largest relative difference {worst:.1e}")
+    return Check(
+        "absorbed = expanded", worst <= limit, f"attention differs by {worst:.1e}, at most {limit:.0e} allowed"
+    )
 
 
 def _headroom(model: Any, tokens: Tensor) -> Check:
     """Check that the largest latent of any token and layer is small enough for its norm to be an identity."""
     norms = observe_layers(model, tokens, lambda layer: layer.self_attn.kv_a_layernorm)
     worst = max(float(x.float().square().mean(-1).max()) for x, _ in norms) / RMS_NORM_EPS
-    return Check("latent norm is an identity", worst <= MAX_HEADROOM, f"largest mean(c²) is {worst:.1e} of eps")
+    detail = f"largest mean(c²) is {worst:.1e} of eps, at most {MAX_HEADROOM:.0e} allowed"
+    return Check("latent norm is an identity", worst <= MAX_HEADROOM, detail)
 
 
 FORMAT = NativeFormat()

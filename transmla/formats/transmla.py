@@ -88,8 +88,7 @@ class TransmlaFormat(Format):
         """Return the model card's text on this format."""
         return CardWords(
             layout=f"It keeps the classes of its family ({spec.family}) and replaces only their attention. This "
-            "repository contains the code. With transmla installed, `transmla.load` loads the model without remote "
-            "code and decodes over the latent cache without expanding it.",
+            "repository contains the code, which is not needed where transmla is installed.",
             load_arguments=", trust_remote_code=True",
             tags=("custom_code",),
         )

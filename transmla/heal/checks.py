@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 from transmla.export.hashes import UNHASHED, check_hashes
 from transmla.heal.distributed import uses_deepspeed
 from transmla.heal.losses import Head, trunk
@@ -35,9 +35,7 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
         raise TransmlaError("nothing to learn", limit="all weights of the loss are 0", remedy="leave --kl at 1")
     _check_sharding(accelerator)
     if settings.trainable == "lora" and not find_spec("peft"):
-        raise TransmlaError(
-            "--trainable lora needs peft", limit="it is not installed", remedy="pip install 'transmla[lora]'"
-        )
+        raise missing_package("--trainable lora needs peft", "peft")
 
 
 def _check_sharding(accelerator: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
-from transmla.plan.estimate import parameters
+from transmla.plan.estimate import export_bytes, parameters
 from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 
@@ -51,10 +51,12 @@ class Choice:
     Attributes:
         settings: settings of the healing that differ from the defaults; None if there is none.
         reason: one line for the user: what is healed and how long, or why nothing is.
+        disk_bytes: peak size of all folders of the healing in bytes; None if there is none.
     """
 
     settings: dict[str, Any] | None
     reason: str
+    disk_bytes: int | None = None
 
 
 def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) -> Choice:
@@ -109,7 +111,30 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
         settings |= {"max_minutes": recipe.heal, "max_epochs": MOST_EPOCHS}
         amount = f"{recipe.heal:g} minutes"
     what = {"all": "all weights", "attention": "the attention", "lora": "low-rank updates of the attention"}[trainable]
-    return Choice(settings, f"ends with a healing of {amount}, {what} (--heal off leaves it out)")
+    reason = f"ends with a healing of {amount}, {what} (--heal off leaves it out)"
+    return Choice(settings, reason, disk_bytes(plan, trainable))
+
+
+def _trained(plan: Plan, trainable: str) -> int:
+    """Return the number of weights that a healing trains."""
+    weights = parameters(plan)
+    attention = plan.spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
+    return {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
+
+
+def disk_bytes(plan: Plan, trainable: str) -> int:
+    """Return the estimated peak size of all folders of a healing in bytes.
+
+    These are the unhealed export; two states, each with the float32 weights and Adam's two moments, because a newer one
+    is written before the older one is deleted; and twice the best trained weights. The healed export, which is written
+    when one state is left, is smaller than the other one.
+
+    Args:
+        plan: plan of the export.
+        trainable: ``all``, ``attention`` or ``lora``.
+    """
+    trained = _trained(plan, trainable)
+    return export_bytes(plan) + 2 * (4 * parameters(plan) + 8 * trained + 4 * trained)
 
 
 def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
@@ -122,8 +147,7 @@ def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
     """
     spec = plan.spec
     weights = parameters(plan)
-    attention = spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
-    trained = {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
+    trained = _trained(plan, trainable)
     teacher = 2 * weights
     tokens = BATCH * LENGTH // parts
     # In bfloat16. The MLP's inner width counts three times: gate, up and their product.

@@ -15,7 +15,8 @@ from torch import Tensor
 from transmla.boundary import local_path
 from transmla.export.hashes import export_fingerprint
 from transmla.export.manifest import Manifest
-from transmla.export.workspace import Workspace, output_path
+from transmla.export.output import output_path
+from transmla.export.workspace import Workspace
 from transmla.files import disk_errors, remove_folder, remove_temporaries
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural

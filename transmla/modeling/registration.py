@@ -6,6 +6,7 @@ imported (``transmla.autoload``).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import transformers
@@ -31,10 +32,15 @@ class _Registering(TransmlaConfig):
         # The models are imported here, because importing them takes seconds.
         from transmla.modeling import modeling_transmla
 
+        source = config_dict["source_model_type"]
         for auto, name in READERS.items():
             reader = getattr(modeling_transmla, name)
-            family = config_class(config_dict["source_model_type"])
-            getattr(transformers, auto).register(family, reader, exist_ok=True)
+            made = reader
+            # Pipelines look the name of the model's own class up. A decoder is looked up by classifiers alone.
+            if auto != "AutoModel":
+                with suppress(ValueError):  # transformers has no such head for the family; the reader says so
+                    made = modeling_transmla.model_class(source, auto)
+            getattr(transformers, auto).register(config_class(source), made, exist_ok=True)
             # ``transformers serve`` looks the architecture of a config up here.
             setattr(transformers, name, reader)
         return super().from_dict(config_dict, **kwargs)

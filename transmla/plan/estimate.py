@@ -26,15 +26,33 @@ def parameters(plan: Plan) -> int:
     return plan.spec.num_hidden_layers * form.attention_parameters(plan) + form.other_parameters(plan)
 
 
+def source_parameters(plan: Plan) -> int:
+    """Return the number of weights in the source, without biases and norms of the attention."""
+    spec = plan.spec
+    return spec.num_hidden_layers * _projections(spec) + spec.other_parameters
+
+
+def _projections(spec: AttentionSpec) -> int:
+    """Return the number of weights in the projections of one source attention."""
+    return spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+
+
+def export_bytes(plan: Plan) -> int:
+    """Return the size in bytes of the export."""
+    return parameters(plan) * value_bytes(plan.dtype)
+
+
 def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
-    """Return the peak size in bytes of the unfinished output folder: the export and the saved hidden states.
+    """Return the peak size in bytes of the unfinished output folder: the export, and two states for a resume.
+
+    A state is the hidden states of the calibration text. A newer one is written before the older one is deleted.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
     """
-    return parameters(plan) * value_bytes(plan.dtype) + _stream_bytes(plan, tokens, fit)
+    return export_bytes(plan) + _stream_bytes(plan, tokens, fit)
 
 
 def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
@@ -46,8 +64,7 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         fit: settings of the fit; None if layers are not fitted.
     """
     spec = plan.spec
-    width, d = spec.hidden_size, spec.head_dim
-    attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+    width, attention = spec.hidden_size, _projections(spec)
     layer = 4 * (attention + spec.layer_parameters)
     # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
@@ -110,8 +127,7 @@ def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | No
         fit: settings of the fit; None if layers are not fitted.
     """
     spec = plan.spec
-    width, d = spec.hidden_size, spec.head_dim
-    attention = width * d * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
+    width, d, attention = spec.hidden_size, spec.head_dim, _projections(spec)
     mlp = 3 * width * spec.intermediate_size
     forward = 2 * tokens * (attention + mlp + width * width)
     features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
@@ -138,19 +154,21 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 
 
 def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
-    """Return the longest context, in tokens, whose cache fits a GPU together with the export's weights.
+    """Return the longest context, in tokens, whose cache fits a GPU together with the model's weights.
 
     Returns:
-        GPU memory in GB → (tokens with the source's cache, tokens with the export's cache), for one sequence.
+        GPU memory in GB → (tokens of the source, tokens of the export), for one sequence. Both models are in the
+        export's precision.
     """
-    weights, layers = parameters(plan) * value_bytes(plan.dtype), range(plan.spec.num_hidden_layers)
+    layers = range(plan.spec.num_hidden_layers)
     windows = [plan.spec.kind(i).window for i in layers]
     before = [plan.spec.cache_values] * len(layers)
     after = [plan.spec.cache_values if i in plan.kept else plan.at(i).shape.cache_values for i in layers]
     longest = {}
     for gigabytes in GPU_GIGABYTES:
-        free = int(max(0.0, USABLE * gigabytes * 1e9 - weights) / value_bytes(plan.dtype))
-        longest[gigabytes] = longest_context(free, before, windows), longest_context(free, after, windows)
+        values = USABLE * gigabytes * 1e9 / value_bytes(plan.dtype)
+        free = [int(max(0.0, values - weights)) for weights in (source_parameters(plan), parameters(plan))]
+        longest[gigabytes] = longest_context(free[0], before, windows), longest_context(free[1], after, windows)
     return longest
 
 
@@ -216,8 +234,10 @@ def summary(
         "cache_ratio": plan.cache_ratio,
         "contexts": {str(gb): {"before": b, "after": a} for gb, (b, a) in contexts(plan).items()},
         "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
+        "source_parameters": source_parameters(plan),
         "parameters": parameters(plan),
         "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
+        "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
         "seconds": seconds(plan, tokens, device, fit),
         "device": str(device),

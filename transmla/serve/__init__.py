@@ -1,7 +1,9 @@
 """Use an export: chat in a terminal, serve it in other runtimes, and write it for them.
 
 - ``chat``: a conversation in a terminal.
+- ``request``: checks of what is asked for, before torch is imported.
 - ``launch``: choose and start an installed server.
+- ``transformers_server``: start transformers' server.
 - ``gguf_file``: write a GGUF file for llama.cpp, with ``gguf_fields``, ``gguf_tensors``, ``gguf_scale``,
   ``gguf_quantise`` and ``gguf_tokenizer``; ``gguf_check`` runs it through ``llama_cpp_run``.
 - ``widen``: pad tensors with zeros to the widths of a runtime's kernels.

@@ -11,6 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from transmla.errors import TransmlaError
+from transmla.modeling.sdpa import without_cudnn
 from transmla.runtime.latent_cache import latent_bytes
 
 Message = dict[str, str]
@@ -126,14 +127,15 @@ def answer(
     stream = _Stream(tokenizer, write)
     began = time.perf_counter()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        streamer=stream,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        **sampling.options(),
-    )
+    with without_cudnn():
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=stream,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            **sampling.options(),
+        )
     ended = time.perf_counter()
     first = stream.first or ended
     return Answer(

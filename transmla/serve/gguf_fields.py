@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from transmla.export.manifest import Manifest
-from transmla.serve.gguf_tensors import FILE_TYPES
 from transmla.serve.gguf_tokenizer import Vocabulary
+from transmla.serve.request import FILE_TYPES
 
 ARCHITECTURE = "deepseek2"
 # Version of the layout of quantised blocks (GGML_QNT_VERSION).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -23,8 +22,9 @@ from transmla.serve.gguf_check import GgufCheck, check_file, refuse_check
 from transmla.serve.gguf_fields import open_writer
 from transmla.serve.gguf_quantise import HALF_MAX, quantise
 from transmla.serve.gguf_scale import choose_scales
-from transmla.serve.gguf_tensors import FILE_TYPES, GgufTensor, count_bytes, export_shapes, list_tensors
+from transmla.serve.gguf_tensors import GgufTensor, count_bytes, export_shapes, list_tensors
 from transmla.serve.gguf_tokenizer import describe_tokenizer
+from transmla.serve.request import check_gguf
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.load import load_tokenizer
 
@@ -83,7 +83,7 @@ def write_gguf(
             if ``gguf`` is missing, or if the file computes something else than the export.
     """
     reporter = reporter or Silent()
-    _check_request(output, file_type)
+    check_gguf(output, file_type)
     manifest = Manifest.read(folder)
     _check_format(folder, manifest)
     config = _read_config(folder)
@@ -106,24 +106,6 @@ def write_gguf(
             result = check_file(folder, file, tokenizer, file_type, reporter)
     types = Counter(tensor.kind for tensor in tensors)
     return WrittenGguf(output, output.stat().st_size, dict(types.most_common()), scales.residual, result, unchecked)
-
-
-def _check_request(output: Path, file_type: str) -> None:
-    """Refuse what can be refused before anything is read."""
-    if file_type not in FILE_TYPES:
-        raise TransmlaError(
-            f"unknown type '{file_type}'", limit=f"supported: {', '.join(FILE_TYPES)}", remedy="choose one with --type"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise TransmlaError(
-            "writing a GGUF file needs the 'gguf' package",
-            limit="it is not installed",
-            remedy='pip install "transmla[gguf]"',
-        )
-    if output.exists():
-        raise TransmlaError(f"'{output}' exists", limit="nothing is overwritten", remedy="choose another --output")
-    if not output.parent.is_dir():
-        raise TransmlaError(f"there is no folder '{output.parent}'", remedy="create it, or choose another --output")
 
 
 def _check_format(folder: Path, manifest: Manifest) -> None:

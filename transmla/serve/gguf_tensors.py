@@ -12,8 +12,6 @@ from torch import Tensor
 from transmla.serve.gguf_quantise import SUPER
 from transmla.serve.gguf_scale import Scales
 
-# Types of files, with the number that the field general.file_type has for each (GGUF's LlamaFileType).
-FILE_TYPES = {"f32": 0, "bf16": 32, "f16": 1, "q8_0": 7, "q4_k_m": 15}
 # Types of a tensor whose rows are no multiple of the wanted type's block.
 FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q5_0": "F16", "Q8_0": "F16"}
 BLOCKS = {"Q4_K": SUPER, "Q6_K": SUPER, "Q5_0": 32, "Q8_0": 32}

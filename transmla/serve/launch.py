@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
-from transmla.boundary import boundary, read_json
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.export.travel import KEY
 from transmla.formats.runtimes import VLLM_EXPANDED, vllm_refuses
 from transmla.formats.serve_limits import REMEDY, heads_refusal, refusal
 from transmla.modeling.configuration_transmla import MODEL_TYPE
 from transmla.serve.family_config import OPTION
+from transmla.serve.request import SGLANG, TRANSFORMERS, VLLM, check_runtime, read_config
 from transmla.serve.vllm_plugin import CHECKED_WORKER
 
-VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
 # Modules that transformers' server needs, of the extra ``transformers[serving]``.
 SERVING = ("fastapi", "uvicorn", "openai")
 NAMES = {VLLM: "vLLM", SGLANG: "SGLang"}
+# Option of vLLM and SGLang that names the model.
+NAME = "--served-model-name"
 INSTALL = {
     VLLM: "pip install vllm",
     SGLANG: "pip install sglang==0.5.17 in an environment of its own, whose transformers SGLang pins",
@@ -42,11 +44,13 @@ class Server:
         name: ``vllm``, ``sglang`` or ``transformers``.
         command: the command and its arguments.
         reason: why it is this server, for the user; empty if there is nothing to say.
+        model: name of the model in requests; None if an argument of the user sets it.
     """
 
     name: str
     command: tuple[str, ...]
     reason: str
+    model: str | None = None
 
 
 def choose_server(
@@ -66,10 +70,8 @@ def choose_server(
         TransmlaError: if ``runtime`` is unknown, is not installed, or does not serve the model, or if the model's
             config.json is missing or damaged.
     """
-    if runtime not in ("auto", VLLM, SGLANG, TRANSFORMERS):
-        limit = "auto, vllm, sglang or transformers"
-        raise TransmlaError(f"unknown runtime '{runtime}'", limit=limit, remedy="choose one")
-    config = _read_config(folder)
+    check_runtime(runtime)
+    config = read_config(folder)
     cpu, devices, reason = not torch.cuda.is_available(), _devices(extra), ""
     with boundary(f"cannot read the config of '{folder}'", remedy="correct its config.json"):
         problem = sglang_problem(config, devices) if runtime == SGLANG else vllm_problem(config, devices, cpu=cpu)
@@ -96,21 +98,11 @@ def choose_server(
             remedy=INSTALL[runtime] if runtime in NAMES else f"{INSTALL[TRANSFORMERS]}, or {INSTALL[VLLM]}",
         )
     options = _options(config, runtime, check=check)
-    return Server(runtime, (*_command(runtime, folder, host, port), *options, *extra), reason)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json`` in ``folder``, which names a model type."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise TransmlaError(
-            f"'{folder}' has no config.json", limit="serve takes a local folder", remedy="give the folder of an export"
-        )
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        limit, remedy = "it names no model_type", "correct its config.json"
-        raise TransmlaError(f"cannot read the config of '{folder}'", limit=limit, remedy=remedy)
-    return config
+    name, named = folder.resolve().name, any(argument.replace("_", "-").startswith(NAME) for argument in extra)
+    if runtime in NAMES and not named:
+        options = (NAME, name, *options)
+    command = (*_command(runtime, folder, host, port), *options, *extra)
+    return Server(runtime, command, reason, None if named else name)
 
 
 def _devices(extra: Sequence[str]) -> int:
@@ -192,6 +184,4 @@ def _command(runtime: str, folder: Path, host: str, port: int) -> tuple[str, ...
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *address)
     if runtime == SGLANG:
         return (sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), *address)
-    # transmla registers its format even where its start-up file is not installed.
-    start = "import transmla.autoload; from transformers.cli.transformers import main; main()"
-    return (sys.executable, "-c", start, "serve", str(folder), *address)
+    return (sys.executable, "-m", "transmla.serve.transformers_server", str(folder), *address)

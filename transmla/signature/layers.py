@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transmla.core.exact_float64 import ExactFloat64
 from transmla.families.base import Family
 from transmla.signature.probe import NUMBERS, Projections, hidden_states, project, project_logits, tokens
 from transmla.source.checkpoint import Checkpoint
@@ -123,7 +124,8 @@ class LayerByLayer:
         weights = {name: tensor.to(dtype) for name, tensor in self.checkpoint.layer(prefix).items()}
         norm.load_state_dict(weights, strict=True, assign=True)
         whole.model.norm = norm.to(self.device)
-        return whole(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]
+        with ExactFloat64():
+            return whole(inputs_embeds=hidden, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _embedded(self) -> Tensor:
         return embedded(self.model, self.ids, self.checkpoint.read(self.names["embed"]), self.dtype)
@@ -133,7 +135,8 @@ class LayerByLayer:
         given = _Given(layer, hidden)
         trunk = self._trunk([given if i == index else _Given(None, None) for i in range(self.count)])
         trunk.norm = nn.Identity()
-        return trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        with ExactFloat64():
+            return trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def _trunk(self, layers: list[nn.Module]) -> Any:
         """Return the model's decoder with other ``layers``."""

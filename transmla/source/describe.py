@@ -137,7 +137,7 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         attention_factor=kinds[0].attention_factor,
         scaling=kinds[0].scaling,
         layer_parameters=max(outside_attention),
-        other_parameters=sum(p.numel() for p in model.parameters()) - inside_attention,
+        other_parameters=sum(p.numel() for p in model.parameters()) - inside_attention - _tied(config, model),
         normed=hasattr(attention, "q_norm"),
         biased=has_bias(attention),
         experts=any(".experts." in name for name, _ in model.named_parameters()),
@@ -145,6 +145,14 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         kinds=() if uniform else kinds,
         layers=() if uniform else tuple(kinds.index(kind) for kind in layer_kinds),
     )
+
+
+def _tied(config: Any, model: Any) -> int:
+    """Return the number of weights that the model without weights counts twice: a tied head has its own there."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not config.tie_word_embeddings or head is None or head.weight is embedding.weight:
+        return 0
+    return int(head.weight.numel())
 
 
 def _layer_kind(model: Any, layer: int, rules: LayerRules) -> LayerKind:

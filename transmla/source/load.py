@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from transmla.boundary import boundary
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 from transmla.guard.config import check_config
 from transmla.guard.folder import GENERATION, check_pickles
 from transmla.modeling.registration import register
@@ -89,11 +89,7 @@ def need_gguf() -> None:
         TransmlaError: if it is not.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise TransmlaError(
-            "reading a GGUF file needs the 'gguf' package",
-            limit="it is not installed",
-            remedy='pip install "transmla[demo]"',
-        )
+        raise missing_package("reading a GGUF file needs the 'gguf' package", "gguf")
 
 
 def _named_outputs(config: Any) -> Any:

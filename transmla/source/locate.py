@@ -11,7 +11,6 @@ from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
 from transmla.guard.folder import check_folder
 from transmla.guard.headers import Stored
-from transmla.source.gguf import unpacked
 
 # Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
@@ -37,41 +36,55 @@ def resolve_source(
         TransmlaError: if there is no such source, if a GGUF file cannot be read, if ``check_folder`` refuses a file in
             the folder, or if the Hub refuses the download or cannot be reached.
     """
+    path = check_source(source)
+    if path is None:
+        path = _download(source, revision, weights=weights, allow_pickle=allow_pickle)
+        _check(path)
+    if path.is_dir():
+        return path
+    from transmla.source.gguf import unpacked
+
+    return unpacked(path, weights=weights)
+
+
+def check_source(source: str) -> Path | None:
+    """Return the local path of a source; None if it is a Hub id. Nothing is downloaded, unpacked or imported.
+
+    Raises:
+        TransmlaError: if there is no such source, or its files are refused, as in ``resolve_source``.
+    """
     if source.startswith("package:"):
-        return _checked(_package_file(source.removeprefix("package:")), weights=weights)
+        path = _package_file(source.removeprefix("package:"))
+        _check(path)
+        return path
     path = local_path(source)
     if path.exists():
-        return _checked(path, weights=weights)
+        _check(path)
+        return path
     if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise TransmlaError(
             f"source '{source}' does not exist",
             limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
             remedy="check the path",
         )
-    return _checked(_download(source, revision, weights=weights, allow_pickle=allow_pickle), weights=weights)
+    return None
 
 
-def is_hub_id(source: str) -> bool:
-    """Return whether ``resolve_source`` looks for a source on the Hub."""
-    return not source.startswith("package:") and not local_path(source).exists()
-
-
-def _checked(path: Path, *, weights: bool) -> Path:
-    """Return ``path`` after its files have been checked; with ``weights``, a GGUF file is unpacked.
+def _check(path: Path) -> None:
+    """Check the files of a local source.
 
     Raises:
         TransmlaError: if ``check_folder`` refuses a file, or ``path`` is neither a folder nor a GGUF file.
     """
     if path.is_dir():
         check_folder(path)
-        return path
+        return
     with boundary(f"cannot read '{path}'", remedy="check SOURCE"):
         check_regular(path)
     if path.suffix != ".gguf":
         raise TransmlaError(
             f"source '{path}' is a file", limit="a source is a folder, a .gguf file or a Hub id", remedy="check SOURCE"
         )
-    return unpacked(path, weights=weights)
 
 
 def _package_file(reference: str) -> Path:

@@ -16,7 +16,7 @@ from transmla.source.check_tensors import check_tensors
 from transmla.source.checkpoint import Checkpoint, describe_tensors, has_weights, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
 from transmla.source.device import is_fast_in_bfloat16
-from transmla.source.locate import hub_headers, is_hub_id, resolve_source
+from transmla.source.locate import check_source, hub_headers, resolve_source
 from transmla.source.packed_weights import check_packing
 
 
@@ -73,7 +73,7 @@ def _open_headers(path: Path, recipe: Recipe) -> Checkpoint:
 
     The exception are pickled weights on the Hub, which have no headers.
     """
-    if is_hub_id(recipe.source) and not has_weights(path):
+    if check_source(recipe.source) is None and not has_weights(path):
         # The folder of a snapshot has the name of its commit.
         stored = hub_headers(recipe.source, path.name)
         if stored is not None:

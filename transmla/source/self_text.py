@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.errors import TransmlaError
+from transmla.modeling.sdpa import without_cudnn
 from transmla.source.load import eval_mode
 
 # A sample is repetitive if fewer than this share of its runs of GRAM tokens are different.
@@ -60,7 +61,7 @@ def sample_self(
     if not openings:
         openings = [[_start(model, tokenizer)]]
     blocks = []
-    with eval_mode(model):
+    with eval_mode(model), without_cudnn():
         for index, first in enumerate(range(0, sequences, batch_size)):
             rows = min(batch_size, sequences - first)
             generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + index)

@@ -9,9 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from transmla.boundary import boundary, local_path
 from transmla.errors import TransmlaError
 from transmla.registry import scan
@@ -20,6 +17,7 @@ from transmla.source.texts.files import TABLES, TEXT_SUFFIXES, check_file, file_
 from transmla.source.texts.hub import ALIASES, hub_pieces
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 # Texts that only a conversion or a healing can make: samples of the model, and the default mixture.
@@ -70,6 +68,8 @@ def load_blocks(
     Raises:
         TransmlaError: if the text is too short or cannot be read.
     """
+    import torch
+
     if sequences < 1 or length < 1:
         raise TransmlaError(f"{sequences} sequences of {length} tokens", limit="both must be at least 1")
     bos = start_token(tokenizer)
@@ -120,6 +120,8 @@ def load_tokens(
         TransmlaError: if the source is missing, unreadable, empty or unreachable, if it has no such column, or if an
             option does not apply to it.
     """
+    import torch
+
     tokens = _encode(_text_pieces(source, split, column, name, tokenizer), tokenizer, limit)
     if not tokens:
         raise TransmlaError(f"{source} holds no text", remedy="give a text that is not empty")
@@ -154,6 +156,8 @@ def load_excerpts(
     Raises:
         TransmlaError: as ``load_tokens``.
     """
+    import torch
+
     chars, parts, size = CHARS_PER_TOKEN * SPREAD * count * length, list[str](), 0
     for piece in _text_pieces(source, split, column, None, tokenizer):
         parts.append(piece)
@@ -235,6 +239,16 @@ def _chunks(text: str) -> list[str]:
         cuts.append(found.start())
         start = found.start() + CHUNK
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def check_text(source: str) -> None:
+    """Check that the file that a text means is there. Other texts pass, and nothing is read.
+
+    Raises:
+        TransmlaError: as ``check_file``.
+    """
+    if source not in (SELF, AUTO) and _is_file(source):
+        check_file(local_path(source))
 
 
 def named_texts() -> dict[str, NamedText]:

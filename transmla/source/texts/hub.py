@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transmla.source.texts.rows import read_errors, row_texts
 
-NO_NETWORK = "a local .txt, .jsonl or .parquet file, or `pydoc`, needs no network"
+NO_NETWORK = "leave it out, or take a local .txt, .jsonl or .parquet file, or `pydoc`, which needs no network"
 # Seconds to wait for the Hub's answer before it counts as unreachable.
 PATIENCE = 5.0
+# Number of times that the Hub is asked before a text that the user named counts as unreachable.
+TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,45 @@ ALIASES = {
 
 def hub_is_reachable() -> bool:
     """Return whether datasets can be read from the Hub: the Hub answers, without retries, and nothing is offline."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    try:
-        answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    # The errors of HTTP clients (httpx or httpx2, by version) share no narrower class.
-    except Exception:
-        return False
-    if answer.status_code >= 400:  # the answer of a proxy that blocks the Hub
+    status = _hub_status()
+    if status is None or status >= 400:  # the answer of a proxy that blocks the Hub
         return False
     from datasets import config
 
     return not config.HF_HUB_OFFLINE  # HF_DATASETS_OFFLINE sets only this one
+
+
+def _hub_status() -> int | None:
+    """Return the HTTP status with which the Hub answers; None if it does not answer."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        return int(get_session().head(constants.ENDPOINT, timeout=PATIENCE).status_code)
+    # The errors of HTTP clients (httpx or httpx2, by version) share no narrower class.
+    except Exception:
+        return None
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Let libraries work offline in the block if the Hub does not answer; they would retry for half a minute.
+
+    Offline, `datasets` still reads what is in its cache.
+    """
+    import huggingface_hub.constants
+    from datasets import config
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not any(before) and all(_hub_status() is None for _ in range(TRIES)):
+        huggingface_hub.constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def hub_pieces(source: str, split: str | None, column: str | None, name: str | None, tokenizer: Any) -> Iterator[str]:
@@ -88,7 +116,7 @@ def hub_pieces(source: str, split: str | None, column: str | None, name: str | N
     path, _, config = source.partition(":")
     text = ALIASES.get(path, HubText(path))
     with read_errors(source, remedy=NO_NETWORK):
-        rows = load_dataset(
-            text.path, name or config or text.config, split=split or text.split, revision=text.revision, streaming=True
-        )
+        with _without_retries():
+            chosen = name or config or text.config
+            rows = load_dataset(text.path, chosen, split=split or text.split, revision=text.revision, streaming=True)
         yield from row_texts(rows, column or text.column, source, tokenizer)

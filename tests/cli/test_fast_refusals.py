@@ -1,0 +1,106 @@
+"""Cheap refusals and help come before torch and transformers are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transmla.registry import scan, summaries
+
+HEAVY = ("torch", "transformers", "datasets")
+# Print, when the process ends, which heavy libraries were imported.
+PROGRAM = (
+    "import atexit, sys; atexit.register(lambda: print('heavy:', *(n for n in {heavy} if n in sys.modules), "
+    "file=sys.stderr)); from transmla.cli import main; main()"
+)
+
+
+def heavy_imports(place: Path, *argv: str) -> tuple[int, str, str]:
+    """Return exit code, error, and the heavy libraries that ``transmla ARGV`` imported in a new process."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), *argv]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    said, _, heavy = done.stderr.rpartition("heavy:")
+    return done.returncode, said, heavy.strip()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with an empty model folder, a text, and a folder that is taken."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "argv", ["--help", "--version", "convert --help", "plan --help", "eval --help", "heal --help", "serve --help"]
+)
+def test_help_is_fast(folder: Path, argv: str) -> None:
+    assert heavy_imports(folder, *argv.split())[::2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("fly", "No such command 'fly'"),
+        ("convert source --colour red", "No such option: --colour"),
+        ("convert source -o out --cache-ratio half", "'--cache-ratio'"),
+        ("convert source -o out --cache-ratio 0", "cache_ratio: input should be greater than 0"),
+        ("convert source -o out --method magic", "unknown method 'magic'; supported: calibrated, care"),
+        ("convert source -o out --format magic", "unknown format 'magic'; supported: native, transmla"),
+        ("convert ./nowhere -o out", "source './nowhere' does not exist"),
+        ("convert nowhere.gguf -o out", "source 'nowhere.gguf' does not exist"),
+        ("convert package:nowhere/x.gguf -o out", "package 'nowhere' is not installed"),
+        ("convert nowhere.yaml", "cannot read recipe 'nowhere.yaml'"),
+        ("convert source -o taken", "output 'taken' is not empty"),
+        ("convert source -o text.txt/out", "cannot write to"),
+        ("convert source -o out --calibration nowhere.txt", "no file nowhere.txt"),
+        ("convert source -o out --eval nowhere.txt", "no file nowhere.txt"),
+        ("convert source -o out --eval text.txt --eval-window 32 --eval-stride 33", "stride 33 is larger"),
+        ("plan ./nowhere", "source './nowhere' does not exist"),
+        ("inspect ./nowhere", "source './nowhere' does not exist"),
+        ("inspect source --report x.pdf", "cannot draw 'x.pdf'"),
+        ("verify nowhere", "nowhere holds no finished conversion"),
+        ("verify source --dtype float16", "dtype 'float16' is not supported"),
+        ("eval ./nowhere", "source './nowhere' does not exist"),
+        ("eval source --baseline ./nowhere", "source './nowhere' does not exist"),
+        ("eval source --text nowhere.txt", "no file nowhere.txt"),
+        ("eval source --text self", "no text to evaluate on"),
+        ("eval source --window 1", "window: input should be greater than or equal to 2"),
+        ("eval source --dtype float16", "dtype 'float16' is not supported"),
+        ("heal nowhere --teacher source -o out", "nowhere holds no finished conversion"),
+        ("heal source -o out", "Missing option '--teacher'"),
+        ("bench ./nowhere", "source './nowhere' does not exist"),
+        ("bench source --backend magic", "unknown backend 'magic'; supported: flashinfer"),
+        ("chat ./nowhere", "source './nowhere' does not exist"),
+        ("chat source --backend magic", "unknown backend 'magic'"),
+        ("serve nowhere", "'nowhere' has no config.json"),
+        ("serve source --runtime magic", "unknown runtime 'magic'"),
+        ("serve source --colour red", "No such option: --colour"),
+        ("gguf nowhere -o x.gguf", "nowhere holds no finished conversion"),
+        ("gguf source -o x.gguf --type magic", "unknown type 'magic'"),
+        ("push nowhere org/name", "nowhere holds no finished conversion"),
+    ],
+)
+def test_a_cheap_refusal_imports_no_heavy_library(folder: Path, argv: str, says: str) -> None:
+    code, said, heavy = heavy_imports(folder, *argv.split())
+    assert (code, heavy) == (2, ""), said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    ("package", "attribute"),
+    [("transmla.core.methods", "METHOD"), ("transmla.formats", "FORMAT"), ("transmla.kernels", "BACKEND")],
+)
+def test_names_that_are_read_without_an_import_are_right(package: str, attribute: str) -> None:
+    imported = {name: plugin.summary for name, plugin in scan(package, attribute).items()}
+    assert summaries(package, attribute) == imported
