@@ -14,7 +14,7 @@ WIDTH, HIDDEN, HEADS, LAYERS, WORDS = 32, 48, 4, 2, 40
 
 def write_gguf(folder: Path) -> None:
     """Write a random Llama of two layers with a byte-pair vocabulary of letters into ``folder``."""
-    letters = ["<s>", "</s>", *(chr(97 + i) for i in range(26)), "Ġ", "Ċ", *(f"Ġ{chr(97 + i)}" for i in range(10))]
+    letters = _letters()
     fields: dict[str, Any] = {
         "general.name": "tiny",
         "llama.block_count": LAYERS,
@@ -37,6 +37,11 @@ def write_gguf(folder: Path) -> None:
     }
     (folder / FIELDS).write_text(json.dumps(fields))
     rewrite_gguf(folder)
+
+
+def _letters() -> list[str]:
+    """Return the WORDS tokens of a byte-pair vocabulary of letters."""
+    return ["<s>", "</s>", *(chr(97 + i) for i in range(26)), "Ġ", "Ċ", *(f"Ġ{chr(97 + i)}" for i in range(10))]
 
 
 def rewrite_gguf(folder: Path) -> None:
@@ -153,8 +158,11 @@ def write_architecture(file: Path, architecture: str, kind: str = "Q8_0", *, wor
     _add(writer, "general.name", "tiny")
     # Without a field for its size, as in most files, the vocabulary is counted.
     _add(writer, "tokenizer.ggml.model", "gpt2")
-    _add(writer, "tokenizer.ggml.tokens", [f"t{i}" for i in range(words)])
-    _add(writer, "tokenizer.ggml.token_type", [1] * words)
+    _add(writer, "tokenizer.ggml.tokens", _letters() + [f"t{i}" for i in range(WORDS, words)])
+    _add(writer, "tokenizer.ggml.token_type", [3, 3, *[1] * (words - 2)])
+    _add(writer, "tokenizer.ggml.merges", [f"Ġ {chr(97 + i)}" for i in range(10)])
+    _add(writer, "tokenizer.ggml.bos_token_id", 0)
+    _add(writer, "tokenizer.ggml.eos_token_id", 1)
     generator = numpy.random.default_rng(0)
     packed = GGMLQuantizationType[kind]
     for name, shape in shapes.items():

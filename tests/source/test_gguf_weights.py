@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from helpers.tiny_gguf import ARCHITECTURES, write_architecture, write_gguf
 from torch import Tensor
 
+from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
-from transmla.source import gguf_weights
+from transmla.export.tokenizer import difference
+from transmla.recipe import Recipe
+from transmla.source import gguf, gguf_weights
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.gguf_weights import GgufWeights
-from transmla.source.load import load_config, load_model
+from transmla.source.load import load_config, load_model, load_tokenizer
 
 
 def whole(file: Path) -> dict[str, Tensor]:
@@ -119,3 +123,23 @@ def test_experts_that_lack_a_part_are_missing(tmp_path: Path, monkeypatch: pytes
 def test_the_tiny_file_of_the_other_tests_is_equal_too(tmp_path: Path) -> None:
     write_gguf(tmp_path)
     check_equal(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_file_that_is_not_unpacked_is_converted_as_one_that_is(
+    architecture: str,
+    tmp_path: Path,
+    make_recipe: Callable[..., Recipe],
+    assets: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_architecture(tmp_path / "x.gguf", architecture)
+    letters = tmp_path / "letters.txt"
+    letters.write_text("a b c d e f g h i j " * 200)
+    settings = {"format": "transmla", "cache_ratio": 0.75, "calibration": {"source": str(letters)}}
+    unpacked = convert(make_recipe(tmp_path / "x.gguf", output="unpacked", **settings))
+    monkeypatch.setattr(gguf, "LARGEST", 1)
+    packed = convert(make_recipe(tmp_path / "x.gguf", output="packed", **settings))
+    for file in unpacked.glob("*.safetensors"):
+        assert (packed / file.name).read_bytes() == file.read_bytes(), file.name
+    assert difference(load_tokenizer(packed), load_tokenizer(unpacked)) == ""

@@ -21,7 +21,7 @@ from transmla.files import write_json, write_tensors_in_turn, write_text
 from transmla.source.describe import empty_model
 from transmla.source.gguf_header import read_gguf_card
 from transmla.source.gguf_weights import DTYPE, GgufWeights
-from transmla.source.load import load_config, load_tokenizer
+from transmla.source.load import load_config, rebuild_tokenizer
 
 # Largest GGUF file, in bytes, that is unpacked. A file of 4 bits per weight unpacks to four times its size.
 LARGEST = 8 * 2**30
@@ -65,7 +65,7 @@ def _unpack(path: Path, folder: Path) -> None:
     from transformers import GenerationConfig
 
     weights = GgufWeights(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = rebuild_tokenizer(path)
     check_words(tokenizer, path)
     shapes = {name: (DTYPE, shape) for name, shape in weights.shapes.items()}
     write_tensors_in_turn(folder / "model.safetensors", shapes, weights.read)

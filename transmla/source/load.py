@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,18 +31,40 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         TransmlaError: if the tokenizer is missing or unreadable.
     """
-    from transformers import AutoTokenizer
-
-    folder, extra = split_gguf(path)
-    check_config(folder)
-    # Without the registered classes, transformers would not know the class of an export.
-    register()
-    if not extra and not any((folder / name).is_file() for name in TOKENIZERS):
+    if path.suffix == ".gguf":
+        # As from an unpacked file: the class that transformers loads may complete what it rebuilt (Qwen's normalizer).
+        with TemporaryDirectory() as scratch:
+            rebuild_tokenizer(path).save_pretrained(scratch)
+            load_config(path).save_pretrained(scratch)
+            tokenizer = load_tokenizer(Path(scratch))
+        tokenizer.name_or_path = str(path.parent)
+        return tokenizer
+    check_config(path)
+    if not any((path / name).is_file() for name in TOKENIZERS):
         raise TransmlaError(
-            f"no tokenizer in '{folder}'",
+            f"no tokenizer in '{path}'",
             limit="calibration, evaluation and the export itself need one",
             remedy="add tokenizer.json and tokenizer_config.json to that folder",
         )
+    return _tokenizer(path)
+
+
+def rebuild_tokenizer(path: Path) -> Any:
+    """Return the tokenizer that transformers rebuilds from a GGUF file.
+
+    Raises:
+        TransmlaError: if it cannot.
+    """
+    check_config(path.parent)
+    return _tokenizer(path)
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    # Without the registered classes, transformers would not know the class of an export.
+    register()
+    folder, extra = split_gguf(path)
     with boundary(f"cannot load the tokenizer in '{folder}'", remedy="download its files again, or correct them"):
         with code_refused(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
