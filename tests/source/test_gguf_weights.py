@@ -19,6 +19,7 @@ from transmla.source import gguf, gguf_weights
 from transmla.source.checkpoint import open_checkpoint
 from transmla.source.gguf_weights import GgufWeights
 from transmla.source.load import load_config, load_model, load_tokenizer
+from transmla.source.locate import resolve_source
 
 
 def whole(file: Path) -> dict[str, Tensor]:
@@ -143,3 +144,11 @@ def test_a_file_that_is_not_unpacked_is_converted_as_one_that_is(
     for file in unpacked.glob("*.safetensors"):
         assert (packed / file.name).read_bytes() == file.read_bytes(), file.name
     assert difference(load_tokenizer(packed), load_tokenizer(unpacked)) == ""
+
+
+def test_the_tokenizer_of_a_file_is_that_of_its_unpacked_folder(tmp_path: Path, assets: Path) -> None:
+    """Qwen's class adds a normalizer when it is loaded from a folder."""
+    write_architecture(tmp_path / "x.gguf", "qwen2")
+    folder = resolve_source(str(tmp_path / "x.gguf"))
+    assert folder.is_dir()
+    assert difference(load_tokenizer(tmp_path / "x.gguf"), load_tokenizer(folder)) == ""
