@@ -7,8 +7,9 @@ import math
 import os
 import shutil
 import stat
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from transmla.boundary import is_full_disk
 from transmla.errors import TransmlaError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -115,6 +117,40 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors_in_turn(
+    path: Path, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file atomically, with one tensor in memory at a time.
+
+    Args:
+        path: the file.
+        described: dtype and shape of each tensor, by name.
+        read: returns the tensor with a given name; called once for each name, in their order.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in described.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    # The format aligns the tensors to eight bytes, by spaces after the header.
+    encoded += b" " * (-len(encoded) % 8)
+    with temporary(path) as scratch, scratch.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, (dtype, shape) in described.items():
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# safetensors' names of the dtypes that ``write_tensors_in_turn`` writes.
+_SAFETENSORS = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, sync: bool = True) -> None:

@@ -70,7 +70,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if not (resume and _is_conversion_of(prepared, unhealed, report)):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
-    # The weights of a GGUF source are in memory, and healing loads its own.
+    # Pickled weights may be in memory, and healing loads its own.
     del prepared
     gc.collect()
     fingerprint = Manifest.read(unhealed).source.fingerprint

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.random_layer import LAYOUTS, make_layer, measure
+from safetensors.torch import load_file, save_file
 
 from transmla import cli
 from transmla.artifacts import LayerWeights
 from transmla.core.linalg import regularise
 from transmla.core.rope import to_complex
 from transmla.core.spectrum import spectrum
+from transmla.source.checkpoint import Checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -118,6 +120,45 @@ def test_layers_that_keep_the_sources_attention_have_no_error(inspect: Run) -> N
     errors = [layer["errors"] for layer in json.loads(out)["layers"]]
     assert errors[0] == errors[2] == [0.0] * len(errors[1])
     assert min(errors[1]) > 0
+
+
+def test_chosen_layers_are_measured_as_among_all_and_no_later_layer_is_read(
+    inspect: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = inspect("--json", "--layers", "0-2")
+    whole = json.loads(out)
+    read, layer = [], Checkpoint.layer
+
+    def record(self: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
+        read.append(prefix)
+        return layer(self, prefix)
+
+    monkeypatch.setattr(Checkpoint, "layer", record)
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda _: pytest.fail("all weights were read"))
+    _, out, _ = inspect("--json", "--layers", "1")
+    chosen = json.loads(out)
+    assert chosen["layers"][1] == whole["layers"][1]
+    assert [layer["kept"] for layer in chosen["layers"]] == [True, False, True]
+    assert [budget["mean_error"] for budget in chosen["budgets"]] == whole["layers"][1]["errors"]
+    assert read == ["model.layers.0.", "model.layers.1."]
+
+
+def test_the_tables_and_reports_show_the_chosen_layers(inspect: Run) -> None:
+    code, out, err = inspect("--layers", "0,2", "--report", "report.html")
+    assert code == 0, err
+    assert "mean error by budget, 2 of 3 layers" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("│ ")][:2] == ["0", "2"]
+
+
+def test_a_layer_that_runs_is_checked(inspect: Run) -> None:
+    tensors = load_file("source/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, "source/model.safetensors", metadata={"format": "pt"})
+    for options in ([], ["--layers", "2"]):
+        code, _, err = inspect(*options)
+        assert code == 2
+        assert "tensor 'model.layers.1.mlp.up_proj.weight' holds NaN or Inf" in " ".join(err.split())
+    assert inspect("--layers", "0")[0] == 0
 
 
 @pytest.mark.parametrize(("report", "says"), [("report.pdf", ".png or .html"), ("nowhere/report.png", "no folder")])

@@ -321,7 +321,10 @@ def test_native_is_chosen_if_it_can_express_the_source() -> None:
     ("family", "changes", "message"),
     [
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not"),
-        ("qwen2_moe", {"quantization_config": {"quant_method": "fp8"}}, "fp8 weights are not supported"),
+        ("qwen2_moe", {"quantization_config": {"quant_method": "awq"}}, "awq weights are not supported"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "gptq weights are not supported"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes weights are not supported"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4 weights are not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "does not support: non-causal attention"),
         ("mixtral", {"num_key_value_heads": 4}, "6 query heads cannot share 4 key heads equally"),
     ],

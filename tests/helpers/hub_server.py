@@ -99,6 +99,7 @@ class HubServer(ThreadingHTTPServer):
         repos: repositories by id.
         objects: uploaded LFS objects by SHA-256.
         requests: route names of all requests, in order.
+        served: bytes that were downloaded of each file, by path.
         puts: number of complete uploads of each LFS object.
         unavailable: number of requests on each route that will get a 503.
         cuts: number of uploads of each LFS object that will be interrupted.
@@ -114,6 +115,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.served: Counter[str] = Counter()
         self.puts: Counter[str] = Counter()
         self.unavailable: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
@@ -289,7 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self._check(name)
                 answer = self._store(raw, **groups) if name == "put" else self._call(name, raw, groups)
-            self._answer(200, *(answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})))
+            body, headers = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+            if name == "resolve" and self.command == "GET":
+                if wanted:
+                    body = body[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None]
+                with self.server.lock:
+                    self.server.served[groups["path"]] += len(body)
+            self._answer(206 if wanted else 200, body, headers)
         except Refused as refused:
             message = str(refused)
             headers = {"X-Error-Message": message} | ({"X-Error-Code": refused.code} if refused.code else {})

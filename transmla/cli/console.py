@@ -180,7 +180,7 @@ def show_inspection(inspection: Inspection) -> None:
     """Print the tables of ``transmla inspect``: every layer, and the mean error by budget."""
     budgets = list(inspection.plans)
     rows = []
-    for i, layer in enumerate(inspection.layers):
+    for i, layer in inspection.layers.items():
         spectrum = layer.spectrum
         rows.append(
             [
@@ -204,8 +204,9 @@ def show_inspection(inspection: Inspection) -> None:
         " rotary energy held by one channel per frequency, taken from the best head or mixed from all. const: rotary"
         " energy held by a constant"
     )
+    some = len(inspection.layers) < inspection.count
     table(
-        "mean error by budget",
+        "mean error by budget" + (f", {len(inspection.layers)} of {inspection.count} layers" if some else ""),
         ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
         [
             [

@@ -49,7 +49,7 @@ def families(
 def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
     """Show what a conversion would do: shape, cache, contexts, runtimes and cost. Converts nothing.
 
-    A Hub id is downloaded first, once its config is known to be convertible.
+    Reads headers only: of a Hub id no weights are downloaded, and a .gguf file is not unpacked.
 
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
@@ -59,7 +59,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     from transmla.convert.prepare import prepare, summarise
     from transmla.workflow import choice_for
 
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, weights=False)
     choice = choice_for(prepared)
     healing = {"healing": choice.reason or None, "healing_disk_bytes": choice.disk_bytes}
     summary = summarise(prepared) | healing
@@ -79,8 +79,11 @@ def inspect(
 ) -> None:
     """Measure a source before converting it: spectra, rotary energy, and the error at several cache budgets.
 
-    Runs the source over the calibration text and writes no weights. The shapes are those that `convert` chooses with
-    the same options; the errors are those of the closed form, before any fit.
+    Runs the source over the calibration text, one layer in memory at a time, and writes no weights. The shapes are
+    those that `convert` chooses with the same options; the errors are those of the closed form, before any fit.
+
+    Of a big model, --layers 0,1,30 or --layers 0-3 measures these layers only, and the source runs up to the last of
+    them. The default calibration text is sampled from the whole model; a text such as --calibration pydoc is not.
 
     Example: transmla inspect meta-llama/Llama-3.1-8B --report llama.html
     """

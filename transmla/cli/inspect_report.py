@@ -50,7 +50,7 @@ def _draw(inspection: Inspection) -> Any:
     _draw_errors(errors, inspection)
     _draw_rotary(energy, inspection)
     shown = phase.imshow(
-        torch.stack([layer.spectrum.phase for layer in inspection.layers]).cpu(), aspect="auto", vmin=0, vmax=1
+        torch.stack([layer.spectrum.phase for layer in inspection.layers.values()]).cpu(), aspect="auto", vmin=0, vmax=1
     )
     figure.colorbar(shown, ax=phase, label="|φ|")
     phase.set(title="phase: 1 = RoPE can be a constant, 0 = it cannot", xlabel="frequency, fast → slow", ylabel="layer")
@@ -62,7 +62,7 @@ def _draw_decay(axes: Any, inspection: Inspection) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["viridis"]
-    for i, layer in enumerate(inspection.layers):
+    for i, layer in enumerate(inspection.layers.values()):
         left = (1 - layer.spectrum.joint.cumsum(0)).clamp_min(1e-6).cpu()
         axes.semilogy(range(1, len(left) + 1), left, color=colours(i / len(inspection.layers)), linewidth=0.8)
     for plan in inspection.plans.values():
@@ -79,14 +79,15 @@ def _draw_decay(axes: Any, inspection: Inspection) -> None:
 def _draw_errors(axes: Any, inspection: Inspection) -> None:
     for budget, plan in inspection.plans.items():
         label = f"{plan.cache_ratio:.1%}: {plan.shape.kv_lora_rank} + {plan.shape.qk_rope_head_dim}"
-        axes.plot([layer.errors[budget] for layer in inspection.layers], label=label, marker=".", linewidth=1)
+        measured = [layer.errors[budget] for layer in inspection.layers.values()]
+        axes.plot(list(inspection.layers), measured, label=label, marker=".", linewidth=1)
     axes.set(title="error of the attention output, closed form", xlabel="layer", ylabel="relative squared error")
     axes.set_ylim(bottom=0)
     axes.legend(title="cache: latent + rotary")
 
 
 def _draw_rotary(axes: Any, inspection: Inspection) -> None:
-    spectra = [layer.spectrum for layer in inspection.layers]
+    spectra = [layer.spectrum for layer in inspection.layers.values()]
     energy = torch.stack([s.rotary for s in spectra])
     mean = energy.mean(0).cpu()
     shared = (energy * torch.stack([s.shared for s in spectra])).mean(0).cpu()

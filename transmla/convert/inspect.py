@@ -21,6 +21,7 @@ from transmla.errors import TransmlaError
 from transmla.export.card import public_name
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter
+from transmla.source.checkpoint import Checkpoint, check_finite
 from transmla.source.decoder_layer import embedded
 from transmla.source.load import load_tokenizer
 from transmla.source.open_source import runs_in_bfloat16
@@ -49,16 +50,18 @@ class Inspection:
     Attributes:
         source: the source's name.
         plans: share of the source's cache → the plan at this share, largest share first.
-        layers: the measurements of each layer.
+        count: number of the source's layers.
+        layers: the measurements of each measured layer, by its index in order.
     """
 
     source: str
     plans: dict[float, Plan]
-    layers: list[LayerInspection]
+    count: int
+    layers: dict[int, LayerInspection]
 
     def mean_error(self, budget: float) -> float:
-        """Return the relative squared attention error at ``budget``, averaged over all layers."""
-        return sum(layer.errors[budget] for layer in self.layers) / len(self.layers)
+        """Return the relative squared attention error at ``budget``, averaged over the measured layers."""
+        return sum(layer.errors[budget] for layer in self.layers.values()) / len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all measurements as plain values."""
@@ -73,22 +76,25 @@ class Inspection:
                 }
                 for budget, plan in self.plans.items()
             ],
-            "layers": [
-                {
-                    **{name: value.tolist() for name, value in vars(layer.spectrum).items()},
-                    "errors": list(layer.errors.values()),
-                }
-                for layer in self.layers
-            ],
+            "layers": [self._layer_to_dict(i) for i in range(self.count)],
         }
+
+    def _layer_to_dict(self, index: int) -> dict[str, Any]:
+        """Return the measurements of one layer as plain values; a layer that is not converted has no error."""
+        layer = self.layers.get(index)
+        if layer is None:
+            return {"errors": [0.0] * len(self.plans), "kept": True}
+        named = {name: value.tolist() for name, value in vars(layer.spectrum).items()}
+        return {**named, "errors": list(layer.errors.values()), "kept": False}
 
 
 def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
-    """Run the source over the recipe's calibration text and measure every layer.
+    """Run the source over the recipe's calibration text, and measure every layer that would be converted.
 
     Errors are measured for the shape that ``convert`` chooses with the same recipe, and for one shape at each of
     BUDGETS. They are errors of the closed form, before any fit; a method with two passes is measured after its first
-    pass. Layers that keep the source's attention have an error of 0.
+    pass. The source runs up to the last layer that is measured, with one layer in memory at a time. With a calibration
+    text that is not sampled from the source, the layers after this one are not read.
 
     Args:
         recipe: the recipe that ``convert`` would run.
@@ -99,29 +105,48 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     """
     prepared = prepare(recipe)
     source, recipe = prepared.source, prepared.recipe
+    checkpoint, names, count = source.checkpoint, source.family.tensors, source.spec.num_hidden_layers
     plans = _plans(prepared, reporter)
     check_length(source.spec, recipe.calibration.length or 0)
     tokenizer = load_tokenizer(source.path)
     text = read_calibration(recipe, source.spec, tokenizer, reporter)
-    fingerprint = source.checkpoint.fingerprint()  # raises if a weight is NaN or infinite
+    # Samples of the source are cached by its fingerprint, which reads all weights.
+    fingerprint = checkpoint.fingerprint() if text.sampled else ""
     tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, reporter)
     half = runs_in_bfloat16(source, prepared.device)
     layer = SourceLayer(source.model, source.family, source.spec, prepared.device, half=half)
-    stream = embedded(source.model, tokens, source.checkpoint.read(source.family.tensors["embed"]))
+    embedding = checkpoint.read(names["embed"])
+    check_finite(names["embed"], embedding)
+    stream = embedded(source.model, tokens, embedding)
+    del embedding
     check_hidden("the embedding", {"source": stream})
-    layers = []
-    reporter.stage("inspecting layers", source.spec.num_hidden_layers)
-    for i in range(source.spec.num_hidden_layers):
-        layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
-        with decompositions(layer.place):
-            observations = layer.observe(stream)
-            inspected = _inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans)
-        check_numbers(layer.place, {f"the error at {budget:.1%}": error for budget, error in inspected.errors.items()})
-        check_tensors(layer.place, vars(inspected.spectrum))
-        layers.append(inspected)
-        stream = observations.hidden
+    measured = [i for i in range(count) if i not in prepared.plan.kept]
+    layers: dict[int, LayerInspection] = {}
+    reporter.stage("inspecting layers", measured[-1] + 1)
+    for i in range(measured[-1] + 1):
+        layer.load(_read_layer(checkpoint, names["layer"].format(i=i)), i)
+        if i in prepared.plan.kept:
+            stream = layer.run_stream(stream, None)[1]
+            check_hidden(layer.place, {"source": stream})
+        else:
+            with decompositions(layer.place):
+                observations = layer.observe(stream)
+                inspected = _inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans)
+            numbers = {f"the error at {budget:.1%}": error for budget, error in inspected.errors.items()}
+            check_numbers(layer.place, numbers)
+            check_tensors(layer.place, vars(inspected.spectrum))
+            layers[i] = inspected
+            stream = observations.hidden
         reporter.advance(i + 1)
-    return Inspection(public_name(recipe.source), plans, layers)
+    return Inspection(public_name(recipe.source), plans, count, layers)
+
+
+def _read_layer(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of one layer by their names without ``prefix``; raises if one is not finite."""
+    tensors = checkpoint.layer(prefix)
+    for name, tensor in tensors.items():
+        check_finite(prefix + name, tensor)
+    return tensors
 
 
 def _inspect_layer(
@@ -130,9 +155,6 @@ def _inspect_layer(
     """Measure the spectrum of one layer, and the closed form's error on the ``evaluated`` hidden states [n, T, D]."""
     weights, errors = layer.weights(), {}
     for budget, plan in plans.items():
-        if index in plan.kept:
-            errors[budget] = 0.0
-            continue
         factors = factorize(weights, observations.stats, plan.at(index))
         errors[budget] = relative_error(layer, factors.to(torch.float32), evaluated)
     exact = observations.stats.to(torch.float64)

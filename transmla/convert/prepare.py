@@ -54,19 +54,20 @@ SOFTCAP_LENGTH = 4096
 FIT_SHARE, SHORTEST = 0.8, 1024
 
 
-def prepare(recipe: Recipe, *, sequences: int | None = None) -> Prepared:
+def prepare(recipe: Recipe, *, sequences: int | None = None, weights: bool = True) -> Prepared:
     """Open the recipe's source, and choose device, fit and plan.
 
     Args:
         recipe: the recipe of the conversion.
         sequences: number of calibration sequences; None uses the recipe's.
+        weights: whether the source's weights will be read; without, nothing is downloaded or unpacked but headers.
 
     Raises:
         TransmlaError: if the source cannot be converted, the device cannot be used, or an option or shape is invalid.
     """
     if recipe.format != AUTO_FORMAT:
         format_named(recipe.format)  # refuses a misspelt format before anything is downloaded
-    source = open_source(recipe)
+    source = open_source(recipe, weights=weights)
     device = pick_device(recipe.device)
     recipe = _with_amounts(recipe, source.spec, device)
     baseline = recipe.method if method_named(recipe.method).baseline else None
@@ -131,7 +132,6 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
 def summarise(prepared: Prepared) -> dict[str, Any]:
     """Return the plan and the estimated cost of the conversion as plain values, for ``transmla plan``."""
     source, recipe = prepared.source, prepared.recipe
-    held = source.checkpoint.size if source.checkpoint.gguf else 0
     # To sample from a half-precision source, a CPU without fast bfloat16 loads the model in float32.
     widened = 2 if source.dtype != "float32" and not runs_in_bfloat16(source, prepared.device) else 1
     calibration = recipe.calibration
@@ -139,11 +139,5 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
     sampled = source.checkpoint.size * widened if samples else 0
     tokens = (calibration.sequences or 0) * (calibration.length or 0)
     return estimate.summary(
-        prepared.plan,
-        tokens,
-        prepared.device,
-        prepared.fit,
-        reconstruct=recipe.reconstruct,
-        held=held,
-        sampled=sampled,
+        prepared.plan, tokens, prepared.device, prepared.fit, reconstruct=recipe.reconstruct, sampled=sampled
     )

@@ -118,7 +118,9 @@ def check_evaluation(recipe: Recipe) -> None:
     """
     if recipe.eval is not None:
         check_texts(recipe.eval)
-        path = resolve_source(recipe.source, revision=recipe.revision, weights=False)
+        # The conversion needs an unpacked GGUF file anyway, and reads its tokenizer in a second.
+        weights = recipe.source.endswith(".gguf")
+        path = resolve_source(recipe.source, revision=recipe.revision, weights=weights)
         _check_model(path, _read_texts(path, recipe.eval), "source")
 
 

@@ -12,6 +12,9 @@ from transmla.errors import TransmlaError
 # Supported rotary scalings. Their frequencies do not depend on the exact length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
+# Methods by which a config may say that its weights are packed, whose weights ``source.packed_weights`` reads.
+PACKED = ("fp8", "compressed-tensors")
+
 
 def check_common(config: Any) -> None:
     """Check that a source's ``config`` has no feature that every export format lacks.
@@ -24,12 +27,12 @@ def check_common(config: Any) -> None:
     _check_numbers(config)
     quantisation = getattr(config, "quantization_config", None)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method not in (None, "gguf"):
+    if method not in (None, "gguf", *PACKED):
         raise refuse(
             name,
             f"{method} weights are not supported",
-            "a conversion reads float32, float16 or bfloat16 weights",
-            "convert the unquantised checkpoint",
+            f"a conversion reads float32, float16 or bfloat16 weights, and packed ones of {' and '.join(PACKED)}",
+            "convert the unquantised model that they were made from, and quantise its export",
         )
     for table in rope_tables(config):
         rope_type = table.get("rope_type", "default")

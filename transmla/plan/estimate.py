@@ -55,14 +55,13 @@ def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     return export_bytes(plan) + _stream_bytes(plan, tokens, fit)
 
 
-def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int = 0) -> int:
+def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     """Return the peak resident memory of the conversion in bytes.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
-        held: size in bytes of a GGUF source, which stays in memory throughout; 0 for other sources.
     """
     spec = plan.spec
     width, attention = spec.hidden_size, _projections(spec)
@@ -76,7 +75,7 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, held: int 
         fitting = fit.window * (_activations(spec, fit.tokens, heads) + 4 * 4 * 2 * _maps(spec))
         work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * (4 * tokens * width + layer)
     embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
-    return BASE_MEMORY + held + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
+    return BASE_MEMORY + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
 
 
 def fit_bytes(spec: AttentionSpec, sequences: int, length: int, fit: FitSettings) -> int:
@@ -210,7 +209,6 @@ def summary(
     fit: FitSettings | None,
     *,
     reconstruct: str = "off",
-    held: int = 0,
     sampled: int = 0,
 ) -> dict[str, Any]:
     """Return everything that ``transmla plan`` shows, as plain values.
@@ -221,7 +219,6 @@ def summary(
         device: the device that converts.
         fit: settings of the fit; None if layers are not fitted.
         reconstruct: name of the fit.
-        held: size in bytes of a GGUF source, which stays in memory throughout; 0 for other sources.
         sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
     """
     form = format_named(plan.format)
@@ -239,7 +236,7 @@ def summary(
         "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
         "source_parameters": source_parameters(plan),
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, fit, held=held), BASE_MEMORY + held + sampled),
+        "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
         "seconds": seconds(plan, tokens, device, fit),

@@ -62,8 +62,10 @@ def _quiet() -> Iterator[None]:
 def notes() -> str:
     """Return the note that follows the table: tested versions of transformers, and what is refused."""
     return (
-        f"Tested with transformers {', '.join(TESTED)}. Refused by name: every other family, rope_type dynamic, "
-        "quantised weights, and models of more than text, whose language model converts by itself."
+        f"Tested with transformers {', '.join(TESTED)}. FP8 weights, and symmetric integers and FP8 of "
+        "compressed-tensors, are dequantised tensor by tensor as they are read. Refused by name: every other family, "
+        "rope_type dynamic, other quantised weights (GPTQ, AWQ, bitsandbytes, MXFP4), and models of more than text, "
+        "whose language model converts by itself."
     )
 
 

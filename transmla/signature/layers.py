@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from transmla.core.exact_float64 import ExactFloat64
 from transmla.families.base import Family
-from transmla.signature.probe import Projections, hidden_states, project, project_logits, tokens
+from transmla.signature.probe import NUMBERS, Projections, hidden_states, project, project_logits, tokens
 from transmla.source.checkpoint import Checkpoint
 from transmla.source.decoder_layer import embedded, layer_with
 
@@ -117,8 +117,7 @@ class LayerByLayer:
         """Return the logits [N, T, vocabulary] of ``hidden`` [N, T, D] after all layers, in its precision."""
         dtype = hidden.dtype
         whole = _opened(self.model)
-        whole.lm_head = copy.deepcopy(self.model.lm_head)
-        whole.lm_head.weight = nn.Parameter(head.to(self.device, dtype), requires_grad=False)
+        whole.lm_head = _Head(head)
         whole.model = self._trunk([_Given(None, hidden) for _ in range(self.count)])
         norm = copy.deepcopy(self.model.model.norm)
         prefix = self.names["norm"].removesuffix("weight")
@@ -144,6 +143,19 @@ class LayerByLayer:
         trunk = _opened(self.model.model)
         trunk.layers, trunk.rotary_emb = nn.ModuleList(layers), self.rotary
         return trunk
+
+
+class _Head(nn.Module):
+    """A head [vocabulary, D] that is converted to the precision of the hidden states in blocks, never as a whole."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.tensor = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = max(1, NUMBERS // hidden.shape[-1])
+        blocks = (block.to(hidden.device, hidden.dtype) for block in self.tensor.split(rows))
+        return torch.cat([nn.functional.linear(hidden, block) for block in blocks], dim=-1)
 
 
 class _Given(nn.Module):

@@ -1,8 +1,10 @@
 """Read what a conversion starts from: a source checkpoint and its calibration text.
 
 - ``locate``: resolve a source's name to a local path, through an installed package or the Hub's cache.
-- ``gguf``: unpack a GGUF file into the cache, once.
+- ``gguf``: unpack a GGUF file into the cache, once. ``gguf_header``: its fields and the places of its tensors.
+  ``gguf_weights``: its tensors, dequantised one at a time.
 - ``checkpoint``: read tensors one by one from safetensors, pickle or GGUF files.
+- ``packed_weights``: FP8 and compressed-tensors, dequantised one tensor at a time.
 - ``load``: load whole models and tokenizers through transformers.
 - ``describe``: derive an ``AttentionSpec`` from a Hugging Face config.
 - ``check_tensors``: check that a checkpoint's tensors agree with its config.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,10 +15,12 @@ from torch import Tensor
 from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.folder import INDEX, PICKLES, WEIGHTS, check_pickles, weight_map
-from transmla.guard.headers import read_headers, shards_of
-from transmla.source.gguf import gguf_tensors, load_gguf
+from transmla.guard.headers import Stored, read_headers, shards_of
+from transmla.source.gguf_weights import DTYPE, GgufWeights
+from transmla.source.packed_weights import packed_weights, quantisation, stored_dtype
 
-_DTYPES = ("F32", "F16", "BF16")
+# safetensors' names of the dtypes that weights may have.
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
@@ -27,8 +30,10 @@ class Checkpoint:
         folder: local folder with the config and the tokenizer.
         shapes: shape of every tensor, by name.
         read: returns the tensor with a given name, on the CPU.
-        size: bytes of all tensors on disk.
-        gguf: file name inside ``folder`` of a GGUF source; its tensors are all in memory. None for other sources.
+        dtypes: dtype of every tensor, by name.
+        size: bytes of all tensors as they are read.
+        gguf: file name inside ``folder`` of a GGUF source that is not unpacked. None for other sources.
+        headers_only: whether ``read`` raises, because the weights are not on this machine.
     """
 
     def __init__(
@@ -37,10 +42,13 @@ class Checkpoint:
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Tensor],
         *,
+        dtypes: Mapping[str, torch.dtype],
         size: int,
         gguf: str | None = None,
+        headers_only: bool = False,
     ) -> None:
-        self.folder, self.read, self.size, self.gguf = folder, read, size, gguf
+        self.folder, self.read, self.dtypes, self.size, self.gguf = folder, read, dtypes, size, gguf
+        self.headers_only = headers_only
         # Old Llama checkpoints store their rotary frequencies, which follow from the config.
         self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -60,13 +68,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for done, name in enumerate(sorted(self.shapes), start=1):
             tensor = self.read(name).contiguous()
-            low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise TransmlaError(
-                    f"tensor '{name}' holds NaN or Inf",
-                    limit="weights must be finite",
-                    remedy="download the checkpoint again, or repair it",
-                )
+            check_finite(name, tensor)
             crc = zlib.crc32(tensor.view(torch.uint8).numpy().data) if tensor.numel() else 0
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc}\n".encode())
             if progress:
@@ -74,8 +76,22 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that all values of a checkpoint's tensor are finite.
+
+    Raises:
+        TransmlaError: if one is NaN or infinite.
+    """
+    if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        raise TransmlaError(
+            f"tensor '{name}' holds NaN or Inf",
+            limit="weights must be finite",
+            remedy="download the checkpoint again, or repair it",
+        )
+
+
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a checkpoint without reading its weights. A GGUF file is the exception: it is loaded into memory.
+    """Open a checkpoint without reading its weights.
 
     Args:
         path: checkpoint folder or GGUF file.
@@ -86,8 +102,10 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
             another dtype than float32, float16 or bfloat16, or if the weights are pickled and ``allow_pickle`` is off.
     """
     if path.is_file() and path.suffix == ".gguf":
-        model = load_gguf(path)
-        return _in_memory(path.parent, gguf_tensors(model), path.name)
+        weights = GgufWeights(path)
+        size = DTYPE.itemsize * sum(math.prod(shape) for shape in weights.shapes.values())
+        dtypes = dict.fromkeys(weights.shapes, DTYPE)
+        return Checkpoint(path.parent, weights.shapes, weights.read, dtypes=dtypes, size=size, gguf=path.name)
     if not (path / "config.json").is_file():
         raise TransmlaError(
             f"no config.json in '{path}'",
@@ -98,25 +116,67 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return _open_safetensors(path, shards) if shards else _open_pickle(path, allow_pickle)
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds all of its safetensors files. Pickled weights are not looked for."""
+    shards = shards_of(folder)
+    return bool(shards) and all((folder / shard).is_file() for shard in shards)
+
+
+def describe_tensors(folder: Path, stored: Mapping[str, Stored]) -> Checkpoint:
+    """Return a checkpoint whose weights are not on this machine, for decisions that need shapes only.
+
+    Args:
+        folder: local folder with the config.
+        stored: the tensors by name, as the headers of the files say.
+
+    Raises:
+        TransmlaError: if a tensor is neither float32, float16 or bfloat16 nor packed in a layout that is read.
+    """
+
+    def read(name: str) -> Tensor:
+        raise AssertionError(f"'{name}' is not on this machine")
+
+    return _from_headers(folder, stored, read, headers_only=True)
+
+
 def _open_safetensors(folder: Path, shards: list[str]) -> Checkpoint:
     from safetensors import safe_open
 
     stored = read_headers(folder, shards)
-    for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES:
-            raise TransmlaError(
-                f"tensor '{name}' is stored as {tensor.dtype}",
-                limit="weights must be float32, float16 or bfloat16",
-                remedy="convert the unquantised checkpoint",
-            )
 
     def read(name: str) -> Tensor:
         # Open the file for each tensor: a mapped file keeps its pages in memory until its last tensor is freed.
         with safe_open(stored[name].file, framework="pt") as handle:
             return handle.get_tensor(name)
 
-    size = sum((folder / shard).stat().st_size for shard in shards)
-    return Checkpoint(folder, {name: tensor.shape for name, tensor in stored.items()}, read, size=size)
+    return _from_headers(folder, stored, read)
+
+
+def _from_headers(
+    folder: Path, stored: Mapping[str, Stored], read: Callable[[str], Tensor], *, headers_only: bool = False
+) -> Checkpoint:
+    """Return the checkpoint of ``stored`` tensors, whose packed weights are dequantised when they are read."""
+    settings, dtype = quantisation(folder), stored_dtype(folder)
+    packed, consumed = packed_weights(stored, settings) if settings else ({}, set[str]())
+    plain = {name: tensor for name, tensor in stored.items() if name not in consumed}
+    for name, tensor in plain.items():
+        if tensor.dtype not in _DTYPES:
+            raise TransmlaError(
+                f"tensor '{name}' is stored as {tensor.dtype}",
+                limit="weights must be float32, float16 or bfloat16",
+                remedy="convert the unquantised checkpoint",
+            )
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    shapes |= {name: weight.shape for name, weight in packed.items()}
+    dtypes = {name: _DTYPES[tensor.dtype] for name, tensor in plain.items()} | dict.fromkeys(packed, dtype)
+    return Checkpoint(
+        folder,
+        shapes,
+        lambda name: packed[name].read(read, dtype) if name in packed else read(name),
+        dtypes=dtypes,
+        size=sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()),
+        headers_only=headers_only,
+    )
 
 
 def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
@@ -138,10 +198,6 @@ def _open_pickle(folder: Path, allow: bool) -> Checkpoint:
             if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in opened.items()):
                 raise TypeError("it holds other things than tensors by name")
             tensors |= opened
-    return _in_memory(folder, tensors)
-
-
-def _in_memory(folder: Path, tensors: Mapping[str, Tensor], gguf: str | None = None) -> Checkpoint:
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    return Checkpoint(folder, shapes, tensors.__getitem__, size=size, gguf=gguf)
+    dtypes = {name: t.dtype for name, t in tensors.items()}
+    return Checkpoint(folder, shapes, tensors.__getitem__, dtypes=dtypes, size=sum(t.nbytes for t in tensors.values()))

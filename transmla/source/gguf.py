@@ -1,12 +1,12 @@
-"""Read GGUF files. A file is unpacked once into the Hugging Face cache, because parsing one takes up to a minute.
+"""Unpack GGUF files once into the Hugging Face cache, because parsing one takes up to a minute.
 
-The unpacked folder is an ordinary checkpoint: config, tokenizer and weights in bfloat16.
+The unpacked folder is an ordinary checkpoint: config, tokenizer and weights in bfloat16. Its weights are dequantised
+and written one tensor at a time. ``gguf_weights`` reads the files that are too large to be unpacked.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from transmla.boundary import boundary
-from transmla.errors import TransmlaError, missing_package
-from transmla.files import write_json, write_tensors, write_text
-from transmla.source.gguf_header import check_header, read_gguf_card
-from transmla.source.load import load_model, load_tokenizer
+from transmla.errors import TransmlaError
+from transmla.files import write_json, write_tensors_in_turn, write_text
+from transmla.source.describe import empty_model
+from transmla.source.gguf_header import read_gguf_card
+from transmla.source.gguf_weights import DTYPE, GgufWeights
+from transmla.source.load import load_config, rebuild_tokenizer
 
 # Largest GGUF file, in bytes, that is unpacked. A file of 4 bits per weight unpacks to four times its size.
 LARGEST = 8 * 2**30
@@ -32,8 +32,12 @@ LAYOUT = 2
 WORDS = ("the", "and", "water")
 
 
-def unpacked(path: Path) -> Path:
+def unpacked(path: Path, *, weights: bool = True) -> Path:
     """Return the folder of an unpacked GGUF file, or ``path`` if the file is too large or the cache cannot hold it.
+
+    Args:
+        path: the GGUF file.
+        weights: whether to unpack the file. Without, the folder is returned if the file has been unpacked before.
 
     Raises:
         TransmlaError: if the file cannot be read.
@@ -42,6 +46,8 @@ def unpacked(path: Path) -> Path:
     if folder is None:
         return path
     if not (folder / "config.json").is_file():
+        if not weights:
+            return path
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             _unpack(path, scratch)
@@ -58,18 +64,20 @@ def unpacked(path: Path) -> Path:
 def _unpack(path: Path, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    model = load_gguf(path)
-    tokenizer = load_tokenizer(path)
+    weights = GgufWeights(path)
+    tokenizer = rebuild_tokenizer(path)
     check_words(tokenizer, path)
-    write_tensors(folder / "model.safetensors", gguf_tensors(model))
-    GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+    shapes = {name: (DTYPE, shape) for name, shape in weights.shapes.items()}
+    write_tensors_in_turn(folder / "model.safetensors", shapes, weights.read)
+    config = load_config(path)
+    config.dtype = DTYPE
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if card := read_gguf_card(path):
         write_text(folder / "README.md", f"---\n{yaml.safe_dump(card)}---\n")
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
+    fields = json.loads(config.to_json_string(use_diff=False))
     # Written last: a folder without a config is unfinished.
-    write_json(folder / "config.json", config | {"architectures": [type(model).__name__]})
+    write_json(folder / "config.json", fields | {"architectures": [type(empty_model(config)).__name__]})
 
 
 def _cache_folder(path: Path) -> Path | None:
@@ -88,26 +96,6 @@ def _cache_folder(path: Path) -> Path | None:
         return parent / digest
     fits = stat.st_size <= LARGEST and shutil.disk_usage(parent).free > 2 * GROWTH * stat.st_size
     return parent / digest if fits and os.access(parent, os.W_OK) else None
-
-
-def load_gguf(path: Path) -> Any:
-    """Load the model of a GGUF file in bfloat16.
-
-    Raises:
-        TransmlaError: if ``gguf`` is not installed, or the file is damaged or scales its rotary frequencies.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_package("reading a GGUF file needs the 'gguf' package", "gguf")
-    with boundary(f"'{path.name}' cannot be read as GGUF", remedy="download it again"):
-        check_header(path)
-        _refuse_lost_scaling(path)
-        return load_model(path, dtype=torch.bfloat16)
-
-
-def gguf_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded model by name, without a head that is the embedding."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 def check_words(tokenizer: Any, path: Path) -> None:
@@ -130,22 +118,3 @@ def check_words(tokenizer: Any, path: Path) -> None:
                 limit=f"it splits '{word}', which is a token",
                 remedy="upgrade transformers, or give the original checkpoint folder",
             )
-
-
-def _refuse_lost_scaling(path: Path) -> None:
-    """Refuse a GGUF file with RoPE scaling. transformers ignores the scaling, which silently changes the model.
-
-    Raises:
-        TransmlaError: if the file scales its rotary frequencies.
-    """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    scaling = next((field for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")), None)
-    kind = "none" if scaling is None else str(scaling.contents())
-    if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        raise TransmlaError(
-            f"'{path.name}' scales its rotary frequencies",
-            limit="transformers ignores the RoPE scaling in a GGUF file",
-            remedy="convert the original checkpoint folder",
-        )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from transmla.boundary import boundary
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, missing_package
 from transmla.guard.config import check_config
-from transmla.guard.folder import check_pickles
+from transmla.guard.folder import GENERATION, check_pickles
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.source.gguf_header import check_header, without_tensors
+from transmla.source.packed_weights import quantisation
 
 # Files by which transformers recognises a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -27,18 +31,40 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         TransmlaError: if the tokenizer is missing or unreadable.
     """
-    from transformers import AutoTokenizer
-
-    folder, extra = split_gguf(path)
-    check_config(folder)
-    # Without the registered classes, transformers would not know the class of an export.
-    register()
-    if not extra and not any((folder / name).is_file() for name in TOKENIZERS):
+    if path.suffix == ".gguf":
+        # As from an unpacked file: the class that transformers loads may complete what it rebuilt (Qwen's normalizer).
+        with TemporaryDirectory() as scratch:
+            rebuild_tokenizer(path).save_pretrained(scratch)
+            load_config(path).save_pretrained(scratch)
+            tokenizer = load_tokenizer(Path(scratch))
+        tokenizer.name_or_path = str(path.parent)
+        return tokenizer
+    check_config(path)
+    if not any((path / name).is_file() for name in TOKENIZERS):
         raise TransmlaError(
-            f"no tokenizer in '{folder}'",
+            f"no tokenizer in '{path}'",
             limit="calibration, evaluation and the export itself need one",
             remedy="add tokenizer.json and tokenizer_config.json to that folder",
         )
+    return _tokenizer(path)
+
+
+def rebuild_tokenizer(path: Path) -> Any:
+    """Return the tokenizer that transformers rebuilds from a GGUF file.
+
+    Raises:
+        TransmlaError: if it cannot.
+    """
+    check_config(path.parent)
+    return _tokenizer(path)
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    # Without the registered classes, transformers would not know the class of an export.
+    register()
+    folder, extra = split_gguf(path)
     with boundary(f"cannot load the tokenizer in '{folder}'", remedy="download its files again, or correct them"):
         with code_refused(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
@@ -65,11 +91,28 @@ def load_config(path: Path) -> Any:
     """Load the transformers config of a checkpoint folder or GGUF file. Loaders raise any type if it is damaged."""
     from transformers import AutoConfig
 
-    folder, extra = split_gguf(path)
-    check_config(folder)
     register()
+    if path.suffix == ".gguf":
+        need_gguf()
+        with boundary(f"'{path.name}' cannot be read as GGUF", remedy="download it again"):
+            check_header(path)
+        with without_tensors(path) as header:
+            config = AutoConfig.from_pretrained(header.parent, gguf_file=header.name)
+        config.name_or_path = str(path.parent)
+        return _named_outputs(config)
+    check_config(path)
     with code_refused(path):
-        return _named_outputs(AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra))
+        return _named_outputs(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def need_gguf() -> None:
+    """Check that the package ``gguf`` is installed.
+
+    Raises:
+        TransmlaError: if it is not.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_package("reading a GGUF file needs the 'gguf' package", "gguf")
 
 
 def _named_outputs(config: Any) -> Any:
@@ -115,6 +158,8 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
     if not extra:
         check_config(folder)
         extra["use_safetensors"] = not check_pickles(folder, allow=allow_pickle)
+        if quantisation(folder) is not None:
+            return _load_packed(folder, dtype, **kwargs)
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in extra and gguf_config is not None:
         # From 5.2x on, transformers keeps GGUF weights packed by default.
@@ -128,6 +173,26 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
     if getattr(model.config, "attn_logit_softcapping", None):
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
         model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def _load_packed(folder: Path, dtype: torch.dtype | str, **kwargs: Any) -> Any:
+    """Load a causal LM whose weights are packed; they are dequantised without the packages that made them."""
+    from transformers import GenerationConfig
+
+    from transmla.source.checkpoint import open_checkpoint
+    from transmla.source.describe import empty_model
+
+    checkpoint, config = open_checkpoint(folder), load_config(folder)
+    del config.quantization_config
+    what, remedy = f"cannot load '{folder}' as a causal LM", "check the files, and that the model fits into the memory"
+    with boundary(what, remedy=remedy):
+        tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
+        model = type(empty_model(config)).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, **kwargs
+        )
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
 from transmla.guard.folder import check_folder
+from transmla.guard.headers import Stored
 
 # Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
@@ -18,11 +21,15 @@ def resolve_source(
 ) -> Path:
     """Return a local path for a source. A Hub model is downloaded into the Hub's cache, a GGUF file unpacked there.
 
+    Without ``weights``, the path is a GGUF file that was not unpacked yet, or a folder without the weights of a Hub
+    model that were not downloaded yet.
+
     Args:
         source: a local path, a Hub id such as org/name, or ``package:NAME/FILE`` for a data file inside an installed
             Python package. The package is not imported.
         revision: branch, tag or commit of a Hub model.
-        weights: whether to download the weights of a Hub model, besides its config and tokenizer.
+        weights: whether to download the weights of a Hub model, besides its config and tokenizer, and to unpack those
+            of a GGUF file.
         allow_pickle: whether to download pickled weights too.
 
     Raises:
@@ -37,7 +44,7 @@ def resolve_source(
         return path
     from transmla.source.gguf import unpacked
 
-    return unpacked(path)
+    return unpacked(path, weights=weights)
 
 
 def check_source(source: str) -> Path | None:
@@ -103,11 +110,48 @@ def _package_file(reference: str) -> Path:
 
 def _download(repo_id: str, revision: str | None, *, weights: bool, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     ignored = _OTHER_WEIGHTS + ([] if allow_pickle else ["*.bin"]) + ([] if weights else ["*.safetensors", "*.bin"])
-    try:
+    with _hub_errors(repo_id):
         return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=ignored))
+
+
+def hub_headers(repo_id: str, revision: str | None) -> dict[str, Stored] | None:
+    """Return every tensor of a Hub model by name, without its values. Only the headers of its files are downloaded.
+
+    Args:
+        repo_id: the Hub id.
+        revision: branch, tag or commit.
+
+    Returns:
+        The tensors; None if the model has no safetensors files.
+
+    Raises:
+        TransmlaError: if the Hub refuses the request or cannot be reached, or if a header is damaged.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    what, remedy = f"cannot read the headers of the weights of '{repo_id}' on the Hub", "check --revision, or try again"
+    with boundary(what, remedy=remedy), _hub_errors(repo_id):
+        try:
+            files = get_safetensors_metadata(repo_id, revision=revision).files_metadata
+        except NotASafetensorsRepoError:
+            return None
+    return {
+        name: Stored(Path(file), tuple(tensor.shape), tensor.dtype)
+        for file, header in files.items()
+        for name, tensor in header.tensors.items()
+    }
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Convert errors of requests to the Hub into a ``TransmlaError``."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
     except HFValidationError as error:
         raise TransmlaError(
             f"'{repo_id}' is neither a local path nor a valid Hub id",

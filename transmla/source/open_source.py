@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from transmla.artifacts import AttentionSpec
-from transmla.families.base import Family
+from transmla.families.base import PACKED, Family
 from transmla.recipe import Recipe
 from transmla.source.card import read_card
 from transmla.source.check_tensors import check_tensors
-from transmla.source.checkpoint import Checkpoint, open_checkpoint
+from transmla.source.checkpoint import Checkpoint, describe_tensors, has_weights, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
 from transmla.source.device import is_fast_in_bfloat16
-from transmla.source.locate import resolve_source
+from transmla.source.locate import check_source, hub_headers, resolve_source
+from transmla.source.packed_weights import check_packing
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,41 @@ class Source:
     card: dict[str, Any] = field(default_factory=dict)
 
 
-def open_source(recipe: Recipe) -> Source:
+def open_source(recipe: Recipe, *, weights: bool = True) -> Source:
     """Resolve, describe and check the source of a recipe.
 
-    The config is checked before any weights are downloaded.
+    The config is checked before any weights are downloaded or unpacked.
+
+    Args:
+        recipe: the recipe.
+        weights: whether the weights will be read. Without, only headers are: a Hub model is not downloaded, and a GGUF
+            file not unpacked. The weights of the returned source may not be readable.
 
     Raises:
         TransmlaError: if the source is missing, unreadable, or cannot be converted.
     """
-    described = _describe(resolve_source(recipe.source, revision=recipe.revision, weights=False))
-    path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
-    return _open(path, described, allow_pickle=recipe.allow_pickle)
+    path = resolve_source(recipe.source, revision=recipe.revision, weights=False)
+    described = _describe(path)
+    if not weights:
+        return _open(path, described, _open_headers(path, recipe))
+    complete = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
+    if complete != path:  # a GGUF file was unpacked
+        described = _describe(complete)
+    return _open(complete, described, open_checkpoint(complete, allow_pickle=recipe.allow_pickle))
+
+
+def _open_headers(path: Path, recipe: Recipe) -> Checkpoint:
+    """Open the checkpoint of a recipe's source, whose config lies in ``path``, without downloading weights.
+
+    The exception are pickled weights on the Hub, which have no headers.
+    """
+    if check_source(recipe.source) is None and not has_weights(path):
+        # The folder of a snapshot has the name of its commit.
+        stored = hub_headers(recipe.source, path.name)
+        if stored is not None:
+            return describe_tensors(path, stored)
+        path = resolve_source(recipe.source, revision=recipe.revision, allow_pickle=recipe.allow_pickle)
+    return open_checkpoint(path, allow_pickle=recipe.allow_pickle)
 
 
 def open_path(path: Path, *, allow_pickle: bool = False) -> Source:
@@ -63,25 +88,31 @@ def open_path(path: Path, *, allow_pickle: bool = False) -> Source:
     Raises:
         TransmlaError: if the source is unreadable, or cannot be converted.
     """
-    return _open(path, _describe(path), allow_pickle=allow_pickle)
+    return _open(path, _describe(path), open_checkpoint(path, allow_pickle=allow_pickle))
 
 
 def _describe(path: Path) -> tuple[Any, Family, Any, AttentionSpec]:
     """Return the config in ``path``, its family, the model without weights, and the description of the attention."""
     config = read_config(path)
-    family, model = family_of(config), empty_model(config)
+    family = family_of(config)
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        if settings.get("quant_method") in PACKED:
+            check_packing(family.name, settings)
+        # The weights are dequantised when they are read.
+        del config.quantization_config
+    model = empty_model(config)
     return config, family, model, describe(config, model)
 
 
-def _open(path: Path, described: tuple[Any, Family, Any, AttentionSpec], *, allow_pickle: bool) -> Source:
+def _open(path: Path, described: tuple[Any, Family, Any, AttentionSpec], checkpoint: Checkpoint) -> Source:
     config, family, model, spec = described
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     if config.tie_word_embeddings and _has_own_head(checkpoint, family):
         config.tie_word_embeddings = False
         model = empty_model(config)
         spec = describe(config, model)
     check_tensors(checkpoint.shapes, config, family, model)
-    dtype = str(checkpoint.read(family.tensors["embed"]).dtype).removeprefix("torch.")
+    dtype = str(checkpoint.dtypes[family.tensors["embed"]]).removeprefix("torch.")
     card = read_card(path)
     return Source(path, config, model, spec, family, checkpoint, dtype, card)
 
@@ -89,10 +120,11 @@ def _open(path: Path, described: tuple[Any, Family, Any, AttentionSpec], *, allo
 def _has_own_head(checkpoint: Checkpoint, family: Family) -> bool:
     """Return whether the checkpoint holds a head with other values than its embedding.
 
-    transformers then uses that head, although the config says that the two are tied.
+    transformers then uses that head, although the config says that the two are tied. Without the weights, the config
+    is believed.
     """
     names = family.tensors["embed"], family.tensors["head"]
-    if not set(names) <= set(checkpoint.shapes):
+    if checkpoint.headers_only or not set(names) <= set(checkpoint.shapes):
         return False
     embedding, head = (checkpoint.read(name) for name in names)
     wide = torch.promote_types(embedding.dtype, head.dtype)
