@@ -10,6 +10,7 @@ from helpers.random_layer import LAYOUTS, make_layer, make_plan, relative
 
 from transmla.artifacts import LayerFactors, MLAShape, ScoreRules
 from transmla.convert.factorize import factorize
+from transmla.core import fused_attention as module
 from transmla.core.factors import orthonormal_latents, pad_factors
 from transmla.core.fit_coordinates import Coordinates
 from transmla.core.fused_attention import fused_attention, fused_source_attention
@@ -43,6 +44,23 @@ def test_the_fused_source_equals_the_reference(layout: str, rules: ScoreRules | 
     expected = source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
     found = fused_source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
     assert relative(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 20])
+def test_blocks_on_a_cpu_equal_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients; keys and values differ in width."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, d, dtype=torch.float64, generator=generator) for d in (6, 6, 4))
+    results = []
+    for block, longest in ((8, 64), (64, 64), (8, 0)):  # the last uses PyTorch's kernel
+        monkeypatch.setattr(module, "CPU_BLOCK", block)
+        monkeypatch.setattr(module, "CPU_LENGTH", longest)
+        given = [t.clone().requires_grad_() for t in (q, k, v)]
+        mixed = module.attend(*given, scaling=0.4)
+        results.append([mixed.detach(), *torch.autograd.grad(mixed.square().sum(), given)])
+    for found, whole, fused in zip(*results, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, fused, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_inputs_keep_exact_angles() -> None:

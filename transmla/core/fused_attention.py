@@ -13,6 +13,10 @@ from transmla.artifacts import LayerFactors, LayerWeights, ScoreRules
 from transmla.core.reference_attention import PLAIN, is_masked, masked_softmax
 from transmla.core.rope import rotate
 
+# Queries of a block on a CPU, and the longest sequence that is attended to in such blocks: a backward pass keeps all
+# attention weights.
+CPU_BLOCK, CPU_LENGTH = 256, 2048
+
 
 def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
     """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
@@ -44,17 +48,40 @@ def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN) -> Tensor:
     """Return causal attention over whole sequences: q and k [N, H, T, d], v [N, H, T, d_v] → [N, H, T, d_v]."""
+    plain = rules.window is None and rules.softcap is None and rules.sinks is None
+    if plain and q.device.type == "cpu" and q.shape[2] <= CPU_LENGTH:
+        return _attend_on_cpu(q, k, v, scaling)
     # The fused kernels need equal widths; zero padding changes neither scores nor values.
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded_v = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     if rules.window is not None and q.shape[2] > 2 * rules.window:
         mixed = _attend_in_blocks(q, k, padded_v, rules.window, scaling=scaling, rules=rules)
-    elif rules.window is None and rules.softcap is None and rules.sinks is None:
+    elif plain:
         mixed = scaled_dot_product_attention(q, k, padded_v, is_causal=True, scale=scaling)
     else:
         positions = torch.arange(q.shape[2], device=q.device)
         mixed = _attend_masked(q, k, padded_v, is_masked(positions, positions, rules.window), scaling, rules)
     return mixed[..., : v.shape[-1]]
+
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Return the attention of ``attend`` without rules, block of queries by block, in the dtype of ``v``.
+
+    A CPU with fast bfloat16 takes a quarter of the time of PyTorch's fused kernel, which multiplies in float32: 30
+    instead of 108 ms with the backward pass, for 4 x 9 heads of 96 channels and 512 tokens on one Zen 5 core.
+    """
+    count, heads, length, _ = q.shape
+    q, k, v = (t.to(v.dtype).flatten(0, 1) for t in (q, k, v))
+    blocks = []
+    # Autocast would widen the softmax to float32.
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, length, CPU_BLOCK):
+            end = min(length, start + CPU_BLOCK)
+            future = torch.full((end - start, end), float("-inf"), dtype=v.dtype).triu(start + 1)
+            bias = future.expand(count * heads, -1, -1)
+            scores = torch.baddbmm(bias, q[:, start:end], k[:, :end].mT, alpha=scaling)
+            blocks.append(scores.softmax(-1) @ v[:, :end])
+    return torch.cat(blocks, 1).view(count, heads, length, -1)
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, *, scaling: float, rules: ScoreRules) -> Tensor:
