@@ -32,9 +32,9 @@ from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
 
-# Seconds between saves of the hidden states (hundreds of MB each); as many for every second that a save takes, if it
-# takes longer than one, so that saves take at most a twentieth of the time. A killed run loses at most this much work
-# and the current layer.
+# Seconds between saves of the hidden states (hundreds of MB each); as many for every half second that a save takes, if
+# it takes longer, so that saves take at most a fortieth of the time. A killed run loses at most this much work and the
+# current layer.
 SAVE_SECONDS = 20.0
 
 
@@ -191,7 +191,7 @@ def _convert_layers(
                 workspace.save_progress(progress)
                 workspace.drop_streams(keep=i + 1)
             saved = time.monotonic()
-            pause = SAVE_SECONDS * max(1.0, saved - began)
+            pause = SAVE_SECONDS * max(1.0, 2 * (saved - began))
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
     for phase, seconds in converter.phases.seconds.items():
         report.spent(phase, seconds)
