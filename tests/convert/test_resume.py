@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_layers_written_after_the_last_save_are_converted_again(
     """Saved after the first layer and killed after the second: the second layer's shard exists and is overwritten."""
     clock = iter(times)
     monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 20.0)
-    monkeypatch.setattr("transmla.convert.pipeline.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("transmla.convert.pipeline.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(Killed):
         convert(recipe(), reporter=KilledAtLayer(2))
     monkeypatch.undo()
