@@ -347,6 +347,19 @@ def test_every_measured_number_stands_beside_its_limit(pristine: Path, folder: P
     assert "attention errors" not in checks["distance to the source as signed"]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_logits_that_rounding_changes_are_judged_in_float64(
+    damaged: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Massive activations magnify rounding beyond any limit in float32; here the limit is below it."""
+    monkeypatch.setattr("transmla.evaluate.verify.LOGITS_TOLERANCE", 1e-9)
+    if damaged:
+        edit_tensors(folder, lambda tensors: tensors[MLP].mul_(1.03))
+    checks = {check.name: check for check in verify(folder)}
+    assert checks["logits as signed"].passed != damaged
+    assert checks["logits as signed"].detail.endswith("in float64")
+
+
 def test_the_cache_is_measured_in_the_precision_of_the_export(pristine: Path, tmp_path: Path) -> None:
     values = {"source": str(pristine / "source"), "output": str(tmp_path / "half"), "dtype": "bfloat16"}
     calibration = {"source": "self", "sequences": 8, "length": 48}

@@ -7,6 +7,7 @@ inside an export never runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transmla.source.locate import resolve_source
 PROMPT_TOKENS = 96
 # Largest deviation of the whole model's logits from the signed ones in float32.
 LOGITS_TOLERANCE = 1e-3
-# The same for models with experts in float32: after rounding, a router may choose another expert.
+# The same for models with experts in bfloat16: after rounding, a router may choose another expert.
 ROUTED_TOLERANCE = 5e-1
 
 
@@ -139,15 +140,13 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
         f"{len(bad)} tensors with NaN or Inf, first {bad[0]}" if bad else "all weights finite",
     )
     prompt, changed = _prompt(model), manifest.weights_changed
-    with torch.no_grad():
-        signature = None if changed else manifest.signature
-        if signature is not None and not signature.rounding:
-            detail = "the signature is that of an older version of transmla: convert the source again"
-            yield Check("logits as signed", False, detail)
-        elif signature is not None:
-            limit = _logits_tolerance(signature, dtype, experts=manifest.plan.spec.experts)
-            logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
-            yield compare_logits(signature, project_logits(logits[0]), limit)
+    signature = None if changed else manifest.signature
+    if signature is not None and not signature.rounding:
+        detail = "the signature is that of an older version of transmla: convert the source again"
+        yield Check("logits as signed", False, detail)
+    elif signature is not None:
+        limit = _logits_tolerance(signature, dtype, experts=manifest.plan.spec.experts)
+        yield beyond_rounding(model, partial(_compare_logits, model, signature, limit))
 
     def compare() -> Check:
         with torch.no_grad():
@@ -160,10 +159,17 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
     yield from (form.changed_checks if changed else form.checks)(model, prompt, dtype)
 
 
+@torch.no_grad()
+def _compare_logits(model: Any, signature: Signature, limit: float) -> Check:
+    logits = model(tokens(model.config.vocab_size).to(model.device), use_cache=False).logits
+    return compare_logits(signature, project_logits(logits[0]), limit)
+
+
 def _logits_tolerance(signature: Signature, dtype: torch.dtype, *, experts: bool) -> float:
     """Return the largest deviation of a model in ``dtype`` from its signed logits."""
-    limit = LOGITS_TOLERANCE if dtype == torch.float32 else max(rounded_tolerances(signature.rounding))
-    return max(limit, ROUTED_TOLERANCE if experts else 0.0)
+    if dtype == torch.float32:
+        return LOGITS_TOLERANCE
+    return max(*rounded_tolerances(signature.rounding), ROUTED_TOLERANCE if experts else 0.0)
 
 
 def _state(manifest: Manifest) -> str:
