@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from helpers.interrupted import Killed, KilledAtLayer, files
 from helpers.tiny_sources import build_model
 
+from transmla.convert.calibration_text import MEMORY_SHARE, why_unsampled
 from transmla.convert.pipeline import convert
 from transmla.convert.prepare import default_amounts, prepare, summarise
 from transmla.errors import TransmlaError
+from transmla.export.manifest import Manifest
 from transmla.recipe import Recipe, parse_recipe, read_recipe
+from transmla.reporter import Silent
 from transmla.source.describe import describe
 
 MakeRecipe = Callable[..., Recipe]
@@ -172,3 +179,28 @@ def test_the_plan_counts_the_memory_of_sampling(source: Path, make_recipe: MakeR
         for text in ("pydoc", "self", "auto", "auto:1")
     }
     assert needed["self"] == needed["auto"] == needed["auto:1"] >= needed["pydoc"]
+
+
+def test_a_source_larger_than_the_memory_is_not_sampled(
+    source: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` then has no samples, and ``self`` is refused before a weight is loaded."""
+    auto = make_recipe(source, calibration={"source": "auto"})
+    prepared = prepare(auto)
+    size = sum(math.prod(shape) for shape in prepared.source.checkpoint.shapes.values()) * 4
+    enough = round(size / MEMORY_SHARE) + 100
+    for free, sampled in ((enough, True), (enough - 200, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        reason = why_unsampled(prepared.source, torch.device("cpu"))
+        assert (reason == "") == sampled, reason
+    assert reason.startswith("the weights take 0 GB, and sampling may use 0 GB of free memory")
+    summary = summarise(prepared)
+    assert summary["unsampled"] == reason
+    messages: list[str] = []
+    report = Silent()
+    report.message = messages.append  # type: ignore[method-assign]
+    convert(auto, reporter=report)
+    assert "no samples: the weights take" in messages[0]
+    assert "self" not in Manifest.read(Path(auto.output)).texts
+    with pytest.raises(TransmlaError, match="the source cannot be sampled"):
+        convert(make_recipe(source, output="other", calibration={"source": "self"}))

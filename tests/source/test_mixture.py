@@ -123,6 +123,22 @@ def test_auto_without_a_hub_says_so_in_one_line(tokenizer: PreTrainedTokenizerFa
     assert len(report.lines) == 1
 
 
+@pytest.mark.parametrize("hub", [False, True])
+def test_auto_of_a_model_that_cannot_be_sampled_has_no_samples(
+    hub: bool, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixture, "hub_is_reachable", lambda: hub)
+    report = Messages()
+    whole = {part.name: part.share for part in parts_of(("auto",), tokenizer, report=Messages())}
+    parts = {part.name: part.share for part in parts_of(("auto",), tokenizer, report=report, unsampled="too large")}
+    assert parts == pytest.approx({n: share / (1 - whole["self"]) for n, share in whole.items() if n != "self"})
+    (line,) = report.lines
+    assert "no samples: too large" in line
+    assert "self" not in line
+    with pytest.raises(TransmlaError, match="cannot be sampled; too large; leave `self` out"):
+        parts_of(("pydoc", "self"), tokenizer, report=report, unsampled="too large")
+
+
 def test_auto_with_a_hub_streams_pinned_revisions(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

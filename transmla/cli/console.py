@@ -163,6 +163,8 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         f"disk: {gigabytes(summary['export_bytes'])} for the export; {gigabytes(summary['disk_bytes'])} while it is"
         f" converted, with the state for --resume{also if healed else ''}"
     )
+    if summary.get("unsampled"):
+        say(f"calibration: no samples of the source; {summary['unsampled']}")
     if summary.get("healing"):
         say(summary["healing"])
     for note in plan.notes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,6 +20,10 @@ from transmla.source.mixture import Part, beginnings, interleave, openings, part
 from transmla.source.open_source import Source, runs_in_bfloat16
 from transmla.source.samples import sampled_rows
 from transmla.source.text import SELF
+
+# Share of the free memory, and of a GPU's whole memory, that a source's weights may take to be sampled. On a GPU, the
+# caches of the samples take most of the rest (``SAMPLING_SHARE``).
+MEMORY_SHARE, GPU_SHARE = 0.9, 0.5
 
 
 def longest_sequence(spec: AttentionSpec) -> int:
@@ -82,24 +88,43 @@ class CalibrationText:
         return {part.name: rows[part.name] / self.sequences for part in self.parts if rows.get(part.name)}
 
 
-def read_calibration(recipe: Recipe, spec: AttentionSpec, tokenizer: Any, report: Reporter) -> CalibrationText:
+def why_unsampled(source: Source, device: torch.device) -> str:
+    """Return why ``source`` cannot be sampled on ``device``; empty if it can.
+
+    Its weights are loaded into the computer's memory, and then moved to the device.
+    """
+    weights = sum(math.prod(shape) for shape in source.checkpoint.shapes.values())
+    needed = weights * (2 if runs_in_bfloat16(source, device) else 4)
+    limits = {"of free memory": MEMORY_SHARE * psutil.virtual_memory().available}
+    if device.type == "cuda":
+        limits["of the GPU's memory"] = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+    name, limit = min(limits.items(), key=lambda item: item[1])
+    if needed <= limit:
+        return ""
+    return f"the weights take {needed / 1e9:.0f} GB, and sampling may use {limit / 1e9:.0f} GB {name} for them"
+
+
+def read_calibration(recipe: Recipe, source: Source, tokenizer: Any, report: Reporter) -> CalibrationText:
     """Read the texts of a recipe's calibration, before a weight is loaded.
 
     Args:
         recipe: the recipe, with ``sequences`` and ``length`` resolved.
-        spec: the source's attention.
+        source: the opened source.
         tokenizer: the source's tokenizer.
         report: receives the progress.
 
     Raises:
-        TransmlaError: if a text cannot be read, is too short for its share, or does not fit the tokenizer or the model.
+        TransmlaError: if a text cannot be read, is too short for its share, or does not fit the tokenizer or the model;
+            or if ``self`` is named, and the memory does not hold the source.
     """
     calibration = recipe.calibration
     sequences, length = calibration.sequences, calibration.length
     assert sequences is not None
     assert length is not None
-    parts = parts_of(calibration.source, tokenizer, split=calibration.split, column=calibration.column, report=report)
-    texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=spec.vocab_size)
+    unsampled = why_unsampled(source, pick_device(recipe.device))
+    options: dict[str, Any] = {"split": calibration.split, "column": calibration.column, "unsampled": unsampled}
+    parts = parts_of(calibration.source, tokenizer, report=report, **options)
+    texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=source.spec.vocab_size)
     return CalibrationText(parts, texts, sequences, length)
 
 

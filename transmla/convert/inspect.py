@@ -109,7 +109,7 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
     plans = _plans(prepared, reporter)
     check_length(source.spec, recipe.calibration.length or 0)
     tokenizer = load_tokenizer(source.path)
-    text = read_calibration(recipe, source.spec, tokenizer, reporter)
+    text = read_calibration(recipe, source, tokenizer, reporter)
     # Samples of the source are cached by its fingerprint, which reads all weights.
     fingerprint = checkpoint.fingerprint() if text.sampled else ""
     tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, reporter)

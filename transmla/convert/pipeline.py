@@ -85,7 +85,7 @@ def convert(
         if tokens is None and resume:
             tokens = workspace.tokens()
         if tokens is None and not complete:
-            text = read_calibration(recipe, source.spec, tokenizer, report)
+            text = read_calibration(recipe, source, tokenizer, report)
         report.stage("checking weights", len(source.checkpoint.shapes))
         fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
         if complete:

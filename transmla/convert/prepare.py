@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transmla.artifacts import AttentionSpec, Plan
-from transmla.convert.calibration_text import longest_sequence
+from transmla.convert.calibration_text import longest_sequence, why_unsampled
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan import estimate
@@ -136,8 +136,10 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
     widened = 2 if source.dtype != "float32" and not runs_in_bfloat16(source, prepared.device) else 1
     calibration = recipe.calibration
     samples = {SELF, AUTO} & set(shares(calibration.source))
-    sampled = source.checkpoint.size * widened if samples else 0
+    unsampled = why_unsampled(source, prepared.device) if samples else ""
+    sampled = source.checkpoint.size * widened if samples and not unsampled else 0
     tokens = (calibration.sequences or 0) * (calibration.length or 0)
-    return estimate.summary(
+    summary = estimate.summary(
         prepared.plan, tokens, prepared.device, prepared.fit, reconstruct=recipe.reconstruct, sampled=sampled
     )
+    return summary | {"unsampled": unsampled}

@@ -73,7 +73,13 @@ class Part:
 
 
 def parts_of(
-    entries: Sequence[str], tokenizer: Any, *, split: str | None = None, column: str | None = None, report: Reporter
+    entries: Sequence[str],
+    tokenizer: Any,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    report: Reporter,
+    unsampled: str = "",
 ) -> tuple[Part, ...]:
     """Return the parts of a mixture, with ``auto`` replaced by the texts that can be read here.
 
@@ -83,9 +89,10 @@ def parts_of(
         split: split of every text that has splits.
         column: column of every text that has columns.
         report: receives one line that says what ``auto`` is.
+        unsampled: why the model cannot be sampled; ``auto`` then has no samples.
 
     Raises:
-        TransmlaError: if ``split`` or ``column`` fits none of the texts.
+        TransmlaError: if ``split`` or ``column`` fits none of the texts, or if ``self`` is named and cannot be sampled.
     """
     parts: dict[str, Part] = {}
     for name, share in shares(entries).items():
@@ -93,7 +100,16 @@ def parts_of(
             hub = hub_is_reachable()
             left_out = () if _renders_chats(tokenizer) else (CHATS,)
             inner = shares([entry for entry in (WITH_HUB if hub else WITHOUT_HUB) if entry not in left_out])
-            report.message(_describe(inner, hub=hub))
+            if unsampled:
+                rest = 1 - inner.pop(SELF)
+                inner = {text: share / rest for text, share in inner.items()}
+            report.message(_describe(inner, hub=hub, unsampled=unsampled))
+        elif name == SELF and unsampled:
+            raise TransmlaError(
+                "the source cannot be sampled",
+                limit=unsampled,
+                remedy="leave `self` out of --calibration, or convert where there is more memory",
+            )
         else:
             inner = {name: 1.0}
         for text, part in inner.items():
@@ -112,9 +128,11 @@ def parts_of(
     return tuple(parts.values())
 
 
-def _describe(inner: Mapping[str, float], *, hub: bool) -> str:
+def _describe(inner: Mapping[str, float], *, hub: bool, unsampled: str) -> str:
     listed = ", ".join(f"{name} {share:.0%}" for name, share in inner.items())
-    return f"auto text: {listed}" + ("" if hub else " (the Hub is out of reach; self continues openings of many kinds)")
+    why = [] if hub else ["the Hub is out of reach"]
+    why += [f"no samples: {unsampled}"] if unsampled else [] if hub else ["self continues openings of many kinds"]
+    return f"auto text: {listed}" + (f" ({'; '.join(why)})" if why else "")
 
 
 def order(parts: Sequence[Part], count: int) -> list[int]:
