@@ -73,6 +73,15 @@ def test_the_export_is_the_healed_one(recipe: Recipe) -> None:
     assert all(check.passed for check in verify(folder, source=recipe.source))
 
 
+def test_a_healing_that_the_disk_has_no_room_for_is_refused_before_the_conversion(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "choice_for", lambda _: Choice(dict(SMALL_HEALING), "", disk_bytes=10**18))
+    with pytest.raises(TransmlaError, match=r"the healing needs about 1000000000\.0 GB of disk; .*\(--heal off\)"):
+        convert_and_heal(recipe)
+    assert not list(Path(recipe.output).parent.glob(f"{Path(recipe.output).name}*"))
+
+
 @pytest.mark.parametrize("where", ["converting", "between", "healing"])
 def test_a_killed_run_resumes_to_the_same_weights(
     where: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ makes its flags from these fields (``cli/options.py``).
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -201,7 +202,7 @@ class Recipe(Strict):
 
 def default_output(source: str) -> str:
     """Return the folder that a conversion of ``source`` writes if none is named, such as ``Qwen3-8B-mla``."""
-    name = Path(source).name or Path(source).absolute().name
+    name = Path(os.path.abspath(os.path.expanduser(source))).name
     if name.endswith(".gguf"):
         name = re.sub(QUANTISATION, "", name.removesuffix(".gguf"))
     return f"{name}-mla"

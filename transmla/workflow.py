@@ -66,7 +66,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if settings is None:
         return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
     if not resume:
-        check_disk(output, choice.disk_bytes or 0)
+        check_disk(output, choice.disk_bytes or 0, healing=True)
     if not (resume and _is_conversion_of(prepared, unhealed, report)):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)

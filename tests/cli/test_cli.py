@@ -333,6 +333,15 @@ def test_without_an_output_the_export_lies_beside_under_the_models_name(place: P
     assert "output 'source-mla' is not empty; nothing is ever overwritten; choose another --output" in err
 
 
+def test_a_name_with_a_space_is_quoted_in_commands(place: Path, run: Run) -> None:
+    Path("my source").symlink_to("source")
+    code, out, _ = run("convert", "my source", *CALIBRATION)
+    assert code == 0
+    assert "next: transmla verify 'my source-mla'" in out
+    assert "`transmla eval 'my source-mla' --baseline 'my source'`" in Path("my source-mla/README.md").read_text()
+    assert "next: transmla push 'my source-mla' ORG/NAME" in run("verify", "my source-mla")[1]
+
+
 def test_a_recipe_without_an_output_is_resumed(place: Path, run: Run) -> None:
     Path("recipe.yaml").write_text(
         f"source: {place}/many\ncalibration: {{source: text.txt, sequences: 4, length: 32}}\n"
@@ -367,4 +376,7 @@ def test_the_default_output_is_the_models_name(source: str, output: str) -> None
 
 def test_the_default_output_of_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse_recipe({"source": "."}, "test").output == f"{tmp_path.name}-mla"
+    for source in (".", "./", "other/..", "../" + tmp_path.name):
+        assert parse_recipe({"source": source}, "test").output == f"{tmp_path.name}-mla"
+    assert parse_recipe({"source": ".."}, "test").output == f"{tmp_path.parent.name}-mla"
+    assert parse_recipe({"source": "~"}, "test").output == f"{Path.home().name}-mla"

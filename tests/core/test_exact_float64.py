@@ -33,6 +33,16 @@ def test_casts_to_float32_are_left_out_for_float64_alone() -> None:
     assert exact.float().dtype == torch.float32
 
 
+def test_other_operands_become_float64() -> None:
+    """The rotary embedding of transformers 5.17 multiplies frequencies by positions in float32."""
+    frequencies, positions = torch.rand(4, 1, dtype=torch.float64), torch.arange(5)[None]
+    with ExactFloat64():
+        angles = frequencies.float() @ positions.float()
+        kept = frequencies.type_as(positions.float())
+    torch.testing.assert_close(angles, frequencies * positions, rtol=1e-14, atol=0)
+    assert torch.equal(kept, frequencies)
+
+
 def test_the_context_ends_with_an_error() -> None:
     with pytest.raises(RuntimeError), ExactFloat64():
         raise RuntimeError

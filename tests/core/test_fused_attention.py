@@ -46,6 +46,15 @@ def test_the_fused_source_equals_the_reference(layout: str, rules: ScoreRules | 
     assert relative(found, expected) <= 1e-12
 
 
+def test_blocks_on_a_cpu_bear_keys_with_a_large_common_part() -> None:
+    """Qwen2.5's biases make scores of a thousand and more, which bfloat16 rounds by several units."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, common = (torch.randn(1, 2, n, 64, generator=generator) for n in (300, 300, 300, 1))
+    q, k, v = (t.to(torch.bfloat16) for t in (q + 10 * common, k + 10 * common, v))
+    exact = module.attend(*(t.double() for t in (q, k, v)), scaling=0.125)
+    assert relative(module.attend(q, k, v, scaling=0.125).double(), exact) <= 0.02
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 20])
 def test_blocks_on_a_cpu_equal_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients; keys and values differ in width."""

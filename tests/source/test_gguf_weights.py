@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transmla.export.tokenizer import difference
 from transmla.recipe import Recipe
 from transmla.source import gguf, gguf_weights
 from transmla.source.checkpoint import open_checkpoint
+from transmla.source.gguf_header import read_header
 from transmla.source.gguf_weights import GgufWeights
 from transmla.source.load import load_config, load_model, load_tokenizer
 from transmla.source.locate import resolve_source
@@ -102,6 +104,16 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     weights = GgufWeights(tmp_path / "x.gguf")
     with pytest.raises(TransmlaError, match=r"'x.gguf' cannot be read as GGUF; .*it ends inside tensor 'blk.1"):
         [weights.read(name) for name in weights.shapes]
+
+
+@pytest.mark.parametrize("alignment", [0, 2**32 - 1])
+def test_an_impossible_alignment_is_refused(alignment: int, tmp_path: Path) -> None:
+    """The copy of the header for transformers would be as large as the alignment."""
+    name = b"general.alignment"
+    field = struct.pack("<Q", len(name)) + name + struct.pack("<II", 4, alignment)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(ValueError, match=f"its tensors are aligned to {alignment} bytes"):
+        read_header(tmp_path / "x.gguf")
 
 
 def test_a_tensor_that_transformers_does_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

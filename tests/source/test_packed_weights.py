@@ -17,6 +17,7 @@ from transmla.convert.prepare import prepare, summarise
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export.travel import KEY
+from transmla.families.base import PACKED
 from transmla.recipe import Recipe
 from transmla.source import packed_weights
 from transmla.source.checkpoint import open_checkpoint
@@ -113,6 +114,9 @@ def grouped(**weights: Any) -> dict[str, Any]:
         ),
         (grouped() | {"transform_config": {"config_groups": {"a": {}}}}, "that are transformed"),
         (CT | {"config_groups": {"group_0": GROUP}}, "compressed-tensors weights without a description"),
+        (CT | {"config_groups": ["group_0"]}, "cannot read the quantization_config of config.json"),
+        (CT | {"format": ["pack-quantized"]}, "cannot read the quantization_config of config.json"),
+        (grouped() | {"sparsity_config": ["dense"]}, "cannot read the quantization_config of config.json"),
         (
             CT | {"config_groups": {f"group_{bits}": {"weights": WEIGHTS | {"num_bits": bits}} for bits in (4, 8)}},
             "compressed-tensors weights of several widths",
@@ -128,7 +132,16 @@ def test_other_weights_are_refused_by_name_and_before_they_are_looked_at(
     (source / "model.safetensors").unlink()
     with pytest.raises(TransmlaError, match=says) as refused:
         prepare(make_recipe(source))
-    assert "quantise its export" in str(refused.value)
+    assert "quantise its export" in str(refused.value) or "use the config.json that belongs to" in str(refused.value)
+    if settings["quant_method"] in PACKED:
+        with pytest.raises(TransmlaError, match=says):
+            load_model(source, dtype=torch.float32)
+
+
+def test_packed_weights_of_a_model_with_soft_caps_load_with_the_attention_that_has_them(make: Make) -> None:
+    packed, _ = make("fp8", "gemma2")
+    model = load_model(packed, dtype=torch.float32)  # transformers 5.17 would choose another
+    assert model.config._attn_implementation == "eager"
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -143,6 +156,11 @@ NAME = "model.layers.0.mlp.up_proj.weight"
             lambda t: t.update({f"{NAME}_scale_inv": torch.ones(3, 3)}),
             r"scales of the shape \[3, 3\] fit no block",
         ),
+        (
+            "fp8",
+            lambda t: t.update({f"{NAME}_scale_inv": torch.ones(5, dtype=torch.float8_e8m0fnu)}),
+            "its F8_E4M3 values need scales",
+        ),
         ("int4-group", lambda t: t.update({f"{NAME}_g_idx": torch.zeros(72)}), "weights with 'weight_g_idx'"),
         ("int4-group", lambda t: t.update({f"{NAME}_zero_point": torch.zeros(72)}), "weights with 'weight_zero_point'"),
     ],
@@ -155,6 +173,16 @@ def test_packed_weights_that_cannot_be_read_are_refused_by_their_header(
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TransmlaError, match=rf"the packed weight '{NAME}.*' cannot be read; .*{says}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("size", [["a", "b"], [16.5, 32], [0, 32], "16x32", [16]])
+def test_blocks_of_impossible_sizes_are_refused(size: Any, make: Make) -> None:
+    folder, _ = make("fp8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TransmlaError, match="fit no block that config.json names"):
         open_checkpoint(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,7 +160,7 @@ def convert(
     if evaluation:
         console.show_before_after(Manifest.read(folder).plan, evaluation)
     console.show_times(stages)
-    console.say(f"wrote {folder}; next: transmla verify {folder}")
+    console.say(f"wrote {folder}; next: transmla verify {shlex.quote(str(folder))}")
 
 
 def _recipe(source: str, options: dict[str, Any]) -> Recipe:

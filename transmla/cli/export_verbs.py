@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,8 @@ def verify(
     if failed:
         console.err.print(f"[red]{failed} check{'s' if failed > 1 else ''} failed[/]")
         raise typer.Exit(1)
-    console.say(f"verified; next: transmla push {folder} ORG/NAME" if recorded else "verified, not recorded")
+    command = f"transmla push {shlex.quote(str(folder))} ORG/NAME"
+    console.say(f"verified; next: {command}" if recorded else "verified, not recorded")
 
 
 def bench(
@@ -172,7 +174,8 @@ def heal(
     if not PartialState().is_main_process:
         return
     console.show_healing(Manifest.read(healed).healing[-1])
-    console.say(f"wrote {healed}; next: transmla eval {healed} --baseline {teacher}")
+    named = shlex.quote(str(healed)), shlex.quote(teacher)
+    console.say(f"wrote {healed}; next: transmla eval {named[0]} --baseline {named[1]}")
 
 
 def push(

@@ -138,8 +138,8 @@ def output_folder(recipe: Recipe) -> Path:
     return output_path(recipe.output)
 
 
-def check_disk(output: Path, needed: int) -> None:
-    """Check that the disk of ``output`` is writable and has ``needed`` bytes free.
+def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
+    """Check that the disk of ``output`` is writable and has the ``needed`` bytes free of a conversion or ``healing``.
 
     Raises:
         TransmlaError: if it is not writable, or has too little space.
@@ -148,9 +148,9 @@ def check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TransmlaError(
-            f"the export needs about {needed / 1e9:.1f} GB",
+            f"the {'healing' if healing else 'export'} needs about {needed / 1e9:.1f} GB of disk",
             limit=f"'{parent}' has {free / 1e9:.1f} GB free",
-            remedy="free some disk space, or choose another --output",
+            remedy=f"free some disk space, {'leave it out (--heal off), ' if healing else ''}or choose another --output",
         )
 
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class ExactFloat64(TorchFunctionMode):
-    """While this context is open, no operation on a float64 tensor casts it to float32.
+    """While this context is open, no operation on a float64 tensor casts it to float32; other operands become float64.
 
     The norms and the softmax of transformers compute in float32, whatever the precision of the model is. Two ways to
     compute the same thing then differ in a bit of float32 somewhere, and massive activations magnify it: absorbed and
@@ -36,4 +36,7 @@ class ExactFloat64(TorchFunctionMode):
 
 
 def _exact(value: Any) -> Any:
+    # Some operations, such as products of matrices, need operands of one dtype.
+    if isinstance(value, Tensor) and value.dtype == torch.float32:
+        return value.double()
     return torch.float64 if value is torch.float32 else value

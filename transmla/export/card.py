@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,7 @@ def write_card(
         load_arguments=words.load_arguments,
         precision=f"\n{words.precision}\n" if words.precision else "",
         rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in _plan_rows(plan)),
-        evaluation=_evaluation(evaluation) if evaluation else _NOT_EVALUATED.format(name=name, source=shown.source),
+        evaluation=_evaluation(evaluation) if evaluation else _NOT_EVALUATED.format(name=shlex.quote(name), source=shlex.quote(shown.source)),
         recipe=dump_recipe(shown),
         method=plan.method,
         fold=plan.rotary.freqfold,

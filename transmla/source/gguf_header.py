@@ -25,8 +25,8 @@ from transmla.errors import TransmlaError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _MOST_DIMENSIONS = 4
-# Bytes that tensors are aligned to if the header does not say.
-_ALIGNMENT = 32
+# Bytes that tensors are aligned to if the header does not say, and at most.
+_ALIGNMENT, _MOST_ALIGNMENT = 32, 2**16
 # Fewest bytes that a field and a tensor take in the header.
 _SMALLEST_FIELD, _SMALLEST_TENSOR = 13, 24
 # Ends of the names of fields that are bounded by the tensors' number, and by their largest dimension.
@@ -106,7 +106,7 @@ class _Reader:
             places[name] = begin, self.at
         infos = [self.tensor() for _ in range(tensors)]
         align = fields.get("general.alignment", _ALIGNMENT)
-        if not isinstance(align, int) or align < 1:
+        if not isinstance(align, int) or not 1 <= align <= _MOST_ALIGNMENT:
             raise ValueError(f"its tensors are aligned to {align} bytes")
         data = -(-self.at // align) * align
         named = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in infos)

@@ -155,20 +155,23 @@ def load_model(path: Path, *, dtype: torch.dtype | str, allow_pickle: bool = Fal
     import transformers
 
     folder, extra = split_gguf(path)
+    packed = False
     if not extra:
         check_config(folder)
         extra["use_safetensors"] = not check_pickles(folder, allow=allow_pickle)
-        if quantisation(folder) is not None:
-            return _load_packed(folder, dtype, **kwargs)
+        packed = quantisation(folder) is not None
     gguf_config = getattr(transformers, "GgufConfig", None)
     if "gguf_file" in extra and gguf_config is not None:
         # From 5.2x on, transformers keeps GGUF weights packed by default.
         extra["quantization_config"] = gguf_config(dequantize=True)
     what, remedy = f"cannot load '{path}' as a causal LM", "check the files, and that the model fits into the memory"
     with boundary(what, remedy=remedy), code_refused(path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, **extra, **kwargs
-        )
+        if packed:
+            model = _load_packed(folder, dtype, **kwargs)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, **extra, **kwargs
+            )
     _named_outputs(model.config)
     if getattr(model.config, "attn_logit_softcapping", None):
         # Until 5.22, transformers chose another attention by default, and that attention ignores the soft caps.
@@ -185,15 +188,11 @@ def _load_packed(folder: Path, dtype: torch.dtype | str, **kwargs: Any) -> Any:
 
     checkpoint, config = open_checkpoint(folder), load_config(folder)
     del config.quantization_config
-    what, remedy = f"cannot load '{folder}' as a causal LM", "check the files, and that the model fits into the memory"
-    with boundary(what, remedy=remedy):
-        tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
-        model = type(empty_model(config)).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, **kwargs
-        )
-        if (folder / GENERATION).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
+    model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **kwargs)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 @torch.no_grad()

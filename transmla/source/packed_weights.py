@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.boundary import read_json_object
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.families.base import PACKED
 from transmla.guard.headers import Stored
@@ -71,9 +71,17 @@ class PackedWeight:
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
-    """Return the ``quantization_config`` of a checkpoint whose packed weights are read; None without one."""
-    settings = (read_json_object(folder / "config.json") or {}).get("quantization_config")
-    return settings if isinstance(settings, dict) and settings.get("quant_method") in PACKED else None
+    """Return the ``quantization_config`` of a checkpoint whose packed weights are read; None without one.
+
+    Raises:
+        TransmlaError: if they cannot be read.
+    """
+    config = read_json_object(folder / "config.json") or {}
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") not in PACKED:
+        return None
+    check_packing(str(config.get("model_type")), settings)
+    return settings
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -93,12 +101,17 @@ def check_packing(family: str, settings: Mapping[str, Any]) -> None:
     Raises:
         TransmlaError: if they cannot.
     """
+    what = f"{family}: cannot read the quantization_config of config.json"
+    with boundary(what, remedy="use the config.json that belongs to these weights"):
+        _check_settings(family, settings)
+
+
+def _check_settings(family: str, settings: Mapping[str, Any]) -> None:
     if settings["quant_method"] == "fp8":
         if settings.get("expert_dtype", "fp8") != "fp8" or settings.get("scale_fmt", "float") not in ("float", None):
             raise _refuse(family, "FP8 weights with experts in FP4, or with scales that are powers of two,")
         return
-    groups = settings.get("config_groups")
-    groups = groups if isinstance(groups, dict) else {}
+    groups = settings.get("config_groups") or {}
     layouts = {group.get("format") or settings.get("format") for group in groups.values() if isinstance(group, dict)}
     for layout in layouts or {settings.get("format")}:
         if layout not in _FORMATS:
@@ -182,7 +195,7 @@ def _block(name: str, shape: tuple[int, int], scales: tuple[int, ...], settings:
         settings.get("weight_block_size"),
         *(weights.get("block_structure") for weights in _descriptions(settings)),
     ]
-    blocks += [(size[0], size[1]) for size in named if isinstance(size, list) and len(size) == 2 and min(size) > 0]
+    blocks += [(size[0], size[1]) for size in named if isinstance(size, list) and len(size) == 2 and _are_counts(size)]
     widths = [weights.get("group_size") for weights in _descriptions(settings)]
     blocks += [(1, width) for width in widths if isinstance(width, int) and width > 0]
     # One scale may be a number, and one for each row a vector.
@@ -191,6 +204,10 @@ def _block(name: str, shape: tuple[int, int], scales: tuple[int, ...], settings:
         if (ceil(rows / block[0]), ceil(columns / block[1])) == grid:
             return block
     raise _wrong(name, f"scales of the shape {list(scales)} fit no block that config.json names")
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
