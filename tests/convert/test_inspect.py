@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from transmla import cli
 from transmla.artifacts import LayerWeights
+from transmla.cli import inspect_report
 from transmla.core.linalg import regularise
 from transmla.core.rope import to_complex
 from transmla.core.spectrum import spectrum
@@ -148,6 +150,17 @@ def test_the_tables_and_reports_show_the_chosen_layers(inspect: Run) -> None:
     assert code == 0, err
     assert "mean error by budget, 2 of 3 layers" in out
     assert [line.split()[1] for line in out.splitlines() if line.startswith("│ ")][:2] == ["0", "2"]
+
+
+def test_the_picture_of_phases_names_the_chosen_layers(inspect: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    draw = inspect_report._draw
+    monkeypatch.setattr(inspect_report, "_draw", lambda found: figures.append(draw(found)) or figures[0])
+    for chosen, names in (("0,2", ["0", "2"]), ("2", ["2"])):
+        figures.clear()
+        assert inspect("--layers", chosen, "--report", "report.png")[0] == 0
+        (phases,) = (axes for axes in figures[0].axes if axes.get_title().startswith("phase"))
+        assert [label.get_text() for label in phases.get_yticklabels()] == names
 
 
 def test_a_layer_that_runs_is_checked(inspect: Run) -> None:

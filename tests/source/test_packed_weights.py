@@ -182,7 +182,7 @@ def test_blocks_of_impossible_sizes_are_refused(size: Any, make: Make) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = size
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TransmlaError, match="fit no block that config.json names"):
+    with pytest.raises(TransmlaError, match=r"fit no block that config\.json names"):
         open_checkpoint(folder)
 
 

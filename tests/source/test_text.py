@@ -205,6 +205,16 @@ def test_chunks_of_a_long_text_have_the_tokens_of_the_whole(
     assert (counts[-1] == 1) == space
 
 
+def test_two_chunks_have_the_tokens_of_the_whole_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "one line of a text\n" * 5
+    tokenizer = byte_tokenizer([text], bos=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    monkeypatch.setattr(module, "CHUNK", 60)
+    assert len(module._chunks(text)) == 2
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    assert load_tokens(str(tmp_path / "text.txt"), tokenizer).tolist() == tokenizer(text)["input_ids"]
+
+
 def test_one_bos_at_the_start_and_no_eos(with_bos: PreTrainedTokenizerFast, text_file: Path) -> None:
     expected = [0, *whole(with_bos, text_file.read_text(encoding="utf-8"))]
     assert load_tokens(str(text_file), with_bos, limit=500).tolist() == expected[:500]

@@ -174,8 +174,8 @@ def heal(
     if not PartialState().is_main_process:
         return
     console.show_healing(Manifest.read(healed).healing[-1])
-    named = shlex.quote(str(healed)), shlex.quote(teacher)
-    console.say(f"wrote {healed}; next: transmla eval {named[0]} --baseline {named[1]}")
+    command = f"transmla eval {shlex.quote(str(healed))} --baseline {shlex.quote(teacher)}"
+    console.say(f"wrote {healed}; next: {command}")
 
 
 def push(

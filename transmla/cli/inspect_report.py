@@ -52,6 +52,8 @@ def _draw(inspection: Inspection) -> Any:
     shown = phase.imshow(
         torch.stack([layer.spectrum.phase for layer in inspection.layers.values()]).cpu(), aspect="auto", vmin=0, vmax=1
     )
+    if len(inspection.layers) < inspection.count:
+        phase.set_yticks(range(len(inspection.layers)), [str(i) for i in inspection.layers])
     figure.colorbar(shown, ax=phase, label="|φ|")
     phase.set(title="phase: 1 = RoPE can be a constant, 0 = it cannot", xlabel="frequency, fast → slow", ylabel="layer")
     figure.suptitle(f"{inspection.source} under MLA")

@@ -147,10 +147,11 @@ def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
     parent = check_writable(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
+        what, or_else = ("healing", "leave it out (--heal off), ") if healing else ("export", "")
         raise TransmlaError(
-            f"the {'healing' if healing else 'export'} needs about {needed / 1e9:.1f} GB of disk",
+            f"the {what} needs about {needed / 1e9:.1f} GB of disk",
             limit=f"'{parent}' has {free / 1e9:.1f} GB free",
-            remedy=f"free some disk space, {'leave it out (--heal off), ' if healing else ''}or choose another --output",
+            remedy=f"free some disk space, {or_else}or choose another --output",
         )
 
 

@@ -246,7 +246,9 @@ def write_card(
         load_arguments=words.load_arguments,
         precision=f"\n{words.precision}\n" if words.precision else "",
         rows="\n".join(f"| {label} | {left} | {right} |" for label, left, right in _plan_rows(plan)),
-        evaluation=_evaluation(evaluation) if evaluation else _NOT_EVALUATED.format(name=shlex.quote(name), source=shlex.quote(shown.source)),
+        evaluation=_evaluation(evaluation)
+        if evaluation
+        else _NOT_EVALUATED.format(name=shlex.quote(name), source=shlex.quote(shown.source)),
         recipe=dump_recipe(shown),
         method=plan.method,
         fold=plan.rotary.freqfold,

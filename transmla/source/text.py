@@ -215,11 +215,12 @@ def _encode(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: in
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text without special tokens. Chunks of a long text are tokenised in parallel."""
     chunks = _chunks(text)
+    if len(chunks) <= 2:  # a check of two chunks takes as long as the whole
+        return _encode_all([text], tokenizer)[0]
     # Some tokenizers put a space before every text they are given; they get the text as a whole.
-    if len(chunks) > 2:
-        joined, apart = _encode_all([chunks[0] + chunks[1]], tokenizer), _encode_all(chunks[:2], tokenizer)
-        if joined[0] != list(chain(*apart)):
-            chunks = [text]
+    joined, apart = _encode_all([chunks[0] + chunks[1]], tokenizer), _encode_all(chunks[:2], tokenizer)
+    if joined[0] != list(chain(*apart)):
+        chunks = [text]
     return list(chain(*_encode_all(chunks, tokenizer)))
 
 
