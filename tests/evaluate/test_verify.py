@@ -352,7 +352,7 @@ def test_logits_that_rounding_changes_are_judged_in_float64(
     damaged: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Massive activations magnify rounding beyond any limit in float32; here the limit is below it."""
-    monkeypatch.setattr("transmla.evaluate.verify.LOGITS_TOLERANCE", 1e-9)
+    monkeypatch.setattr("transmla.evaluate.verify.LOGITS_TOLERANCE", 1e-7)
     if damaged:
         edit_tensors(folder, lambda tensors: tensors[MLP].mul_(1.03))
     checks = {check.name: check for check in verify(folder)}
