@@ -16,7 +16,7 @@ def test_a_replayed_graph_gives_the_results_of_eager_steps() -> None:
     eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
     for _ in range(10):
         eager.mul_(0.9).add_(1)
-    run_steps(lambda: (graph.mul_(0.9).add_(1), None)[1], 10, device)
+    run_steps([lambda: (graph.mul_(0.9).add_(1), None)[1]], [0] * 10, device)
     assert torch.equal(eager, graph)
 
 
@@ -33,14 +33,33 @@ def test_side_stream_results_are_ready_after_waiting() -> None:
         wait_for_side_stream(device)
         total.add_(squares - plain)
 
-    run_steps(advance, 7, device)
+    run_steps([advance], [0] * 7, device)
     assert total == 7 * ((values * values).sum() - values.sum())
 
 
 def test_without_a_gpu_every_step_is_called() -> None:
     calls: list[int] = []
-    run_steps(lambda: calls.append(len(calls)), 5, torch.device("cpu"))
-    assert calls == [0, 1, 2, 3, 4]
+    run_steps([lambda: calls.append(0), lambda: calls.append(1)], [0, 1, 1, 0, 1], torch.device("cpu"))
+    assert calls == [0, 1, 1, 0, 1]
+
+
+@needs_gpu
+def test_two_graphs_alternate_in_order() -> None:
+    """Steps of two sizes share their memory and keep their order, which the result depends on."""
+    device = torch.device("cuda")
+    eager, graph = (torch.ones(3, device=device, dtype=torch.float64) for _ in range(2))
+    kinds = [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1]
+
+    def grow(total: torch.Tensor) -> None:
+        total.mul_(torch.full((1000, 3), 1.1, device=device, dtype=torch.float64).mean(0))
+
+    def shift(total: torch.Tensor) -> None:
+        total.add_(torch.ones(500, 3, device=device, dtype=torch.float64).mean(0))
+
+    for kind in kinds:
+        (grow, shift)[kind](eager)
+    run_steps([lambda: grow(graph), lambda: shift(graph)], kinds, device)
+    assert torch.equal(eager, graph)
 
 
 def test_the_callers_settings_are_restored() -> None:

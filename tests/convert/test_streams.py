@@ -37,3 +37,17 @@ def test_a_model_of_1_5_billion_weights_stays_on_a_gpu_of_80_gb() -> None:
     sequences, length = AMOUNTS["cuda"]
     streams = 2 * 4 * sequences * length * spec.hidden_size
     assert STREAM_COPIES * streams + fit_bytes(spec, 0, length, FITS["full"]) < 0.9 * 80e9
+
+
+def test_streams_that_are_one_tensor_are_moved_once() -> None:
+    stream = torch.zeros(2, 3, 5)
+    calls: list[torch.Tensor] = []
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        return tensor + 1
+
+    changed = Streams(stream, converted=stream, ahead={1: {"latent": torch.ones(4)}}).map(change)
+    assert changed.source is changed.converted
+    assert len(calls) == 2
+    assert torch.equal(changed.ahead[1]["latent"], torch.full((4,), 2.0))

@@ -20,6 +20,10 @@ from transmla.core.reference_attention import expanded_attention, source_attenti
 SHAPES = [MLAShape(10, 4, 8, 8), MLAShape(24, 4, 13, 11, None, 10), MLAShape(10, 4, 8, 24, 14), MLAShape(6, 4, 8, 8)]
 
 
+# Factors that read the features.
+READS = ("q_nope", "q_pe", "latent", "rope")
+
+
 def make_factors(layout: str, shape: MLAShape, attention_factor: float = 1.0) -> tuple[torch.Tensor, LayerFactors]:
     layer = make_layer(layout, attention_factor=attention_factor)
     plan = replace(make_plan(layer.spec, "calibrated", (0, 2), 10, 2), shape=shape)
@@ -44,6 +48,38 @@ def test_the_fused_source_equals_the_reference(layout: str, rules: ScoreRules | 
     expected = source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
     found = fused_source_attention(layer.x, weights, frequencies, scaling=0.3, gain=1.4)
     assert relative(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_with_gaps(layout: str) -> None:
+    """Equal shifts change nothing, and twice the distances are twice the frequencies; for source and factors."""
+    x, factors = make_factors(layout, SHAPES[0])
+    positions = torch.arange(x.shape[1])
+    assert relative(fused_attention(x, factors, positions + 7), fused_attention(x, factors)) <= 1e-12
+    doubled = replace(factors, inv_freq=2 * factors.inv_freq)
+    assert relative(fused_attention(x, factors, 2 * positions), fused_attention(x, doubled)) <= 1e-12
+    layer = make_layer(layout)
+    frequencies = torch.tensor(layer.spec.inv_freq, dtype=torch.float64)
+    maps = layer.weights.q, layer.weights.k, layer.weights.v
+    q, k, v = (torch.einsum("ntD,hdD->nhtd", layer.x, weights) for weights in maps)
+    rest = {"scaling": 0.3, "gain": 1.4, "rules": ScoreRules()}
+    expected = module.attended_heads(q, k, v, 2 * frequencies, **rest)  # type: ignore[arg-type]
+    found = module.attended_heads(q, k, v, frequencies, **rest, positions=2 * positions + 3)  # type: ignore[arg-type]
+    assert relative(found, expected) <= 1e-12
+
+
+def test_widths_that_gpus_dislike_are_padded() -> None:
+    """A source with biases has an odd number of features; the padding changes nothing."""
+    _, factors = make_factors("gqa", SHAPES[2])
+    factors = replace(
+        factors, q_latent=None, q_nope=factors.q_nope @ factors.q_latent, q_pe=factors.q_pe @ factors.q_latent
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, factors.latent.shape[1] + 1, dtype=torch.float64, generator=generator)
+    wider = {name: torch.randn(*getattr(factors, name).shape[:-1], 1, generator=generator).double() for name in READS}
+    odd = replace(factors, **{name: torch.cat([getattr(factors, name), t], -1) for name, t in wider.items()})
+    assert x.shape[-1] % module.ALIGNMENT
+    assert relative(fused_attention(x, odd), expanded_attention(x, odd)) <= 1e-12
 
 
 def test_blocks_on_a_cpu_bear_keys_with_a_large_common_part() -> None:

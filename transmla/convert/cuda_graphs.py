@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -15,24 +15,33 @@ from transmla.modeling.sdpa import without_cudnn
 EAGER = 3
 
 
-def run_steps(advance: Callable[[], None], times: int, device: torch.device) -> None:
-    """Call ``advance`` ``times`` times; on a GPU, capture it after EAGER calls and replay the CUDA graph instead."""
-    if device.type != "cuda" or times <= EAGER:
-        for _ in range(times):
-            advance()
+def run_steps(advances: Sequence[Callable[[], None]], kinds: Sequence[int], device: torch.device) -> None:
+    """Call ``advances[kind]`` for each of the ``kinds`` in order.
+
+    On a GPU, each function is captured after EAGER calls, and its CUDA graph is replayed from then on. The graphs share
+    their memory, so the functions must leave results in tensors that exist after their first call.
+    """
+    if device.type != "cuda":
+        for kind in kinds:
+            advances[kind]()
         return
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    calls = [0] * len(advances)
     with torch.cuda.device(device):
-        stream = _stream(device, "capture")
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(EAGER):
-                advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            advance()
-        for _ in range(times - EAGER):
-            graph.replay()
+        stream, pool = _stream(device, "capture"), torch.cuda.graph_pool_handle()
+        for kind in kinds:
+            if calls[kind] < EAGER:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    advances[kind]()
+                torch.cuda.current_stream().wait_stream(stream)
+                calls[kind] += 1
+                continue
+            if kind not in graphs:
+                graphs[kind] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[kind], pool=pool, stream=stream):
+                    advances[kind]()
+            graphs[kind].replay()
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """Make new inputs for a fit from little calibration text.
 
 A step joins pieces of several sequences, moves each token a little along the difference of two other tokens, and keeps
-a random share of the accumulated error.
+a random share of the accumulated error. Most steps are shorter than the sequences: their pieces have gaps of positions
+between them, so that a short step still shows all distances (positional skip-wise training, arXiv 2309.10400).
 """
 
 from __future__ import annotations
@@ -15,51 +16,64 @@ from torch import Tensor
 PIECE = 256
 # Largest displacement of a token's hidden state, as a share of its norm.
 JITTER = 0.2
+# Tokens in the rows of a short step.
+SHORT = 2048
+# One step in WHOLE_EVERY takes whole sequences, if they are at least twice as long as a short row.
+WHOLE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class FitInputs:
-    """Maker of the inputs of a fit.
+    """Maker of the inputs of a fit, for steps of one size.
 
     Attributes:
         source: hidden states [N, T, D] that enter the first layer in the source.
         drift: hidden states of the export minus those of the source [N, T, D]: the error of all earlier layers.
-        rows: number of input sequences in one step.
+        rows: number of input sequences in one step, n.
+        length: tokens in each of them, L ≤ T.
     """
 
     source: Tensor
     drift: Tensor
     rows: int
+    length: int
 
-    def draw(self, steps: int, seed: int) -> tuple[Tensor, ...]:
+    def draw(self, steps: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draw the arguments of ``make`` for all steps, on the CPU.
 
         Returns:
-            rows, cuts, shares and shifts, each [steps, …].
+            rows, cuts, gaps, shares and shifts, each [steps, …].
         """
-        generator = torch.Generator().manual_seed(seed)
-        count, length = self.source.shape[:2]
+        count, length = len(self.source), self.length
+        slack = self.source.shape[1] - length
         pieces = max(2, length // PIECE)
         rows = torch.randint(count, (steps, self.rows, pieces), generator=generator)
         cuts = torch.randint(1, length, (steps, pieces - 1), generator=generator)
+        # Some steps spread over the whole sequence, others are nearly contiguous.
+        spread = torch.rand(steps, pieces - 1, generator=generator) * torch.rand(steps, 1, generator=generator)
+        gaps = torch.cat([torch.zeros(steps, 1), spread.sort(-1).values], 1).mul(slack).long()
         shares = torch.rand(steps, self.rows, generator=generator)
         shifts = torch.randint(1, self.rows * length, (steps, 2), generator=generator)
-        return rows, cuts, shares, shifts
+        return rows, cuts, gaps, shares, shifts
 
-    def make(self, rows: Tensor, cuts: Tensor, shares: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    def make(
+        self, rows: Tensor, cuts: Tensor, gaps: Tensor, shares: Tensor, shifts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Make the inputs of one step.
 
         Args:
             rows: indices [n, pieces] of the sequences that each input is joined from. Tokens keep their positions.
-            cuts: positions [pieces − 1] at which one piece ends and the next begins.
+            cuts: tokens [pieces − 1] of an input at which one piece ends and the next begins.
+            gaps: positions [pieces] that are left out before each piece, in all; the first is 0.
             shares: share [n] of the drift that each input keeps.
             shifts: offsets [2] of the two tokens whose difference a token is moved along.
 
         Returns:
-            Hidden states [n, T, D] that enter the first layer in the source and in the export.
+            Hidden states [n, L, D] that enter the first layer in the source and in the export, and their positions [L].
         """
-        positions = torch.arange(self.source.shape[1], device=self.source.device)
-        row = rows[:, (positions[:, None] >= cuts).sum(-1)]
+        index = torch.arange(self.length, device=self.source.device)
+        piece = (index[:, None] >= cuts).sum(-1)
+        positions, row = index + gaps[piece], rows[:, piece]
         source, drift = self.source[row, positions], self.drift[row, positions]
         tokens = source.flatten(0, 1)
         index = torch.arange(len(tokens), device=tokens.device)
@@ -67,4 +81,22 @@ class FitInputs:
         step = tokens[first] - tokens[second]
         limit = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         moved = (tokens + JITTER * step * limit.clamp_max(1)).view_as(source)
-        return moved, moved + drift * shares[:, None, None]
+        return moved, moved + drift * shares[:, None, None], positions
+
+
+def sizes_of_steps(source: Tensor, drift: Tensor, tokens: int) -> tuple[FitInputs, ...]:
+    """Return the makers of the inputs of each kind of step: of whole sequences and, if these are long, of short rows.
+
+    Args:
+        source: hidden states [N, T, D] that enter the first layer in the source.
+        drift: hidden states of the export minus those of the source [N, T, D].
+        tokens: tokens in one step, rounded down to whole rows, but at least one row.
+    """
+    count, length = source.shape[:2]
+    lengths = (length, SHORT) if length >= 2 * SHORT else (length,)
+    return tuple(FitInputs(source, drift, max(1, min(tokens // each, count)), each) for each in lengths)
+
+
+def kinds_of_steps(steps: int, kinds: int) -> list[int]:
+    """Return for each step which of the ``sizes_of_steps`` it takes."""
+    return [0 if kinds == 1 or step % WHOLE_EVERY == WHOLE_EVERY - 1 else 1 for step in range(steps)]

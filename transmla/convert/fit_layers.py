@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors
 from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
-from transmla.convert.fit_inputs import FitInputs
+from transmla.convert.fit_inputs import kinds_of_steps, sizes_of_steps
 from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
@@ -32,6 +33,8 @@ RETRY_RATE = 0.2
 # Share of the calibration sequences that are held out to evaluate the fit: of 64, enough for one of each text of the
 # default mixture.
 HELD_OUT = 0.16
+# Tokens for each feature that suffice to measure the moments of a layer's inputs.
+TOKENS_PER_FEATURE = 32
 # Steps of linear warm-up of the learning rate.
 WARM_UP = 20
 # Adam's coefficients for the running averages of the gradient and its square.
@@ -107,7 +110,7 @@ class FitProblem:
     """The inputs that layers are fitted on, and the error of given factors on these inputs.
 
     Attributes:
-        inputs: maker of the inputs of each step.
+        inputs: makers of the inputs of each kind of step.
     """
 
     def __init__(self, layers: Sequence[SourceLayer], source: Tensor, converted: Tensor, fit: FitSettings) -> None:
@@ -121,10 +124,11 @@ class FitProblem:
         """
         self.layers, self.through_mlp = layers, fit.through_mlp
         self.device = layers[0].device
-        rows = max(1, min(fit.tokens // source.shape[1], len(source)))
-        self.inputs = FitInputs(source.to(self.device), (converted - source).to(self.device), rows)
+        self.inputs = sizes_of_steps(source.to(self.device), (converted - source).to(self.device), fit.tokens)
 
-    def losses(self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the mean squared error of every layer, and the mean square of what the source's layer adds.
 
         Both divide each token by the root mean square of the source's hidden state after the layer, and bound what one
@@ -134,33 +138,35 @@ class FitProblem:
             factors: the factors of each layer.
             source: hidden states [N, T, D] that enter the first layer in the source.
             converted: hidden states [N, T, D] that enter the first layer in the export.
+            positions: increasing positions [T] of the tokens; None means 0 to T − 1.
 
         Returns:
             (errors [L], energies [L]) for L layers; their ratio is the relative squared error.
         """
         # One layer is too small to fill a GPU, so the source and the export run in parallel.
         with side_stream(self.device), torch.no_grad():
-            targets = self._run(source, [None] * len(self.layers))
+            targets = self._run(source, [None] * len(self.layers), positions)
             # The next layer's RMSNorm divides every token by its root mean square, so the error is measured likewise.
             weights = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in targets]
             added = [after - before for before, after in pairwise([source, *targets])]
             energies = [
                 _bounded((add * weight).square().mean(-1)).mean() for add, weight in zip(added, weights, strict=True)
             ]
-        outputs = self._run(converted, factors)
+        outputs = self._run(converted, factors, positions)
         wait_for_side_stream(self.device)
         triples = zip(outputs, targets, weights, strict=True)
         errors = [_bounded(((output - target) * weight).square().mean(-1)).mean() for output, target, weight in triples]
         return torch.stack(errors), torch.stack(energies)
 
-    def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None]) -> list[Tensor]:
+    def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None], positions: Tensor | None) -> list[Tensor]:
         """Return the hidden states [N, T, D] after each layer, with ``factors`` or, for None, the source's attention.
 
         Without ``through_mlp``, the last layer stops before its MLP.
         """
         outputs = []
         for layer, f in zip(self.layers, factors, strict=True):
-            stream = layer.run(stream, f, through_mlp=self.through_mlp or layer is not self.layers[-1])
+            through_mlp = self.through_mlp or layer is not self.layers[-1]
+            stream = layer.run(stream, f, positions=positions, through_mlp=through_mlp)
             outputs.append(stream)
         return outputs
 
@@ -196,7 +202,12 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         seed: seed of all random numbers.
     """
     device = problem.device
-    tables = [table.to(device) for table in problem.inputs.draw(fit.steps, seed)]
+    generator = torch.Generator().manual_seed(seed)
+    kinds = kinds_of_steps(fit.steps, len(problem.inputs))
+    tables = [
+        [table.to(device) for table in inputs.draw(kinds.count(kind), generator)]
+        for kind, inputs in enumerate(problem.inputs)
+    ]
     rates = torch.tensor([_schedule(step, fit.steps) * fit.rate for step in range(fit.steps)], device=device)
     # Gradients are about as large as the relative error. The tiny eps only prevents 0/0 for weights without a gradient.
     optimizer = torch.optim.Adam(
@@ -208,17 +219,19 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         capturable=device.type == "cuda",
     )
     step = torch.zeros(1, dtype=torch.int64, device=device)
+    drawn = [torch.zeros_like(step) for _ in problem.inputs]
 
-    def advance() -> None:
+    def advance(kind: int) -> None:
         optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
-        inputs = problem.inputs.make(*(table.index_select(0, step)[0] for table in tables))
-        errors, energies = problem.losses(parameters.factors(), *inputs)
+        arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
+        errors, energies = problem.losses(parameters.factors(), *problem.inputs[kind].make(*arguments))
         optimizer.zero_grad(set_to_none=True)
         (errors / energies).mean().backward()
         optimizer.step()
         step.add_(1)
+        drawn[kind].add_(1)
 
-    run_steps(advance, fit.steps, device)
+    run_steps([partial(advance, kind) for kind in range(len(problem.inputs))], kinds, device)
 
 
 def _schedule(step: int, total: int) -> float:
@@ -230,13 +243,15 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
     """Yield E[x xᵀ] [F, F] of the features of every layer's attention.
 
     Hidden states ``stream`` [N, T, D] enter the first layer; each other layer reads the layer before, with ``factors``.
+    Of long texts, every second to fourth sequence is read.
     """
+    width = layers[-1].view.width
+    enough = stream.shape[0] * stream.shape[1] // (TOKENS_PER_FEATURE * width)
+    stream = stream[:: max(1, min(4, enough))]
     for layer, f in zip(layers[:-1], factors, strict=False):
         moment, stream = layer.run_stream(stream, f.to(torch.float32))
         yield moment
-    width = layers[-1].view.width
     moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
     for _, hidden in steps(stream):
-        x = layers[-1].features(hidden).flatten(0, 1)
-        moment += (x.mT @ x).double()
+        moment += layers[-1].moment(layers[-1].features(hidden).flatten(0, 1))
     yield moment / (stream.shape[0] * stream.shape[1])

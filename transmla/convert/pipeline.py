@@ -34,8 +34,8 @@ from transmla.source.load import load_tokenizer
 
 # Seconds between saves of the hidden states (hundreds of MB each); as many for every half second that a save takes, if
 # it takes longer, so that saves take at most a fortieth of the time. A killed run loses at most this much work and the
-# current layer.
-SAVE_SECONDS = 20.0
+# current layer. The first save is assumed to write SAVE_RATE bytes a second.
+SAVE_SECONDS, SAVE_RATE = 20.0, 1e9
 
 
 def convert(
@@ -178,7 +178,7 @@ def _convert_layers(
         del embedding, first
     report.stage("converting layers", layers)
     report.advance(start)
-    saved, pause = time.monotonic(), SAVE_SECONDS
+    saved, pause = time.monotonic(), _pause(streams.nbytes() / SAVE_RATE)
     for i in range(start, layers):
         converted = converter.convert(i, streams)
         with converter.phases.measure("write"):
@@ -192,10 +192,15 @@ def _convert_layers(
                 workspace.save_progress(progress)
                 workspace.drop_streams(keep=i + 1)
             saved = time.monotonic()
-            pause = SAVE_SECONDS * max(1.0, 2 * (saved - began))
+            pause = _pause(saved - began)
         report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
     for phase, seconds in converter.phases.seconds.items():
         report.spent(phase, seconds)
     progress.final_norm = converter.final_norm(streams)
     workspace.save_progress(progress)
     return progress.final_norm
+
+
+def _pause(seconds: float) -> float:
+    """Return the seconds until the next save of the hidden states, if one takes ``seconds``."""
+    return SAVE_SECONDS * max(1.0, 2 * seconds)

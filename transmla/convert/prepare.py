@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,8 +124,6 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved."""
     plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
     fit = fit_settings(recipe.reconstruct, plan.cache_ratio, experts=source.spec.experts)
-    if fit is not None:
-        fit = replace(fit, tokens=max(fit.tokens, recipe.calibration.length or 0))
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 
 

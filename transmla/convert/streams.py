@@ -30,9 +30,10 @@ class Streams:
     ahead: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Streams:
-        """Return the streams with ``change`` applied to every tensor."""
-        hidden = {name: change(stream) for name, stream in self.hidden().items()}
-        ahead = {layer: {name: change(t) for name, t in tensors.items()} for layer, tensors in self.ahead.items()}
+        """Return the streams with ``change`` applied to every tensor; streams that are one tensor remain one."""
+        changed = {id(tensor): change(tensor) for tensor in {id(t): t for t in self._all()}.values()}
+        hidden = {name: changed[id(stream)] for name, stream in self.hidden().items()}
+        ahead = {layer: {name: changed[id(t)] for name, t in ts.items()} for layer, ts in self.ahead.items()}
         return Streams(**hidden, ahead=ahead)
 
     def hidden(self) -> dict[str, Tensor]:
@@ -58,6 +59,10 @@ class Streams:
                 hidden[key] = tensor
         return cls(**hidden, ahead=ahead)
 
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._all())
+
     def nearest(self, device: torch.device, copies: int, beside: int) -> Streams:
         """Return the streams on the GPU ``device`` if its free memory suffices; otherwise unchanged.
 
@@ -69,8 +74,7 @@ class Streams:
         if device.type != "cuda":
             return self
         torch.cuda.empty_cache()  # sampling before the conversion has reserved most of the memory
-        size = sum(tensor.nbytes for tensor in self._all())
-        if size * copies + beside > torch.cuda.mem_get_info(device)[0]:
+        if self.nbytes() * copies + beside > torch.cuda.mem_get_info(device)[0]:
             return self
         return self.map(lambda stream: stream.to(device))
 

@@ -16,21 +16,26 @@ from transmla.core.rope import rotate
 # Queries of a block on a CPU, and the longest sequence that is attended to in such blocks: a backward pass keeps all
 # attention weights.
 CPU_BLOCK, CPU_LENGTH = 256, 2048
+# Values in the rows of matrices for which GPUs have fast kernels: 16 bytes of bfloat16.
+ALIGNMENT = 8
 
 
-def attended_values(x: Tensor, f: LayerFactors) -> Tensor:
+def attended_values(x: Tensor, f: LayerFactors, positions: Tensor | None = None) -> Tensor:
     """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
 
+    ``positions`` [T] are increasing; None means 0 to T − 1.
     The heads attend to the latent itself (the absorbed form) if it is narrower than their expanded keys and values.
     Gemma 3 then needs 256 channels instead of 288, and flash kernels hold at most 256.
     Runs in the dtype of ``x`` or of autocast. Rotations run in float32 or wider.
     """
     rotary_dtype = torch.promote_types(x.dtype, torch.float32)
-    positions = torch.arange(x.shape[1], device=x.device)
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device)
     heads, d_n, rank = f.k_up.shape
-    query_input = x if f.q_latent is None else linear(x, f.q_latent)
-    query = _heads(linear(query_input, torch.cat([f.q_nope, f.q_pe], 1).flatten(0, 1)), heads)
-    cached = linear(x, torch.cat([f.latent, f.rope]))
+    x = _aligned(x)
+    query_input = x if f.q_latent is None else _aligned(linear(x, _aligned(f.q_latent)))
+    query = _heads(linear(query_input, _aligned(torch.cat([f.q_nope, f.q_pe], 1).flatten(0, 1))), heads)
+    cached = linear(x, _aligned(torch.cat([f.latent, f.rope])))
     latent = cached[..., :rank]
     q_pe = rotate(query[..., d_n:].to(rotary_dtype) * f.rope_gain, f.inv_freq, positions).to(query.dtype)
     k_pe = rotate(cached[..., rank:].to(rotary_dtype), f.inv_freq, positions).to(query.dtype)
@@ -128,7 +133,15 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scaling: flo
 
 
 def attended_heads(
-    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, scaling: float, gain: float, rules: ScoreRules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    *,
+    scaling: float,
+    gain: float,
+    rules: ScoreRules,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return a source's attention before the output projection.
 
@@ -140,14 +153,21 @@ def attended_heads(
         scaling: factor on the scores.
         gain: square of yarn's attention factor.
         rules: window, softcap and sinks.
+        positions: increasing positions [T]; None means 0 to T − 1.
 
     Returns:
         [N, T, H·d], in the dtype of ``v``.
     """
     rotary_dtype = torch.promote_types(q.dtype, torch.float32)
-    positions, group = torch.arange(q.shape[2], device=q.device), q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    if positions is None:
+        positions = torch.arange(q.shape[2], device=q.device)
     q = rotate(q.to(rotary_dtype) * gain, inv_freq, positions).to(v.dtype)
-    k = rotate(k.to(rotary_dtype), inv_freq, positions).to(v.dtype).repeat_interleave(group, 1)
+    k = rotate(k.to(rotary_dtype), inv_freq, positions)
+    if rules.softcap is None and rules.sinks is None:
+        # What all keys share changes no softmax, and would be most of what bfloat16 rounds in models with biases.
+        k = k - k.mean(2, keepdim=True)
+    k = k.to(v.dtype).repeat_interleave(group, 1)
     mixed = attend(q, k, v.repeat_interleave(group, 1), scaling=scaling, rules=rules)
     return mixed.transpose(1, 2).flatten(2)
 
@@ -166,11 +186,20 @@ def project(values: Tensor, f: LayerFactors) -> Tensor:
     return linear(values, f.o.transpose(0, 1).flatten(1))
 
 
-def fused_attention(x: Tensor, f: LayerFactors) -> Tensor:
-    """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]."""
-    return project(attended_values(x, f), f)
+def fused_attention(x: Tensor, f: LayerFactors, positions: Tensor | None = None) -> Tensor:
+    """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]; ``positions`` as before."""
+    return project(attended_values(x, f, positions), f)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """Split heads: [N, T, H·n] → [N, H, T, n]."""
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Append zero columns up to a multiple of ALIGNMENT; products of two such matrices do not change.
+
+    A source with biases has one feature more than its width, and a GPU takes twice the time for such matrices.
+    """
+    missing = -x.shape[-1] % ALIGNMENT
+    return pad(x, (0, missing)) if missing else x

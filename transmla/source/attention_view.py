@@ -122,14 +122,17 @@ class AttentionView:
     def heads_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [N, H, T, d], keys [N, G, T, d] and values [N, G, T, d] of features [N, T, F].
 
-        Queries and keys are in halves layout. RoPE is not applied.
+        Queries and keys are in halves layout. RoPE is not applied. Queries and keys with biases are float32 or wider:
+        some of Qwen2.5's biases are hundreds of times as large as what varies between tokens.
         """
         h = self.heads
-        rows = features
-        if not self.normed:
-            rows = linear(features[..., : self.projection.shape[1]], self.projection, self.bias)
+        rows = features if self.normed else linear(features[..., : self.projection.shape[1]], self.projection)
         counts = [h.queries, h.groups, h.groups]
         q, k, v = rows.unflatten(-1, (-1, h.width)).transpose(1, 2).split(counts, 1)
+        if self.bias is not None and not self.normed:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            bias_q, bias_k, bias_v = self.bias.unflatten(0, (-1, 1, h.width)).split(counts)
+            q, k, v = q.to(wide) + bias_q, k.to(wide) + bias_k, v + bias_v.to(v.dtype)
         if self.scale is not None:
             q, k = q * self.scale, k * self.scale
         if self.order is None:
