@@ -293,3 +293,13 @@ def test_a_small_cache_is_fitted_with_more_steps() -> None:
     assert hard is not None
     assert hard.steps == 1.5 * FITS["full"].steps
     assert fit_settings("off", 0.5) is None
+
+
+def test_large_layers_are_fitted_with_fewer_steps() -> None:
+    """Not those with experts, whose fit leaves out the MLP."""
+    steps = FITS["full"].steps
+    found = [fit_settings("full", 0.5, layer_parameters=weights) for weights in (41_000_000, 80_000_000, 900_000_000)]
+    assert [fit.steps for fit in found if fit is not None] == [steps, 0.75 * steps, 0.5 * steps]
+    experts = fit_settings("full", 0.5, layer_parameters=900_000_000, experts=True)
+    assert experts is not None
+    assert experts.steps == steps

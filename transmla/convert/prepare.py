@@ -123,7 +123,10 @@ def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
 def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_because: str | None) -> Prepared:
     """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved."""
     plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
-    fit = fit_settings(recipe.reconstruct, plan.cache_ratio, experts=source.spec.experts)
+    spec = source.spec
+    fit = fit_settings(
+        recipe.reconstruct, plan.cache_ratio, layer_parameters=spec.layer_parameters, experts=spec.experts
+    )
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 
 

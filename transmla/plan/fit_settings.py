@@ -17,7 +17,7 @@ class FitSettings:
 
     Attributes:
         steps: number of Adam steps.
-        tokens: tokens in one step, rounded down to whole sequences, but at least one sequence.
+        tokens: tokens in one step, rounded down to whole rows, but at least one row.
         rate: peak learning rate, in units of each tensor's root mean square; it decays to zero.
         through_mlp: measure the error after the layer's MLP; otherwise after its attention, at half the cost.
         window: number of consecutive layers that are fitted together. Only the first is final after the fit; the
@@ -37,19 +37,25 @@ class FitSettings:
 # perplexity of SmolLM2-135M falls by 0.5 % at half the cache, 1.1 % at a third, 1.9 % at a quarter and 6 % at an eighth
 # (scripts/results/quality/full-400-steps.json and full-600-steps.json).
 SMALL_CACHE = 0.4
+# Layers with more weights outside the attention take fewer steps, in proportion but at least FEWEST_STEPS of them, so
+# that a model of eight billion weights takes minutes.
+LARGE_LAYER, FEWEST_STEPS = 60_000_000, 0.5
 # Values of ``--reconstruct`` that fit layers, with their settings.
 FITS = {
     "fast": FitSettings(steps=60, tokens=2048, rate=5e-3, through_mlp=False),
-    "full": FitSettings(steps=300, tokens=4096, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
+    "full": FitSettings(steps=600, tokens=4096, rate=2e-3, through_mlp=True, window=2, small_cache_steps=1.5),
 }
 
 
-def fit_settings(name: str, cache_ratio: float, *, experts: bool = False) -> FitSettings | None:
+def fit_settings(
+    name: str, cache_ratio: float, *, layer_parameters: int = 0, experts: bool = False
+) -> FitSettings | None:
     """Return the settings of a fit.
 
     Args:
         name: name of the fit, a key of FITS, or ``off``.
         cache_ratio: share of the source's cache that the export keeps.
+        layer_parameters: weights outside the attention in the largest layer.
         experts: whether layers have experts. Such layers are fitted one at a time, with the error after the attention,
             because the choice of experts is not a smooth function of the hidden states.
 
@@ -61,6 +67,8 @@ def fit_settings(name: str, cache_ratio: float, *, experts: bool = False) -> Fit
         fit = replace(fit, steps=round(fit.steps * fit.small_cache_steps))
     if fit is not None and experts:
         fit = replace(fit, through_mlp=False, window=1)
+    if fit is not None and fit.through_mlp and layer_parameters > LARGE_LAYER:
+        fit = replace(fit, steps=round(fit.steps * max(FEWEST_STEPS, LARGE_LAYER / layer_parameters)))
     return fit
 
 
