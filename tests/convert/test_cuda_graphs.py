@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
+from transmla.convert.cuda_graphs import Graphs, deterministic, in_turn, side_stream, wait_for_side_stream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 
@@ -16,7 +16,8 @@ def test_a_replayed_graph_gives_the_results_of_eager_steps() -> None:
     eager, graph = (torch.zeros(3, device=device, dtype=torch.float64) for _ in range(2))
     for _ in range(10):
         eager.mul_(0.9).add_(1)
-    run_steps([lambda: (graph.mul_(0.9).add_(1), None)[1]], [0] * 10, device)
+    advance = Graphs(device).captured(lambda: (graph.mul_(0.9).add_(1), None)[1])
+    in_turn(*[advance] * 10)
     assert torch.equal(eager, graph)
 
 
@@ -33,13 +34,15 @@ def test_side_stream_results_are_ready_after_waiting() -> None:
         wait_for_side_stream(device)
         total.add_(squares - plain)
 
-    run_steps([advance], [0] * 7, device)
+    in_turn(*[Graphs(device).captured(advance)] * 7)
     assert total == 7 * ((values * values).sum() - values.sum())
 
 
 def test_without_a_gpu_every_step_is_called() -> None:
     calls: list[int] = []
-    run_steps([lambda: calls.append(0), lambda: calls.append(1)], [0, 1, 1, 0, 1], torch.device("cpu"))
+    graphs = Graphs(torch.device("cpu"))
+    advances = [graphs.captured(lambda: calls.append(0)), graphs.captured(lambda: calls.append(1))]
+    in_turn(*(advances[kind] for kind in (0, 1, 1, 0, 1)))
     assert calls == [0, 1, 1, 0, 1]
 
 
@@ -58,8 +61,33 @@ def test_two_graphs_alternate_in_order() -> None:
 
     for kind in kinds:
         (grow, shift)[kind](eager)
-    run_steps([lambda: grow(graph), lambda: shift(graph)], kinds, device)
+    graphs = Graphs(device)
+    advances = [graphs.captured(lambda: grow(graph)), graphs.captured(lambda: shift(graph))]
+    in_turn(*(advances[kind] for kind in kinds))
     assert torch.equal(eager, graph)
+
+
+@needs_gpu
+def test_a_backward_pass_may_be_a_graph_of_its_own() -> None:
+    """As in a fit on several GPUs, which exchange numbers between the two passes."""
+    device = torch.device("cuda")
+    weight = torch.ones(1000, device=device, requires_grad=True)
+    gradient, count, scale = (torch.zeros(size, device=device) for size in ((1000,), (), ()))
+    computed: list[torch.Tensor] = []
+
+    def forward() -> None:
+        count.add_(1)
+        scale.copy_(count)
+        computed.append((weight * count).square().sum())
+
+    def backward() -> None:
+        gradient.copy_(torch.autograd.grad(computed.pop() / scale, weight)[0])
+
+    graphs = Graphs(device)
+    parts = [graphs.captured(forward), lambda: (scale.mul_(2), None)[1], graphs.captured(backward)]
+    for step in range(8):
+        in_turn(*parts)
+        assert bool((gradient == step + 1).all())
 
 
 def test_the_callers_settings_are_restored() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
+from torch import distributed
 
 from transmla.modeling.sdpa import without_cudnn
 
@@ -15,33 +17,48 @@ from transmla.modeling.sdpa import without_cudnn
 EAGER = 3
 
 
-def run_steps(advances: Sequence[Callable[[], None]], kinds: Sequence[int], device: torch.device) -> None:
-    """Call ``advances[kind]`` for each of the ``kinds`` in order.
+class Graphs:
+    """Makes CUDA graphs that share their memory, for functions that are called in turn."""
 
-    On a GPU, each function is captured after EAGER calls, and its CUDA graph is replayed from then on. The graphs share
-    their memory, so the functions must leave results in tensors that exist after their first call.
-    """
-    if device.type != "cuda":
-        for kind in kinds:
-            advances[kind]()
-        return
-    graphs: dict[int, torch.cuda.CUDAGraph] = {}
-    calls = [0] * len(advances)
-    with torch.cuda.device(device):
-        stream, pool = _stream(device, "capture"), torch.cuda.graph_pool_handle()
-        for kind in kinds:
-            if calls[kind] < EAGER:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    advances[kind]()
-                torch.cuda.current_stream().wait_stream(stream)
-                calls[kind] += 1
-                continue
-            if kind not in graphs:
-                graphs[kind] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graphs[kind], pool=pool, stream=stream):
-                    advances[kind]()
-            graphs[kind].replay()
+    def __init__(self, device: torch.device) -> None:
+        """Prepare for functions that work on ``device``."""
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does the same. On a GPU, it is captured after EAGER calls, and replayed from then on.
+
+        The function must leave results in tensors that exist after its first call. One exception: a function may leave
+        tensors for the function that is called next, if both are always called together.
+        """
+        if self.device.type != "cuda":
+            return function
+        graph, calls = torch.cuda.CUDAGraph(), count()
+        # The thread that watches NCCL's work reads events, which would end a capture of all threads.
+        mode = "thread_local" if distributed.is_initialized() else "global"
+
+        def call() -> None:
+            number = next(calls)
+            with torch.cuda.device(self.device):
+                stream = _stream(self.device, "capture")
+                if number < EAGER:
+                    stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(stream):
+                        function()
+                    torch.cuda.current_stream().wait_stream(stream)
+                    return
+                if number == EAGER:
+                    with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+                        function()
+                graph.replay()
+
+        return call
+
+
+def in_turn(*functions: Callable[[], None]) -> None:
+    """Call each of the ``functions`` in order."""
+    for function in functions:
+        function()
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:

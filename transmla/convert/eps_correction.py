@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from transmla.ranks import Ranks
 
 
 @dataclass
@@ -34,6 +37,13 @@ class NormRatio:
         self.total += float(ratio.sum())
         self.squares += float(ratio.square().sum())
         self.count += ratio.numel()
+
+    def add_up(self, ranks: Ranks, device: torch.device) -> None:
+        """Add the tokens that the other processes have seen; they exchange tensors from ``device``."""
+        sums = torch.tensor([self.total, self.squares, self.count], dtype=torch.float64, device=device)
+        ranks.add_up(sums)
+        self.total, self.squares, count = sums.tolist()
+        self.count = int(count)
 
     @property
     def correction(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from transmla.artifacts import LayerFactors, LayerStats, LayerWeights, Plan
 from transmla.core.factors import compress_queries
 from transmla.core.methods.base import method_named
 from transmla.errors import TransmlaError
+from transmla.ranks import Ranks
 
 
 def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFactors:
@@ -33,3 +36,13 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
             remedy="use more calibration text, or a smaller rank",
         )
     return factors
+
+
+def from_first(factors: LayerFactors, ranks: Ranks) -> LayerFactors:
+    """Return the first process's ``factors`` in all processes, whose decompositions may round differently."""
+    if ranks.size == 1:
+        return factors
+    device = factors.latent.device
+    tensors = {name: t.to(device).contiguous() for name, t in vars(factors).items() if isinstance(t, Tensor)}
+    ranks.copy_first(*tensors.values())
+    return replace(factors, **tensors)  # type: ignore[arg-type]

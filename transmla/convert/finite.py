@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.errors import TransmlaError
+from transmla.ranks import Ranks
 
 _REMEDY = "check that weights and config belong together, and that no weights of this layer are huge or all zero"
 
@@ -63,32 +64,31 @@ def has_finite_squares(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched_norms(place: str, module: nn.Module) -> Iterator[None]:
-    """Check the input of every norm inside ``module`` that runs during the context.
+def watched_norms(place: str, module: nn.Module, ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Check the input of every norm inside ``module`` that runs during the context, in any of the processes ``ranks``.
 
     A norm whose input has infinite squares returns zeros: nothing after it would tell.
 
     Raises:
         TransmlaError: at the end, if the squares of an input overflow.
     """
-    finite: dict[str, Tensor] = {}
+    norms = {name: norm for name, norm in module.named_modules() if type(norm).__name__.endswith("Norm")}
+    overflowing = {name: torch.zeros((), dtype=torch.int64, device=device) for name in norms}
 
     def watch(name: str, x: Tensor) -> None:
-        flag = has_finite_squares(x)
-        finite[name] = finite[name] & flag if name in finite else flag
+        overflowing[name] += ~has_finite_squares(x)
 
     hooks = [
-        norm.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0]))
-        for name, norm in module.named_modules()
-        if type(norm).__name__.endswith("Norm")
+        norm.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0])) for name, norm in norms.items()
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for name, flag in finite.items():
-        if not bool(flag):
+    for name, count in overflowing.items():
+        ranks.add_up(count)
+        if bool(count):
             raise _overflow(place, f"the input of '{name}' overflows", torch.float32)
 
 

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors
-from transmla.convert.cuda_graphs import deterministic, run_steps, side_stream, wait_for_side_stream
+from transmla.convert.cuda_graphs import Graphs, deterministic, in_turn, side_stream, wait_for_side_stream
+from transmla.convert.factorize import from_first
 from transmla.convert.fit_inputs import kinds_of_steps, sizes_of_steps
 from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import FitSettings
+from transmla.ranks import Ranks
 
 # Learning-rate factor for the second attempt. On a small Mixtral at half the cache, all fast fits failed at a rate of
 # 5e-3 (KL 0.51 nats per token), and all succeeded at 1e-3 (KL 0.25). Measured on one H200, pydoc's test split.
@@ -85,7 +87,7 @@ def reconstruct(
     Returns:
         The fitted factors in float64; or the starting point, if no attempt lowers the summed held-out error.
     """
-    training = slice(0, len(source) - held_out(len(source)))
+    training, ranks = slice(0, len(source) - held_out(len(source))), layers[0].ranks
     evaluated = source[training.stop :], converted[training.stop :]
     moments = _input_moments(layers, factors, converted[training])
     starts = zip(layers, factors, moments, strict=True)
@@ -96,9 +98,12 @@ def reconstruct(
         before = problem.error(factors, *evaluated)
         for rate_factor in (1.0, RETRY_RATE):
             parameters = FitParameters(coordinates, factors, masks)
+            ranks.copy_first(parameters.vector.detach(), parameters.scale)
             descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
             with torch.no_grad():
-                fitted = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
+                fitted = tuple(
+                    from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.factors()
+                )
             after = problem.error(fitted, *evaluated)
             # A comparison with NaN is false, so a fit that diverged is discarded.
             if sum(after) < sum(before):
@@ -123,7 +128,7 @@ class FitProblem:
             fit: settings of the fit.
         """
         self.layers, self.through_mlp = layers, fit.through_mlp
-        self.device = layers[0].device
+        self.device, self.ranks = layers[0].device, layers[0].ranks
         self.inputs = sizes_of_steps(source.to(self.device), (converted - source).to(self.device), fit.tokens)
 
     def losses(
@@ -175,10 +180,11 @@ class FitProblem:
         """Return the relative squared error of every layer for hidden states ``source``, ``converted`` [N, T, D]."""
         factors = [f.to(torch.float32) for f in factors]
         total = torch.zeros(2, len(factors), device=self.device)
-        for start, part in steps(source):
+        for start, part in steps(source, self.ranks):
             other = converted[start : start + len(part)]
             losses = self.losses(factors, part.to(self.device), other.to(self.device))
             total += torch.stack(losses) * len(part)
+        self.ranks.add_up(total)
         return tuple((total[0] / total[1].clamp_min(1e-30)).tolist())
 
 
@@ -201,7 +207,7 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         fit: settings of the fit.
         seed: seed of all random numbers.
     """
-    device = problem.device
+    device, ranks = problem.device, problem.ranks
     generator = torch.Generator().manual_seed(seed)
     kinds = kinds_of_steps(fit.steps, len(problem.inputs))
     tables = [
@@ -220,18 +226,54 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
     )
     step = torch.zeros(1, dtype=torch.int64, device=device)
     drawn = [torch.zeros_like(step) for _ in problem.inputs]
+    energies = torch.zeros(len(problem.layers), device=device)
+    gradient = parameters.vector.grad = torch.zeros_like(parameters.vector)
+    computed: list[Tensor] = []
 
-    def advance(kind: int) -> None:
-        optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
+    def forward(kind: int) -> None:
         arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
-        errors, energies = problem.losses(parameters.factors(), *problem.inputs[kind].make(*arguments))
-        optimizer.zero_grad(set_to_none=True)
-        (errors / energies).mean().backward()
-        optimizer.step()
-        step.add_(1)
+        inputs = own_rows(ranks, *problem.inputs[kind].make(*arguments))
+        errors, parts = problem.losses(parameters.factors(), *inputs)
+        computed.append(errors / ranks.size)
+        energies.copy_(parts / ranks.size)
         drawn[kind].add_(1)
 
-    run_steps([partial(advance, kind) for kind in range(len(problem.inputs))], kinds, device)
+    def backward() -> None:
+        loss = (computed.pop() / energies).mean()
+        gradient.copy_(torch.autograd.grad(loss, parameters.vector)[0])
+
+    def update() -> None:
+        optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
+        optimizer.step()
+        step.add_(1)
+
+    graphs = Graphs(device)
+    if ranks.size == 1:
+        advances = [
+            graphs.captured(partial(in_turn, partial(forward, k), backward, update)) for k in range(len(tables))
+        ]
+    else:
+        # The processes exchange sums between graphs, never inside one.
+        end = graphs.captured(update)
+        advances = [
+            partial(
+                in_turn,
+                graphs.captured(partial(forward, kind)),
+                partial(ranks.add_up, energies),
+                graphs.captured(backward),
+                partial(ranks.add_up, gradient),
+                end,
+            )
+            for kind in range(len(tables))
+        ]
+    for kind in kinds:
+        advances[kind]()
+
+
+def own_rows(ranks: Ranks, source: Tensor, converted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this process's rows of a step's inputs [n, L, D]; all rows if the processes cannot have equally many."""
+    rows = ranks.share(len(source)) if len(source) % ranks.size == 0 else slice(None)
+    return source[rows], converted[rows], positions
 
 
 def _schedule(step: int, total: int) -> float:
@@ -252,6 +294,7 @@ def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors
         moment, stream = layer.run_stream(stream, f.to(torch.float32))
         yield moment
     moment = torch.zeros(width, width, dtype=torch.float64, device=layers[-1].device)
-    for _, hidden in steps(stream):
+    for _, hidden in steps(stream, layers[-1].ranks):
         moment += layers[-1].moment(layers[-1].features(hidden).flatten(0, 1))
+    layers[-1].ranks.add_up(moment)
     yield moment / (stream.shape[0] * stream.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transmla.artifacts import LayerFactors, LayerWeights
 from transmla.convert.eps_correction import NormRatio
-from transmla.convert.factorize import factorize
+from transmla.convert.factorize import factorize, from_first
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
 from transmla.convert.phases import Phases
@@ -24,6 +24,7 @@ from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
 from transmla.formats.base import AttentionExport, format_named
 from transmla.plan.estimate import fit_bytes
+from transmla.ranks import Ranks
 from transmla.source.decoder_layer import embedded
 from transmla.source.open_source import runs_in_bfloat16
 
@@ -70,10 +71,10 @@ class LayerConverter:
     The converter holds as many source layers at once as are fitted together.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
-        """Build the empty source layers for the conversion that ``prepared`` describes."""
+    def __init__(self, prepared: Prepared, ranks: Ranks) -> None:
+        """Build the empty source layers for the conversion that ``prepared`` describes; ``ranks`` share its work."""
         self.source, self.plan, self.device = prepared.source, prepared.plan, prepared.device
-        self.fit, self.seed = prepared.fit, prepared.recipe.seed
+        self.fit, self.seed, self.ranks = prepared.fit, prepared.recipe.seed, ranks
         self.format = format_named(self.plan.format)
         self.first_pass = method_named(self.plan.method).first_pass
         self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
@@ -86,6 +87,7 @@ class LayerConverter:
                 self.device,
                 half=half,
                 norm_eps=self.format.norm_eps,
+                ranks=ranks,
             )
             for _ in range(1 if self.fit is None else self.fit.window)
         ]
@@ -244,11 +246,12 @@ class LayerConverter:
         if self.first_pass is not None:
             assert streams.first_pass is not None
             first_factors = self.first_pass(layer.weights().to(torch.float64), stats.to(torch.float64), plan)
+            first_factors = from_first(first_factors, self.ranks)
             with self.phases.measure("observe"):
                 moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
             stats, leaving = replace(stats, converted_moment=moment), replace(leaving, first_pass=hidden)
         with self.phases.measure("factorise"):
-            factors = factorize(layer.weights(), stats, plan)
+            factors = from_first(factorize(layer.weights(), stats, plan), self.ranks)
         return _OpenLayer(layer, observations, factors, leaving)
 
     def _load(self, index: int) -> SourceLayer:
@@ -293,11 +296,14 @@ def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) ->
     spec = layer.spec
     weights: LayerWeights = layer.weights()
     difference = energy = 0.0
-    for hidden in stream:
+    for hidden in stream[layer.ranks.share(len(stream))]:
         x = layer.features(hidden[None])
         target = fused_source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
         difference += float((fused_attention(x, factors) - target).square().sum())
         energy += float(target.square().sum())
+    sums = torch.tensor([difference, energy], dtype=torch.float64, device=layer.device)
+    layer.ranks.add_up(sums)
+    difference, energy = sums.tolist()
     return difference / max(energy, 1e-30)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
-from transmla.convert.layers import LayerConverter
+from transmla.convert.layers import ConvertedLayer, LayerConverter
+from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
 from transmla.convert.streams import Streams
@@ -28,6 +31,7 @@ from transmla.export.workspace import Progress, Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import format_named
 from transmla.plan.estimate import disk_bytes
+from transmla.ranks import Ranks, launched
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
@@ -51,6 +55,9 @@ def convert(
 ) -> Path:
     """Convert ``recipe.source`` into the folder ``recipe.output``, without healing.
 
+    Every process that accelerate or torchrun started must call this function. They share the work; the first one
+    reports and writes.
+
     Args:
         recipe: the recipe of the conversion.
         resume: continue an unfinished conversion of the same recipe.
@@ -68,69 +75,119 @@ def convert(
         TransmlaError: if the input cannot be used, before anything is written; or if the disk is full, in which case
             the files written so far remain for ``resume``.
     """
-    report = reporter or Silent()
+    ranks = launched(recipe.device)
+    report = (reporter or Silent()) if ranks.first else Silent()
     output = folder or output_folder(recipe)
-    prepared = prepared or prepare(recipe, sequences=None if calibration is None else len(calibration))
-    source, recipe = prepared.source, prepared.recipe
-    amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
-    sequences, length = amount if calibration is None else calibration.shape
-    with Workspace(output, shards=source.spec.num_hidden_layers + 2) as workspace:
-        workspace.refuse_overwrite(resume=resume)
-        workspace.refuse_foreign()
-        tokenizer = load_tokenizer(source.path)
-        check_disk(output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
-        check_length(source.spec, length)
-        tokens, text = calibration, None
-        complete = resume and is_complete(workspace.folder)
-        if tokens is None and resume:
-            tokens = workspace.tokens()
-        if tokens is None and not complete:
-            text = read_calibration(recipe, source, tokenizer, report)
-        report.stage("checking weights", len(source.checkpoint.shapes))
-        fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
-        if complete:
-            refuse_other_run(workspace.folder, prepared, fingerprint)
-            workspace.finish()
-            return output
-        for note in (*prepared.plan.notes, *notes):
-            report.message(note)
-        if tokens is None:
-            assert text is not None
-            tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
-        with disk_errors(output):
-            _write(prepared, workspace, tokens, {} if text is None else text.shares, tokenizer, fingerprint, report)
+    sequences = None if calibration is None else len(calibration)
+    prepared = prepared or ranks.first_then_others(lambda: prepare(recipe, sequences=sequences))
+    with Workspace(output, shards=prepared.source.spec.num_hidden_layers + 2) as workspace:
+        ranks.on_first(lambda: _refuse(workspace, resume=resume))
+        tokenizer = load_tokenizer(prepared.source.path)
+        begin = partial(_begin, prepared, workspace, tokenizer, calibration, report, resume=resume, pool=pool)
+        inputs = ranks.on_first(partial(begin, notes=notes))
+        if inputs is not None:
+            with disk_errors(output):
+                _write(prepared, ranks, workspace, inputs, tokenizer, report)
     return output
 
 
-def _write(
+@dataclass(frozen=True)
+class _Inputs:
+    """What a conversion reads beside the weights.
+
+    Attributes:
+        tokens: calibration tokens [N, T].
+        shares: shares of the calibration texts by name; empty if the workspace has saved the tokens.
+        fingerprint: hash of the source's tensors.
+    """
+
+    tokens: Tensor
+    shares: dict[str, float]
+    fingerprint: str
+
+
+def _refuse(workspace: Workspace, *, resume: bool) -> None:
+    """Check that the run may write into ``workspace``; raises as its two checks do."""
+    workspace.refuse_overwrite(resume=resume)
+    workspace.refuse_foreign()
+
+
+def _begin(
     prepared: Prepared,
     workspace: Workspace,
-    tokens: Tensor,
-    shares: dict[str, float],
     tokenizer: Any,
-    fingerprint: str,
+    calibration: Tensor | None,
     report: Reporter,
+    *,
+    resume: bool,
+    pool: int,
+    notes: tuple[str, ...],
+) -> _Inputs | None:
+    """Check the input, and read or sample the calibration text.
+
+    Args:
+        prepared: the conversion.
+        workspace: the folder to write.
+        tokenizer: the source's tokenizer.
+        calibration: as for ``convert``, like ``resume``, ``pool`` and ``notes``.
+        report: receives progress.
+
+    Returns:
+        None if the run that is resumed was complete; its folder then has its final name.
+    """
+    source, recipe = prepared.source, prepared.recipe
+    amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
+    sequences, length = amount if calibration is None else calibration.shape
+    check_disk(workspace.output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
+    check_length(source.spec, length)
+    tokens, text = calibration, None
+    complete = resume and is_complete(workspace.folder)
+    if tokens is None and resume:
+        tokens = workspace.tokens()
+    if tokens is None and not complete:
+        text = read_calibration(recipe, source, tokenizer, report)
+    report.stage("checking weights", len(source.checkpoint.shapes))
+    fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
+    if complete:
+        refuse_other_run(workspace.folder, prepared, fingerprint)
+        workspace.finish()
+        return None
+    for note in (*prepared.plan.notes, *notes):
+        report.message(note)
+    if tokens is None:
+        assert text is not None
+        tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
+    return _Inputs(tokens, {} if text is None else text.shares, fingerprint)
+
+
+def _write(
+    prepared: Prepared, ranks: Ranks, workspace: Workspace, inputs: _Inputs, tokenizer: Any, report: Reporter
 ) -> None:
     """Convert, and write the whole export.
 
     Args:
         prepared: the conversion.
+        ranks: the processes that share the work; the first writes.
         workspace: the folder to write, new or of the run that is resumed.
-        tokens: calibration tokens [N, T].
-        shares: shares of the calibration texts by name; empty if the workspace has saved the tokens.
+        inputs: the calibration text.
         tokenizer: the source's tokenizer.
-        fingerprint: hash of the source's tensors.
         report: receives progress.
     """
-    progress = workspace.open(resume_key(prepared, fingerprint, tokens), report.message)
-    if shares:
-        progress.texts = shares
+    progress = ranks.on_first(lambda: _open(prepared, workspace, inputs, report))
+    final_norm = _convert_layers(prepared, ranks, workspace, progress, inputs.tokens, report)
+    ranks.on_first(lambda: write_rest(prepared, workspace, progress, final_norm, tokenizer, inputs.fingerprint, report))
+    ranks.on_first(workspace.finish)
+
+
+def _open(prepared: Prepared, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
+    """Open the workspace, save what a resumed run needs, and return the progress so far."""
+    progress = workspace.open(resume_key(prepared, inputs.fingerprint, inputs.tokens), report.message)
+    if inputs.shares:
+        progress.texts = inputs.shares
         workspace.save_progress(progress)
     # Save the tokens last: a resumed run that finds them does not read the texts again.
-    workspace.save_tokens(tokens)
-    final_norm = _convert_layers(prepared, workspace, progress, tokens, report)
-    write_rest(prepared, workspace, progress, final_norm, tokenizer, fingerprint, report)
-    workspace.finish()
+    workspace.save_tokens(inputs.tokens)
+    return progress
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -156,49 +213,73 @@ def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
 
 
 def _convert_layers(
-    prepared: Prepared, workspace: Workspace, progress: Progress, tokens: Tensor, report: Reporter
+    prepared: Prepared, ranks: Ranks, workspace: Workspace, progress: Progress, tokens: Tensor, report: Reporter
 ) -> float:
     """Write the shard of the embedding and one shard per layer; return the factor on the last norm's weight."""
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
-    source, converter = prepared.source, LayerConverter(prepared)
+    source, converter = prepared.source, LayerConverter(prepared, ranks)
     form = format_named(prepared.plan.format)
-    check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0))
+    ranks.on_first(lambda: check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0)))
     start, layers = progress.next_layer, source.spec.num_hidden_layers
+    writer = _Writer(workspace, progress, converter.phases)
     if start:
         streams = converter.place(Streams.from_tensors(workspace.streams(start, progress.checksum)))
-        workspace.drop_streams(keep=start)
+        ranks.on_first(lambda: workspace.drop_streams(keep=start))
     else:
         name = source.family.tensors["embed"]
         embedding = source.checkpoint.read(name)
         streams = converter.start(tokens, embedding)
-        first = {name: converter.cast(embedding)}
-        check_tensors("the embedding", first)
-        progress.hashes[workspace.shard_name(0)] = workspace.write_shard(0, first)
-        del embedding, first
+        ranks.on_first(lambda: writer.embedding({name: converter.cast(embedding)}))
+        del embedding
     report.stage("converting layers", layers)
     report.advance(start)
-    saved, pause = time.monotonic(), _pause(streams.nbytes() / SAVE_RATE)
+    writer.start(streams)
     for i in range(start, layers):
         converted = converter.convert(i, streams)
-        with converter.phases.measure("write"):
-            progress.hashes[workspace.shard_name(i + 1)] = workspace.write_shard(i + 1, converted.tensors)
-        progress.layers.append(converted.record)
         streams = converted.streams
-        if (began := time.monotonic()) - saved >= pause:
-            with converter.phases.measure("write"):
-                progress.checksum = workspace.save_streams(i + 1, streams.to_tensors())
-                progress.next_layer = i + 1
-                workspace.save_progress(progress)
-                workspace.drop_streams(keep=i + 1)
-            saved = time.monotonic()
-            pause = _pause(saved - began)
-        report.advance(i + 1, f"error {converted.record.get('held_out_after', converted.record['relative_error']):.3f}")
+        ranks.on_first(partial(writer.layer, i, converted))
+        record = converted.record
+        report.advance(i + 1, f"error {record.get('held_out_after', record['relative_error']):.3f}")
     for phase, seconds in converter.phases.seconds.items():
         report.spent(phase, seconds)
     progress.final_norm = converter.final_norm(streams)
-    workspace.save_progress(progress)
+    ranks.on_first(lambda: workspace.save_progress(progress))
     return progress.final_norm
+
+
+class _Writer:
+    """Writes shards, and now and then the state that a resumed run needs."""
+
+    def __init__(self, workspace: Workspace, progress: Progress, phases: Phases) -> None:
+        """Write into ``workspace``, keep ``progress`` up to date, and measure the time as a phase."""
+        self.workspace, self.progress, self.phases = workspace, progress, phases
+
+    def start(self, streams: Streams) -> None:
+        """Begin to count the seconds until the hidden states are saved for the first time."""
+        self.saved, self.pause = time.monotonic(), _pause(streams.nbytes() / SAVE_RATE)
+
+    def embedding(self, tensors: dict[str, Tensor]) -> None:
+        """Check and write the first shard."""
+        check_tensors("the embedding", tensors)
+        self._shard(0, tensors)
+
+    def layer(self, index: int, converted: ConvertedLayer) -> None:
+        """Write the shard of a layer; if it is time, save the progress and the hidden states after the layer."""
+        with self.phases.measure("write"):
+            self._shard(index + 1, converted.tensors)
+        self.progress.layers.append(converted.record)
+        if (began := time.monotonic()) - self.saved >= self.pause:
+            with self.phases.measure("write"):
+                self.progress.checksum = self.workspace.save_streams(index + 1, converted.streams.to_tensors())
+                self.progress.next_layer = index + 1
+                self.workspace.save_progress(self.progress)
+                self.workspace.drop_streams(keep=index + 1)
+            self.saved = time.monotonic()
+            self.pause = _pause(self.saved - began)
+
+    def _shard(self, index: int, tensors: dict[str, Tensor]) -> None:
+        self.progress.hashes[self.workspace.shard_name(index)] = self.workspace.write_shard(index, tensors)
 
 
 def _pause(seconds: float) -> float:

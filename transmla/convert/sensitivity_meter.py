@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerWeights, Sensitivity
+from transmla.ranks import Ranks
 
 
 class SensitivityMeter:
@@ -32,7 +33,7 @@ class SensitivityMeter:
         self.query_moment = weights.q.new_zeros(heads, d, d, dtype=torch.float64)
         self.head_energy = weights.q.new_zeros(heads, dtype=torch.float64)
         self.mass = weights.q.new_zeros(heads, length, dtype=torch.float64)
-        self.positions = 0
+        self.positions = weights.q.new_zeros((), dtype=torch.float64)
 
     def add(self, heads: slice, x: Tensor, queries: Tensor, attention: Tensor, energy: Tensor) -> Tensor:
         """Add the query heads of one key head.
@@ -66,8 +67,9 @@ class SensitivityMeter:
             self.positions += len(x) * len(queries)
         return influence.sum(0)
 
-    def result(self) -> Sensitivity:
-        """Return the means over all queries."""
+    def result(self, ranks: Ranks) -> Sensitivity:
+        """Return the means over all queries of all processes."""
+        ranks.add_up(self.key_moment, self.value_moment, self.query_moment, self.head_energy, self.mass, self.positions)
         tiny = torch.finfo(torch.float64).tiny
         return Sensitivity(
             self.key_moment / self.positions,

@@ -19,6 +19,7 @@ from transmla.convert.streams import empty_like
 from transmla.core.fused_attention import attended_heads, fused_attention
 from transmla.core.reference_attention import causal_softmax, source_scores
 from transmla.families.base import Family
+from transmla.ranks import Ranks
 from transmla.source.attention_view import AttentionView, Heads, halves_order
 from transmla.source.decoder_layer import attention_input, layer_with, run_layer
 
@@ -71,6 +72,7 @@ class SourceLayer:
         *,
         half: bool = False,
         norm_eps: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare for layers of one source.
 
@@ -81,8 +83,10 @@ class SourceLayer:
             device: the device that the layer runs on.
             half: multiply matrices in bfloat16.
             norm_eps: eps of the export's norms; None if the export keeps the source's eps.
+            ranks: processes that share the calibration text; each runs the layer over its own sequences. None: one.
         """
         self.norm_eps = norm_eps
+        self.ranks = ranks or Ranks()
         self.model, self.family, self.source_spec = model, family, spec
         self.device, self.half = device, half
 
@@ -180,24 +184,27 @@ class SourceLayer:
         width, length = self.view.width, stream.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         moment, attended = zeros(width, width), zeros(width, width)
-        mass, received = zeros(self.spec.num_attention_heads, length), 0.0
+        mass, received = zeros(self.spec.num_attention_heads, length), zeros(())
         meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
         following = empty_like(stream, self.device)
-        with self._observed_norms() as norms, watched_norms(self.place, self.module):
-            for start, part in steps(stream):
+        watched = watched_norms(self.place, self.module, self.ranks, self.device)
+        with self._observed_norms() as norms, watched:
+            for start, part in steps(stream, self.ranks):
                 hidden = part.to(self.device)
                 x = self.features(hidden)
                 step_mass, squared = self._attention(x, meter)
                 mass += step_mass
-                received += float(squared.sum())
+                received += squared.sum()
                 flat = x.flatten(0, 1)
                 moment += self.moment(flat)
                 attended += self.moment(flat, squared.flatten())
                 following[start : start + len(hidden)].copy_(self.run(hidden))
+        self.ranks.add_up(moment, attended, mass, received)
+        self.ranks.complete(following, self.device)
         tokens = stream.shape[0] * length
         total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
         check_hidden(self.place, {"source": following})
-        sensitivity = None if meter is None else meter.result()
+        sensitivity = None if meter is None else meter.result(self.ranks)
         stats = LayerStats(moment / tokens, attended / received, mass / total, tokens, sensitivity=sensitivity)
         measured = {**vars(stats), **({} if sensitivity is None else vars(sensitivity))}
         check_tensors(self.place, {name: value for name, value in measured.items() if isinstance(value, Tensor)})
@@ -217,11 +224,13 @@ class SourceLayer:
         width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
         following = empty_like(stream, self.device)
-        for start, part in steps(stream):
+        for start, part in steps(stream, self.ranks):
             hidden = part.to(self.device)
             x = self.features(hidden).flatten(0, 1)
             moment += self.moment(x)
             following[start : start + len(hidden)].copy_(self.run(hidden, factors))
+        self.ranks.add_up(moment)
+        self.ranks.complete(following, self.device)
         return moment / (stream.shape[0] * stream.shape[1]), following
 
     def moment(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -254,6 +263,8 @@ class SourceLayer:
         finally:
             for hook in hooks:
                 hook.remove()
+        for norm in norms:
+            norm.add_up(self.ranks, self.device)
 
     @torch.no_grad()
     def _attention(self, x: Tensor, meter: SensitivityMeter | None) -> tuple[Tensor, Tensor]:
@@ -319,11 +330,12 @@ def sum_by_distance(attention: Tensor, first: int, stride: int = 1) -> Tensor:
     return torch.nn.functional.pad(by_distance, (0, length - by_distance.shape[1]))
 
 
-def steps(stream: Tensor) -> Iterator[tuple[int, Tensor]]:
+def steps(stream: Tensor, ranks: Ranks | None = None) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, sequences [n, T, ...]) for consecutive groups of ``stream`` [N, T, ...].
 
-    Each group has about TOKENS_PER_STEP tokens, and at least one sequence.
+    Each group has about TOKENS_PER_STEP tokens, and at least one sequence. With ``ranks``, the groups are only those of
+    this process's share of the sequences.
     """
-    size = max(1, TOKENS_PER_STEP // stream.shape[1])
-    for start in range(0, len(stream), size):
-        yield start, stream[start : start + size]
+    size, share = max(1, TOKENS_PER_STEP // stream.shape[1]), (ranks or Ranks()).share(len(stream))
+    for start in range(share.start, share.stop, size):
+        yield start, stream[start : min(start + size, share.stop)]

@@ -1,0 +1,151 @@
+"""The processes that accelerate or torchrun started for one run: split its work over them, and add up their results.
+
+A run of one process calls the same functions. They then return at once, and torch.distributed is never started.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from transmla.errors import TransmlaError
+
+T = TypeVar("T")
+
+# Longest time that a process waits for another one: the first process samples and writes exports alone.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one launch. Each of them must call every method but ``share``, in the same order.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Return this process's share of ``count`` things: consecutive ones, as many as others have or one more."""
+        return _share(count, self.rank, self.size)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the first process, and return its result in all.
+
+        Raises:
+            Exception: what ``work`` raised, in all processes.
+        """
+        if self.size == 1:
+            return work()
+        result: list[Any] = [None, None]
+        if self.first:
+            try:
+                result[0] = work()
+            except Exception as error:
+                result[1] = _portable(error)
+                distributed.broadcast_object_list(result)
+                raise
+        distributed.broadcast_object_list(result)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]  # type: ignore[no-any-return]
+
+    def first_then_others(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the first process and then in all others, which find the files that the first has made.
+
+        Raises:
+            Exception: what ``work`` raised in the first process.
+        """
+        results: list[T] = []
+        self.on_first(lambda: results.append(work()))
+        return results[0] if self.first else work()
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Replace each tensor, in place, by its sum over the processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
+    def copy_first(self, *tensors: Tensor) -> None:
+        """Replace each contiguous tensor, in place, by the first process's tensor."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+    def complete(self, rows: Tensor, device: torch.device) -> None:
+        """Fill in the rows that other processes have computed, in place, one at a time.
+
+        Args:
+            rows: [N, …], of which this process has computed its share.
+            device: the device that the processes exchange tensors from; ``rows`` may be in the computer's memory.
+        """
+        if self.size == 1:
+            return
+        for owner in range(self.size):
+            for row in rows[_share(len(rows), owner, self.size)]:
+                sent = row.to(device) if owner == self.rank else torch.empty_like(row, device=device)
+                distributed.broadcast(sent, owner)
+                if owner != self.rank:
+                    row.copy_(sent)
+
+
+def launched(device: str) -> Ranks:
+    """Return the processes that accelerate or torchrun started for this run, after connecting them.
+
+    Each process uses the GPU of its own number from then on.
+
+    Args:
+        device: name of the device that the user chose; ``auto``, ``cuda`` or ``cpu`` if there are several processes.
+
+    Raises:
+        TransmlaError: if the device is one certain GPU, or if there are more processes than GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "LOCAL_RANK" not in os.environ:
+        return Ranks()
+    from accelerate import PartialState
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise TransmlaError(
+            f"--device {device} was given to {size} processes",
+            limit="each process takes the GPU of its own number",
+            remedy="leave --device out, and choose GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    if not on_cpu and local > torch.cuda.device_count():
+        raise TransmlaError(
+            f"{local} processes were started for {torch.cuda.device_count()} GPUs",
+            limit="each process needs a GPU of its own",
+            remedy="lower --num_processes",
+        )
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    return Ranks(state.process_index, state.num_processes)
+
+
+def _share(count: int, rank: int, size: int) -> slice:
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return ``error``, or an error with the same words if it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
