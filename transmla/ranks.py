@@ -25,7 +25,7 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one launch. Each of them must call every method but ``share``, in the same order.
+    """The processes of one launch. Each must call the same methods, in the same order.
 
     Attributes:
         rank: number of this process, from 0.
@@ -42,7 +42,11 @@ class Ranks:
 
     def share(self, count: int) -> slice:
         """Return this process's share of ``count`` things: consecutive ones, as many as others have or one more."""
-        return _share(count, self.rank, self.size)
+        return self.share_of(self.rank, count)
+
+    def share_of(self, rank: int, count: int) -> slice:
+        """Return the share of process ``rank``, as ``share`` does."""
+        return slice(count * rank // self.size, count * (rank + 1) // self.size)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the first process, and return its result in all.
@@ -97,7 +101,7 @@ class Ranks:
         if self.size == 1:
             return
         for owner in range(self.size):
-            for row in rows[_share(len(rows), owner, self.size)]:
+            for row in rows[self.share_of(owner, len(rows))]:
                 sent = row.to(device) if owner == self.rank else torch.empty_like(row, device=device)
                 distributed.broadcast(sent, owner)
                 if owner != self.rank:
@@ -138,8 +142,10 @@ def launched(device: str) -> Ranks:
     return Ranks(state.process_index, state.num_processes)
 
 
-def _share(count: int, rank: int, size: int) -> slice:
-    return slice(count * rank // size, count * (rank + 1) // size)
+def leave() -> None:
+    """End the connection that ``launched`` made, if it is still there."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _portable(error: Exception) -> Exception:

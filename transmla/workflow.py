@@ -7,6 +7,8 @@ The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A k
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,7 @@ from transmla.heal.choose import Choice, choose_healing
 from transmla.heal.resume import Store
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
+from transmla.ranks import launched
 from transmla.recipe import HEAL_AUTO, Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
@@ -33,6 +36,8 @@ from transmla.source.load import load_tokenizer
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
     """Convert ``recipe.source`` into ``recipe.output``, and heal it as ``recipe.heal`` asks.
+
+    Every process that accelerate or torchrun started must call this function.
 
     Args:
         recipe: the recipe of the conversion.
@@ -45,11 +50,39 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     Raises:
         TransmlaError: as ``convert`` and ``heal``; all input is checked before a model is loaded.
     """
-    report = reporter or Silent()
+    ranks = launched(recipe.device)
+    report = (reporter or Silent()) if ranks.first else Silent()
     output = output_folder(recipe)
     unhealed = output.with_name(output.name + ".unhealed")
-    if resume and _remove_rest(output, unhealed):
+    if ranks.on_first(lambda: (resume and _remove_rest(output, unhealed)) or _refuse(output, unhealed, resume=resume)):
         return output
+    prepared = ranks.first_then_others(lambda: prepare(recipe))
+    choice = _divided(ranks.on_first(partial(choice_for, prepared)), ranks.size)
+    settings, texts, note = ranks.on_first(partial(_open_healing, prepared, choice, unhealed, output))
+    notes = (note,) if note else ()
+    if settings is None:
+        return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
+    if not resume:
+        ranks.on_first(lambda: check_disk(output, choice.disk_bytes or 0, healing=True))
+    if not (resume and ranks.on_first(partial(_is_conversion_of, prepared, unhealed, report))):
+        pool = settings.self_tokens
+        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
+    # Pickled weights may be in memory, and healing loads its own.
+    del prepared
+    gc.collect()
+    fingerprint = Manifest.read(unhealed).source.fingerprint
+    heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint, texts=texts)
+    if ranks.first:
+        remove_folder(unhealed, last=MANIFEST)
+    return output
+
+
+def _refuse(output: Path, unhealed: Path, *, resume: bool) -> bool:
+    """Check that the run overwrites nothing, and return False.
+
+    Raises:
+        TransmlaError: if ``output`` is taken, or if there is an unfinished run and ``resume`` is off.
+    """
     with Workspace(output, shards=0) as workspace:
         workspace.refuse_overwrite(resume=resume)
     refuse_no_folder(unhealed)
@@ -59,24 +92,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
             limit="nothing is ever overwritten",
             remedy="continue that run with --resume, or delete the folder",
         )
-    prepared = prepare(recipe)
-    choice = choice_for(prepared)
-    settings, texts, note = _open_healing(prepared, choice, unhealed, output)
-    notes = (note,) if note else ()
-    if settings is None:
-        return convert(recipe, resume=resume, reporter=report, prepared=prepared, notes=notes)
-    if not resume:
-        check_disk(output, choice.disk_bytes or 0, healing=True)
-    if not (resume and _is_conversion_of(prepared, unhealed, report)):
-        pool = settings.self_tokens
-        convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
-    # Pickled weights may be in memory, and healing loads its own.
-    del prepared
-    gc.collect()
-    fingerprint = Manifest.read(unhealed).source.fingerprint
-    heal(settings, resume=resume, reporter=report, teacher_fingerprint=fingerprint, texts=texts)
-    remove_folder(unhealed, last=MANIFEST)
-    return output
+    return False
 
 
 def _remove_rest(output: Path, unhealed: Path) -> bool:
@@ -130,6 +146,24 @@ def choice_for(prepared: Prepared) -> Choice:
     device = prepared.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return choose_healing(prepared.recipe, prepared.plan, device, free)
+
+
+def _divided(choice: Choice, processes: int) -> Choice:
+    """Return the same healing for several processes: each computes its share of a batch, in fewer parts.
+
+    Raises:
+        TransmlaError: if the batch cannot be divided among the processes.
+    """
+    if choice.settings is None or processes == 1:
+        return choice
+    parts, batch = max(1, choice.settings["accumulate"] // processes), choice.settings["batch"]
+    if batch % (parts * processes):
+        raise TransmlaError(
+            f"{processes} processes cannot share the batches of {batch} sequences of the healing",
+            limit="each process computes equally many sequences",
+            remedy="launch 2, 4, 8 or 16 processes, or leave the healing out (--heal off)",
+        )
+    return replace(choice, settings=choice.settings | {"accumulate": parts})
 
 
 def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: Choice) -> Healing:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.heal_on_two_processes import FORKS
 
+from helpers.heal_on_two_processes import FORKS
 from transmla.cli import app
 from transmla.convert import pipeline
 from transmla.plan.fit_settings import FITS

@@ -140,18 +140,23 @@ def convert(
         check_texts(recipe.eval)
     from transmla.cli import console
 
-    if "output" not in recipe.model_fields_set:
-        console.note(f"no --output: writing {recipe.output}")
     load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
+    from transmla.ranks import launched, leave
     from transmla.reporter import Timed
     from transmla.workflow import convert_and_heal
 
-    check_evaluation(recipe)
+    ranks = launched(recipe.device)
+    ranks.first_then_others(lambda: check_evaluation(recipe))
+    if ranks.first and "output" not in recipe.model_fields_set:
+        console.note(f"no --output: writing {recipe.output}")
     with console.Bars() as bars:
         timed = Timed(bars)
         folder = convert_and_heal(recipe, resume=resume, reporter=timed)
+        leave()
+        if not ranks.first:
+            return
         evaluation = evaluate_export(folder, recipe, timed) if recipe.eval else None
         stages = timed.finish()
     if as_json:

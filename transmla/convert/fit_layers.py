@@ -9,25 +9,24 @@ inputs (``fit_inputs.py``). Such inputs suffice to fit a million weights on abou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors
-from transmla.convert.cuda_graphs import Graphs, deterministic, in_turn, side_stream, wait_for_side_stream
+from transmla.convert.cuda_graphs import deterministic, side_stream, wait_for_side_stream
 from transmla.convert.factorize import from_first
-from transmla.convert.fit_inputs import kinds_of_steps, sizes_of_steps
+from transmla.convert.fit_inputs import sizes_of_steps
+from transmla.convert.fit_steps import descend
 from transmla.convert.fit_vector import FitParameters
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import FitSettings
-from transmla.ranks import Ranks
+from transmla.token_split import TokenSplit
 
 # Learning-rate factor for the second attempt. On a small Mixtral at half the cache, all fast fits failed at a rate of
 # 5e-3 (KL 0.51 nats per token), and all succeeded at 1e-3 (KL 0.25). Measured on one H200, pydoc's test split.
@@ -37,10 +36,6 @@ RETRY_RATE = 0.2
 HELD_OUT = 0.16
 # Tokens for each feature that suffice to measure the moments of a layer's inputs.
 TOKENS_PER_FEATURE = 32
-# Steps of linear warm-up of the learning rate.
-WARM_UP = 20
-# Adam's coefficients for the running averages of the gradient and its square.
-BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,12 @@ class FitProblem:
         self.inputs = sizes_of_steps(source.to(self.device), (converted - source).to(self.device), fit.tokens)
 
     def losses(
-        self, factors: Sequence[LayerFactors], source: Tensor, converted: Tensor, positions: Tensor | None = None
+        self,
+        factors: Sequence[LayerFactors],
+        source: Tensor,
+        converted: Tensor,
+        positions: Tensor | None = None,
+        split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the mean squared error of every layer, and the mean square of what the source's layer adds.
 
@@ -144,26 +144,33 @@ class FitProblem:
             source: hidden states [N, T, D] that enter the first layer in the source.
             converted: hidden states [N, T, D] that enter the first layer in the export.
             positions: increasing positions [T] of the tokens; None means 0 to T − 1.
+            split: which tokens of a sequence these are, if several processes share its tokens.
 
         Returns:
             (errors [L], energies [L]) for L layers; their ratio is the relative squared error.
         """
         # One layer is too small to fill a GPU, so the source and the export run in parallel.
         with side_stream(self.device), torch.no_grad():
-            targets = self._run(source, [None] * len(self.layers), positions)
+            targets = self._run(source, [None] * len(self.layers), positions, split)
             # The next layer's RMSNorm divides every token by its root mean square, so the error is measured likewise.
             weights = [after.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for after in targets]
             added = [after - before for before, after in pairwise([source, *targets])]
             energies = [
                 _bounded((add * weight).square().mean(-1)).mean() for add, weight in zip(added, weights, strict=True)
             ]
-        outputs = self._run(converted, factors, positions)
+        outputs = self._run(converted, factors, positions, split)
         wait_for_side_stream(self.device)
         triples = zip(outputs, targets, weights, strict=True)
         errors = [_bounded(((output - target) * weight).square().mean(-1)).mean() for output, target, weight in triples]
         return torch.stack(errors), torch.stack(energies)
 
-    def _run(self, stream: Tensor, factors: Sequence[LayerFactors | None], positions: Tensor | None) -> list[Tensor]:
+    def _run(
+        self,
+        stream: Tensor,
+        factors: Sequence[LayerFactors | None],
+        positions: Tensor | None,
+        split: TokenSplit | None,
+    ) -> list[Tensor]:
         """Return the hidden states [N, T, D] after each layer, with ``factors`` or, for None, the source's attention.
 
         Without ``through_mlp``, the last layer stops before its MLP.
@@ -171,7 +178,7 @@ class FitProblem:
         outputs = []
         for layer, f in zip(self.layers, factors, strict=True):
             through_mlp = self.through_mlp or layer is not self.layers[-1]
-            stream = layer.run(stream, f, positions=positions, through_mlp=through_mlp)
+            stream = layer.run(stream, f, positions=positions, through_mlp=through_mlp, split=split)
             outputs.append(stream)
         return outputs
 
@@ -196,89 +203,6 @@ def _bounded(errors: Tensor) -> Tensor:
     bound, it would be all that a fit sees.
     """
     return errors / (1 + errors)
-
-
-def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, seed: int) -> None:
-    """Minimise the relative error with Adam; changes ``parameters`` in place.
-
-    Args:
-        problem: the inputs and the error.
-        parameters: the parameters to fit.
-        fit: settings of the fit.
-        seed: seed of all random numbers.
-    """
-    device, ranks = problem.device, problem.ranks
-    generator = torch.Generator().manual_seed(seed)
-    kinds = kinds_of_steps(fit.steps, len(problem.inputs))
-    tables = [
-        [table.to(device) for table in inputs.draw(kinds.count(kind), generator)]
-        for kind, inputs in enumerate(problem.inputs)
-    ]
-    rates = torch.tensor([_schedule(step, fit.steps) * fit.rate for step in range(fit.steps)], device=device)
-    # Gradients are about as large as the relative error. The tiny eps only prevents 0/0 for weights without a gradient.
-    optimizer = torch.optim.Adam(
-        [parameters.vector],
-        lr=torch.zeros((), device=device),
-        betas=BETAS,
-        eps=1e-12,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
-    step = torch.zeros(1, dtype=torch.int64, device=device)
-    drawn = [torch.zeros_like(step) for _ in problem.inputs]
-    energies = torch.zeros(len(problem.layers), device=device)
-    gradient = parameters.vector.grad = torch.zeros_like(parameters.vector)
-    computed: list[Tensor] = []
-
-    def forward(kind: int) -> None:
-        arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
-        inputs = own_rows(ranks, *problem.inputs[kind].make(*arguments))
-        errors, parts = problem.losses(parameters.factors(), *inputs)
-        computed.append(errors / ranks.size)
-        energies.copy_(parts / ranks.size)
-        drawn[kind].add_(1)
-
-    def backward() -> None:
-        loss = (computed.pop() / energies).mean()
-        gradient.copy_(torch.autograd.grad(loss, parameters.vector)[0])
-
-    def update() -> None:
-        optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
-        optimizer.step()
-        step.add_(1)
-
-    graphs = Graphs(device)
-    if ranks.size == 1:
-        advances = [
-            graphs.captured(partial(in_turn, partial(forward, k), backward, update)) for k in range(len(tables))
-        ]
-    else:
-        # The processes exchange sums between graphs, never inside one.
-        end = graphs.captured(update)
-        advances = [
-            partial(
-                in_turn,
-                graphs.captured(partial(forward, kind)),
-                partial(ranks.add_up, energies),
-                graphs.captured(backward),
-                partial(ranks.add_up, gradient),
-                end,
-            )
-            for kind in range(len(tables))
-        ]
-    for kind in kinds:
-        advances[kind]()
-
-
-def own_rows(ranks: Ranks, source: Tensor, converted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this process's rows of a step's inputs [n, L, D]; all rows if the processes cannot have equally many."""
-    rows = ranks.share(len(source)) if len(source) % ranks.size == 0 else slice(None)
-    return source[rows], converted[rows], positions
-
-
-def _schedule(step: int, total: int) -> float:
-    """Return the factor on the learning rate at ``step``: linear warm-up times cosine decay to zero."""
-    return min(1.0, (step + 1) / min(WARM_UP, max(1, total // 3))) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:

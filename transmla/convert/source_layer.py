@@ -22,6 +22,7 @@ from transmla.families.base import Family
 from transmla.ranks import Ranks
 from transmla.source.attention_view import AttentionView, Heads, halves_order
 from transmla.source.decoder_layer import attention_input, layer_with, run_layer
+from transmla.token_split import TokenSplit
 
 # Attention is measured for every QUERY_STRIDE-th query, and for fewer of a sequence that still has QUERIES of them.
 QUERY_STRIDE, QUERIES = 4, 512
@@ -133,6 +134,7 @@ class SourceLayer:
         *,
         positions: Tensor | None = None,
         through_mlp: bool = True,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """Run the layer; [N, T, D] → [N, T, D].
 
@@ -142,26 +144,40 @@ class SourceLayer:
             positions: increasing positions [T] of the tokens; None means 0 to T − 1. A layer with a window reads no
                 others, because its window counts tokens.
             through_mlp: run the whole layer; otherwise return the hidden states after the attention.
+            split: which tokens of a sequence these are, if several processes share its tokens.
         """
-        plain = self.view.rules.window is not None
-        attend = partial(self._attend, factors=factors, positions=None if plain else positions)
+        if self.view.rules.window is not None:
+            positions = None
+        if split is not None and positions is None:
+            positions = split.positions(hidden.device)
+        attend = partial(self._attend, factors=factors, positions=positions, split=split)
         with self._precision():
             return run_layer(self.module, hidden, attend, until=None if through_mlp else self.family.after_attention)
 
-    def _attend(self, x: Tensor, factors: LayerFactors | None, positions: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, factors: LayerFactors | None, positions: Tensor | None, split: TokenSplit | None
+    ) -> Tensor:
         """Return the attention's output for its input ``x``; [N, T, D] → [N, T, D]."""
         features, output = self._features(x), self.module.self_attn.o_proj
         if factors is None:
-            return self._output(features, positions)
-        mixed = fused_attention(features, factors, positions)
+            return self._output(features, positions, split)
+        mixed = fused_attention(features, factors, positions, split)
         return mixed if output.bias is None else mixed + output.bias
 
-    def _output(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _output(self, features: Tensor, positions: Tensor | None = None, split: TokenSplit | None = None) -> Tensor:
         """Return the source attention's output for its ``features``; [N, T, F] → [N, T, D]."""
         spec, (q, k, v) = self.spec, self.view.heads_of(features)
         gain = spec.attention_factor**2
         mixed = attended_heads(
-            q, k, v, self.inv_freq, scaling=spec.scaling, gain=gain, rules=self.view.rules, positions=positions
+            q,
+            k,
+            v,
+            self.inv_freq,
+            scaling=spec.scaling,
+            gain=gain,
+            rules=self.view.rules,
+            positions=positions,
+            split=split,
         )
         return self.module.self_attn.o_proj(mixed)  # type: ignore[no-any-return]
 

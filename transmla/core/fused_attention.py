@@ -12,6 +12,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transmla.artifacts import LayerFactors, LayerWeights, ScoreRules
 from transmla.core.reference_attention import PLAIN, is_masked, masked_softmax
 from transmla.core.rope import rotate
+from transmla.token_split import TokenSplit
 
 # Queries of a block on a CPU, and the longest sequence that is attended to in such blocks: a backward pass keeps all
 # attention weights.
@@ -20,10 +21,13 @@ CPU_BLOCK, CPU_LENGTH = 256, 2048
 ALIGNMENT = 8
 
 
-def attended_values(x: Tensor, f: LayerFactors, positions: Tensor | None = None) -> Tensor:
+def attended_values(
+    x: Tensor, f: LayerFactors, positions: Tensor | None = None, split: TokenSplit | None = None
+) -> Tensor:
     """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
 
-    ``positions`` [T] are increasing; None means 0 to T − 1.
+    ``positions`` [T] are increasing; None means 0 to T − 1. With ``split``, the tokens and their positions are those of
+    one process.
     The heads attend to the latent itself (the absorbed form) if it is narrower than their expanded keys and values.
     Gemma 3 then needs 256 channels instead of 288, and flash kernels hold at most 256.
     Runs in the dtype of ``x`` or of autocast. Rotations run in float32 or wider.
@@ -42,17 +46,27 @@ def attended_values(x: Tensor, f: LayerFactors, positions: Tensor | None = None)
     if rank < min(d_n, f.v_up.shape[1]):
         q = torch.cat([query[..., :d_n] @ f.k_up, q_pe], -1)
         k, value = (t[:, None].expand(-1, heads, -1, -1) for t in (torch.cat([latent, k_pe], -1), latent))
-        mixed = attend(q, k, value, scaling=f.scaling, rules=f.rules) @ f.v_up.mT
+        mixed = attend(q, k, value, scaling=f.scaling, rules=f.rules, split=split) @ f.v_up.mT
     else:
         expanded = _heads(linear(latent, torch.cat([f.k_up, f.v_up], 1).flatten(0, 1)), heads)
         q = torch.cat([query[..., :d_n], q_pe], -1)
         k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
-        mixed = attend(q, k, expanded[..., d_n:], scaling=f.scaling, rules=f.rules)
+        mixed = attend(q, k, expanded[..., d_n:], scaling=f.scaling, rules=f.rules, split=split)
     return mixed.transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN) -> Tensor:
-    """Return causal attention over whole sequences: q and k [N, H, T, d], v [N, H, T, d_v] → [N, H, T, d_v]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, rules: ScoreRules = PLAIN, split: TokenSplit | None = None
+) -> Tensor:
+    """Return causal attention over whole sequences: q and k [N, H, T, d], v [N, H, T, d_v] → [N, H, T, d_v].
+
+    With ``split``, the tokens are those of one process, which attend to the tokens of all processes.
+    """
+    if split is not None:
+        heads = q.shape[1]
+        q, k, v = split.to_heads(q), split.to_heads(k), split.to_heads(v)
+        mixed = attend(q, k, v, scaling=scaling, rules=rules.heads(split.heads(heads)))
+        return split.to_tokens(mixed, heads)
     plain = rules.window is None and rules.softcap is None and rules.sinks is None
     if plain and q.device.type == "cpu" and q.shape[2] <= CPU_LENGTH:
         return _attend_on_cpu(q, k, v, scaling)
@@ -142,6 +156,7 @@ def attended_heads(
     gain: float,
     rules: ScoreRules,
     positions: Tensor | None = None,
+    split: TokenSplit | None = None,
 ) -> Tensor:
     """Return a source's attention before the output projection.
 
@@ -154,6 +169,7 @@ def attended_heads(
         gain: square of yarn's attention factor.
         rules: window, softcap and sinks.
         positions: increasing positions [T]; None means 0 to T − 1.
+        split: which tokens of a sequence these are, if several processes share its tokens.
 
     Returns:
         [N, T, H·d], in the dtype of ``v``.
@@ -166,9 +182,9 @@ def attended_heads(
     k = rotate(k.to(rotary_dtype), inv_freq, positions)
     if rules.softcap is None and rules.sinks is None:
         # What all keys share changes no softmax, and would be most of what bfloat16 rounds in models with biases.
-        k = k - k.mean(2, keepdim=True)
+        k = k - (k.mean(2, keepdim=True) if split is None else split.mean(k))
     k = k.to(v.dtype).repeat_interleave(group, 1)
-    mixed = attend(q, k, v.repeat_interleave(group, 1), scaling=scaling, rules=rules)
+    mixed = attend(q, k, v.repeat_interleave(group, 1), scaling=scaling, rules=rules, split=split)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -186,9 +202,11 @@ def project(values: Tensor, f: LayerFactors) -> Tensor:
     return linear(values, f.o.transpose(0, 1).flatten(1))
 
 
-def fused_attention(x: Tensor, f: LayerFactors, positions: Tensor | None = None) -> Tensor:
-    """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]; ``positions`` as before."""
-    return project(attended_values(x, f, positions), f)
+def fused_attention(
+    x: Tensor, f: LayerFactors, positions: Tensor | None = None, split: TokenSplit | None = None
+) -> Tensor:
+    """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]; arguments of ``attended_values``."""
+    return project(attended_values(x, f, positions, split), f)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

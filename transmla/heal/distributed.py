@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from transmla.heal.settings import Healing
+from transmla.ranks import PATIENCE
 from transmla.source.device import pick_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Longest time that a process waits for another one: the first process samples and writes the export alone.
-PATIENCE = timedelta(hours=12)
 # Names of the wrapper modules that accelerate and torch insert into a module's path.
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 

@@ -1,0 +1,44 @@
+"""Divide one step of a fit among processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from transmla.ranks import Ranks
+from transmla.token_split import TokenSplit
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """The part of a step's inputs that one process computes.
+
+    Attributes:
+        weight: the part's share of the step's tokens.
+        rows: the input sequences.
+        split: the tokens of these sequences; None means all.
+    """
+
+    weight: float
+    rows: slice
+    split: TokenSplit | None
+
+    def of(self, source: Tensor, converted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the part of the step's inputs: hidden states [n, L, D] twice, and positions [L]."""
+        tokens = slice(None) if self.split is None else self.split.tokens
+        return source[self.rows, tokens], converted[self.rows, tokens], positions[tokens]
+
+
+def part_of_step(ranks: Ranks, rows: int, length: int, heads: int) -> StepPart:
+    """Return this process's part of a step with ``rows`` sequences of ``length`` tokens, for ``heads`` query heads.
+
+    The sequences are divided if the processes then have equally many. Otherwise the tokens are divided. If there are
+    fewer tokens or heads than processes, each process computes the whole step.
+    """
+    if rows % ranks.size == 0:
+        return StepPart(1 / ranks.size, ranks.share(rows), None)
+    if min(length, heads) < ranks.size:
+        return StepPart(1 / ranks.size, slice(None), None)
+    split = TokenSplit(ranks, length)
+    return StepPart((split.tokens.stop - split.tokens.start) / length, slice(None), split)
