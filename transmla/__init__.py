@@ -24,6 +24,8 @@ them is one plug-in that is found by its presence.
     workflow.py   one run from a source to a healed export
     cli/          the command line
     autoload.py   registers the transmla format as soon as transformers is imported
+    ranks.py      the processes of one launch: split work over them, and add up their results
+    token_split.py  sequences split by tokens over processes, and by heads in the attention
     shares.py     NAME:WEIGHT entries of a mixture of texts
     files.py      write files that are whole or absent
     errors.py     the one error a user reads: what is wrong, the limit, the remedy

@@ -1,4 +1,4 @@
-"""``python -m transmla``; on several processes ``accelerate launch -m transmla heal …``."""
+"""``python -m transmla``; on several processes ``accelerate launch -m transmla convert …``."""
 
 from transmla.cli import main
 

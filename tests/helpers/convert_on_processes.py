@@ -1,4 +1,4 @@
-"""`transmla convert` on several CPU processes, with the variables that torchrun sets for them.
+"""Functions, and `transmla convert`, on several CPU processes, with the variables that torchrun sets for them.
 
 The processes are forked from the server of ``heal_on_two_processes``, which has imported torch and transformers.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,43 +24,8 @@ from transmla.plan.fit_settings import FITS
 from transmla.source import samples
 
 
-def convert(rank: int, size: int, port: int, argv: list[str], log: str, changes: dict[str, Any]) -> None:
-    """Run ``transmla convert`` as one of ``size`` processes, and write what it prints into the file ``log``.
-
-    ``changes``: settings of fits by name; the folder that caches samples; and the layer after which the first process
-    kills itself.
-    """
-    with Path(log).open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {name: str(value) for name, value in places.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, settings in changes.get("fits", {}).items():
-        FITS[name] = replace(FITS[name], **settings)
-    pipeline.SAVE_SECONDS = 0
-    samples._cache_file = lambda digest: Path(changes["cache"]) / digest if "cache" in changes else None
-    if "kill" in changes and rank == 0:
-        kill_after(changes["kill"])
-    sys.argv = ["transmla", "convert", *argv]
-    app.main()
-
-
-def kill_after(layer: int) -> None:
-    """Make the first process kill itself once ``layer`` is written and the hidden states are saved."""
-    write = pipeline._Writer.layer
-
-    def dying(self: Any, index: int, converted: Any) -> None:
-        write(self, index, converted)
-        if index == layer:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    pipeline._Writer.layer = dying  # type: ignore[method-assign]
-
-
-def run(size: int, argv: list[str], logs: Path, *, seconds: float = 120, **changes: Any) -> list[int | None]:
-    """Run ``transmla convert`` with ``argv`` on ``size`` processes, and return their exit codes.
+def run(size: int, work: Callable[..., None], arguments: tuple[Any, ...], logs: Path) -> list[int | None]:
+    """Call ``work(rank, *arguments)`` in ``size`` processes, and return their exit codes.
 
     Like torchrun, kill the others soon after one has failed. The processes write into ``logs``, a new folder.
     """
@@ -69,15 +35,54 @@ def run(size: int, argv: list[str], logs: Path, *, seconds: float = 120, **chang
     logs.mkdir()
     processes: list[BaseProcess] = []
     for rank in range(size):
-        arguments = (rank, size, port, argv, str(logs / f"{rank}.log"), changes)
-        processes.append(FORKS.Process(target=convert, args=arguments))
+        log = str(logs / f"{rank}.log")
+        processes.append(FORKS.Process(target=_start, args=(rank, size, port, log, work, arguments)))
         processes[-1].start()
     for process in processes:
-        process.join(seconds)
+        process.join(120)
         if process.exitcode != 0:
             break
     for process in processes:
-        process.join(2)
+        process.join(5)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def _start(rank: int, size: int, port: int, log: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    with Path(log).open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(rank, *arguments)
+
+
+def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
+    """Run ``transmla convert``.
+
+    ``changes``: settings of fits by name (``fits``); the folder that caches samples (``cache``); and the layer after
+    which the first process kills itself (``kill``).
+    """
+    for name, settings in changes.get("fits", {}).items():
+        FITS[name] = replace(FITS[name], **settings)
+    pipeline.SAVE_SECONDS = 0
+    samples._cache_file = lambda digest: Path(changes["cache"]) / digest if "cache" in changes else None
+    if "kill" in changes and rank == 0:
+        _kill_after(changes["kill"])
+    sys.argv = ["transmla", "convert", *argv]
+    app.main()
+
+
+def _kill_after(layer: int) -> None:
+    """Make this process kill itself once ``layer`` is written and the hidden states are saved."""
+    write = pipeline._Writer.layer
+
+    def dying(self: Any, index: int, converted: Any) -> None:
+        write(self, index, converted)
+        if index == layer:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline._Writer.layer = dying  # type: ignore[method-assign]

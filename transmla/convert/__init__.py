@@ -10,6 +10,8 @@ eps_correction      the factor on a norm's weight that corrects for a changed ep
 streams             the hidden states that are carried from layer to layer
 factorize           factor a layer's weights in closed form
 fit_layers          fit the factors of a few layers to the source's layers
+fit_steps           the steps of a fit, on one or several processes
+step_parts          what one of several processes computes of a step
 fit_vector          the parameters of a fit, as one scaled vector
 cuda_graphs         run the steps of a fit as a CUDA graph, with deterministic kernels
 finish              write the files that follow the layers

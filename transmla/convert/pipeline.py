@@ -173,15 +173,15 @@ def _write(
         tokenizer: the source's tokenizer.
         report: receives progress.
     """
-    progress = ranks.on_first(lambda: _open(prepared, workspace, inputs, report))
+    progress = ranks.on_first(lambda: _open(prepared, ranks.size, workspace, inputs, report))
     final_norm = _convert_layers(prepared, ranks, workspace, progress, inputs.tokens, report)
     ranks.on_first(lambda: write_rest(prepared, workspace, progress, final_norm, tokenizer, inputs.fingerprint, report))
     ranks.on_first(workspace.finish)
 
 
-def _open(prepared: Prepared, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
+def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
     """Open the workspace, save what a resumed run needs, and return the progress so far."""
-    progress = workspace.open(resume_key(prepared, inputs.fingerprint, inputs.tokens), report.message)
+    progress = workspace.open(resume_key(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
     if inputs.shares:
         progress.texts = inputs.shares
         workspace.save_progress(progress)

@@ -24,11 +24,12 @@ _DOCUMENTS = ("licen", "notice", "copying", "use_policy", "readme")
 _REWRITTEN = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
 
 
-def resume_key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
+def resume_key(prepared: Prepared, processes: int, fingerprint: str, tokens: Tensor) -> str:
     """Return a hash of everything that must be equal when a conversion is resumed.
 
     Args:
         prepared: the conversion.
+        processes: number of processes that share the work; they add up numbers in another order than one.
         fingerprint: hash of the source's tensors.
         tokens: calibration tokens [N, T].
     """
@@ -36,7 +37,7 @@ def resume_key(prepared: Prepared, fingerprint: str, tokens: Tensor) -> str:
     settings = prepared.recipe.model_dump(exclude={"device", "eval", "heal"})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     fit = None if prepared.fit is None else asdict(prepared.fit)
-    numerics = [machine, is_fast_in_bfloat16(device), fit]
+    numerics = [machine, is_fast_in_bfloat16(device), fit, processes]
     files = companions(prepared.source.checkpoint)
     everything = [settings, prepared.plan.to_dict(), fingerprint, files, text_hash, numerics, versions()]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()

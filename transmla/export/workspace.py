@@ -21,7 +21,7 @@ from transmla.export.unfinished import first_damaged, refuse_foreign, refuse_no_
 from transmla.files import remove_temporaries, write_tensors
 
 # What a resumed conversion must have in common with the run that it continues.
-BEGUN_WITH = "other weights, settings or versions, or other files beside the weights"
+BEGUN_WITH = "other weights, settings or versions, another number of processes, or other files beside the weights"
 
 
 @dataclass
