@@ -235,7 +235,7 @@ def test_the_bar_keeps_its_times_at_80_columns() -> None:
 def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": 0.3}
     plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
-    console.show_plan(plan, summary(plan, 64 * 512, torch.device("cpu"), None))
+    console.show_plan(plan, summary(plan, 64 * 512, None) | {"seconds": 60.0, "device": "cpu"})
     out = capsys.readouterr().out
     for row in (
         "│ attention +│ 32 q / 8 kv × 128 │ latent 512 \\+ rotary 64 │",
@@ -284,7 +284,7 @@ def test_the_plan_of_an_8b_llama() -> None:
     for ratio in (0.29, 0.3):
         values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": ratio}
         plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
-        found = summary(plan, 64 * 512, torch.device("cpu"), None)
+        found = summary(plan, 64 * 512, None)
         assert found["cache_values"] == {"before": 2048, "after": 576}
         shape = found["shape"]
         assert (shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]) == (128, 64, 128)
@@ -303,7 +303,7 @@ def test_the_plan_of_an_8b_llama() -> None:
 def test_what_the_source_holds_does_not_depend_on_the_target() -> None:
     def contexts(**values: object) -> dict[str, int]:
         recipe = parse_recipe({"source": "s", "output": "o", **values}, "test")
-        found = summary(make_plan(LLAMA_8B, recipe, "bfloat16"), 64 * 512, torch.device("cpu"), None)
+        found = summary(make_plan(LLAMA_8B, recipe, "bfloat16"), 64 * 512, None)
         return {gb: held["before"] for gb, held in found["contexts"].items()}
 
     assert contexts(cache_ratio=0.5) == contexts(cache_ratio=0.125) == contexts(format="transmla")

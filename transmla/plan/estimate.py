@@ -1,11 +1,8 @@
-"""Estimate the memory, disk space and time of a conversion, and the cache size of its export."""
+"""Estimate the memory and disk space of a conversion, and the cache size of its export."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
-
-import torch
 
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
@@ -117,42 +114,6 @@ def _stream_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     return 2 * (streams * 4 * tokens * plan.spec.hidden_size + ahead)
 
 
-def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | None) -> float:
-    """Return the estimated time of the conversion in seconds, from the matrix rate measured on ``device``.
-
-    Args:
-        plan: the conversion's plan.
-        tokens: number of calibration tokens.
-        device: the device that converts.
-        fit: settings of the fit; None if layers are not fitted.
-    """
-    spec = plan.spec
-    width, d, attention = spec.hidden_size, spec.head_dim, _projections(spec)
-    mlp = 3 * width * spec.intermediate_size
-    forward = 2 * tokens * (attention + mlp + width * width)
-    features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
-    factor = 30 * features**3 + 8 * features**2 * d * heads
-    if fit is not None:
-        # A step is a forward pass of the source, and a forward and a backward pass of the export. A backward pass costs
-        # as much as two forward passes; through the MLP, whose weights are frozen, as much as one.
-        weights = 5 * attention + (3 * mlp if fit.through_mlp else 0)
-        steps = fit.window * fit.steps * fit.tokens
-        forward += 2 * steps * weights + 2 * fit.window * tokens * (attention + mlp)
-    dtype = torch.bfloat16 if device.type == "cuda" and plan.dtype == "bfloat16" else torch.float32
-    return spec.num_hidden_layers * (forward / matrix_rate(device, dtype) + factor / matrix_rate(device, torch.float64))
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Measure the floating-point operations per second of a [size, size] matrix product on ``device``."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
 def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
     """Return the longest context, in tokens, whose cache fits a GPU together with the model's weights.
 
@@ -205,18 +166,16 @@ def bytes_per_token(plan: Plan, values: int) -> int:
 def summary(
     plan: Plan,
     tokens: int,
-    device: torch.device,
     fit: FitSettings | None,
     *,
     reconstruct: str = "off",
     sampled: int = 0,
 ) -> dict[str, Any]:
-    """Return everything that ``transmla plan`` shows, as plain values.
+    """Return what ``transmla plan`` shows of shape, memory and disk, as plain values.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
-        device: the device that converts.
         fit: settings of the fit; None if layers are not fitted.
         reconstruct: name of the fit.
         sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
@@ -239,7 +198,5 @@ def summary(
         "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
-        "seconds": seconds(plan, tokens, device, fit),
-        "device": str(device),
         "reconstruct": reconstruct,
     }
