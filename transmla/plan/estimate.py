@@ -26,10 +26,10 @@ def parameters(plan: Plan) -> int:
 def source_parameters(plan: Plan) -> int:
     """Return the number of weights in the source, without biases and norms of the attention."""
     spec = plan.spec
-    return spec.num_hidden_layers * _projections(spec) + spec.other_parameters
+    return spec.num_hidden_layers * projections(spec) + spec.other_parameters
 
 
-def _projections(spec: AttentionSpec) -> int:
+def projections(spec: AttentionSpec) -> int:
     """Return the number of weights in the projections of one source attention."""
     return spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
 
@@ -61,7 +61,7 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         fit: settings of the fit; None if layers are not fitted.
     """
     spec = plan.spec
-    width, attention = spec.hidden_size, _projections(spec)
+    width, attention = spec.hidden_size, projections(spec)
     layer = 4 * (attention + spec.layer_parameters)
     # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)

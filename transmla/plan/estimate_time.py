@@ -10,11 +10,12 @@ import torch
 
 from transmla.artifacts import AttentionSpec, Plan
 from transmla.core.methods.base import method_named
+from transmla.plan.estimate import projections
 from transmla.plan.fit_settings import SHORT, WHOLE_EVERY, FitSettings
 
-# Bytes per token and channel that a step of a fit moves on a GPU outside its matrix products and attention: what one H200
-# needed beyond these was 1,500 to 2,200 (SmolLM2-135M, Qwen2.5-Coder-0.5B, and a model twice as wide). A forward pass alone
-# moves a quarter. On a CPU, matrix products take most of the time.
+# Bytes per token and channel that a step of a fit moves on a GPU outside its matrix products and attention: what one
+# H200 needed beyond these was 1,500 to 2,200 (SmolLM2-135M, Qwen2.5-Coder-0.5B, and a model twice as wide). A forward
+# pass alone moves a quarter. On a CPU, matrix products take most of the time.
 CHANNEL_BYTES = 1700
 # Attention's share of the rate of matrix products: its deterministic kernels reached 147 to 170 TFLOP/s on an H200.
 ATTENTION_SHARE = 0.35
@@ -88,7 +89,7 @@ def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings
         rates: rates of the device.
     """
     spec, tokens = plan.spec, sequences * length
-    attention, mlp = _projections(spec), 3 * spec.hidden_size * spec.intermediate_size
+    attention, mlp = projections(spec), 3 * spec.hidden_size * spec.intermediate_size
     passes = PASSES + (method_named(plan.method).first_pass is not None)
     products = 2 * passes * tokens * (attention + mlp) + 2 * tokens * 2 * spec.features**2
     scores = passes * tokens * _attention(spec, length)
@@ -129,11 +130,6 @@ def _steps(fit: FitSettings, length: int) -> list[tuple[float, int]]:
     if length < 2 * SHORT:
         return [(fit.steps, length)]
     return [(fit.steps / WHOLE_EVERY, length), (fit.steps * (1 - 1 / WHOLE_EVERY), SHORT)]
-
-
-def _projections(spec: AttentionSpec) -> int:
-    """Return the number of weights in the projections of one source attention."""
-    return spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
 
 
 def _attention(spec: AttentionSpec, length: int) -> float:
