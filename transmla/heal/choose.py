@@ -117,11 +117,9 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
 
 
 def estimated_seconds(choice: Choice, plan: Plan, rates: Rates) -> float | None:
-    """Return the estimated time of the healing ``choice`` in seconds; None if there is none."""
-    if choice.settings is None:
+    """Return the estimated time of the healing ``choice`` in seconds; None if there is none, or minutes were asked."""
+    if choice.settings is None or "max_tokens" not in choice.settings:
         return None
-    if (minutes := choice.settings.get("max_minutes")) is not None:
-        return float(60 * minutes)
     batch = choice.settings["batch"] * choice.settings["length"]
     return healing_seconds(parameters(plan), plan.spec, choice.settings["max_tokens"], batch, rates)
 
