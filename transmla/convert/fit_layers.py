@@ -96,7 +96,8 @@ def reconstruct(
         before = problem.error(factors, *evaluated)
         for rate_factor in (1.0, RETRY_RATE):
             parameters = FitParameters(coordinates, factors, masks)
-            descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
+            with layers[0].fast_products():
+                descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
             with torch.no_grad():
                 fitted = tuple(orthonormal_latents(f.to(torch.float64)) for f in parameters.factors())
             after = problem.error(fitted, *evaluated)
