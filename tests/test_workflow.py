@@ -231,7 +231,7 @@ def test_a_small_cache_gets_more_tokens(
 
 @pytest.mark.parametrize(
     ("heal", "says"),
-    [("maybe", "heal"), (0, "greater than 0"), (-1, "greater than 0"), ("nan", "heal"), ("inf", "finite")],
+    [("maybe", "heal"), (0, "minutes above 0"), (-1, "minutes above 0"), ("nan", "heal"), ("inf", "minutes above 0")],
 )
 def test_bad_requests_are_one_line(heal: Any, says: str) -> None:
     with pytest.raises(TransmlaError, match=says):

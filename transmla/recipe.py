@@ -6,6 +6,7 @@ makes its flags from these fields (``cli/options.py``).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -17,11 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
@@ -45,6 +46,9 @@ EVALUATION: dict[str, Any] = {"panel": "Evaluation"}
 # End of a GGUF file's name that says how the weights are stored, such as .Q4_K_M or -bf16.
 QUANTISATION = re.compile(r"[.-](?:(?:i|t)?q\d\w*|bf16|fp?16|f32|mxfp4\w*)$", re.IGNORECASE)
 
+# End of the name of one of several GGUF files of a model.
+PART = re.compile(r"-\d{5}-of-\d{5}$")
+
 HEAL_AUTO, HEAL_OFF = "auto", "off"
 
 
@@ -53,9 +57,22 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _healing(value: Any) -> Any:
+    """Check a request for healing: auto, off, or minutes."""
+    value = _off(value)
+    if value in (HEAL_AUTO, HEAL_OFF):
+        return value
+    try:
+        minutes = float(value)
+    except (TypeError, ValueError):
+        minutes = 0.0
+    if not 0 < minutes < math.inf or isinstance(value, bool):
+        raise PydanticCustomError("heal", "it must be auto, off, or minutes above 0")
+    return minutes
+
+
 Reconstruct = Annotated[Literal["auto", "off", "fast", "full"], BeforeValidator(_off)]
-Minutes = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-Heal = Annotated[Literal["auto", "off"] | Minutes, BeforeValidator(_off)]
+Heal = Annotated[Literal["auto", "off"] | float, BeforeValidator(_healing)]
 
 
 class Calibration(Strict):
@@ -204,7 +221,7 @@ def default_output(source: str) -> str:
     """Return the folder that a conversion of ``source`` writes if none is named, such as ``Qwen3-8B-mla``."""
     name = Path(os.path.abspath(os.path.expanduser(source))).name
     if name.endswith(".gguf"):
-        name = re.sub(QUANTISATION, "", name.removesuffix(".gguf"))
+        name = re.sub(QUANTISATION, "", re.sub(PART, "", name.removesuffix(".gguf")))
     return f"{name}-mla"
 
 

@@ -19,6 +19,7 @@ from transmla import cli
 from transmla.artifacts import AttentionSpec
 from transmla.cli import console
 from transmla.cli.options import overrides
+from transmla.errors import TransmlaError
 from transmla.evaluate.verify import Check
 from transmla.export.card import attention_kind, public_name
 from transmla.heal.settings import Healing
@@ -235,7 +236,7 @@ def test_the_bar_keeps_its_times_at_80_columns() -> None:
 def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": 0.3}
     plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
-    console.show_plan(plan, summary(plan, 64 * 512, torch.device("cpu"), None))
+    console.show_plan(plan, summary(plan, 64 * 512, None) | {"seconds": 60.0, "device": "cpu"})
     out = capsys.readouterr().out
     for row in (
         "│ attention +│ 32 q / 8 kv × 128 │ latent 512 \\+ rotary 64 │",
@@ -284,7 +285,7 @@ def test_the_plan_of_an_8b_llama() -> None:
     for ratio in (0.29, 0.3):
         values = {"source": "s", "output": "o", "pad_for": "vllm", "cache_ratio": ratio}
         plan = make_plan(LLAMA_8B, parse_recipe(values, "test"), "bfloat16")
-        found = summary(plan, 64 * 512, torch.device("cpu"), None)
+        found = summary(plan, 64 * 512, None)
         assert found["cache_values"] == {"before": 2048, "after": 576}
         shape = found["shape"]
         assert (shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]) == (128, 64, 128)
@@ -303,7 +304,7 @@ def test_the_plan_of_an_8b_llama() -> None:
 def test_what_the_source_holds_does_not_depend_on_the_target() -> None:
     def contexts(**values: object) -> dict[str, int]:
         recipe = parse_recipe({"source": "s", "output": "o", **values}, "test")
-        found = summary(make_plan(LLAMA_8B, recipe, "bfloat16"), 64 * 512, torch.device("cpu"), None)
+        found = summary(make_plan(LLAMA_8B, recipe, "bfloat16"), 64 * 512, None)
         return {gb: held["before"] for gb, held in found["contexts"].items()}
 
     assert contexts(cache_ratio=0.5) == contexts(cache_ratio=0.125) == contexts(format="transmla")
@@ -365,6 +366,7 @@ def test_a_recipe_without_an_output_is_resumed(place: Path, run: Run) -> None:
         ("gemma-3-270m-IQ2_XXS.gguf", "gemma-3-270m-mla"),
         ("llama-bf16.gguf", "llama-mla"),
         ("Qwen2.5-Q2.gguf", "Qwen2.5-mla"),
+        ("llama-70b-Q8_0-00001-of-00002.gguf", "llama-70b-mla"),
     ],
 )
 def test_the_default_output_is_the_models_name(source: str, output: str) -> None:
@@ -372,6 +374,17 @@ def test_the_default_output_is_the_models_name(source: str, output: str) -> None
     assert recipe.output == output
     assert "output" not in recipe.model_fields_set
     assert parse_recipe({"source": source, "output": "mine"}, "test").output == "mine"
+
+
+@pytest.mark.parametrize("heal", [0, "0", -3, "abc", "nan", "inf", True, None])
+def test_a_wrong_healing_is_one_sentence(heal: object) -> None:
+    with pytest.raises(TransmlaError, match=r"heal: it must be auto, off, or minutes above 0; correct it"):
+        parse_recipe({"source": "x", "heal": heal}, "test")
+
+
+@pytest.mark.parametrize(("heal", "expected"), [("auto", "auto"), ("off", "off"), (False, "off"), ("2.5", 2.5), (3, 3)])
+def test_healing_as_it_is_typed(heal: object, expected: object) -> None:
+    assert parse_recipe({"source": "x", "heal": heal}, "test").heal == expected
 
 
 def test_the_default_output_of_the_working_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

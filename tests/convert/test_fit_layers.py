@@ -303,3 +303,14 @@ def test_large_layers_are_fitted_with_fewer_steps() -> None:
     experts = fit_settings("full", 0.5, layer_parameters=900_000_000, experts=True)
     assert experts is not None
     assert experts.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "expected"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
+)
+def test_float32_products_are_fast_only_where_the_source_is_half(device: str, half: bool, expected: str) -> None:
+    layer = SourceLayer.__new__(SourceLayer)
+    layer.device, layer.half = torch.device(device), half
+    with layer.fast_products():
+        assert torch.get_float32_matmul_precision() == expected
+    assert torch.get_float32_matmul_precision() == "highest"

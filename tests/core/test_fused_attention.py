@@ -68,6 +68,31 @@ def test_positions_with_gaps(layout: str) -> None:
     assert relative(found, expected) <= 1e-12
 
 
+def test_heads_that_read_their_own_features() -> None:
+    """As after q/k norms: without the zeros of the maps, the same output and the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    _, factors = make_factors("gqa", SHAPES[0])
+    heads, own, rest = factors.k_up.shape[0], 6, 5
+    width = heads * own + rest
+    block = torch.arange(width) // own
+
+    def maps(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, width, dtype=torch.float64, generator=generator)
+
+    queries = (block == torch.arange(heads)[:, None])[:, None]
+    tensors = {name: maps(*getattr(factors, name).shape[:-1]) for name in READS}
+    for name, tensor in tensors.items():
+        tensor *= queries if name.startswith("q_") else block >= heads
+        tensor.requires_grad_()
+    x, results = maps(2, 9), []
+    for given in (own, None):
+        mixed = fused_attention(x, replace(factors, **tensors), own=given)
+        results.append([mixed.detach(), *torch.autograd.grad(mixed.square().sum(), list(tensors.values()))])
+    read = [torch.ones(()), *(queries if name.startswith("q_") else block >= heads for name in READS)]
+    for found, expected, where in zip(*results, read, strict=True):
+        assert relative(found * where, expected * where) <= 1e-12
+
+
 def test_widths_that_gpus_dislike_are_padded() -> None:
     """A source with biases has an odd number of features; the padding changes nothing."""
     _, factors = make_factors("gqa", SHAPES[2])

@@ -155,7 +155,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     )
     say(
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
-        f" {summary['device']} (reconstruction {summary['reconstruct']}; calibration sampling and healing not counted)"
+        f" {summary['device']} (reconstruction {summary['reconstruct']}; texts, samples and healing not counted)"
     )
     healed = summary.get("healing_disk_bytes") or 0
     also = f"; {gigabytes(healed)} while it is healed, with the unhealed copy and the state of the training"
@@ -166,7 +166,8 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     if summary.get("unsampled"):
         say(f"calibration: no samples of the source; {summary['unsampled']}")
     if summary.get("healing"):
-        say(summary["healing"])
+        took = summary.get("healing_seconds")
+        say(summary["healing"] + (f": about {duration(took)}" if took else ""))
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 

@@ -57,13 +57,17 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     recipe = _recipe(source, options | {"output": "unused"})
     load_libraries()
     from transmla.cli import console
-    from transmla.convert.prepare import prepare, summarise
+    from transmla.convert.prepare import prepare, rates_of, summarise
+    from transmla.heal.choose import estimated_seconds
     from transmla.workflow import choice_for
 
     prepared = prepare(recipe, weights=False)
-    choice = choice_for(prepared)
-    healing = {"healing": choice.reason or None, "healing_disk_bytes": choice.disk_bytes}
-    summary = summarise(prepared) | healing
+    choice, rates = choice_for(prepared), rates_of(prepared)
+    summary = summarise(prepared, rates) | {
+        "healing": choice.reason or None,
+        "healing_disk_bytes": choice.disk_bytes,
+        "healing_seconds": estimated_seconds(choice, prepared.plan, rates),
+    }
     if as_json:
         print(json_text(summary))
     else:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transmla.plan.fit_settings import SHORT, WHOLE_EVERY
+
 # Approximate length, in tokens, of the pieces of sequences that an input is joined from.
 PIECE = 256
 # Largest displacement of a token's hidden state, as a share of its norm.
 JITTER = 0.2
-# Tokens in the rows of a short step.
-SHORT = 2048
-# One step in WHOLE_EVERY takes whole sequences, if they are at least twice as long as a short row.
-WHOLE_EVERY = 4
 
 
 @dataclass(frozen=True)

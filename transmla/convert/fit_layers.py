@@ -94,7 +94,8 @@ def reconstruct(
         for rate_factor in (1.0, RETRY_RATE):
             parameters = FitParameters(coordinates, factors, masks)
             ranks.copy_first(parameters.vector.detach(), parameters.scale)
-            descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
+            with layers[0].fast_products():
+                descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
             with torch.no_grad():
                 fitted = tuple(
                     from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.factors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transmla.convert.calibration_text import longest_sequence, why_unsampled
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan import estimate
+from transmla.plan.estimate_time import Rates, conversion_seconds, measure_rates
 from transmla.plan.fit_settings import FITS, FitSettings, choose_fit, fit_settings
 from transmla.plan.make_plan import AUTO as AUTO_FORMAT
 from transmla.plan.make_plan import make_plan
@@ -130,8 +132,19 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 
 
-def summarise(prepared: Prepared) -> dict[str, Any]:
-    """Return the plan and the estimated cost of the conversion as plain values, for ``transmla plan``."""
+def rates_of(prepared: Prepared) -> Rates:
+    """Measure the rates of the device that converts, in the precision that the source runs in."""
+    half = runs_in_bfloat16(prepared.source, prepared.device)
+    return measure_rates(prepared.device, torch.bfloat16 if half else torch.float32)
+
+
+def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
+    """Return the plan and the estimated cost of the conversion as plain values, for ``transmla plan``.
+
+    Args:
+        prepared: the conversion.
+        rates: rates of its device; None measures them.
+    """
     source, recipe = prepared.source, prepared.recipe
     # To sample from a half-precision source, a CPU without fast bfloat16 loads the model in float32.
     widened = 2 if source.dtype != "float32" and not runs_in_bfloat16(source, prepared.device) else 1
@@ -139,8 +152,9 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
     samples = {SELF, AUTO} & set(shares(calibration.source))
     unsampled = why_unsampled(source, prepared.device) if samples else ""
     sampled = source.checkpoint.size * widened if samples and not unsampled else 0
-    tokens = (calibration.sequences or 0) * (calibration.length or 0)
+    amount = calibration.sequences or 0, calibration.length or 0
     summary = estimate.summary(
-        prepared.plan, tokens, prepared.device, prepared.fit, reconstruct=recipe.reconstruct, sampled=sampled
+        prepared.plan, math.prod(amount), prepared.fit, reconstruct=recipe.reconstruct, sampled=sampled
     )
-    return summary | {"unsampled": unsampled}
+    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates or rates_of(prepared))
+    return summary | {"seconds": seconds, "device": str(prepared.device), "unsampled": unsampled}

@@ -161,7 +161,7 @@ class SourceLayer:
         features, output = self._features(x), self.module.self_attn.o_proj
         if factors is None:
             return self._output(features, positions, split)
-        mixed = fused_attention(features, factors, positions, split)
+        mixed = fused_attention(features, factors, positions, split, self.view.own)
         return mixed if output.bias is None else mixed + output.bias
 
     def _output(self, features: Tensor, positions: Tensor | None = None, split: TokenSplit | None = None) -> Tensor:
@@ -250,17 +250,21 @@ class SourceLayer:
         return moment / (stream.shape[0] * stream.shape[1]), following
 
     def moment(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return Σ weight·x xᵀ [F, F] in float64, for features ``x`` [n, F] and, if not all are 1, weights [n].
+        """Return Σ weight·x xᵀ [F, F] in float64, for features ``x`` [n, F] and, if not all are 1, weights [n]."""
+        with self.fast_products():
+            return ((x if weight is None else x * weight[:, None]).mT @ x).double()
 
-        A GPU multiplies in TF32 if it runs the source in bfloat16: eight times as fast as float32, and exact for x in
-        bfloat16.
+    @contextmanager
+    def fast_products(self) -> Iterator[None]:
+        """Multiply float32 matrices in TF32 during the context, on a GPU that runs the source in bfloat16.
+
+        TF32 is eight times as fast as float32, and rounds to a quarter of what bfloat16 rounds to.
         """
-        weighted = x if weight is None else x * weight[:, None]
         precision = torch.get_float32_matmul_precision()
         if self.half and self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         try:
-            return (weighted.mT @ x).double()
+            yield
         finally:
             torch.set_float32_matmul_precision(precision)
 

@@ -22,12 +22,17 @@ ALIGNMENT = 8
 
 
 def attended_values(
-    x: Tensor, f: LayerFactors, positions: Tensor | None = None, split: TokenSplit | None = None
+    x: Tensor,
+    f: LayerFactors,
+    positions: Tensor | None = None,
+    split: TokenSplit | None = None,
+    own: int | None = None,
 ) -> Tensor:
     """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
 
     ``positions`` [T] are increasing; None means 0 to T − 1. With ``split``, the tokens and their positions are those of
-    one process.
+    one process. With ``own``, query head h reads only the features h·own to (h + 1)·own, and the latent only those
+    after all heads'; what the maps hold for other features is not read.
     The heads attend to the latent itself (the absorbed form) if it is narrower than their expanded keys and values.
     Gemma 3 then needs 256 channels instead of 288, and flash kernels hold at most 256.
     Runs in the dtype of ``x`` or of autocast. Rotations run in float32 or wider.
@@ -36,10 +41,14 @@ def attended_values(
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
     heads, d_n, rank = f.k_up.shape
-    x = _aligned(x)
-    query_input = x if f.q_latent is None else _aligned(linear(x, _aligned(f.q_latent)))
-    query = _heads(linear(query_input, _aligned(torch.cat([f.q_nope, f.q_pe], 1).flatten(0, 1))), heads)
-    cached = linear(x, _aligned(torch.cat([f.latent, f.rope])))
+    q_maps, cached_maps = torch.cat([f.q_nope, f.q_pe], 1), torch.cat([f.latent, f.rope])
+    if own is not None and f.q_latent is None:
+        query = _own_queries(x, q_maps, own)
+        x, cached_maps = x[..., heads * own :], cached_maps[:, heads * own :]
+    else:
+        query_input = x if f.q_latent is None else linear(_aligned(x), _aligned(f.q_latent))
+        query = _heads(linear(_aligned(query_input), _aligned(q_maps.flatten(0, 1))), heads)
+    cached = linear(_aligned(x), _aligned(cached_maps))
     latent = cached[..., :rank]
     q_pe = rotate(query[..., d_n:].to(rotary_dtype) * f.rope_gain, f.inv_freq, positions).to(query.dtype)
     k_pe = rotate(cached[..., rank:].to(rotary_dtype), f.inv_freq, positions).to(query.dtype)
@@ -203,10 +212,23 @@ def project(values: Tensor, f: LayerFactors) -> Tensor:
 
 
 def fused_attention(
-    x: Tensor, f: LayerFactors, positions: Tensor | None = None, split: TokenSplit | None = None
+    x: Tensor,
+    f: LayerFactors,
+    positions: Tensor | None = None,
+    split: TokenSplit | None = None,
+    own: int | None = None,
 ) -> Tensor:
     """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]; arguments of ``attended_values``."""
-    return project(attended_values(x, f, positions, split), f)
+    return project(attended_values(x, f, positions, split, own), f)
+
+
+def _own_queries(x: Tensor, maps: Tensor, own: int) -> Tensor:
+    """Return queries [N, H, T, e] of features x [N, T, F], if each head of ``maps`` [H, e, F] reads ``own`` features."""
+    heads, width, _ = maps.shape
+    blocks = maps[..., : heads * own].reshape(heads, width, heads, own).diagonal(dim1=0, dim2=2)  # [e, own, H]
+    features = x[..., : heads * own].reshape(*x.shape[:2], heads, own).transpose(1, 2)
+    queries: Tensor = features @ blocks.permute(2, 1, 0)
+    return queries
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

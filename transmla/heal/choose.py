@@ -12,6 +12,7 @@ from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan.estimate import export_bytes, parameters
+from transmla.plan.estimate_time import Rates, healing_seconds
 from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
 
@@ -113,6 +114,14 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
     what = {"all": "all weights", "attention": "the attention", "lora": "low-rank updates of the attention"}[trainable]
     reason = f"ends with a healing of {amount}, {what} (--heal off leaves it out)"
     return Choice(settings, reason, disk_bytes(plan, trainable))
+
+
+def estimated_seconds(choice: Choice, plan: Plan, rates: Rates) -> float | None:
+    """Return the estimated time of the healing ``choice`` in seconds; None if there is none, or minutes were asked."""
+    if choice.settings is None or "max_tokens" not in choice.settings:
+        return None
+    batch = choice.settings["batch"] * choice.settings["length"]
+    return healing_seconds(parameters(plan), plan.spec, choice.settings["max_tokens"], batch, rates)
 
 
 def _trained(plan: Plan, trainable: str) -> int:

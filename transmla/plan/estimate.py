@@ -1,11 +1,8 @@
-"""Estimate the memory, disk space and time of a conversion, and the cache size of its export."""
+"""Estimate the memory and disk space of a conversion, and the cache size of its export."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
-
-import torch
 
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
@@ -29,10 +26,10 @@ def parameters(plan: Plan) -> int:
 def source_parameters(plan: Plan) -> int:
     """Return the number of weights in the source, without biases and norms of the attention."""
     spec = plan.spec
-    return spec.num_hidden_layers * _projections(spec) + spec.other_parameters
+    return spec.num_hidden_layers * projections(spec) + spec.other_parameters
 
 
-def _projections(spec: AttentionSpec) -> int:
+def projections(spec: AttentionSpec) -> int:
     """Return the number of weights in the projections of one source attention."""
     return spec.hidden_size * spec.head_dim * (2 * spec.num_attention_heads + 2 * spec.num_key_value_heads)
 
@@ -64,7 +61,7 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         fit: settings of the fit; None if layers are not fitted.
     """
     spec = plan.spec
-    width, attention = spec.hidden_size, _projections(spec)
+    width, attention = spec.hidden_size, projections(spec)
     layer = 4 * (attention + spec.layer_parameters)
     # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
@@ -115,42 +112,6 @@ def _stream_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
     streams = 1 + (method_named(plan.method).first_pass is not None) + (fit is not None)
     ahead = 0 if fit is None else (fit.window - 1) * 4 * format_named(plan.format).attention_parameters(plan)
     return 2 * (streams * 4 * tokens * plan.spec.hidden_size + ahead)
-
-
-def seconds(plan: Plan, tokens: int, device: torch.device, fit: FitSettings | None) -> float:
-    """Return the estimated time of the conversion in seconds, from the matrix rate measured on ``device``.
-
-    Args:
-        plan: the conversion's plan.
-        tokens: number of calibration tokens.
-        device: the device that converts.
-        fit: settings of the fit; None if layers are not fitted.
-    """
-    spec = plan.spec
-    width, d, attention = spec.hidden_size, spec.head_dim, _projections(spec)
-    mlp = 3 * width * spec.intermediate_size
-    forward = 2 * tokens * (attention + mlp + width * width)
-    features, heads = spec.features, spec.num_attention_heads + spec.num_key_value_heads
-    factor = 30 * features**3 + 8 * features**2 * d * heads
-    if fit is not None:
-        # A step is a forward pass of the source, and a forward and a backward pass of the export. A backward pass costs
-        # as much as two forward passes; through the MLP, whose weights are frozen, as much as one.
-        weights = 5 * attention + (3 * mlp if fit.through_mlp else 0)
-        steps = fit.window * fit.steps * fit.tokens
-        forward += 2 * steps * weights + 2 * fit.window * tokens * (attention + mlp)
-    dtype = torch.bfloat16 if device.type == "cuda" and plan.dtype == "bfloat16" else torch.float32
-    return spec.num_hidden_layers * (forward / matrix_rate(device, dtype) + factor / matrix_rate(device, torch.float64))
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Measure the floating-point operations per second of a [size, size] matrix product on ``device``."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def contexts(plan: Plan) -> dict[int, tuple[int, int]]:
@@ -205,18 +166,16 @@ def bytes_per_token(plan: Plan, values: int) -> int:
 def summary(
     plan: Plan,
     tokens: int,
-    device: torch.device,
     fit: FitSettings | None,
     *,
     reconstruct: str = "off",
     sampled: int = 0,
 ) -> dict[str, Any]:
-    """Return everything that ``transmla plan`` shows, as plain values.
+    """Return what ``transmla plan`` shows of shape, memory and disk, as plain values.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
-        device: the device that converts.
         fit: settings of the fit; None if layers are not fitted.
         reconstruct: name of the fit.
         sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
@@ -239,7 +198,5 @@ def summary(
         "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
-        "seconds": seconds(plan, tokens, device, fit),
-        "device": str(device),
         "reconstruct": reconstruct,
     }

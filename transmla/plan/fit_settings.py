@@ -37,6 +37,8 @@ class FitSettings:
 # perplexity of SmolLM2-135M falls by 0.5 % at half the cache, 1.1 % at a third, 1.9 % at a quarter and 6 % at an eighth
 # (scripts/results/quality/full-400-steps.json and full-600-steps.json).
 SMALL_CACHE = 0.4
+# Tokens in the rows of a short step. One step in WHOLE_EVERY takes whole sequences, if they are at least twice as long.
+SHORT, WHOLE_EVERY = 2048, 4
 # Layers with more weights outside the attention take fewer steps, in proportion but at least FEWEST_STEPS of them, so
 # that a model of eight billion weights takes minutes.
 LARGE_LAYER, FEWEST_STEPS = 60_000_000, 0.5

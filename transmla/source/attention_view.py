@@ -85,6 +85,11 @@ class AttentionView:
         rows, columns = self.projection.shape
         return rows if self.normed else columns + (self.bias is not None)
 
+    @property
+    def own(self) -> int | None:
+        """Number of features that only one query head reads; None if all heads read all features."""
+        return self.heads.width if self.normed else None
+
     def features(self, x: Tensor) -> Tensor:
         """Return the features [..., F] of the attention's input x [..., D]."""
         if not self.normed:

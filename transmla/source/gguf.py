@@ -48,7 +48,10 @@ def unpacked(path: Path, *, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         if not weights:
             return path
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError:  # a full or read-only disk
+            return path
         try:
             _unpack(path, scratch)
             # Another process may have unpacked the same file meanwhile.

@@ -1,0 +1,141 @@
+"""Estimate the time of a conversion and of its healing, from the rates of the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from transmla.artifacts import AttentionSpec, Plan
+from transmla.core.methods.base import method_named
+from transmla.plan.estimate import projections
+from transmla.plan.fit_settings import SHORT, WHOLE_EVERY, FitSettings
+
+# Bytes per token and channel that a step of a fit moves on a GPU outside its matrix products and attention: what one
+# H200 needed beyond these was 1,500 to 2,200 (SmolLM2-135M, Qwen2.5-Coder-0.5B, and a model twice as wide). A forward
+# pass alone moves a quarter. On a CPU, matrix products take most of the time.
+CHANNEL_BYTES = 1700
+# Attention's share of the rate of matrix products: its deterministic kernels reached 147 to 170 TFLOP/s on an H200.
+ATTENTION_SHARE = 0.35
+# How many times slower attention is through a mask (windows, softcaps): what Gemma-3-270M took on an H200.
+MASKED = 7.0
+# Passes of attention in a step of a fit: of the source, of the export, and a backward pass.
+STEP_PASSES = 4.5
+# Passes of the calibration text through a layer while it is measured: those of source and export, and the errors.
+PASSES = 2.5
+# Seconds that the host of a GPU needs to measure a layer on one step of the text, and tokens in such a step at least.
+OBSERVING_SECONDS, TOKENS_PER_STEP = 7e-3, 4096
+# Of a healing: share of the rate of matrix products, bytes moved for each logit, seconds that the host takes for a step
+# of one layer, and seconds for compilation, evaluation and saving.
+HEALING_SHARE, LOGIT_BYTES, HOST_SECONDS, AROUND_HEALING = 0.9, 50, 2.6e-3, 25.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        device: type of the device, cpu or cuda.
+        matrix: floating-point operations of matrix products in the precision of a conversion.
+        exact: the same in float64.
+        memory: bytes read and written by a copy.
+    """
+
+    device: str
+    matrix: float
+    exact: float
+    memory: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure the rates of ``device`` in a fraction of a second; ``dtype`` is the precision of a conversion."""
+    gpu = device.type == "cuda"
+    size, values = (8192, 2**28) if gpu else (1024, 2**23)
+    big, copied = torch.zeros(size, size, dtype=dtype, device=device), torch.zeros(values, device=device)
+    exact = torch.zeros(1024, 1024, dtype=torch.float64, device=device)
+    return Rates(
+        device.type,
+        2 * size**3 / _fastest(lambda: big @ big, device),
+        2 * 1024**3 / _fastest(lambda: exact @ exact, device),
+        2 * copied.nbytes / _fastest(copied.clone, device),
+    )
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of four calls of ``run``."""
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings | None, rates: Rates) -> float:
+    """Return the estimated time of all layers in seconds.
+
+    Texts, samples and signatures are not counted. For one H200, the estimates of four models are within 35 % of what
+    was measured (``tests/plan/test_estimate_time.py``).
+
+    Args:
+        plan: the conversion's plan.
+        sequences: number of calibration sequences.
+        length: tokens in each of them.
+        fit: settings of the fit; None if layers are not fitted.
+        rates: rates of the device.
+    """
+    spec, tokens = plan.spec, sequences * length
+    attention, mlp = projections(spec), 3 * spec.hidden_size * spec.intermediate_size
+    passes = PASSES + (method_named(plan.method).first_pass is not None)
+    products = 2 * passes * tokens * (attention + mlp) + 2 * tokens * 2 * spec.features**2
+    scores = passes * tokens * _attention(spec, length)
+    channels = passes * tokens * spec.hidden_size / 4
+    if fit is not None:
+        # A step is a forward pass of the source, and a forward and a backward pass of the export. A backward pass costs
+        # as much as two forward passes; through the MLP, whose weights are frozen, as much as one.
+        for steps, row in _steps(fit, length):
+            moved = fit.window * steps * max(row, fit.tokens // row * row)
+            products += 2 * moved * (5 * attention + (3 * mlp if fit.through_mlp else 0))
+            scores += STEP_PASSES * moved * _attention(spec, row)
+            channels += moved * spec.hidden_size
+    heads = spec.num_attention_heads + spec.num_key_value_heads
+    factor = 30 * spec.features**3 + 8 * spec.features**2 * spec.head_dim * heads
+    layer = products / rates.matrix + scores / (ATTENTION_SHARE * rates.matrix) + factor / rates.exact
+    if rates.device == "cuda":
+        layer += channels * CHANNEL_BYTES / rates.memory + tokens / max(TOKENS_PER_STEP, length) * OBSERVING_SECONDS
+    return spec.num_hidden_layers * layer
+
+
+def healing_seconds(weights: int, spec: AttentionSpec, tokens: int, batch: int, rates: Rates) -> float:
+    """Return the estimated time of a healing in seconds.
+
+    Args:
+        weights: weights of the export.
+        spec: the source's attention.
+        tokens: tokens that it is healed on.
+        batch: tokens of one step.
+        rates: rates of the device.
+    """
+    # Six operations for each weight and token, and two of the teacher.
+    step = 8 * weights * batch / (HEALING_SHARE * rates.matrix) + batch * spec.vocab_size * LOGIT_BYTES / rates.memory
+    return tokens / batch * max(step, spec.num_hidden_layers * HOST_SECONDS) + AROUND_HEALING
+
+
+def _steps(fit: FitSettings, length: int) -> list[tuple[float, int]]:
+    """Return the number of steps of each kind, and the tokens in one of its rows."""
+    if length < 2 * SHORT:
+        return [(fit.steps, length)]
+    return [(fit.steps / WHOLE_EVERY, length), (fit.steps * (1 - 1 / WHOLE_EVERY), SHORT)]
+
+
+def _attention(spec: AttentionSpec, length: int) -> float:
+    """Return the operations of one token's attention in rows of ``length`` tokens, on average over the layers."""
+    keys = 0.0
+    for kind in (spec.kind(i) for i in range(spec.num_hidden_layers)):
+        masked = kind.window is not None or kind.softcap is not None
+        keys += MASKED * min(2 * (kind.window or length), length) if masked else length / 2
+    return 4 * spec.num_attention_heads * spec.head_dim * keys / spec.num_hidden_layers
