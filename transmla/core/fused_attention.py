@@ -223,7 +223,7 @@ def fused_attention(
 
 
 def _own_queries(x: Tensor, maps: Tensor, own: int) -> Tensor:
-    """Return queries [N, H, T, e] of features x [N, T, F], if each head of ``maps`` [H, e, F] reads ``own`` features."""
+    """Return queries [N, H, T, e] for features x [N, T, F], if a head of ``maps`` [H, e, F] reads ``own`` of them."""
     heads, width, _ = maps.shape
     blocks = maps[..., : heads * own].reshape(heads, width, heads, own).diagonal(dim1=0, dim2=2)  # [e, own, H]
     features = x[..., : heads * own].reshape(*x.shape[:2], heads, own).transpose(1, 2)
