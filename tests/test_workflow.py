@@ -240,3 +240,14 @@ def test_bad_requests_are_one_line(heal: Any, says: str) -> None:
 
 def test_yaml_reads_off_as_false() -> None:
     assert parse_recipe({"source": "a", "output": "b", "heal": False}, "test").heal == "off"
+
+
+def test_several_processes_share_the_batches_of_the_healing() -> None:
+    """Each process computes as many sequences at once as one process would: its memory is the same."""
+    choice = Choice({"batch": 16, "accumulate": 4}, "")
+    for processes, parts in ((1, 4), (2, 2), (4, 1), (8, 1)):
+        divided = workflow._divided(choice, processes).settings
+        assert divided == {"batch": 16, "accumulate": parts}
+    with pytest.raises(TransmlaError, match=r"3 processes cannot share the batches of 16 sequences .*--heal off"):
+        workflow._divided(choice, 3)
+    assert workflow._divided(Choice(None, "none"), 3).reason == "none"

@@ -52,7 +52,8 @@ class Ranks:
         """Run ``work`` in the first process, and return its result in all.
 
         Raises:
-            Exception: what ``work`` raised, in all processes.
+            Exception: what ``work`` raised, in all processes. All errors but the first process's have ``told`` set, so
+                that one process tells the user.
         """
         if self.size == 1:
             return work()
@@ -66,6 +67,7 @@ class Ranks:
                 raise
         distributed.broadcast_object_list(result)
         if result[1] is not None:
+            result[1].told = True
             raise result[1]
         return result[0]  # type: ignore[no-any-return]
 

@@ -90,7 +90,12 @@ def main() -> None:
 
 
 def _report(error: Exception, verb: str) -> int:
-    """Print an error of the command ``verb``, and return the exit code. Only a bug of transmla shows its traceback."""
+    """Print an error of the command ``verb``, and return the exit code. Only a bug of transmla shows its traceback.
+
+    Another process prints an error that is already ``told`` (``Ranks.on_first``).
+    """
+    if getattr(error, "told", False):
+        return 2
     # A misused option. typer carries click inside or beside it, by version, and exports no base class of errors.
     message = getattr(error, "format_message", None)
     remedy = "see --help; the server's own options go after --" if verb == "serve" else "see --help"

@@ -134,6 +134,8 @@ def convert(
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
     several times, source and export are compared on these texts at the end. The last table says where the time went.
 
+    On several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m transmla convert SOURCE …
+
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
     """
     from transmla.evaluate.texts import check_texts
