@@ -57,7 +57,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if ranks.on_first(lambda: (resume and _remove_rest(output, unhealed)) or _refuse(output, unhealed, resume=resume)):
         return output
     prepared = ranks.first_then_others(lambda: prepare(recipe))
-    choice = _divided(ranks.on_first(partial(choice_for, prepared)), ranks.size)
+    choice = _divided(ranks.on_first(partial(choice_for, prepared, ranks.size)), ranks.size)
     settings, texts, note = ranks.on_first(partial(_open_healing, prepared, choice, unhealed, output))
     notes = (note,) if note else ()
     if settings is None:
@@ -141,11 +141,11 @@ def _open_healing(
     return settings, texts, choice.reason
 
 
-def choice_for(prepared: Prepared) -> Choice:
-    """Return the healing that ends the conversion ``prepared``, or why there is none."""
+def choice_for(prepared: Prepared, processes: int = 1) -> Choice:
+    """Return the healing that ends the conversion ``prepared`` on ``processes``, or why there is none."""
     device = prepared.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return choose_healing(prepared.recipe, prepared.plan, device, free)
+    return choose_healing(prepared.recipe, prepared.plan, device, free, processes)
 
 
 def _divided(choice: Choice, processes: int) -> Choice:
