@@ -48,7 +48,7 @@ def recipe(make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatc
     """A recipe whose conversion ends with a healing of some steps."""
     settings = {name: value for name, value in SMALL_HEALING.items() if name not in ("data", "split")}
     chosen = Choice(settings | {"self_tokens": 32 * 12}, "ends with a healing")
-    monkeypatch.setattr(workflow, "choice_for", lambda _: chosen)
+    monkeypatch.setattr(workflow, "choice_for", lambda *_: chosen)
     return make_recipe(make_source(num_hidden_layers=3), calibration={"source": ["pydoc", "self"]})
 
 
@@ -76,7 +76,7 @@ def test_the_export_is_the_healed_one(recipe: Recipe) -> None:
 def test_a_healing_that_the_disk_has_no_room_for_is_refused_before_the_conversion(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "choice_for", lambda _: Choice(dict(SMALL_HEALING), "", disk_bytes=10**18))
+    monkeypatch.setattr(workflow, "choice_for", lambda *_: Choice(dict(SMALL_HEALING), "", disk_bytes=10**18))
     with pytest.raises(TransmlaError, match=r"the healing needs about 1000000000\.0 GB of disk; .*\(--heal off\)"):
         convert_and_heal(recipe)
     assert not list(Path(recipe.output).parent.glob(f"{Path(recipe.output).name}*"))
@@ -139,7 +139,7 @@ def test_texts_of_the_healing_are_checked_before_the_conversion(
 ) -> None:
     """A text too short for the default healing means no healing; for one that was asked for, a refusal."""
     chosen = Choice({"length": 32, "held_out": 4000, "self_tokens": 1000}, "ends with a healing")
-    monkeypatch.setattr(workflow, "choice_for", lambda _: chosen)
+    monkeypatch.setattr(workflow, "choice_for", lambda *_: chosen)
     recipe, log = make_recipe(make_source(), heal=heal), Log()
     if healed is None:
         monkeypatch.setattr(workflow, "convert", None)
