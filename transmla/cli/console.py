@@ -167,6 +167,8 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         say(f"calibration: no samples of the source; {summary['unsampled']}")
     if summary.get("healing"):
         say(summary["healing"])
+    for refusal in summary.get("refused", ()):
+        out.print(f"[red]convert refuses this here:[/] {escape(printable(refusal))}", highlight=False)
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 

@@ -58,12 +58,12 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     load_libraries()
     from transmla.cli import console
     from transmla.convert.prepare import prepare, summarise
-    from transmla.workflow import choice_for
+    from transmla.workflow import choice_for, refusals
 
     prepared = prepare(recipe, weights=False)
     choice = choice_for(prepared)
     healing = {"healing": choice.reason or None, "healing_disk_bytes": choice.disk_bytes}
-    summary = summarise(prepared) | healing
+    summary = summarise(prepared) | healing | {"refused": refusals(prepared, choice)}
     if as_json:
         print(json_text(summary))
     else:

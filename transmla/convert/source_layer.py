@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class SourceLayer:
         *,
         half: bool = False,
         norm_eps: float | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Prepare for layers of one source.
 
@@ -81,8 +83,9 @@ class SourceLayer:
             device: the device that the layer runs on.
             half: multiply matrices in bfloat16.
             norm_eps: eps of the export's norms; None if the export keeps the source's eps.
+            folder: folder for the hidden states after a layer; None keeps them in memory (``streams.empty_like``).
         """
-        self.norm_eps = norm_eps
+        self.norm_eps, self.folder = norm_eps, folder
         self.model, self.family, self.source_spec = model, family, spec
         self.device, self.half = device, half
 
@@ -97,6 +100,9 @@ class SourceLayer:
             TransmlaError: if ``tensors`` are not exactly the tensors of this layer.
         """
         dtype = torch.bfloat16 if self.half else torch.float32
+        # Before there are two layers in memory.
+        self.__dict__.pop("module", None)
+        self.__dict__.pop("view", None)
         on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         self.module: Any = layer_with(self.model, index, on_device, dtype).to(self.device)
         for norm in self.module.modules():
@@ -182,7 +188,7 @@ class SourceLayer:
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), 0.0
         meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
-        following = empty_like(stream, self.device)
+        following = empty_like(stream, self.device, self.folder)
         with self._observed_norms() as norms, watched_norms(self.place, self.module):
             for start, part in steps(stream):
                 hidden = part.to(self.device)
@@ -216,7 +222,7 @@ class SourceLayer:
         """
         width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        following = empty_like(stream, self.device)
+        following = empty_like(stream, self.device, self.folder)
         for start, part in steps(stream):
             hidden = part.to(self.device)
             x = self.features(hidden).flatten(0, 1)

@@ -18,6 +18,9 @@ GPU_GIGABYTES = (24, 80, 141)
 USABLE = 0.9
 # Resident bytes of a process that has imported torch and transformers (measured: 0.55–0.65 GB).
 BASE_MEMORY = 650 * 2**20
+# The same for a process that uses a GPU, with CUDA's libraries.
+CUDA_MEMORY = 3 * 2**30
+CPU = torch.device("cpu")
 
 
 def parameters(plan: Plan) -> int:
@@ -42,7 +45,7 @@ def export_bytes(plan: Plan) -> int:
     return parameters(plan) * value_bytes(plan.dtype)
 
 
-def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, streams: bool = False) -> int:
     """Return the peak size in bytes of the unfinished output folder: the export, and two states for a resume.
 
     A state is the hidden states of the calibration text. A newer one is written before the older one is deleted.
@@ -51,18 +54,49 @@ def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
+        streams: whether the memory does not hold the hidden states, so that they lie in files as well.
     """
-    return export_bytes(plan) + _stream_bytes(plan, tokens, fit)
+    return export_bytes(plan) + _stream_bytes(plan, tokens, fit) * (2 if streams else 1)
 
 
-def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+def memory_bytes(
+    plan: Plan, tokens: int, fit: FitSettings | None, device: torch.device = CPU, *, streams: bool = True
+) -> int:
     """Return the peak resident memory of the conversion in bytes.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
+        device: the device that converts. A GPU holds the work on a layer in its own memory.
+        streams: whether the memory holds the hidden states; otherwise a disk does.
     """
+    embedding = plan.spec.vocab_size * plan.spec.hidden_size * value_bytes(plan.dtype) * 2
+    hidden = _stream_bytes(plan, tokens, fit) if streams else 0
+    if device.type == "cuda":
+        layer = 2 * value_bytes(plan.dtype) * (_projections(plan.spec) + plan.spec.layer_parameters)
+        return CUDA_MEMORY + hidden + max(layer, embedding)
+    if fit is not None and streams:
+        hidden += (fit.window - 1) * 4 * tokens * plan.spec.hidden_size
+    return BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit), embedding)
+
+
+def device_bytes(plan: Plan, sequences: int, length: int, fit: FitSettings | None) -> int:
+    """Return the peak memory of the conversion on a GPU in bytes, without the hidden states between layers.
+
+    Args:
+        plan: the conversion's plan.
+        sequences: number of calibration sequences.
+        length: tokens per sequence.
+        fit: settings of the fit; None if layers are not fitted.
+    """
+    if fit is None:
+        return _work_bytes(plan, sequences * length, None)
+    return max(_work_bytes(plan, 0, None), fit_bytes(plan.spec, sequences, length, fit))
+
+
+def _work_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+    """Return the peak memory of the work on one layer, or on a window of layers that are fitted together, in bytes."""
     spec = plan.spec
     width, attention = spec.hidden_size, _projections(spec)
     layer = 4 * (attention + spec.layer_parameters)
@@ -73,9 +107,11 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         # hidden states after the layer, one step's activations, the weights, the gradients and Adam's two moments.
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         fitting = fit.window * (_activations(spec, fit.tokens, heads) + 4 * 4 * 2 * _maps(spec))
-        work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * (4 * tokens * width + layer)
-    embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
-    return BASE_MEMORY + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
+        work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * layer
+    # To sign it, a layer of the source or of the export runs in float64.
+    exported = format_named(plan.format).attention_parameters(plan)
+    signing = 8 * (max(attention, exported) + spec.layer_parameters)
+    return max(layer + work, signing)
 
 
 def fit_bytes(spec: AttentionSpec, sequences: int, length: int, fit: FitSettings) -> int:
@@ -236,7 +272,7 @@ def summary(
         "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
         "source_parameters": source_parameters(plan),
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
+        "memory_bytes": max(memory_bytes(plan, tokens, fit, device), BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
         "seconds": seconds(plan, tokens, device, fit),
