@@ -27,6 +27,7 @@ def has(monkeypatch: pytest.MonkeyPatch, *, memory_free: float = 1e12, gpu_free:
     """Let the computer and the GPU have so many free bytes, and this process hold none."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(memory_free)))
     monkeypatch.setattr(free, "_free_in_cgroups", list)
+    monkeypatch.setattr(free, "_free_in_limits", list)
     monkeypatch.setattr(memory, "resident_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(gpu_free), int(gpu_free)))
 

@@ -260,7 +260,8 @@ class LayerConverter:
                 moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
             stats, leaving = replace(stats, converted_moment=moment), replace(leaving, first_pass=hidden)
         with self.phases.measure("factorise"):
-            factors = factorize(layer.weights(), stats, plan)
+            # In float64 from the start: no second copy in float32 beside it.
+            factors = factorize(layer.weights().to(torch.float64), stats, plan)
         return _OpenLayer(layer, observations, factors, leaving)
 
     def _load(self, index: int) -> SourceLayer:

@@ -16,8 +16,8 @@ _FILES = {
 
 
 def free_memory() -> int:
-    """Return the bytes of the computer's memory that this process may still take, within the limits of its cgroups."""
-    return min([psutil.virtual_memory().available, *_free_in_cgroups()])
+    """Return the bytes of the computer's memory that this process may still take, within its cgroups and ulimits."""
+    return min([psutil.virtual_memory().available, *_free_in_cgroups(), *_free_in_limits()])
 
 
 def free_memory_of(device: torch.device) -> int:
@@ -28,6 +28,17 @@ def free_memory_of(device: torch.device) -> int:
 def resident_memory() -> int:
     """Return the bytes of memory that this process holds."""
     return int(psutil.Process().memory_info().rss)
+
+
+def _free_in_limits() -> list[int]:
+    """Return the free bytes below the limits of this process's address space and data; empty if there are none."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # other systems than Linux
+        return []
+    process = psutil.Process()
+    memory = process.memory_info()
+    limits = {psutil.RLIMIT_AS: memory.vms, psutil.RLIMIT_DATA: memory.data}
+    soft = {kind: process.rlimit(kind)[0] for kind in limits}
+    return [max(0, soft[kind] - used) for kind, used in limits.items() if soft[kind] != psutil.RLIM_INFINITY]
 
 
 def _free_in_cgroups() -> list[int]:
