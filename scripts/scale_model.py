@@ -64,6 +64,7 @@ MODELS = {
 class Cost:
     """Seconds of one layer on one GPU, by what several processes can share of it."""
 
+    read: float
     observe: float
     factorise: float
     fit: float
@@ -71,7 +72,7 @@ class Cost:
 
     def seconds(self, processes: int) -> float:
         """Return the seconds of a layer on ``processes`` GPUs that share sequences and steps."""
-        return (self.observe + self.fit) / processes + self.factorise + self.write
+        return self.read + (self.observe + self.fit) / processes + self.factorise + self.write
 
 
 def cost(spec: AttentionSpec, active: int | None, tokens: int, fit: FitSettings) -> Cost:
@@ -82,11 +83,13 @@ def cost(spec: AttentionSpec, active: int | None, tokens: int, fit: FitSettings)
     # A step costs 5 units for each weight of the attention and 3 for each of the MLP (plan/estimate.py, ``seconds``).
     step = 5 * attention + (3 * read if fit.through_mlp else 0)
     steps = fit.steps * fit.window * step / (STEPS * WINDOW * (5 * ATTENTION + 3 * MLP))
+    size = (attention + spec.layer_parameters) / (ATTENTION + MLP)
     return Cost(
+        read=measured["read"] * size,
         observe=measured["observe"] * tokens / TOKENS * (attention + read) / (ATTENTION + MLP),
         factorise=measured["factorise"] * (spec.hidden_size / WIDTH) ** 3,
         fit=measured["fit"] * steps,
-        write=measured["write"] * (attention + spec.layer_parameters) / (ATTENTION + MLP),
+        write=measured["write"] * size,
     )
 
 
@@ -114,7 +117,7 @@ def row(name: str, model: Model) -> str:
         name,
         f"{layers} × {(attention + spec.layer_parameters) / 1e9:.1f}",
         f"{sequences} × {length:,}",
-        f"{layer.observe:.0f} + {layer.factorise:.0f} + {layer.fit:.0f} + {layer.write:.0f}",
+        " + ".join(f"{part:.0f}" for part in (layer.read, layer.observe, layer.factorise, layer.fit, layer.write)),
         *(f"{layers * layer.seconds(n) / 3600:.1f}" for n in PROCESSES),
         f"{device_bytes(plan, sequences, length, fit) / 1e9:.0f}",
         f"{memory / 1e9:.0f}",
@@ -125,9 +128,9 @@ def row(name: str, model: Model) -> str:
 
 
 def main() -> None:
-    heads = ["model", "layers × 10⁹ weights", "text", "seconds a layer: observe + factorise + fit + write"]
+    heads = ["model", "layers × 10⁹ weights", "text", "seconds a layer"]
     heads += [f"hours, {n} GPU{'s' if n > 1 else ''}" for n in PROCESSES]
-    heads += ["GPU memory, GB", "RAM, GB", "disk, TB", "sums, TB"]
+    heads += ["GPU memory, GB", "RAM, GB", "disk, TB", "summed, TB"]
     print("| " + " | ".join(heads) + " |")
     print("|" + "---|" * len(heads))
     for name, model in MODELS.items():

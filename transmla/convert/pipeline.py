@@ -181,6 +181,8 @@ def _convert_layers(
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
     on_disk = not holds_streams(prepared, tokens.numel())
+    if on_disk:
+        report.message("the memory does not hold the hidden states of the calibration text: they lie on the disk")
     source, converter = prepared.source, LayerConverter(prepared, workspace.folder if on_disk else None)
     form = format_named(prepared.plan.format)
     check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0))

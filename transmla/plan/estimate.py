@@ -11,6 +11,7 @@ from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan.fit_settings import FitSettings
+from transmla.source.device import is_fast_in_bfloat16
 
 # Memory sizes of common GPUs, in GB, for which the longest context is shown.
 GPU_GIGABYTES = (24, 80, 141)
@@ -74,11 +75,11 @@ def memory_bytes(
     embedding = plan.spec.vocab_size * plan.spec.hidden_size * value_bytes(plan.dtype) * 2
     hidden = _stream_bytes(plan, tokens, fit) if streams else 0
     if device.type == "cuda":
-        layer = 2 * value_bytes(plan.dtype) * (_projections(plan.spec) + plan.spec.layer_parameters)
+        layer = 2 * _layer_bytes(plan, device)
         return CUDA_MEMORY + hidden + max(layer, embedding)
     if fit is not None and streams:
         hidden += (fit.window - 1) * 4 * tokens * plan.spec.hidden_size
-    return BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit), embedding)
+    return BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit, device), embedding)
 
 
 def device_bytes(plan: Plan, sequences: int, length: int, fit: FitSettings | None) -> int:
@@ -90,16 +91,20 @@ def device_bytes(plan: Plan, sequences: int, length: int, fit: FitSettings | Non
         length: tokens per sequence.
         fit: settings of the fit; None if layers are not fitted.
     """
-    if fit is None:
-        return _work_bytes(plan, sequences * length, None)
-    return max(_work_bytes(plan, 0, None), fit_bytes(plan.spec, sequences, length, fit))
+    closed = _work_bytes(plan, 0, None, torch.device("cuda"))
+    return closed if fit is None else max(closed, fit_bytes(plan.spec, sequences, length, fit))
 
 
-def _work_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+def _layer_bytes(plan: Plan, device: torch.device) -> int:
+    """Return the bytes of a source layer's weights on ``device``."""
+    width = value_bytes(plan.dtype) if is_fast_in_bfloat16(device) else 4
+    return width * (_projections(plan.spec) + plan.spec.layer_parameters)
+
+
+def _work_bytes(plan: Plan, tokens: int, fit: FitSettings | None, device: torch.device) -> int:
     """Return the peak memory of the work on one layer, or on a window of layers that are fitted together, in bytes."""
     spec = plan.spec
-    width, attention = spec.hidden_size, _projections(spec)
-    layer = 4 * (attention + spec.layer_parameters)
+    width, layer = spec.hidden_size, _layer_bytes(plan, device)
     # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
     if fit is not None:
@@ -108,10 +113,10 @@ def _work_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         fitting = fit.window * (_activations(spec, fit.tokens, heads) + 4 * 4 * 2 * _maps(spec))
         work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * layer
-    # To sign it, a layer of the source or of the export runs in float64.
+    # A layer is signed with its attention in float64, and one of its other matrices at a time.
     exported = format_named(plan.format).attention_parameters(plan)
-    signing = 8 * (max(attention, exported) + spec.layer_parameters)
-    return max(layer + work, signing)
+    signing = 8 * (max(_projections(spec), exported) + width * spec.intermediate_size)
+    return layer + max(work, signing)
 
 
 def fit_bytes(spec: AttentionSpec, sequences: int, length: int, fit: FitSettings) -> int:
