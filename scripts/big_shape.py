@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from provenance import RESULTS, write_result
 
-# Widths of the sources: the layers of Llama-3-70B, and of a smaller Llama that reaches more layers in the same time.
+# Widths of the sources: of Llama-3-70B, of a smaller Llama that reaches more layers in the same time, and of SmolLM2.
 SHAPES: dict[str, dict[str, int]] = {
     "70b": {
         "hidden_size": 8192,
@@ -42,6 +42,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 32000,
+    },
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
     },
 }
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
@@ -116,6 +123,8 @@ def _memory() -> tuple[int, int]:
 def convert_here(job: dict[str, Any]) -> dict[str, Any]:
     """Convert in this process, and return seconds and peaks of memory."""
     from transmla.convert.pipeline import convert
+    from transmla.convert.prepare import prepare
+    from transmla.plan.estimate import memory_bytes
     from transmla.recipe import parse_recipe
     from transmla.reporter import Silent, Timed
 
@@ -124,10 +133,14 @@ def convert_here(job: dict[str, Any]) -> dict[str, Any]:
     tokens = torch.randint(0, job["vocabulary"], (job["sequences"], job["length"]))
     sampler, timed, began = Sampler(), Timed(Silent()), time.monotonic()
     sampler.start()
-    convert(recipe, reporter=timed, calibration=tokens)
+    prepared = prepare(recipe, sequences=len(tokens))
+    plan = prepared.plan
+    convert(recipe, reporter=timed, calibration=tokens, prepared=prepared)
     stages = {stage["name"]: stage for stage in timed.finish()}
     return {
+        "estimate GB": round(memory_bytes(plan, tokens.numel(), prepared.fit) / 1e9, 2),
         "seconds": round(time.monotonic() - began, 1),
+        "CPU seconds": round(time.process_time(), 1),
         "stages": {name: round(stage["seconds"], 1) for name, stage in stages.items()},
         "phases": {name: round(spent, 1) for name, spent in stages["converting layers"]["phases"].items()},
         "peak GB": round(sampler.resident / 1e9, 2),
@@ -223,7 +236,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=16, help="limit of memory in 10^9 bytes")
     parser.add_argument("--work", type=Path, help="folder for source and export; default: a temporary folder")
     parser.add_argument("--result", type=Path, default=RESULTS / "scale/depth.json", help="JSON file to add rows to")
-    parser.add_argument("--plot", type=Path, help="draw the rows of the result file into this file")
+    parser.add_argument("--plot", type=Path, help="draw the rows of all files beside the result file into this file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -237,7 +250,8 @@ def main() -> None:
         print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         write_result(arguments.result, rows, None)
     if arguments.plot:
-        draw(rows, arguments.plot)
+        files = sorted(arguments.result.parent.glob("*.json"))
+        draw([row for file in files for row in json.loads(file.read_text())["rows"]], arguments.plot)
 
 
 if __name__ == "__main__":
