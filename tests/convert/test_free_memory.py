@@ -100,7 +100,7 @@ def test_a_gpu_too_small_is_refused_with_what_fits(prepared: Prepared, monkeypat
     needed = device_bytes(prepared.plan, 64, 8192, fit)
     has(monkeypatch, gpu_free=needed)
     assert memory_shortage(on_gpu, 64, 8192) is None
-    has(monkeypatch, gpu_free=memory.CERTAIN * needed - 1)
+    has(monkeypatch, gpu_free=memory.CERTAIN_ON_GPU * needed - 1)
     error = memory_shortage(on_gpu, 64, 8192)
     assert error is not None
     assert "of memory on cuda" in error.what
