@@ -16,7 +16,7 @@ from transmla.source.memory import free_memory, free_memory_of, resident_memory
 # Hidden states go to the disk if the estimate of everything exceeds this share of the memory.
 HELD = 0.9
 # A conversion is refused if this share of its estimate exceeds the memory. Measured peaks on CPUs were 0.79 (a fit of
-# SmolLM2's sizes) to 1.05 of the estimate (closed forms; docs/scale.md). On a GPU, 50 GiB with all hidden states there
+# SmolLM2's sizes) to 1.18 of the estimate (closed forms; docs/scale.md). On a GPU, 50 GiB with all hidden states there
 # stand beside an estimate of 37 GiB without them (Llama-3-8B's sizes, one H200): too little to be as sure.
 CERTAIN, CERTAIN_ON_GPU = 0.75, 0.6
 # The fewest calibration sequences, and tokens per sequence, that a remedy proposes.
