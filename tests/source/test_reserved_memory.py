@@ -32,8 +32,9 @@ class Reserved(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_an_empty_model_reserves_no_weights(family: str) -> None:
+def test_an_empty_model_reserves_no_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All experts of a layer of a 671B model are one parameter of 30 GB in float32."""
+    monkeypatch.setattr("transmla.source.describe.LARGE", 20_000)
     sizes = {"vocab_size": 4000, "hidden_size": 600, "intermediate_size": 1000, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **{**TINY, **sizes})
     with Reserved() as reserved:

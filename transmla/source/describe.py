@@ -87,8 +87,12 @@ def empty_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+# Numbers in an empty tensor that is surely a weight. Buffers, some of which are made empty and then filled, are smaller.
+LARGE = 2**22
+
+
 class _EmptyOnMeta(TorchFunctionMode):
-    """Makes empty tensors on the meta device.
+    """Makes large empty tensors on the meta device.
 
     ``init_empty_weights`` allocates each parameter before it moves it to the meta device. All experts of a layer of a
     671B model are one parameter of 30 GB in float32, which many machines cannot even reserve.
@@ -99,7 +103,9 @@ class _EmptyOnMeta(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
+            weight = func(*args, **{**kwargs, "device": "meta"})
+            if weight.numel() >= LARGE:
+                return weight
         return func(*args, **kwargs)
 
 
