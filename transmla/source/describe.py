@@ -87,7 +87,7 @@ def empty_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-# Numbers in an empty tensor that is surely a weight. Buffers, some of which are made empty and then filled, are smaller.
+# Numbers in an empty tensor that is surely a weight. Buffers, which may be made empty and then filled, are smaller.
 LARGE = 2**22
 
 
