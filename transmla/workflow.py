@@ -11,10 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
-import torch
-
-from transmla.convert.pipeline import check_disk, convert, output_folder
+from transmla.convert.pipeline import check_disk, check_room, convert, output_folder
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import refuse_other_run
 from transmla.errors import TransmlaError
@@ -32,6 +29,7 @@ from transmla.ranks import launched
 from transmla.recipe import HEAL_AUTO, Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
+from transmla.source.memory import free_memory_of
 
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -144,8 +142,7 @@ def _open_healing(
 def choice_for(prepared: Prepared, processes: int = 1) -> Choice:
     """Return the healing that ends the conversion ``prepared`` on ``processes``, or why there is none."""
     device = prepared.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return choose_healing(prepared.recipe, prepared.plan, device, free, processes)
+    return choose_healing(prepared.recipe, prepared.plan, device, free_memory_of(device), processes)
 
 
 def _divided(choice: Choice, processes: int) -> Choice:
@@ -164,6 +161,26 @@ def _divided(choice: Choice, processes: int) -> Choice:
             remedy="launch 2, 4, 8 or 16 processes, or leave the healing out (--heal off)",
         )
     return replace(choice, settings=choice.settings | {"accumulate": parts})
+
+
+def refusals(prepared: Prepared, choice: Choice) -> list[str]:
+    """Return why ``convert_and_heal`` would refuse a conversion for want of memory or disk, one line each.
+
+    Args:
+        prepared: the conversion.
+        choice: the healing that ends it.
+    """
+    output, calibration = Path(prepared.recipe.output), prepared.recipe.calibration
+    checks = [partial(check_room, prepared, output, (calibration.sequences or 0, calibration.length or 0))]
+    if choice.disk_bytes:
+        checks.append(partial(check_disk, output, choice.disk_bytes, healing=True))
+    found = []
+    for check in checks:
+        try:
+            check()
+        except TransmlaError as error:
+            found.append(str(error))
+    return found
 
 
 def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: Choice) -> Healing:

@@ -168,6 +168,8 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     if summary.get("healing"):
         took = summary.get("healing_seconds")
         say(summary["healing"] + (f": about {duration(took)}" if took else ""))
+    for refusal in summary.get("refused", ()):
+        out.print(f"[red]convert refuses this here:[/] {escape(printable(refusal))}", highlight=False)
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
 

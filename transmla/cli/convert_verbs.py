@@ -59,7 +59,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
     from transmla.cli import console
     from transmla.convert.prepare import prepare, rates_of, summarise
     from transmla.heal.choose import estimated_seconds
-    from transmla.workflow import choice_for
+    from transmla.workflow import choice_for, refusals
 
     prepared = prepare(recipe, weights=False)
     choice, rates = choice_for(prepared), rates_of(prepared)
@@ -67,6 +67,7 @@ def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any)
         "healing": choice.reason or None,
         "healing_disk_bytes": choice.disk_bytes,
         "healing_seconds": estimated_seconds(choice, prepared.plan, rates),
+        "refused": refusals(prepared, choice),
     }
     if as_json:
         print(json_text(summary))

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from transmla.recipe import Recipe
 from transmla.reporter import Reporter
 from transmla.source.device import pick_device
 from transmla.source.load import load_model
+from transmla.source.memory import free_memory
 from transmla.source.mixture import Part, beginnings, interleave, openings, parts_of, read_rows
 from transmla.source.open_source import Source, runs_in_bfloat16
 from transmla.source.samples import sampled_rows
@@ -95,7 +95,7 @@ def why_unsampled(source: Source, device: torch.device) -> str:
     """
     weights = sum(math.prod(shape) for shape in source.checkpoint.shapes.values())
     needed = weights * (2 if runs_in_bfloat16(source, device) else 4)
-    limits = {"of free memory": MEMORY_SHARE * psutil.virtual_memory().available}
+    limits = {"of free memory": MEMORY_SHARE * free_memory()}
     if device.type == "cuda":
         limits["of the GPU's memory"] = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
     name, limit = min(limits.items(), key=lambda item: item[1])

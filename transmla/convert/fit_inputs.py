@@ -47,9 +47,11 @@ class FitInputs:
         pieces = max(2, length // PIECE)
         rows = torch.randint(count, (steps, self.rows, pieces), generator=generator)
         cuts = torch.randint(1, length, (steps, pieces - 1), generator=generator)
-        # Some steps spread over the whole sequence, others are nearly contiguous.
-        spread = torch.rand(steps, pieces - 1, generator=generator) * torch.rand(steps, 1, generator=generator)
-        gaps = torch.cat([torch.zeros(steps, 1), spread.sort(-1).values], 1).mul(slack).long()
+        gaps = torch.zeros(steps, pieces, dtype=torch.int64)
+        if slack:
+            # Some steps spread over the whole sequence, others are nearly contiguous.
+            spread = torch.rand(steps, pieces - 1, generator=generator) * torch.rand(steps, 1, generator=generator)
+            gaps[:, 1:] = spread.sort(-1).values.mul(slack).long()
         shares = torch.rand(steps, self.rows, generator=generator)
         shifts = torch.randint(1, self.rows * length, (steps, 2), generator=generator)
         return rows, cuts, gaps, shares, shifts

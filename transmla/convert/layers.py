@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
 from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared
 from transmla.convert.source_layer import Observations, SourceLayer, steps
-from transmla.convert.streams import Streams
+from transmla.convert.streams import Streams, mapped
 from transmla.core.fused_attention import fused_attention, fused_source_attention
 from transmla.core.methods.base import method_named
 from transmla.core.rope import match_slots
@@ -71,8 +72,15 @@ class LayerConverter:
     The converter holds as many source layers at once as are fitted together.
     """
 
-    def __init__(self, prepared: Prepared, ranks: Ranks) -> None:
-        """Build the empty source layers for the conversion that ``prepared`` describes; ``ranks`` share its work."""
+    def __init__(self, prepared: Prepared, ranks: Ranks, folder: Path | None = None) -> None:
+        """Build the empty source layers for a conversion.
+
+        Args:
+            prepared: the conversion.
+            ranks: processes that share its work.
+            folder: folder on the disk for the hidden states; None keeps them in memory.
+        """
+        self.folder = folder
         self.source, self.plan, self.device = prepared.source, prepared.plan, prepared.device
         self.fit, self.seed, self.ranks = prepared.fit, prepared.recipe.seed, ranks
         self.format = format_named(self.plan.format)
@@ -88,6 +96,7 @@ class LayerConverter:
                 half=half,
                 norm_eps=self.format.norm_eps,
                 ranks=ranks,
+                folder=folder,
             )
             for _ in range(1 if self.fit is None else self.fit.window)
         ]
@@ -100,13 +109,17 @@ class LayerConverter:
         Raises:
             TransmlaError: if they overflow.
         """
-        hidden = embedded(self.source.model, tokens, embedding)
+        into = None if self.folder is None else mapped((*tokens.shape, embedding.shape[1]), self.folder)
+        hidden = embedded(self.source.model, tokens, embedding, into=into)
         check_hidden("the embedding", {"source": hidden})
         first_pass = hidden if self.first_pass is not None else None
         return self.place(Streams(hidden, first_pass, converted=hidden if self.fit is not None else None))
 
     def place(self, streams: Streams) -> Streams:
-        """Move ``streams`` to the GPU if its free memory holds STREAM_COPIES of them and the fit's own memory."""
+        """Move ``streams`` to the GPU if its free memory holds STREAM_COPIES of them and the fit's own memory.
+
+        Otherwise, hidden states that were loaded from a file stay in that file.
+        """
         length = streams.source.shape[1]
         beside = 0 if self.fit is None else fit_bytes(self.source.spec, 0, length, self.fit)
         return streams.nearest(self.device, STREAM_COPIES, beside)
@@ -251,7 +264,8 @@ class LayerConverter:
                 moment, hidden = layer.run_stream(streams.first_pass, first_factors.to(torch.float32))
             stats, leaving = replace(stats, converted_moment=moment), replace(leaving, first_pass=hidden)
         with self.phases.measure("factorise"):
-            factors = from_first(factorize(layer.weights(), stats, plan), self.ranks)
+            # In float64 from the start: no second copy in float32 beside it.
+            factors = from_first(factorize(layer.weights().to(torch.float64), stats, plan), self.ranks)
         return _OpenLayer(layer, observations, factors, leaving)
 
     def _load(self, index: int) -> SourceLayer:

@@ -21,6 +21,7 @@ from transmla.convert.calibration_text import calibration_tokens, check_length, 
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
 from transmla.convert.layers import ConvertedLayer, LayerConverter
+from transmla.convert.memory import check_memory, holds_streams
 from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
@@ -138,7 +139,7 @@ def _begin(
     source, recipe = prepared.source, prepared.recipe
     amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
     sequences, length = amount if calibration is None else calibration.shape
-    check_disk(workspace.output, disk_bytes(prepared.plan, sequences * length, prepared.fit) - workspace.size())
+    check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     check_length(source.spec, length)
     tokens, text = calibration, None
     complete = resume and is_complete(workspace.folder)
@@ -195,6 +196,24 @@ def output_folder(recipe: Recipe) -> Path:
     return output_path(recipe.output)
 
 
+def check_room(prepared: Prepared, output: Path, text: tuple[int, int], *, written: int = 0) -> None:
+    """Check that memory and disk have room for a conversion.
+
+    Args:
+        prepared: the conversion.
+        output: folder of the export.
+        text: number of calibration sequences, and tokens per sequence.
+        written: bytes that an unfinished run has written.
+
+    Raises:
+        TransmlaError: if they certainly do not.
+    """
+    check_memory(prepared, *text)
+    tokens = text[0] * text[1]
+    on_disk = not holds_streams(prepared, tokens)
+    check_disk(output, disk_bytes(prepared.plan, tokens, prepared.fit, streams=on_disk) - written)
+
+
 def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
     """Check that the disk of ``output`` is writable and has the ``needed`` bytes free of a conversion or ``healing``.
 
@@ -218,7 +237,10 @@ def _convert_layers(
     """Write the shard of the embedding and one shard per layer; return the factor on the last norm's weight."""
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
-    source, converter = prepared.source, LayerConverter(prepared, ranks)
+    on_disk = not ranks.on_first(lambda: holds_streams(prepared, tokens.numel()))
+    if on_disk:
+        report.message("the memory does not hold the hidden states of the calibration text: they lie on the disk")
+    source, converter = prepared.source, LayerConverter(prepared, ranks, workspace.folder if on_disk else None)
     form = format_named(prepared.plan.format)
     ranks.on_first(lambda: check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0)))
     start, layers = progress.next_layer, source.spec.num_hidden_layers

@@ -154,7 +154,12 @@ def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
     sampled = source.checkpoint.size * widened if samples and not unsampled else 0
     amount = calibration.sequences or 0, calibration.length or 0
     summary = estimate.summary(
-        prepared.plan, math.prod(amount), prepared.fit, reconstruct=recipe.reconstruct, sampled=sampled
+        prepared.plan,
+        math.prod(amount),
+        prepared.fit,
+        device=prepared.device,
+        reconstruct=recipe.reconstruct,
+        sampled=sampled,
     )
     seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates or rates_of(prepared))
     return summary | {"seconds": seconds, "device": str(prepared.device), "unsampled": unsampled}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class SourceLayer:
         half: bool = False,
         norm_eps: float | None = None,
         ranks: Ranks | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Prepare for layers of one source.
 
@@ -85,8 +87,9 @@ class SourceLayer:
             half: multiply matrices in bfloat16.
             norm_eps: eps of the export's norms; None if the export keeps the source's eps.
             ranks: processes that share the calibration text; each runs the layer over its own sequences. None: one.
+            folder: folder for the hidden states after a layer; None keeps them in memory (``streams.empty_like``).
         """
-        self.norm_eps = norm_eps
+        self.norm_eps, self.folder = norm_eps, folder
         self.ranks = ranks or Ranks()
         self.model, self.family, self.source_spec = model, family, spec
         self.device, self.half = device, half
@@ -102,6 +105,9 @@ class SourceLayer:
             TransmlaError: if ``tensors`` are not exactly the tensors of this layer.
         """
         dtype = torch.bfloat16 if self.half else torch.float32
+        # Before there are two layers in memory.
+        self.__dict__.pop("module", None)
+        self.__dict__.pop("view", None)
         on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         self.module: Any = layer_with(self.model, index, on_device, dtype).to(self.device)
         for norm in self.module.modules():
@@ -202,7 +208,7 @@ class SourceLayer:
         moment, attended = zeros(width, width), zeros(width, width)
         mass, received = zeros(self.spec.num_attention_heads, length), zeros(())
         meter = SensitivityMeter(self.weights(), width, length) if self.view.normed else None
-        following = empty_like(stream, self.device)
+        following = empty_like(stream, self.device, self.folder)
         watched = watched_norms(self.place, self.module, self.ranks, self.device)
         with self._observed_norms() as norms, watched:
             for start, part in steps(stream, self.ranks):
@@ -239,7 +245,7 @@ class SourceLayer:
         """
         width = self.view.width
         moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        following = empty_like(stream, self.device)
+        following = empty_like(stream, self.device, self.folder)
         for start, part in steps(stream, self.ranks):
             hidden = part.to(self.device)
             x = self.features(hidden).flatten(0, 1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from transmla.files import TEMPORARY
 
 # Prefix of the factors fitted ahead in a saved file: "fitted.LAYER.NAME".
 AHEAD = "fitted"
@@ -82,7 +87,34 @@ class Streams:
         return [*self.hidden().values(), *(t for tensors in self.ahead.values() for t in tensors.values())]
 
 
-def empty_like(stream: Tensor, device: torch.device) -> Tensor:
-    """Return an empty tensor like ``stream``; one in the computer's memory is pinned if ``device`` is a GPU."""
+def empty_like(stream: Tensor, device: torch.device, folder: Path | None = None) -> Tensor:
+    """Return an empty tensor like ``stream``; one in the computer's memory is pinned if ``device`` is a GPU.
+
+    Args:
+        stream: hidden states [N, T, D].
+        device: the device that reads the tensor.
+        folder: folder of the file that holds the tensor, if the memory does not; None puts the tensor into the memory.
+    """
+    if folder is not None and stream.device.type == "cpu":
+        return mapped(stream.shape, folder)
     pinned = device.type == "cuda" and stream.device.type == "cpu"
     return torch.empty(stream.shape, dtype=stream.dtype, device=stream.device, pin_memory=pinned)
+
+
+def mapped(shape: tuple[int, ...], folder: Path) -> Tensor:
+    """Return a float32 tensor of zeros whose values lie in a file, of which Linux keeps in memory what has room.
+
+    The file has no name, so its space is free again when the tensor is, and also when the process is killed.
+
+    Args:
+        shape: shape of the tensor.
+        folder: folder on the disk that holds the file.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    size = torch.Size(shape).numel()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process when it writes
+            os.posix_fallocate(file.fileno(), 0, size * torch.float32.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)

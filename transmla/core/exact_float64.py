@@ -37,6 +37,6 @@ class ExactFloat64(TorchFunctionMode):
 
 def _exact(value: Any) -> Any:
     # Some operations, such as products of matrices, need operands of one dtype.
-    if isinstance(value, Tensor) and value.dtype == torch.float32:
+    if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return value.double()
     return torch.float64 if value is torch.float32 else value

@@ -46,6 +46,7 @@ def latent_basis(target: Tensor, moment: Tensor, rank: int) -> Tensor:
     root, inverse = sqrtm_pair(moment)
     # The D×D Gram matrix has the size of C even if the target has many more rows.
     gram = root @ (target.mT @ target) @ root
+    del root  # the next decomposition takes several times its memory
     _, vectors = torch.linalg.eigh(gram)
     basis: Tensor = vectors.flip(-1)[:, :rank].mT @ inverse
     return basis

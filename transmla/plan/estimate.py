@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
 from transmla.formats.base import format_named
 from transmla.plan.fit_settings import FitSettings
+from transmla.source.device import is_fast_in_bfloat16
 
 # Memory sizes of common GPUs, in GB, for which the longest context is shown.
 GPU_GIGABYTES = (24, 80, 141)
@@ -15,6 +18,9 @@ GPU_GIGABYTES = (24, 80, 141)
 USABLE = 0.9
 # Resident bytes of a process that has imported torch and transformers (measured: 0.55–0.65 GB).
 BASE_MEMORY = 650 * 2**20
+# The same for a process that uses a GPU, with CUDA's libraries.
+CUDA_MEMORY = 3 * 2**30
+CPU = torch.device("cpu")
 
 
 def parameters(plan: Plan) -> int:
@@ -39,7 +45,7 @@ def export_bytes(plan: Plan) -> int:
     return parameters(plan) * value_bytes(plan.dtype)
 
 
-def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, streams: bool = False) -> int:
     """Return the peak size in bytes of the unfinished output folder: the export, and two states for a resume.
 
     A state is the hidden states of the calibration text. A newer one is written before the older one is deleted.
@@ -48,21 +54,56 @@ def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
+        streams: whether the memory does not hold the hidden states, so that they lie in files as well.
     """
-    return export_bytes(plan) + _stream_bytes(plan, tokens, fit)
+    return export_bytes(plan) + _stream_bytes(plan, tokens, fit) * (2 if streams else 1)
 
 
-def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
+def memory_bytes(
+    plan: Plan, tokens: int, fit: FitSettings | None, device: torch.device = CPU, *, streams: bool = True
+) -> int:
     """Return the peak resident memory of the conversion in bytes.
 
     Args:
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
+        device: the device that converts. A GPU holds the work on a layer in its own memory.
+        streams: whether the memory holds the hidden states; otherwise a disk does.
     """
+    embedding = plan.spec.vocab_size * plan.spec.hidden_size * value_bytes(plan.dtype) * 2
+    hidden = _stream_bytes(plan, tokens, fit) if streams else 0
+    if device.type == "cuda":
+        layer = 2 * _layer_bytes(plan, device)
+        return CUDA_MEMORY + hidden + max(layer, embedding)
+    if fit is not None and streams:
+        hidden += (fit.window - 1) * 4 * tokens * plan.spec.hidden_size
+    return BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit, device), embedding)
+
+
+def device_bytes(plan: Plan, sequences: int, length: int, fit: FitSettings | None) -> int:
+    """Return the peak memory of the conversion on a GPU in bytes, without the hidden states between layers.
+
+    Args:
+        plan: the conversion's plan.
+        sequences: number of calibration sequences.
+        length: tokens per sequence.
+        fit: settings of the fit; None if layers are not fitted.
+    """
+    closed = _work_bytes(plan, 0, None, torch.device("cuda"))
+    return closed if fit is None else max(closed, fit_bytes(plan.spec, sequences, length, fit))
+
+
+def _layer_bytes(plan: Plan, device: torch.device) -> int:
+    """Return the bytes of a source layer's weights on ``device``."""
+    width = value_bytes(plan.dtype) if is_fast_in_bfloat16(device) else 4
+    return width * (projections(plan.spec) + plan.spec.layer_parameters)
+
+
+def _work_bytes(plan: Plan, tokens: int, fit: FitSettings | None, device: torch.device) -> int:
+    """Return the peak memory of the work on one layer, or on a window of layers that are fitted together, in bytes."""
     spec = plan.spec
-    width, attention = spec.hidden_size, projections(spec)
-    layer = 4 * (attention + spec.layer_parameters)
+    width, layer = spec.hidden_size, _layer_bytes(plan, device)
     # Twice the attention's weights in float64 (a copy, and the per-head key targets), and twelve [F, F] work matrices.
     work = 8 * (2 * _maps(spec) + 12 * spec.features**2)
     if fit is not None:
@@ -70,9 +111,11 @@ def memory_bytes(plan: Plan, tokens: int, fit: FitSettings | None) -> int:
         # hidden states after the layer, one step's activations, the weights, the gradients and Adam's two moments.
         heads = spec.num_attention_heads * (2 * plan.shape.qk_head_dim + plan.shape.v_head_dim)
         fitting = fit.window * (_activations(spec, fit.tokens, heads) + 4 * 4 * 2 * _maps(spec))
-        work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * (4 * tokens * width + layer)
-    embedding = spec.vocab_size * width * (2 if plan.dtype == "bfloat16" else 4) * 2
-    return BASE_MEMORY + _stream_bytes(plan, tokens, fit) + max(layer + work, embedding)
+        work = max(work, 4 * tokens * width + fitting) + (fit.window - 1) * layer
+    # A layer is signed with its attention in float64, and one of its other matrices at a time.
+    exported = format_named(plan.format).attention_parameters(plan)
+    signing = 8 * (max(projections(spec), exported) + width * spec.intermediate_size)
+    return layer + max(work, signing)
 
 
 def fit_bytes(spec: AttentionSpec, sequences: int, length: int, fit: FitSettings) -> int:
@@ -168,6 +211,7 @@ def summary(
     tokens: int,
     fit: FitSettings | None,
     *,
+    device: torch.device = CPU,
     reconstruct: str = "off",
     sampled: int = 0,
 ) -> dict[str, Any]:
@@ -177,6 +221,7 @@ def summary(
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
+        device: the device that converts.
         reconstruct: name of the fit.
         sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
     """
@@ -195,7 +240,7 @@ def summary(
         "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
         "source_parameters": source_parameters(plan),
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, fit), BASE_MEMORY + sampled),
+        "memory_bytes": max(memory_bytes(plan, tokens, fit, device), BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
         "reconstruct": reconstruct,

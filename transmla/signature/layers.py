@@ -1,7 +1,7 @@
 """Run a model one decoder layer at a time on seeded inputs, and project what it computes.
 
 A layer runs inside its own model's forward pass: the pass makes masks and rotary angles, all other layers hand their
-input on. Only one layer has its weights in memory, in float64.
+input on. Only one layer has its weights in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transmla.core.exact_float64 import ExactFloat64
 from transmla.families.base import Family
 from transmla.signature.probe import NUMBERS, Projections, hidden_states, project, project_logits, tokens
 from transmla.source.checkpoint import Checkpoint
-from transmla.source.decoder_layer import embedded, layer_with
+from transmla.source.decoder_layer import ATTENTION, embedded, layer_with
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ class LayerByLayer:
         """Yield the projections of every layer, in order. ``rest`` may be called afterwards."""
         for i in range(self.count):
             tensors = self.checkpoint.layer(self.names["layer"].format(i=i))
-            layer = _with_exact_experts(layer_with(self.model, i, tensors, self.dtype)).to(self.device)
+            layer = self._layer(i, tensors)
+            del tensors
             attended: list[Tensor] = []
             layer.self_attn.register_forward_hook(lambda _, __, out, seen=attended: seen.append(out[0]))
             output = self._run(i, layer, self._hidden)
             if self._rounded is not None:
                 self._rounded = self._run(i, layer.to(torch.bfloat16), self._rounded)
+            del layer  # before the next one is loaded
             yield LayerProjections(project(attended[0][0]), project((output - self._hidden)[0]))
             self._hidden = torch.stack([self._hidden[0], output[1]])
 
@@ -129,6 +132,19 @@ class LayerByLayer:
 
     def _embedded(self) -> Tensor:
         return embedded(self.model, self.ids, self.checkpoint.read(self.names["embed"]), self.dtype)
+
+    def _layer(self, index: int, tensors: dict[str, Tensor]) -> Any:
+        """Return layer ``index`` with its weights ``tensors``, to run in ``ExactFloat64``.
+
+        Matrices outside the attention keep their precision: ``ExactFloat64`` widens each when a product reads it. All
+        of a 70B model's layer takes 7 GB in float64, and the largest matrix 2 GB.
+        """
+        stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        layer = layer_with(self.model, index, tensors, stored if self.dtype == torch.float64 else self.dtype)
+        for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
+            if value.is_floating_point() and (name.startswith(ATTENTION) or value.dim() < 2):
+                value.data = value.data.to(self.dtype)
+        return _with_exact_experts(layer).to(self.device)
 
     def _run(self, index: int, layer: Any, hidden: Tensor) -> Tensor:
         """Run ``layer`` on ``hidden`` [N, T, D] at its place in the model, and return its output [N, T, D]."""

@@ -105,8 +105,10 @@ def _mismatch(index: int, reason: str) -> TransmlaError:
 
 
 @torch.no_grad()
-def embedded(model: Any, tokens: Tensor, embedding: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the input of the first decoder layer [N, T, D] for token ids [N, T], in ``dtype``.
+def embedded(
+    model: Any, tokens: Tensor, embedding: Tensor, dtype: torch.dtype = torch.float32, *, into: Tensor | None = None
+) -> Tensor:
+    """Return the input of the first decoder layer [N, T, D] for token ids [N, T], in float32.
 
     The family's code runs up to the first layer, so that its multipliers and norms of the embedding apply.
 
@@ -115,19 +117,24 @@ def embedded(model: Any, tokens: Tensor, embedding: Tensor, dtype: torch.dtype =
         tokens: token ids [N, T].
         embedding: the source's embedding [V, D].
         dtype: precision of the computation.
+        into: tensor [N, T, D] for the result; None makes one.
     """
-    words, tokens = tokens.unique(return_inverse=True)
+    result = torch.empty(*tokens.shape, embedding.shape[1]) if into is None else into
     trunk = copy.copy(model.model)
     trunk._modules = dict(model.model._modules)
     trunk.embed_tokens = copy.deepcopy(model.model.embed_tokens)
-    # The embedding is cut to the tokens in use, so the padding token's index may be out of range.
+    # The embedding is cut to the tokens of a part, so the padding token's index may be out of range.
     trunk.embed_tokens.padding_idx = None
-    trunk.embed_tokens.weight = nn.Parameter(embedding[words].to(dtype), requires_grad=False)
     first = copy.deepcopy(model.model.layers[0])
     first.register_forward_pre_hook(_capture_input)
     trunk.layers = nn.ModuleList([first])
     # In small parts: some families allocate an attention mask [T, T] for each sequence, and no token sees another yet.
-    return torch.cat([torch.cat([_first_layer_input(trunk, p[None]) for p in row.split(PART)], 1) for row in tokens])
+    for row, states in zip(tokens, result, strict=True):
+        for part, place in zip(row.split(PART), states.split(PART), strict=True):
+            words, ids = part.unique(return_inverse=True)
+            trunk.embed_tokens.weight = nn.Parameter(embedding[words].to(dtype), requires_grad=False)
+            place.copy_(_first_layer_input(trunk, ids[None])[0])
+    return result
 
 
 def _first_layer_input(trunk: Any, tokens: Tensor) -> Tensor:

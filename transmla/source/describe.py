@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from transmla.artifacts import AttentionSpec, LayerKind
 from transmla.boundary import boundary, read_json_object
@@ -81,8 +83,30 @@ def empty_model(config: Any) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     what = f"transformers cannot build a {config.model_type} model from the source's config"
-    with boundary(what, remedy="correct its config.json"), init_empty_weights(include_buffers=False):
+    with boundary(what, remedy="correct its config.json"), init_empty_weights(include_buffers=False), _EmptyOnMeta():
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+# Numbers in an empty tensor that is surely a weight. Buffers, which may be made empty and then filled, are smaller.
+LARGE = 2**22
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes large empty tensors on the meta device.
+
+    ``init_empty_weights`` allocates each parameter before it moves it to the meta device. All experts of a layer of a
+    671B model are one parameter of 30 GB in float32, which many machines cannot even reserve.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            weight = func(*args, **{**kwargs, "device": "meta"})
+            if weight.numel() >= LARGE:
+                return weight
+        return func(*args, **kwargs)
 
 
 def describe(config: Any, model: Any = None) -> AttentionSpec:

@@ -81,11 +81,14 @@ def factorize(weights: LayerWeights, stats: LayerStats, plan: Plan) -> LayerFact
     slot_readout = slot_readout * ~distances.is_unrotated[:, None]
     constant_keys = distances.channel[..., None] * kappa.repeat_interleave(group, 0)
     key = to_halves(constant_keys - (slot_readout * distances.slot[:, None]) @ kept.z)
+    del constant_keys, slot_readout  # each has the size of all queries
 
     # Heads that share a key need nearly the same rows, so together they count as one head.
     key_scale = KEY_WEIGHT * match_channel_norms(key, weights, attended) / group**0.5
     target = torch.cat([(key * key_scale).flatten(0, 1), weights.v.flatten(0, 1)])
+    del key
     latent = latent_basis(target, attended, plan.shape.latent_rank)
+    del target
 
     from_latent, from_slots = joint_readout(kappa, latent, kept.z, kept.mix, attended, distances)
     return assemble(
