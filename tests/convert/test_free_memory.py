@@ -46,7 +46,7 @@ def test_streams_on_the_disk_give_the_same_bytes(
     monkeypatch.setattr(
         pipeline.LayerConverter,
         "__init__",
-        lambda self, prepared, folder=None: (made.append(folder), mapped(self, prepared, folder))[1],
+        lambda self, prepared, ranks, folder=None: (made.append(folder), mapped(self, prepared, ranks, folder))[1],
     )
     with pytest.raises(Killed):
         convert(recipe(), reporter=KilledAtLayer(1))
