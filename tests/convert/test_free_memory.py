@@ -19,6 +19,7 @@ from transmla.errors import TransmlaError
 from transmla.plan.estimate import device_bytes, memory_bytes
 from transmla.plan.fit_settings import fit_settings
 from transmla.source import memory as free
+from transmla.source.memory import free_memory_of
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -128,3 +129,10 @@ def test_the_limit_of_a_container_counts(version: int, tmp_path: Path, monkeypat
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self: line if str(self) == "/proc/self/cgroup" else read(self))
     assert free.free_memory() == (500 - 400 + (50 if version == 1 else 30))
+
+
+def test_what_an_earlier_run_reserved_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5)
+    assert free_memory_of(torch.device("cuda")) == 75

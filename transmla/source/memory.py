@@ -21,8 +21,12 @@ def free_memory() -> int:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Return the free bytes of a GPU's memory; of a CPU, the same as ``free_memory``."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    """Return the bytes of a GPU's memory that this process may still take; of a CPU, the same as ``free_memory``."""
+    if device.type != "cuda":
+        return free_memory()
+    # What an earlier run in this process has left reserved is free for the next.
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
 
 
 def resident_memory() -> int:
