@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ from transmla.convert.fit_layers import held_out, reconstruct
 from transmla.convert.pipeline import convert
 from transmla.convert.source_layer import SourceLayer
 from transmla.errors import TransmlaError
-from transmla.plan.fit_settings import FITS, SMALL_CACHE, FitSettings, choose_fit, fit_settings
+from transmla.plan.fit_settings import FitSettings, choose_fit
 from transmla.plan.make_plan import make_plan
-from transmla.recipe import Recipe, Reconstruct, parse_recipe, read_recipe
+from transmla.recipe import Recipe, parse_recipe, read_recipe
 from transmla.source.describe import describe, empty_model, family_of
 
 SHORT = FitSettings(steps=100, tokens=1024, rate=3e-3, through_mlp=False)
@@ -226,15 +226,6 @@ def test_an_input_of_rank_one_stays_finite() -> None:
     assert all(bool(t.isfinite().all()) for t in tensors(fit.factors[0]))
 
 
-def test_auto_chooses_the_fit_by_device_and_text() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [choose_fit("auto", device, 2) for device in (cpu, gpu)] == [("fast", ""), ("full", "")]
-    assert choose_fit("auto", gpu, 1) == ("off", "one calibration sequence")
-    assert choose_fit("off", gpu, 64) == ("off", "--reconstruct off")
-    with pytest.raises(TransmlaError, match="at least 2"):
-        choose_fit("full", cpu, 1)
-
-
 @pytest.mark.parametrize("method", ["calibrated", "transmla"])
 def test_convert_records_the_errors_before_and_after_the_fit(
     method: str, make_source: Callable[..., Path], make_recipe: Callable[..., Recipe]
@@ -280,29 +271,6 @@ def test_calibration_tokens_override_the_recipes_sequences(
     tokens = torch.arange(60)[None]
     folder = convert(make_recipe(make_source(), reconstruct="auto"), calibration=tokens)
     assert json.loads((folder / "transmla.json").read_text())["reconstruct"] == "off"
-
-
-def test_the_recipe_allows_exactly_the_known_fits() -> None:
-    (choices,) = (arg for arg in get_args(Reconstruct) if get_args(arg))
-    assert {"auto", "off", *FITS} == set(get_args(choices))
-
-
-def test_a_small_cache_is_fitted_with_more_steps() -> None:
-    easy, hard = fit_settings("full", SMALL_CACHE), fit_settings("full", SMALL_CACHE - 0.01)
-    assert easy == FITS["full"]
-    assert hard is not None
-    assert hard.steps == 1.5 * FITS["full"].steps
-    assert fit_settings("off", 0.5) is None
-
-
-def test_large_layers_are_fitted_with_fewer_steps() -> None:
-    """Not those with experts, whose fit leaves out the MLP."""
-    steps = FITS["full"].steps
-    found = [fit_settings("full", 0.5, layer_parameters=weights) for weights in (41_000_000, 80_000_000, 900_000_000)]
-    assert [fit.steps for fit in found if fit is not None] == [steps, 0.75 * steps, 0.5 * steps]
-    experts = fit_settings("full", 0.5, layer_parameters=900_000_000, experts=True)
-    assert experts is not None
-    assert experts.steps == steps
 
 
 @pytest.mark.parametrize(

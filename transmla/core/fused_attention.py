@@ -21,14 +21,14 @@ CPU_BLOCK, CPU_LENGTH = 256, 2048
 ALIGNMENT = 8
 
 
-def attended_values(
+def fused_attention(
     x: Tensor,
     f: LayerFactors,
     positions: Tensor | None = None,
     split: TokenSplit | None = None,
     own: int | None = None,
 ) -> Tensor:
-    """Return MLA's output before the output projection: [N, T, D] → [N, T, H·d_v].
+    """Return MLA's output, equal to ``expanded_attention``; [N, T, F] → [N, T, D].
 
     ``positions`` [T] are increasing; None means 0 to T − 1. With ``split``, the tokens and their positions are those of
     one process. With ``own``, query head h reads only the features h·own to (h + 1)·own, and the latent only those
@@ -61,7 +61,7 @@ def attended_values(
         q = torch.cat([query[..., :d_n], q_pe], -1)
         k = torch.cat([expanded[..., :d_n], k_pe[:, None].expand(-1, heads, -1, -1)], -1)
         mixed = attend(q, k, expanded[..., d_n:], scaling=f.scaling, rules=f.rules, split=split)
-    return mixed.transpose(1, 2).flatten(2)
+    return linear(mixed.transpose(1, 2).flatten(2), f.o.transpose(0, 1).flatten(1))
 
 
 def attend(
@@ -206,22 +206,6 @@ def fused_source_attention(
     return linear(mixed, weights.o.transpose(0, 1).flatten(1))
 
 
-def project(values: Tensor, f: LayerFactors) -> Tensor:
-    """Apply the output projection: [N, T, H·d_v] → [N, T, D]."""
-    return linear(values, f.o.transpose(0, 1).flatten(1))
-
-
-def fused_attention(
-    x: Tensor,
-    f: LayerFactors,
-    positions: Tensor | None = None,
-    split: TokenSplit | None = None,
-    own: int | None = None,
-) -> Tensor:
-    """Return MLA's output, equal to ``expanded_attention``; [N, T, D] → [N, T, D]; arguments of ``attended_values``."""
-    return project(attended_values(x, f, positions, split, own), f)
-
-
 def _own_queries(x: Tensor, maps: Tensor, own: int) -> Tensor:
     """Return queries [N, H, T, e] for features x [N, T, F], if a head of ``maps`` [H, e, F] reads ``own`` of them."""
     heads, width, _ = maps.shape
@@ -239,7 +223,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """Append zero columns up to a multiple of ALIGNMENT; products of two such matrices do not change.
 
-    A source with biases has one feature more than its width, and a GPU takes twice the time for such matrices.
+    A source with biases has one feature more than its width, and GPUs multiply such matrices with older kernels.
     """
     missing = -x.shape[-1] % ALIGNMENT
     return pad(x, (0, missing)) if missing else x
