@@ -48,6 +48,31 @@ QWEN25 = {
     "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
     "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 }  # fmt: skip
+GEMMA3 = {
+    "hidden_size": 640, "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    "intermediate_size": 2048, "vocab_size": 262144, "max_position_embeddings": 32768, "sliding_window": 512,
+    "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_MOE = {
+    "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 40960,
+}  # fmt: skip
+MIXTRAL = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+GPT_OSS = {
+    "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+    "vocab_size": 201088, "max_position_embeddings": 131072,
+}  # fmt: skip
+TINY_MOE = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": 128, "max_position_embeddings": 4096,
+}  # fmt: skip
 WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
 TINY = {
     "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,7 +85,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-0.5b": ("qwen2", QWEN25),
     "qwen3-8b": ("qwen3", QWEN3),
     "gemma-2-9b": ("gemma2", GEMMA2),
+    "gemma-3-270m": ("gemma3_text", GEMMA3),
+    "qwen3-30b-a3b": ("qwen3_moe", QWEN3_MOE),
+    "mixtral-8x7b": ("mixtral", MIXTRAL),
+    "gpt-oss-20b": ("gpt_oss", GPT_OSS),
     "tiny": ("llama", TINY),
+    "tiny-moe": ("qwen3_moe", TINY_MOE),
     "tiny-gemma2": ("gemma2", TINY | {"head_dim": 64, "sliding_window": 64}),
 }
 

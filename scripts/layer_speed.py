@@ -3,7 +3,8 @@
     python scripts/layer_speed.py qwen2.5-0.5b llama-3-8b --layers 4 --profile
 
 Sources have the real sizes of a layer, random weights, a few layers and random calibration tokens. All defaults of
-``transmla convert`` are kept. Texts, samples and healing are left out. ``--profile`` adds the kernels with the largest
+``transmla convert`` are kept. Texts, samples and healing are left out. Beside each measurement stands what
+``transmla plan`` would say: the same estimates, with rates that are measured on this device. ``--profile`` adds the kernels with the largest
 sums of time; a profiled run is slower on the CPU.
 """
 
@@ -24,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transmla.convert.pipeline import convert
-from transmla.convert.prepare import prepare
+from transmla.convert.prepare import prepare, summarise
+from transmla.plan.estimate import device_bytes
 from transmla.recipe import parse_recipe
 from transmla.reporter import Silent, Timed
 
@@ -67,8 +69,12 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         if (given := getattr(arguments, field)) is not None:
             settings["calibration"][field] = given
     recipe = parse_recipe(settings, "layer_speed.py")
-    amount = prepare(recipe).recipe.calibration
-    tokens = torch.randint(0, arguments.vocabulary, (amount.sequences or 1, amount.length or 1))
+    prepared = prepare(recipe)
+    amount = prepared.recipe.calibration.sequences or 1, prepared.recipe.calibration.length or 1
+    tokens, estimated = torch.randint(0, arguments.vocabulary, amount), summarise(prepared)
+    needed = estimated["memory_bytes"]
+    if arguments.device.startswith("cuda"):
+        needed = device_bytes(prepared.plan, *amount, prepared.fit)
     timed, device = Timed(Silent()), torch.device(arguments.device)
     reset_peak(device)
     kernels: list[dict[str, Any]] = []
@@ -88,7 +94,10 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "calibration": f"{tokens.shape[0]} x {tokens.shape[1]}",
         "seconds by layer": {name: round(seconds / arguments.layers, 2) for name, seconds in phases.items()},
         "seconds a layer": round(stages["converting layers"]["seconds"] / arguments.layers, 2),
+        "estimated seconds a layer": round(estimated["seconds"] / arguments.layers, 2),
         "peak GiB": round(peak_bytes(device) / 2**30, 1),
+        # On a GPU without the hidden states between layers, which go to the computer's memory if need be.
+        "estimated GiB": round(needed / 2**30, 1),
         "kernels": kernels,
     }
 

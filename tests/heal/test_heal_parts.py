@@ -17,7 +17,7 @@ from transmla.heal.batches import TokenStream
 from transmla.heal.distributed import unwrapped
 from transmla.heal.learning_rate import highest_rate, set_rates
 from transmla.heal.losses import Distiller
-from transmla.heal.optimiser import choose_trainable, make_optimiser
+from transmla.heal.optimiser import choose_trainable, make_optimiser, store_frozen_in_half
 from transmla.heal.settings import Healing
 from transmla.recipe import Recipe
 
@@ -180,6 +180,36 @@ class TestLosses:
 
 def settings(**changes: Any) -> Healing:
     return Healing(student="", teacher="", output="", **changes)
+
+
+@pytest.mark.parametrize("trainable", ["attention", "lora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_weights_in_bfloat16_change_no_gradient_under_autocast(
+    make_source: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    make_healing: Callable[..., Healing],
+    trainable: str,
+    tied: bool,
+) -> None:
+    source = make_source(tie_word_embeddings=tied)
+    export = convert(make_recipe(source, output=str(source.with_name("export"))))
+    settings = make_healing(trainable=trainable)
+    found = []
+    for half in (False, True):
+        torch.manual_seed(0)
+        student = choose_trainable(load(export), settings)
+        if half:
+            store_frozen_in_half(student)
+            dtypes = {name: p.dtype for name, p in student.named_parameters()}
+            assert {d for n, d in dtypes.items() if ".mlp." in n and "norm" not in n} == {torch.bfloat16}
+            assert {d for n, d in dtypes.items() if "norm" in n or "embed" in n} == {torch.float32}
+        distiller = Distiller(student, load(source), kl=1.0, cross_entropy=0.0, hidden=0.0, temperature=1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = distiller(torch.arange(40).view(2, 20))
+        loss.backward()
+        found.append([loss, *(p.grad for p in student.parameters() if p.requires_grad)])
+    assert len(found[0]) > 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_learning_rates_are_relative_to_tensor_sizes(pair: tuple[Path, Path]) -> None:

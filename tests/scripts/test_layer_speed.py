@@ -17,15 +17,18 @@ def test_time_is_given_by_phase_and_layer(
     script, result = load_script("layer_speed"), tmp_path / "result.json"
     options = ["--layers", "3", "--sequences", "4", "--length", "32", "--reconstruct", "fast", "--device", "cpu"]
     files = ["--result", str(result), "--commit", "abc"]
-    monkeypatch.setattr(sys, "argv", ["layer_speed.py", "tiny", "tiny-gemma2", *options, *files])
+    monkeypatch.setattr(sys, "argv", ["layer_speed.py", "tiny", "tiny-gemma2", "tiny-moe", *options, *files])
     script.main()
     rows = json.loads(result.read_text())["rows"]
     assert [(row["model"], row["layers"], row["calibration"]) for row in rows] == [
         ("tiny", 3, "4 x 32"),
         ("tiny-gemma2", 3, "4 x 32"),
+        ("tiny-moe", 3, "4 x 32"),
     ]
     for row in rows:
         phases = row["seconds by layer"]
         assert list(phases) == ["read", "observe", "factorise", "fit", "write"]
         assert phases["fit"] > 0
+        assert row["estimated seconds a layer"] > 0
+        assert row["estimated GiB"] > 0
         assert sum(phases.values()) <= row["seconds a layer"] + 0.05

@@ -170,4 +170,14 @@ def memory_bytes(plan: Plan, trainable: str, parts: int, processes: int = 1) -> 
     if trainable == "all":
         logits += 4 * spec.vocab_size * spec.hidden_size
     trained_bytes = TRAINED_BYTES - 4 + (4 if processes > 1 else 0)
-    return 4 * weights + trained_bytes * trained + teacher + activations + logits
+    return _student_bytes(plan, trainable) + trained_bytes * trained + teacher + activations + logits
+
+
+def _student_bytes(plan: Plan, trainable: str) -> int:
+    """Return the bytes of the student: float32, but frozen linear layers in bfloat16."""
+    spec, weights = plan.spec, parameters(plan)
+    # Experts' weights are no linear layers.
+    if trainable == "all" or spec.experts:
+        return 4 * weights
+    wide = spec.vocab_size * spec.hidden_size + (_trained(plan, trainable) if trainable == "attention" else 0)
+    return 2 * weights + 2 * wide

@@ -73,6 +73,11 @@ def kind(accelerator: Any) -> str:
     return f"{accelerator.mixed_precision} {sharding}"
 
 
+def shards(accelerator: Any) -> bool:
+    """Return whether a launch shards weights, for which the weights of a layer need one dtype."""
+    return uses_deepspeed(accelerator) or bool(accelerator.is_fsdp2)
+
+
 def from_main(accelerator: Any, value: Any) -> Any:
     """Return the first process's ``value`` on all processes. Every process must call this function."""
     from accelerate.utils import broadcast_object_list

@@ -36,6 +36,21 @@ def choose_trainable(student: Any, settings: Healing) -> Any:
     )
 
 
+def store_frozen_in_half(student: nn.Module) -> None:
+    """Store the frozen weights of linear layers in bfloat16, in place.
+
+    No result changes under autocast, which casts these weights in every step. A weight that an embedding shares stays
+    as it is, because the residual stream has the embedding's dtype.
+    """
+    linear = [module for module in student.modules() if isinstance(module, nn.Linear)]
+    others = (module for module in student.modules() if not isinstance(module, nn.Linear))
+    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    for module in linear:
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and id(parameter) not in shared:
+                parameter.data = parameter.data.bfloat16()
+
+
 def make_optimiser(model: nn.Module, settings: Healing, *, fused: bool) -> torch.optim.Optimizer:
     """Make an AdamW optimiser whose groups have a ``unit``; a tensor's learning rate is the rate times its unit.
 

@@ -22,10 +22,10 @@ from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal.batches import Batches, HealingTexts, make_batches, read_texts
 from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
-from transmla.heal.distributed import configure, from_main, kind, make_accelerator
+from transmla.heal.distributed import configure, from_main, kind, make_accelerator, shards
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
-from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser
+from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser, store_frozen_in_half
 from transmla.heal.resume import FILE, State, Store, run_key, summary
 from transmla.heal.settings import Healing
 from transmla.heal.write_export import write_export
@@ -145,6 +145,8 @@ def _train(
     check_same_texts(text_fingerprint)
 
     distiller = _make_distiller(model, teacher, settings)
+    if accelerator.mixed_precision == "bf16" and not shards(accelerator):
+        store_frozen_in_half(distiller.student)
     compiles = _compiles(settings, accelerator.device)
     if compiles:
         distiller.compile_parts()
