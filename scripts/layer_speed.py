@@ -4,8 +4,8 @@
 
 Sources have the real sizes of a layer, random weights, a few layers and random calibration tokens. All defaults of
 ``transmla convert`` are kept. Texts, samples and healing are left out. Beside each measurement stands what
-``transmla plan`` would say: the same estimates, with rates that are measured on this device. ``--profile`` adds the kernels with the largest
-sums of time; a profiled run is slower on the CPU.
+``transmla plan`` would say: the same estimates, with rates that are measured on this device. ``--profile`` adds the
+kernels with the largest sums of time; a profiled run is slower on the CPU.
 """
 
 from __future__ import annotations
