@@ -1,6 +1,7 @@
 """Measure how long a conversion takes for each layer, by phase, and which kernels of a GPU take that time.
 
     python scripts/layer_speed.py qwen2.5-0.5b llama-3-8b --layers 4 --profile
+    torchrun --nproc_per_node 2 scripts/layer_speed.py llama-3-8b --layers 4
 
 Sources have the real sizes of a layer, random weights, a few layers and random calibration tokens. All defaults of
 ``transmla convert`` are kept. Texts, samples and healing are left out. Beside each measurement stands what
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transmla.convert.pipeline import convert
 from transmla.convert.prepare import prepare, summarise
 from transmla.plan.estimate import device_bytes
+from transmla.ranks import Ranks, launched, leave
 from transmla.recipe import parse_recipe
 from transmla.reporter import Silent, Timed
 
@@ -59,10 +62,16 @@ def write_source(name: str, layers: int, vocabulary: int, folder: Path, device: 
     return source
 
 
-def measure(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Convert once, and return seconds by phase and layer, the peak of the memory, and the kernels."""
+def measure(source: Path, arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Convert once, and return seconds by phase and layer, the peak of the memory, and the kernels.
+
+    Args:
+        source: folder of the source.
+        arguments: the command line.
+        ranks: the processes that convert together; only the first gets a result.
+    """
     output = source.with_name(source.name + "-mla")
-    shutil.rmtree(output, ignore_errors=True)
+    ranks.on_first(lambda: shutil.rmtree(output, ignore_errors=True))
     settings = {"source": str(source), "output": str(output), "device": arguments.device, "calibration": {}}
     settings |= {"cache_ratio": arguments.cache_ratio, "reconstruct": arguments.reconstruct, "heal": "off"}
     for field in ("sequences", "length"):
@@ -71,6 +80,7 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = parse_recipe(settings, "layer_speed.py")
     prepared = prepare(recipe)
     amount = prepared.recipe.calibration.sequences or 1, prepared.recipe.calibration.length or 1
+    torch.manual_seed(0)
     tokens, estimated = torch.randint(0, arguments.vocabulary, amount), summarise(prepared)
     needed = estimated["memory_bytes"]
     if arguments.device.startswith("cuda"):
@@ -88,9 +98,12 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         ]
     else:
         convert(recipe, reporter=timed, calibration=tokens)
+    if not ranks.first:
+        return {}
     stages = {stage["name"]: stage for stage in timed.finish()}
     phases = stages["converting layers"]["phases"]
     return {
+        "processes": ranks.size,
         "calibration": f"{tokens.shape[0]} x {tokens.shape[1]}",
         "seconds by layer": {name: round(seconds / arguments.layers, 2) for name, seconds in phases.items()},
         "seconds a layer": round(stages["converting layers"]["seconds"] / arguments.layers, 2),
@@ -116,15 +129,20 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / "layer_speed/layers.json", help="JSON file to write")
     parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
+    ranks = launched(arguments.device)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
+        folder = ranks.on_first(lambda: Path(scratch))
         for name in arguments.models:
-            source = write_source(name, arguments.layers, arguments.vocabulary, Path(scratch), arguments.device)
-            rows.append({"model": name, "layers": arguments.layers, **measure(source, arguments)})
-            print(*(f"{key}={value}" for key, value in rows[-1].items() if key != "kernels"), flush=True)
-            for row in rows[-1]["kernels"]:
-                print(f"{row['seconds']:8.2f} s {row['calls']:8} {row['kernel']}", flush=True)
-            write_result(arguments.result, rows, arguments.commit)
+            write = partial(write_source, name, arguments.layers, arguments.vocabulary, folder, arguments.device)
+            measured = measure(ranks.on_first(write), arguments, ranks)
+            rows.append({"model": name, "layers": arguments.layers, **measured})
+            if ranks.first:
+                print(*(f"{key}={value}" for key, value in rows[-1].items() if key != "kernels"), flush=True)
+                for row in rows[-1]["kernels"]:
+                    print(f"{row['seconds']:8.2f} s {row['calls']:8} {row['kernel']}", flush=True)
+                write_result(arguments.result, rows, arguments.commit)
+    leave()
 
 
 if __name__ == "__main__":
