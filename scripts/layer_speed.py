@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from transmla.convert.pipeline import convert
 from transmla.convert.prepare import prepare, summarise
+from transmla.export.manifest import Manifest
 from transmla.plan.estimate import device_bytes
 from transmla.ranks import Ranks, launched, leave
 from transmla.recipe import parse_recipe
@@ -50,7 +51,9 @@ def write_source(name: str, layers: int, vocabulary: int, folder: Path, device: 
     """
     family, settings = MODELS[name]
     sizes = settings | {"num_hidden_layers": layers, "vocab_size": vocabulary, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **sizes, rope_parameters=ROPE)
+    # Gemma 3 has two kinds of rotary embeddings, and defaults for both.
+    rope = {} if family == "gemma3_text" else {"rope_parameters": ROPE}
+    config = AutoConfig.for_model(family, **sizes, **rope)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -101,12 +104,15 @@ def measure(source: Path, arguments: argparse.Namespace, ranks: Ranks) -> dict[s
     if not ranks.first:
         return {}
     stages = {stage["name"]: stage for stage in timed.finish()}
+    fits = sum(layer.get("fit_attempts", 0) for layer in Manifest.read(output).layers)
     phases = stages["converting layers"]["phases"]
     return {
         "processes": ranks.size,
         "calibration": f"{tokens.shape[0]} x {tokens.shape[1]}",
         "seconds by layer": {name: round(seconds / arguments.layers, 2) for name, seconds in phases.items()},
         "seconds a layer": round(stages["converting layers"]["seconds"] / arguments.layers, 2),
+        # A fit that does not help is run again; with random weights, this happens more often than with real ones.
+        "fits a layer": fits / arguments.layers,
         "estimated seconds a layer": round(estimated["seconds"] / arguments.layers, 2),
         "peak GiB": round(peak_bytes(device) / 2**30, 1),
         # On a GPU without the hidden states between layers, which go to the computer's memory if need be.

@@ -163,19 +163,6 @@ def test_low_rank_updates_need_peft(
     assert choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings is None
 
 
-def test_several_processes_need_memory_for_exchanged_gradients(
-    make_source: Callable[..., Path], make_recipe: MakeRecipe
-) -> None:
-    """DDP keeps a second copy of the gradients, so what just fits one process does not fit two."""
-    prepared = prepare(make_recipe(make_source()))
-    needed = int(choose.memory_bytes(prepared.plan, "all", 1) / choose.USABLE) + 1
-    one, two = (choose_healing(prepared.recipe, prepared.plan, GPU, needed, n).settings for n in (1, 2))
-    assert one is not None
-    assert two is not None
-    assert (one["trainable"], one["accumulate"]) == ("all", 1)
-    assert (two["trainable"], two["accumulate"]) != ("all", 1)
-
-
 def test_an_output_in_the_way_is_refused_before_anything_is_opened(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

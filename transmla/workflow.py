@@ -55,7 +55,7 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if ranks.on_first(lambda: (resume and _remove_rest(output, unhealed)) or _refuse(output, unhealed, resume=resume)):
         return output
     prepared = ranks.first_then_others(lambda: prepare(recipe))
-    choice = _divided(ranks.on_first(partial(choice_for, prepared, ranks.size)), ranks.size)
+    choice = _divided(ranks.on_first(partial(choice_for, prepared)), ranks.size)
     settings, texts, note = ranks.on_first(partial(_open_healing, prepared, choice, unhealed, output))
     notes = (note,) if note else ()
     if settings is None:
@@ -139,10 +139,10 @@ def _open_healing(
     return settings, texts, choice.reason
 
 
-def choice_for(prepared: Prepared, processes: int = 1) -> Choice:
-    """Return the healing that ends the conversion ``prepared`` on ``processes``, or why there is none."""
+def choice_for(prepared: Prepared) -> Choice:
+    """Return the healing that ends the conversion ``prepared``, or why there is none."""
     device = prepared.device
-    return choose_healing(prepared.recipe, prepared.plan, device, free_memory_of(device), processes)
+    return choose_healing(prepared.recipe, prepared.plan, device, free_memory_of(device))
 
 
 def _divided(choice: Choice, processes: int) -> Choice:

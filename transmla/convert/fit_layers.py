@@ -46,11 +46,13 @@ class Reconstruction:
         factors: the layer's factors after the fit.
         before: relative squared error on held-out text before the fit.
         after: relative squared error on held-out text after the fit.
+        attempts: number of fits that were run.
     """
 
     factors: tuple[LayerFactors, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
+    attempts: int
 
 
 def held_out(sequences: int) -> int:
@@ -91,7 +93,8 @@ def reconstruct(
     with deterministic():
         problem = FitProblem(layers, source[training], converted[training], fit)
         before = problem.error(factors, *evaluated)
-        for rate_factor in (1.0, RETRY_RATE):
+        rates = 1.0, RETRY_RATE
+        for attempt, rate_factor in enumerate(rates, start=1):
             parameters = FitParameters(coordinates, factors, masks)
             ranks.copy_first(parameters.vector.detach(), parameters.scale)
             with layers[0].fast_products():
@@ -103,8 +106,8 @@ def reconstruct(
             after = problem.error(fitted, *evaluated)
             # A comparison with NaN is false, so a fit that diverged is discarded.
             if sum(after) < sum(before):
-                return Reconstruction(fitted, before, after)
-    return Reconstruction(tuple(factors), before, before)
+                return Reconstruction(fitted, before, after, attempt)
+    return Reconstruction(tuple(factors), before, before, len(rates))
 
 
 class FitProblem:

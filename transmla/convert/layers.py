@@ -196,6 +196,7 @@ class LayerConverter:
             }
         if fit is not None:
             record |= {"held_out_before": fit.before[0], "held_out_after": fit.after[0]}
+            record["fit_attempts"] = fit.attempts
         prefix = self._prefix(index)
         tensors = {f"{prefix}self_attn.{name}": tensor for name, tensor in export.tensors.items()}
         tensors |= self._outside_attention(prefix, current.observations)

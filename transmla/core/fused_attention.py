@@ -76,7 +76,11 @@ def attend(
         q, k, v = split.to_heads(q), split.to_heads(k), split.to_heads(v)
         mixed = attend(q, k, v, scaling=scaling, rules=rules.heads(split.heads(heads)))
         return split.to_tokens(mixed, heads)
-    plain = rules.window is None and rules.softcap is None and rules.sinks is None
+    if rules.sinks is not None and rules.window is None and rules.softcap is None:
+        # A first query that nobody reads keeps the attention causal.
+        q, k, v = _with_sinks(q, k, v, rules.sinks, scaling)
+        return attend(pad(q, (0, 0, 1, 0)), k, v, scaling=scaling)[:, :, 1:]
+    plain = rules.window is None and rules.softcap is None
     if plain and q.device.type == "cpu" and q.shape[2] <= CPU_LENGTH:
         return _attend_on_cpu(q, k, v, scaling)
     # The fused kernels need equal widths; zero padding changes neither scores nor values.
@@ -90,6 +94,20 @@ def attend(
         positions = torch.arange(q.shape[2], device=q.device)
         mixed = _attend_masked(q, k, padded_v, is_masked(positions, positions, rules.window), scaling, rules)
     return mixed[..., : v.shape[-1]]
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values whose first key, with a value of zero, is the sink of each head.
+
+    One more channel gives it its score: it is one in all queries, and zero in all other keys. Further channels of zeros
+    keep the width a multiple of ALIGNMENT.
+    """
+    width = q.shape[-1]
+    more = ALIGNMENT - width % ALIGNMENT
+    channel = torch.eye(1, more, dtype=q.dtype, device=q.device)
+    sink = pad((sinks / scaling).to(k.dtype)[:, None, None] * channel, (width, 0)).expand(len(k), -1, -1, -1)
+    q = torch.cat([q, channel.expand(*q.shape[:-1], -1)], -1)
+    return q, torch.cat([sink, pad(k, (0, more))], 2), pad(v, (0, 0, 1, 0))
 
 
 def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -148,10 +166,8 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scaling: flo
         return masked_softmax(q @ k.mT * scaling, masked, rules).to(v.dtype) @ v
     bias = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, float("-inf"))
     if rules.sinks is not None:
-        # A sink is a key of zeros with score 0; the mask adds the sink's score.
-        k, v = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1))
-        sinks = rules.sinks.to(bias)[:, None, None].expand(*bias.shape[:-3], -1, bias.shape[-2], 1)
-        bias = torch.cat([bias.expand(*sinks.shape[:-1], -1), sinks], -1)
+        q, k, v = _with_sinks(q, k, v, rules.sinks, scaling)
+        bias = pad(bias, (1, 0))
     return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
 
 

@@ -60,7 +60,7 @@ class Choice:
     disk_bytes: int | None = None
 
 
-def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int, processes: int = 1) -> Choice:
+def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) -> Choice:
     """Choose the healing that ends the conversion of ``recipe``.
 
     Args:
@@ -68,7 +68,6 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int, 
         plan: plan of the conversion.
         device: the device that heals.
         free: free memory of the device in bytes.
-        processes: number of processes that heal; each has a device.
 
     Returns:
         The choice. ``auto`` heals on a GPU that has the memory. MINUTES heals anywhere.
@@ -83,9 +82,9 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int, 
         if (trainable == "all" and plan.spec.experts) or (trainable == "lora" and not find_spec("peft")):
             continue
         for parts in (1, 2, 4, MOST_PARTS):
-            if memory_bytes(plan, trainable, parts, processes) <= USABLE * free:
+            if memory_bytes(plan, trainable, parts) <= USABLE * free:
                 return _chosen(recipe, plan, trainable, parts)
-    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS, processes)
+    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS)
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
@@ -147,14 +146,13 @@ def disk_bytes(plan: Plan, trainable: str) -> int:
     return export_bytes(plan) + 2 * (4 * parameters(plan) + 8 * trained + 4 * trained)
 
 
-def memory_bytes(plan: Plan, trainable: str, parts: int, processes: int = 1) -> int:
+def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
     """Return the estimated peak memory of a healing in bytes.
 
     Args:
         plan: plan of the export.
         trainable: ``all``, ``attention`` or ``lora``.
         parts: parts that a batch is computed in; with MOST_PARTS, activations are recomputed.
-        processes: number of processes. Several keep another copy of the gradients, to exchange them.
     """
     spec = plan.spec
     weights = parameters(plan)
@@ -169,8 +167,7 @@ def memory_bytes(plan: Plan, trainable: str, parts: int, processes: int = 1) -> 
     # The head's gradient of all chunks together lies beside the weights' gradients.
     if trainable == "all":
         logits += 4 * spec.vocab_size * spec.hidden_size
-    trained_bytes = TRAINED_BYTES - 4 + (4 if processes > 1 else 0)
-    return _student_bytes(plan, trainable) + trained_bytes * trained + teacher + activations + logits
+    return _student_bytes(plan, trainable) + (TRAINED_BYTES - 4) * trained + teacher + activations + logits
 
 
 def _student_bytes(plan: Plan, trainable: str) -> int:

@@ -90,7 +90,7 @@ def uses_deepspeed(accelerator: Any) -> bool:
     return "DEEPSPEED" in str(accelerator.distributed_type)
 
 
-def gather(accelerator: Any, model: nn.Module, names: set[str]) -> dict[str, Tensor]:
+def gather(accelerator: Any, model: nn.Module, names: set[str], into: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gather full parameters of a prepared ``model``, in float32 on the CPU of the first process.
 
     All processes must call this function.
@@ -99,6 +99,7 @@ def gather(accelerator: Any, model: nn.Module, names: set[str]) -> dict[str, Ten
         accelerator: the accelerator that prepared the model.
         model: the prepared model; its parameters may be sharded.
         names: parameters to gather, by their names before the model was wrapped.
+        into: the result of an earlier call, whose memory is used again; or an empty dict.
 
     Returns:
         The parameters by name, each unsharded; on all other processes an empty dict.
@@ -119,7 +120,7 @@ def gather(accelerator: Any, model: nn.Module, names: set[str]) -> dict[str, Ten
         if name in names:
             tensor = unshard(tensor)
             if accelerator.is_main_process:
-                gathered[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+                gathered[name] = into.get(name, torch.empty(0)).resize_(tensor.shape).copy_(tensor.detach())
     missing = names - set(gathered)
     if missing and accelerator.is_main_process:
         raise RuntimeError(f"accelerate wraps the student in a way that hides '{min(missing)}'")

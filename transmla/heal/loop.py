@@ -14,6 +14,7 @@ from transmla.errors import TransmlaError
 from transmla.heal.batches import Batches
 from transmla.heal.distributed import from_main, gather
 from transmla.heal.learning_rate import highest_rate, set_rates
+from transmla.heal.passes import Passes
 from transmla.heal.resume import State, Store
 from transmla.heal.settings import Healing
 from transmla.reporter import Reporter
@@ -36,8 +37,7 @@ class Loop:
     def __init__(
         self,
         accelerator: Any,
-        model: Any,
-        optimiser: Any,
+        passes: Passes,
         batches: Batches,
         settings: Healing,
         state: State,
@@ -47,20 +47,21 @@ class Loop:
         """Set up the loop.
 
         Args:
-            accelerator: the accelerator that prepared ``model`` and ``optimiser``.
-            model: the prepared ``Distiller``.
-            optimiser: the prepared optimiser, whose groups have a ``unit``.
+            accelerator: the accelerator that prepared the model and its optimiser.
+            passes: the prepared ``Distiller``, and its optimiser, whose groups have a ``unit``.
             batches: training and held-out sequences.
             settings: options of the healing.
             state: a new state, or the state to resume from.
             store: the folder that states are saved in.
             trainable: names of the trainable parameters before accelerate wrapped the model.
         """
-        self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
+        self.accelerator, self.passes = accelerator, passes
+        self.model, self.optimiser = passes.model, passes.optimiser
         self.batches, self.settings, self.state, self.store = batches, settings, state, store
         self.trainable = trainable
         self.best: dict[str, Tensor] | None = None
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._gathered: dict[str, Tensor] = {}
         self.saved_at = -1
 
     def run(self, report: Reporter) -> None:
@@ -121,16 +122,11 @@ class Loop:
         Returns:
             The mean loss over all processes; NaN, with no optimiser step, if the loss or gradient is not finite.
         """
-        accelerator, parts = self.accelerator, self.settings.accumulate
+        accelerator = self.accelerator
         size = len(rows) // accelerator.num_processes
         local_rows = rows[accelerator.process_index * size : (accelerator.process_index + 1) * size]
-        total = torch.zeros((), device=accelerator.device)
         self.model.train()
-        for micro in local_rows.to(accelerator.device).chunk(parts):
-            with accelerator.accumulate(self.model):
-                loss, _ = self.model(micro)
-                accelerator.backward(loss)
-            total += loss.detach() / parts
+        total = self.passes.gradients(local_rows.to(accelerator.device), self.settings.accumulate)
         norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
         mean_loss = float(accelerator.reduce(total, "mean"))
         # A NaN gradient would ruin the weights even when the loss is finite. (DeepSpeed has already stepped here; the
@@ -139,7 +135,7 @@ class Loop:
             self.optimiser.step()
         else:
             mean_loss = math.nan
-        self.optimiser.zero_grad()
+        self.passes.clear()
         return mean_loss
 
     @torch.no_grad()
@@ -191,8 +187,8 @@ class Loop:
         self.accelerator.log(logged, step=state.step)
         if state.best_kl is None or kl < state.best_kl:
             state.best_kl, state.best_step, state.evaluations_without_gain = kl, state.step, 0
-            weights = gather(self.accelerator, self.model, self.trainable)
-            self.best = {name.removeprefix("student."): weights[name] for name in sorted(weights)}
+            self._gathered = gather(self.accelerator, self.model, self.trainable, self._gathered)
+            self.best = {name.removeprefix("student."): self._gathered[name] for name in sorted(self._gathered)}
         else:
             state.evaluations_without_gain += 1
         return True

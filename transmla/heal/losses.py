@@ -74,14 +74,14 @@ class Distiller(nn.Module):
             targets: next tokens [N]; -100 for none.
         """
         heads = Head.of(self.student), Head.of(self.teacher[0])
-        factors = torch.tensor([self.kl, self.cross_entropy, 0.0], device=targets.device)
-        counts = torch.stack(
-            [torch.tensor(len(targets), device=targets.device), (targets >= 0).sum(), factors.new_ones(())]
+        sums = torch.zeros(3, device=targets.device)
+        # The host never waits for the device here.
+        scale = torch.stack(
+            [sums.new_full((), self.kl / len(targets)), self.cross_entropy / (targets >= 0).sum(), sums.new_zeros(())]
         )
-        scale = factors / counts
         with_gradients = torch.is_grad_enabled() and learned.requires_grad
         weights = [p for p in heads[0].projection.parameters() if p.requires_grad] if with_gradients else []
-        sums, by_states, by_weights = torch.zeros(3, device=targets.device), list[Tensor](), list[Tensor]()
+        by_states, by_weights = list[Tensor](), list[Tensor]()
         size = max(1, min(len(targets), CHUNK_VALUES // heads[0].projection.weight.shape[0]))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from transmla.heal.distributed import configure, from_main, kind, make_accelerat
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser, store_frozen_in_half
+from transmla.heal.passes import Passes, Sharded, Whole
 from transmla.heal.resume import FILE, State, Store, run_key, summary
 from transmla.heal.settings import Healing
 from transmla.heal.write_export import write_export
@@ -145,7 +145,8 @@ def _train(
     check_same_texts(text_fingerprint)
 
     distiller = _make_distiller(model, teacher, settings)
-    if accelerator.mixed_precision == "bf16" and not shards(accelerator):
+    sharded = shards(accelerator)
+    if accelerator.mixed_precision == "bf16" and not sharded:
         store_frozen_in_half(distiller.student)
     compiles = _compiles(settings, accelerator.device)
     if compiles:
@@ -153,21 +154,19 @@ def _train(
     # Names and learning rates need whole tensors, so both are computed before anything is sharded.
     trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
     fused = accelerator.device.type == "cuda"
-    prepared, optimiser = accelerator.prepare(distiller, make_optimiser(distiller, settings, fused=fused))
+    optimiser = make_optimiser(distiller, settings, fused=fused)
+    passes: Passes = (Sharded if sharded else Whole)(accelerator, distiller, optimiser)
     store = Store(workspace.folder)
     key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, text_fingerprint, kind(accelerator))
     state = store.read(key)
-    loop = Loop(accelerator, prepared, optimiser, batches, settings, state or State(key), store, trainable)
+    loop = Loop(accelerator, passes, batches, settings, state or State(key), store, trainable)
     if accelerator.is_main_process:
         workspace.hold()
         remove_temporaries(workspace.folder)
     accelerator.wait_for_everyone()
     if state is not None:
         loop.restore()
-    # Under DDP, torch would split the graph of each layer to send gradients earlier. Sending them between layers is
-    # early enough.
-    with torch._dynamo.config.patch(optimize_ddp=False) if compiles else nullcontext():
-        loop.run(report)
+    loop.run(report)
     accelerator.free_memory()
     return Learned(loop.best or {}, loop.state, batches)
 

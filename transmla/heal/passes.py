@@ -1,0 +1,100 @@
+"""The forward and backward passes of one step: with whole models in every process, or with sharded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from transmla.ranks import Ranks
+
+
+class Passes(Protocol):
+    """Computes the gradients of one step.
+
+    Attributes:
+        model: the prepared ``Distiller``.
+        optimiser: the prepared optimiser.
+    """
+
+    model: Any
+    optimiser: Any
+
+    def gradients(self, rows: Tensor, parts: int) -> Tensor:
+        """Leave the mean gradients of all processes in the parameters; return this process's mean loss.
+
+        Args:
+            rows: sequences [n, T] of this process.
+            parts: number of parts that they are computed in, one after another.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        ...
+
+
+class Whole:
+    """Every process holds the whole student.
+
+    All gradients lie in one tensor, which the processes add up with one call after the backward pass. DistributedData-
+    Parallel adds them up in buckets during the pass; on GPUs that are connected by NVLink, the call takes less time than
+    the buckets cost the host.
+    """
+
+    def __init__(self, accelerator: Any, distiller: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Prepare ``distiller``, which gets the first process's weights, and its ``optimiser``."""
+        # In evaluation mode, accelerate does not wrap the model in DistributedDataParallel.
+        self.model = accelerator.prepare_model(distiller, evaluation_mode=True)
+        self.optimiser = accelerator.prepare_optimizer(optimiser)
+        self.ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+        parameters = [p for p in distiller.parameters() if p.requires_grad]
+        self.ranks.copy_first(*(p.detach() for p in parameters))
+        self._gradients = torch.zeros(sum(p.numel() for p in parameters), device=accelerator.device)
+        for parameter, part in zip(parameters, self._parts(parameters), strict=True):
+            parameter.grad = part
+
+    def gradients(self, rows: Tensor, parts: int) -> Tensor:
+        """See ``Passes``."""
+        total = torch.zeros((), device=rows.device)
+        for micro in rows.chunk(parts):
+            loss, _ = self.model(micro)
+            (loss / (parts * self.ranks.size)).backward()
+            total += loss.detach() / parts
+        self.ranks.add_up(self._gradients)
+        return total
+
+    def clear(self) -> None:
+        """See ``Passes``."""
+        self._gradients.zero_()
+
+    def _parts(self, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
+        start = 0
+        for parameter in parameters:
+            yield self._gradients[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+
+class Sharded:
+    """FSDP2 or DeepSpeed hold the student, and add up the gradients during the backward pass."""
+
+    def __init__(self, accelerator: Any, distiller: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Prepare ``distiller`` and its ``optimiser``."""
+        self.accelerator = accelerator
+        self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
+
+    def gradients(self, rows: Tensor, parts: int) -> Tensor:
+        """See ``Passes``."""
+        total = torch.zeros((), device=rows.device)
+        for micro in rows.chunk(parts):
+            with self.accelerator.accumulate(self.model):
+                loss, _ = self.model(micro)
+                self.accelerator.backward(loss)
+            total += loss.detach() / parts
+        return total
+
+    def clear(self) -> None:
+        """See ``Passes``."""
+        self.optimiser.zero_grad()
