@@ -39,9 +39,7 @@ class Passes(Protocol):
 class Whole:
     """Every process holds the whole student.
 
-    All gradients lie in one tensor, which the processes add up with one call after the backward pass. DistributedData-
-    Parallel adds them up in buckets during the pass; on GPUs that are connected by NVLink, the call takes less time than
-    the buckets cost the host.
+    All gradients lie in one tensor, which the processes add up with one call after the backward pass.
     """
 
     def __init__(self, accelerator: Any, distiller: nn.Module, optimiser: torch.optim.Optimizer) -> None:
