@@ -36,7 +36,7 @@ import torch
 from helpers.tiny_sources import SMALL_HEALING, build_model, build_tokenizer
 from tqdm import tqdm
 
-from transmla.convert import pipeline
+from transmla.convert import pipeline, shard_writer
 from transmla.errors import TransmlaError
 from transmla.heal import loop, write_export
 from transmla.heal.run import heal
@@ -139,7 +139,7 @@ def prepare(folder: Path, *, heals: bool) -> None:
 
 def shorten() -> None:
     """Make the runs of this process short, without changing what they write and when."""
-    pipeline.SAVE_SECONDS = 0.0
+    shard_writer.SAVE_SECONDS = 0.0
     # The manifest records seconds: without a clock, equal runs write equal bytes.
     loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]
     write_export.write_curve = lambda curve, file: file.write_bytes(repr(curve).encode() * 20)

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from transmla.artifacts import AttentionSpec
 from transmla.convert.prepare import default_amounts
 from transmla.plan.estimate import device_bytes, disk_bytes, memory_bytes
+from transmla.plan.estimate_time import EXPERT_SECONDS, PASSES, TOKENS_PER_STEP
 from transmla.plan.fit_settings import FitSettings, fit_settings
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
@@ -79,23 +80,19 @@ def cost(spec: AttentionSpec, active: int | None, tokens: int, fit: FitSettings)
     """Scale the measured seconds of a layer to another layer."""
     measured = json.loads(MEASURED.read_text())["rows"][0]["seconds by layer"]
     attention = 2 * spec.hidden_size * spec.head_dim * (spec.num_attention_heads + spec.num_key_value_heads)
-    read = spec.layer_parameters * (1 if active is None else active / spec_experts(spec))
+    read = spec.layer_parameters * (1 if active is None else active / spec.experts)
     # A step costs 5 units for each weight of the attention and 3 for each of the MLP (plan/estimate.py, ``seconds``).
     step = 5 * attention + (3 * read if fit.through_mlp else 0)
     steps = fit.steps * fit.window * step / (STEPS * WINDOW * (5 * ATTENTION + 3 * MLP))
+    experts = PASSES * tokens / TOKENS_PER_STEP * spec.experts * EXPERT_SECONDS
     size = (attention + spec.layer_parameters) / (ATTENTION + MLP)
     return Cost(
         read=measured["read"] * size,
-        observe=measured["observe"] * tokens / TOKENS * (attention + read) / (ATTENTION + MLP),
+        observe=measured["observe"] * tokens / TOKENS * (attention + read) / (ATTENTION + MLP) + experts,
         factorise=measured["factorise"] * (spec.hidden_size / WIDTH) ** 3,
         fit=measured["fit"] * steps,
         write=measured["write"] * size,
     )
-
-
-def spec_experts(spec: AttentionSpec) -> int:
-    """Return the number of experts of one of MODELS, from the weights of its layers."""
-    return round(spec.layer_parameters / (3 * spec.hidden_size * 2048))
 
 
 def row(name: str, model: Model) -> str:
@@ -104,7 +101,7 @@ def row(name: str, model: Model) -> str:
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     spec = describe(AutoConfig.for_model(family, **model.config, rope_parameters=rope))
     plan = make_plan(spec, parse_recipe({"source": "s", "output": "o", "cache_ratio": RATIO}, "x"), "bfloat16")
-    fit = fit_settings("full", RATIO, layer_parameters=spec.layer_parameters, experts=spec.experts)
+    fit = fit_settings("full", RATIO, layer_parameters=spec.layer_parameters, experts=bool(spec.experts))
     assert fit is not None
     sequences, length = default_amounts(spec, int(GPU))
     tokens, layers = sequences * length, spec.num_hidden_layers

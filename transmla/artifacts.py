@@ -47,7 +47,8 @@ class AttentionSpec:
         inv_freq, attention_factor, scaling: those of the first kind of layers (``LayerKind``).
         layer_parameters: number of weights outside the attention in the largest layer.
         other_parameters: number of weights outside the attention in the whole model. A tied head counts once.
-        normed, biased, experts: whether queries and keys have norms, projections have biases, MLPs have experts.
+        normed, biased: whether queries and keys have norms, and projections have biases.
+        experts, experts_per_token: number of experts in a layer, and of those that a token passes; 0 without experts.
         native_gap: names the features that DeepSeek-V3's format cannot store, or None.
         kinds, layers: if layers differ, all kinds of layers, and each layer's index into ``kinds``; otherwise empty.
     """
@@ -72,7 +73,8 @@ class AttentionSpec:
     other_parameters: int
     normed: bool = False
     biased: bool = False
-    experts: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
     native_gap: str | None = None
     kinds: tuple[LayerKind, ...] = ()
     layers: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+        patch.setattr("transmla.convert.shard_writer.SAVE_SECONDS", 0)
         yield
     torch.set_num_threads(before)
 

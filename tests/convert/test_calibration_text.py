@@ -136,7 +136,7 @@ def test_auto_records_the_texts_that_have_rows(source: Path, make_recipe: MakeRe
 def test_a_resumed_run_uses_the_saved_tokens_and_keeps_the_texts(
     source: Path, make_recipe: MakeRecipe, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+    monkeypatch.setattr("transmla.convert.shard_writer.SAVE_SECONDS", 0)
     recipe = make_recipe(source, calibration={"source": [str(text_file), "self", "pydoc"]})
     expected = files(convert(recipe))
     (tmp_path / "out").rename(tmp_path / "before")

@@ -43,7 +43,7 @@ def test_a_step_of_a_fit_runs_no_host_operation(family: str, tmp_path: Path) -> 
     config = model.config
     spec, empty = describe(config), empty_model(config)
     plan = make_plan(spec, parse_recipe({"source": "s", "output": "o", "cache_ratio": 0.5}, "test"), "float32")
-    fit = fit_settings("full", 0.5, experts=spec.experts)
+    fit = fit_settings("full", 0.5, experts=bool(spec.experts))
     assert fit is not None
     layers = []
     for i in range(fit.window):

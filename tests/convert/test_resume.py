@@ -149,8 +149,8 @@ def test_layers_written_after_the_last_save_are_converted_again(
 ) -> None:
     """Saved after the first layer and killed after the second: the second layer's shard exists and is overwritten."""
     clock = iter(times)
-    monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 20.0)
-    monkeypatch.setattr("transmla.convert.pipeline.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("transmla.convert.shard_writer.SAVE_SECONDS", 20.0)
+    monkeypatch.setattr("transmla.convert.shard_writer.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(Killed):
         convert(recipe(), reporter=KilledAtLayer(2))
     monkeypatch.undo()

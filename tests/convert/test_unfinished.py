@@ -52,7 +52,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_text(folder / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+        patch.setattr("transmla.convert.shard_writer.SAVE_SECONDS", 0)
         convert(recipe())
         Path("out").rename("whole")
         with pytest.raises(Killed):

@@ -207,7 +207,7 @@ def test_a_fit_reduces_the_held_out_error(
 def test_a_killed_conversion_resumes_to_the_same_bytes(
     family: str, tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transmla.convert.pipeline.SAVE_SECONDS", 0)
+    monkeypatch.setattr("transmla.convert.shard_writer.SAVE_SECONDS", 0)
     source_of(family, tmp_path)
     recipe = make_recipe(cache_ratio=0.5, output=str(tmp_path / "a" / "out"))
     whole = files(convert(recipe))

@@ -19,7 +19,7 @@ import torch
 
 from helpers.heal_on_two_processes import FORKS
 from transmla.cli import app
-from transmla.convert import pipeline
+from transmla.convert import shard_writer
 from transmla.plan.fit_settings import FITS
 from transmla.source import samples
 
@@ -68,7 +68,7 @@ def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
     """
     for name, settings in changes.get("fits", {}).items():
         FITS[name] = replace(FITS[name], **settings)
-    pipeline.SAVE_SECONDS = 0
+    shard_writer.SAVE_SECONDS = 0
     samples._cache_file = lambda digest: Path(changes["cache"]) / digest if "cache" in changes else None
     if "kill" in changes and rank == 0:
         _kill_after(changes["kill"])
@@ -78,11 +78,11 @@ def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
 
 def _kill_after(layer: int) -> None:
     """Make this process kill itself once ``layer`` is written and the hidden states are saved."""
-    write = pipeline._Writer.layer
+    write = shard_writer.ShardWriter.layer
 
     def dying(self: Any, index: int, converted: Any) -> None:
         write(self, index, converted)
         if index == layer:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline._Writer.layer = dying  # type: ignore[method-assign]
+    shard_writer.ShardWriter.layer = dying  # type: ignore[method-assign]

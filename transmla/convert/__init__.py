@@ -7,6 +7,7 @@ layers              convert one decoder layer after the other
 source_layer        run one source layer over the calibration text, and measure its statistics
 sensitivity_meter   how much an error on each key and value changes the attention's output
 eps_correction      the factor on a norm's weight that corrects for a changed eps
+shard_writer        write shards in a thread, and the state for a resume
 streams             the hidden states that are carried from layer to layer
 factorize           factor a layer's weights in closed form
 fit_layers          fit the factors of a few layers to the source's layers

@@ -134,7 +134,7 @@ def _less_text(work: Work) -> Iterator[Work]:
 def _with_fit(prepared: Prepared, work: Work, name: str) -> Work:
     """Return ``work`` with the fit called ``name``."""
     spec, ratio = prepared.plan.spec, prepared.plan.cache_ratio
-    fit = fit_settings(name, ratio, layer_parameters=spec.layer_parameters, experts=spec.experts)
+    fit = fit_settings(name, ratio, layer_parameters=spec.layer_parameters, experts=bool(spec.experts))
     return replace(work, reconstruct=name, fit=fit)
 
 

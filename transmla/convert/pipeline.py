@@ -2,14 +2,14 @@
 
     source → AttentionSpec → Plan → [per layer: observe → factorize → reconstruct → write] → exported folder
 
-Each layer is written as one shard. The hidden states and the progress are saved every SAVE_SECONDS. A killed run can
-resume from the last save, and ends with the same bytes as an uninterrupted run.
+Each layer is written as one shard. The hidden states and the progress are saved now and then (``shard_writer.py``). A
+killed run can resume from the last save, and ends with the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from torch import Tensor
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
-from transmla.convert.layers import ConvertedLayer, LayerConverter
+from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import check_memory, holds_streams
-from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared, prepare
 from transmla.convert.resume import is_complete, refuse_other_run, resume_key
+from transmla.convert.shard_writer import ShardWriter
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
 from transmla.export.output import check_writable, output_path
@@ -36,11 +36,6 @@ from transmla.ranks import Ranks, launched
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
-
-# Seconds between saves of the hidden states (hundreds of MB each); as many for every half second that a save takes, if
-# it takes longer, so that saves take at most a fortieth of the time. A killed run loses at most this much work and the
-# current layer. The first save is assumed to write SAVE_RATE bytes a second.
-SAVE_SECONDS, SAVE_RATE = 20.0, 1e9
 
 
 def convert(
@@ -244,66 +239,30 @@ def _convert_layers(
     form = format_named(prepared.plan.format)
     ranks.on_first(lambda: check_tensors("the model's end", form.last_tensors(source, prepared.plan, 1.0)))
     start, layers = progress.next_layer, source.spec.num_hidden_layers
-    writer = _Writer(workspace, progress, converter.phases)
-    if start:
-        streams = converter.place(Streams.from_tensors(workspace.streams(start, progress.checksum)))
-        ranks.on_first(lambda: workspace.drop_streams(keep=start))
-    else:
-        name = source.family.tensors["embed"]
-        embedding = source.checkpoint.read(name)
-        streams = converter.start(tokens, embedding)
-        ranks.on_first(lambda: writer.embedding({name: converter.cast(embedding)}))
-        del embedding
-    report.stage("converting layers", layers)
-    report.advance(start)
-    writer.start(streams)
-    for i in range(start, layers):
-        converted = converter.convert(i, streams)
-        streams = converted.streams
-        ranks.on_first(partial(writer.layer, i, converted))
-        record = converted.record
-        report.advance(i + 1, f"error {record.get('held_out_after', record['relative_error']):.3f}")
+    with ThreadPoolExecutor(1) as pool:
+        writer = ShardWriter(workspace, progress, converter.phases, pool)
+        if start:
+            streams = converter.place(Streams.from_tensors(workspace.streams(start, progress.checksum)))
+            ranks.on_first(lambda: workspace.drop_streams(keep=start))
+        else:
+            name = source.family.tensors["embed"]
+            embedding = source.checkpoint.read(name)
+            streams = converter.start(tokens, embedding)
+            ranks.on_first(lambda: writer.embedding({name: converter.cast(embedding)}))
+            del embedding
+        report.stage("converting layers", layers)
+        report.advance(start)
+        writer.start(streams)
+        for i in range(start, layers):
+            converted = converter.convert(i, streams)
+            streams = converted.streams
+            ranks.on_first(partial(writer.layer, i, converted))
+            record = converted.record
+            report.advance(i + 1, f"error {record.get('held_out_after', record['relative_error']):.3f}")
+        with converter.phases.measure("write"):
+            ranks.on_first(writer.settle)
     for phase, seconds in converter.phases.seconds.items():
         report.spent(phase, seconds)
     progress.final_norm = converter.final_norm(streams)
     ranks.on_first(lambda: workspace.save_progress(progress))
     return progress.final_norm
-
-
-class _Writer:
-    """Writes shards, and now and then the state that a resumed run needs."""
-
-    def __init__(self, workspace: Workspace, progress: Progress, phases: Phases) -> None:
-        """Write into ``workspace``, keep ``progress`` up to date, and measure the time as a phase."""
-        self.workspace, self.progress, self.phases = workspace, progress, phases
-
-    def start(self, streams: Streams) -> None:
-        """Begin to count the seconds until the hidden states are saved for the first time."""
-        self.saved, self.pause = time.monotonic(), _pause(streams.nbytes() / SAVE_RATE)
-
-    def embedding(self, tensors: dict[str, Tensor]) -> None:
-        """Check and write the first shard."""
-        check_tensors("the embedding", tensors)
-        self._shard(0, tensors)
-
-    def layer(self, index: int, converted: ConvertedLayer) -> None:
-        """Write the shard of a layer; if it is time, save the progress and the hidden states after the layer."""
-        with self.phases.measure("write"):
-            self._shard(index + 1, converted.tensors)
-        self.progress.layers.append(converted.record)
-        if (began := time.monotonic()) - self.saved >= self.pause:
-            with self.phases.measure("write"):
-                self.progress.checksum = self.workspace.save_streams(index + 1, converted.streams.to_tensors())
-                self.progress.next_layer = index + 1
-                self.workspace.save_progress(self.progress)
-                self.workspace.drop_streams(keep=index + 1)
-            self.saved = time.monotonic()
-            self.pause = _pause(self.saved - began)
-
-    def _shard(self, index: int, tensors: dict[str, Tensor]) -> None:
-        self.progress.hashes[self.workspace.shard_name(index)] = self.workspace.write_shard(index, tensors)
-
-
-def _pause(seconds: float) -> float:
-    """Return the seconds until the next save of the hidden states, if one takes ``seconds``."""
-    return SAVE_SECONDS * max(1.0, 2 * seconds)

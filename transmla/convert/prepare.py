@@ -127,7 +127,7 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
     spec = source.spec
     fit = fit_settings(
-        recipe.reconstruct, plan.cache_ratio, layer_parameters=spec.layer_parameters, experts=spec.experts
+        recipe.reconstruct, plan.cache_ratio, layer_parameters=spec.layer_parameters, experts=bool(spec.experts)
     )
     return Prepared(recipe, source, device, unfitted_because, fit, plan)
 

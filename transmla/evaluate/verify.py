@@ -128,7 +128,7 @@ def _layers(folder: Path, manifest: Manifest, device: str, measured: list[Measur
     """Compare each layer with the signature; ``measured`` receives what the layers compute."""
     if manifest.signature is not None and not manifest.weights_changed:
         measured.append(measure_export(folder, manifest.plan.spec.family, device))
-        yield compare_layers(manifest.signature, measured[0], experts=manifest.plan.spec.experts)
+        yield compare_layers(manifest.signature, measured[0], experts=bool(manifest.plan.spec.experts))
 
 
 def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dtype) -> Iterator[Check]:
@@ -145,7 +145,7 @@ def _model_checks(model: Any, manifest: Manifest, form: Format, dtype: torch.dty
         detail = "the signature is that of an older version of transmla: convert the source again"
         yield Check("logits as signed", False, detail)
     elif signature is not None:
-        limit = _logits_tolerance(signature, dtype, experts=manifest.plan.spec.experts)
+        limit = _logits_tolerance(signature, dtype, experts=bool(manifest.plan.spec.experts))
         yield beyond_rounding(model, partial(_compare_logits, model, signature, limit))
 
     def compare() -> Check:

@@ -77,7 +77,9 @@ class SourceChecks:
             yield Check("distance to the source as signed", True, "no comparison: it is not signed")
             return
         layers = measure_source(self.source, self.device)
-        yield from compare_with_source(signature, measured.layers, layers, experts=self.manifest.plan.spec.experts)
+        yield from compare_with_source(
+            signature, measured.layers, layers, experts=bool(self.manifest.plan.spec.experts)
+        )
 
     def _config(self) -> Check:
         """Make the config again from the source and the plan, and compare it with the export's."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transmla.artifacts import AttentionSpec, Plan
+from transmla.artifacts import AttentionSpec, Plan, value_bytes
 from transmla.core.methods.base import method_named
 from transmla.plan.estimate import projections
 from transmla.plan.fit_settings import SHORT, WHOLE_EVERY, FitSettings
@@ -27,6 +27,9 @@ STEP_PASSES = 4.5
 PASSES = 2.5
 # Seconds that the host of a GPU needs to measure a layer on one step of the text, and tokens in such a step at least.
 OBSERVING_SECONDS, TOKENS_PER_STEP = 7e-3, 4096
+# Seconds that a GPU's host needs for one expert of a layer, on one step of the text; and seconds for each byte of a
+# layer that is read, checked, hashed and written. From layers of Qwen3-30B-A3B, Mixtral-8x7B and gpt-oss-20b; an H200.
+EXPERT_SECONDS, BYTE_SECONDS = 2.5e-4, 2.6e-9
 # Of a healing: share of the rate of matrix products, bytes moved for each logit, seconds that the host takes for a step
 # of one layer, and seconds for compilation, evaluation and saving.
 HEALING_SHARE, LOGIT_BYTES, HOST_SECONDS, AROUND_HEALING = 0.9, 50, 2.6e-3, 25.0
@@ -90,6 +93,8 @@ def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings
     """
     spec, tokens = plan.spec, sequences * length
     attention, mlp = projections(spec), 3 * spec.hidden_size * spec.intermediate_size
+    if spec.experts_per_token:
+        mlp = spec.layer_parameters * spec.experts_per_token // spec.experts
     passes = PASSES + (method_named(plan.method).first_pass is not None)
     products = 2 * passes * tokens * (attention + mlp) + 2 * tokens * 2 * spec.features**2
     scores = passes * tokens * _attention(spec, length)
@@ -107,6 +112,8 @@ def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings
     layer = products / rates.matrix + scores / (ATTENTION_SHARE * rates.matrix) + factor / rates.exact
     if rates.device == "cuda":
         layer += channels * CHANNEL_BYTES / rates.memory + tokens / max(TOKENS_PER_STEP, length) * OBSERVING_SECONDS
+        layer += passes * tokens / max(TOKENS_PER_STEP, length) * spec.experts * EXPERT_SECONDS
+    layer += BYTE_SECONDS * value_bytes(plan.dtype) * (attention + spec.layer_parameters)
     return spec.num_hidden_layers * layer
 
 

@@ -123,7 +123,7 @@ def _support(family: Family) -> Support:
         "biases": spec.biased,
         "q/k norms": spec.normed,
         "windows": any(kind.window for kind in kinds),
-        "experts": spec.experts,
+        "experts": bool(spec.experts),
         "soft-capped scores": any(kind.softcap for kind in kinds),
         "sinks": hasattr(attention, "sinks"),
         "two rotary bases": len({kind.inv_freq[1] for kind in kinds if kind.rotary_pairs > 1}) > 1,

@@ -87,6 +87,8 @@ def empty_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+# Names in configs of the number of experts that a token passes.
+PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
 # Numbers in an empty tensor that is surely a weight. Buffers, which may be made empty and then filled, are smaller.
 LARGE = 2**22
 
@@ -164,11 +166,17 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         other_parameters=sum(p.numel() for p in model.parameters()) - inside_attention - _tied(config, model),
         normed=hasattr(attention, "q_norm"),
         biased=has_bias(attention),
-        experts=any(".experts." in name for name, _ in model.named_parameters()),
+        experts=max(_experts(layer) for layer in layers),
+        experts_per_token=max(getattr(config, name, 0) or 0 for name in PER_TOKEN),
         native_gap=family.native(config),
         kinds=() if uniform else kinds,
         layers=() if uniform else tuple(kinds.index(kind) for kind in layer_kinds),
     )
+
+
+def _experts(layer: Any) -> int:
+    """Return the number of experts of a decoder layer: the rows of their stacked weights, or 0."""
+    return max((len(p) for name, p in layer.named_parameters() if ".experts." in name), default=0)
 
 
 def _tied(config: Any, model: Any) -> int:
