@@ -255,11 +255,12 @@ def show_retrieval(result: Retrieval) -> None:
 def show_bench(results: dict[str, Bench]) -> None:
     """Print speeds by batch and context; with a baseline, its speeds and the ratio."""
     ours, theirs = results["model"], results.get("baseline")
-    before = {} if theirs is None else {(point.batch, point.context): point for point in theirs.points}
+    before = {} if theirs is None else {point.what: point for point in theirs.points}
     rows = []
     for point in ours.points:
-        other = before.get((point.batch, point.context))
-        row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
+        other = before.get(point.what)
+        row = [f"{point.batch}", f"{point.context:,}", f"{point.new_tokens}", point.way]
+        row.append(f"{point.tokens_per_second:,.1f}")
         if other is not None:
             speeds = other.tokens_per_second, point.tokens_per_second / other.tokens_per_second
             row += [f"{speeds[0]:,.1f}", f"{speeds[1]:.2f}"]
@@ -275,13 +276,17 @@ def show_bench(results: dict[str, Bench]) -> None:
     compared = [] if theirs is None else ["base", "ratio"]
     table(
         f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}",
-        ["batch", "tokens", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
+        ["batch", "tokens", "new", "way", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
         rows,
     )
     say(
+        "new: tokens that a step decodes for each sequence. way: compiled with a static cache, or as plain generate() "
+        "does it, from a CUDA graph or eagerly. "
         "prompt s: seconds to read the prompt of one sequence. of copy: bytes of cache and weights that a step reads in"
         f" a second, as a share of this device's copy speed, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
     )
+    for reason in sorted({point.reason for point in ours.points if point.reason}):
+        say(f"steps ran eagerly, not from a CUDA graph: {reason}")
 
 
 def show_healing(record: dict[str, Any]) -> None:

@@ -1,0 +1,296 @@
+"""Steps from graphs write the tokens of eager steps, in every mode of generate() that graphs support.
+
+On a CPU, a step on fixed memory is repeated instead of replayed. On a GPU, it is captured.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.behaviour import relative
+from helpers.graph_models import DEVICES, MODELS, plain_model, with_graphs
+from helpers.mla_models import tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+import transmla
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.decode_graphs import MOST_NEW
+from transmla.runtime.graphed_model import GraphedModel, graphs_of, use_graphs
+
+TOKENS, LONG = 24, 20
+
+
+@pytest.fixture(scope="module", params=[(family, device) for device in DEVICES for family in MODELS], ids=str)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An accelerated model of four layers in float32, on a CPU or on a GPU."""
+    family, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("captures CUDA graphs")
+    return plain_model(family, tmp_path_factory.mktemp(family), device)
+
+
+@pytest.fixture(autouse=True)
+def without_graphs(request: pytest.FixtureRequest) -> None:
+    """Take the graphs of an earlier test away."""
+    if "model" in request.fixturenames:
+        use_graphs(request.getfixturevalue("model"), None)
+
+
+def prompts(device: Any, batch: int = 2, padded: int = 0) -> dict[str, Tensor]:
+    """Return tokens and mask [batch, LONG], with ``padded`` tokens on the left of the first row."""
+    tokens = torch.randint(3, 60, (batch, LONG), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    tokens[0, :padded], mask[0, :padded] = 1, 0
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def written(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    """Return the tokens that ``model`` writes."""
+    torch.manual_seed(3)
+    fixed = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 1}
+    result = model.generate(**inputs, **(fixed | settings))
+    return result if isinstance(result, Tensor) else result.sequences
+
+
+# Settings of generate(), number of prompts, padded tokens, and the least number of replayed steps.
+WAYS: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    "one": ({}, 1, 0, TOKENS - 2),
+    "batch": ({}, 3, 0, TOKENS - 2),
+    "left padding": ({}, 3, 5, TOKENS - 2),
+    "sampling": ({"do_sample": True, "top_k": 20, "num_return_sequences": 2}, 2, 5, TOKENS - 2),
+    "logits": ({"output_logits": True, "return_dict_in_generate": True}, 2, 0, TOKENS - 2),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 4}, 1, 0, 3),
+    "beams": ({"num_beams": 3}, 2, 5, 0),
+    "static cache": ({"cache_implementation": "static", "disable_compile": True}, 2, 5, 0),
+    "no cache": ({"use_cache": False}, 2, 5, 0),
+    "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, 2, 5, 0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_writes_the_same_tokens(model: Any, way: str) -> None:
+    settings, batch, padded, least = WAYS[way]
+    inputs = prompts(model.device, batch, padded)
+    if way == "prompt lookup":
+        inputs = {name: t.repeat(1, 2) for name, t in inputs.items()}
+    expected = written(model, inputs, **settings)
+    graphs = with_graphs(model)
+    assert torch.equal(written(model, inputs, **settings), expected)
+    assert graphs.replays >= least
+    assert least or graphs.replays == 0
+    assert torch.equal(written(model, inputs, **settings), expected)
+
+
+@torch.no_grad()
+def steps(model: Any, tokens: Tensor, widths: list[int], **given: Any) -> tuple[Tensor, Any]:
+    """Return the logits of ``tokens`` [B, T], read behind a prompt in pieces of ``widths`` tokens, and the cache."""
+    cache: Any = DynamicCache(config=model.config)
+    parts, at = [model(tokens[:, :LONG], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits], LONG
+    for width in widths:
+        part = model(tokens[:, at : at + width], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits
+        parts.append(part)
+        at += width
+    return torch.cat(parts, 1), cache
+
+
+def longer(model: Any, total: int) -> Tensor:
+    return torch.randint(3, 60, (2, total), generator=torch.Generator().manual_seed(2)).to(model.device)
+
+
+def test_several_new_tokens_are_read_from_graphs(model: Any) -> None:
+    widths = [2, 3, 2, 1, 3, 1, 2, 3, MOST_NEW, 1, 2]
+    tokens = longer(model, LONG + sum(widths))
+    expected, before = steps(model, tokens, widths)
+    graphs = with_graphs(model)
+    logits, cache = steps(model, tokens, widths)
+    assert relative(logits, expected) < 1e-5
+    assert (graphs.captures, graphs.replays) == (3, 7)
+    for ours, theirs in zip(cache.layers, before.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == tokens.shape[1]
+        assert relative(ours.keys, theirs.keys) < 1e-5
+        assert relative(ours.values, theirs.values) < 1e-5
+
+
+def test_a_full_buffer_grows_and_is_captured_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = [4] * 16
+    tokens = longer(model, LONG + sum(widths))
+    monkeypatch.setattr("transmla.runtime.latent_cache.STEP", 40)
+    monkeypatch.setattr("transmla.runtime.latent_cache.BATCH_STEP", 0)
+    expected, _ = steps(model, tokens, widths)
+    graphs = with_graphs(model)
+    logits, _ = steps(model, tokens, widths)
+    assert relative(logits, expected) < 1e-4
+    assert graphs.captures == 2
+    assert graphs.reason == "a buffer of the cache is full, or its rows were replaced"
+
+
+def test_cropped_rows_are_written_again(model: Any) -> None:
+    """As when drafts are rejected."""
+    tokens = longer(model, LONG + 12)
+
+    def run() -> Tensor:
+        _, cache = steps(model, tokens, [4, 4, 4])
+        parts = []
+        with torch.no_grad():
+            for width in (3, 1, 4, 2, 4):
+                cache.crop(-width)
+                given = tokens[:, cache.get_seq_length() :][:, :width].flip(-1)
+                parts.append(model(given, use_cache=True, **{CACHE_ARGUMENT: cache}).logits)
+        return torch.cat(parts, 1)
+
+    expected = run()
+    graphs = with_graphs(model)
+    assert relative(run(), expected) < 1e-5
+    assert graphs.replays >= 3
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda model: model.lm_head.weight.mul_(-1),
+    "replaced": lambda model: setattr(
+        model.model.layers[2].mlp.down_proj, "weight", torch.nn.Parameter(-model.model.layers[2].mlp.down_proj.weight)
+    ),
+    "loaded": lambda model: model.load_state_dict(
+        {name: t.flip(0) if name.endswith("norm.weight") else t for name, t in model.state_dict().items()}
+    ),
+    "other memory": lambda model: model.model.layers[1].to(torch.float64).to(torch.float32),
+    "hook": lambda model: model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: -output),
+    "forward": lambda model: setattr(model.model.layers[2].mlp, "forward", lambda x: x * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_noticed_between_two_steps(model: Any, change: str) -> None:
+    tokens, logits = longer(model, LONG + 9), []
+    for graphed in (False, True):
+        twin = copy.deepcopy(model)
+        if graphed:
+            with_graphs(twin)
+        with torch.no_grad():
+            _, cache = steps(twin, tokens, [1, 1, 1, 1])
+            CHANGES[change](twin)
+            parts = [
+                twin(tokens[:, LONG + i : LONG + i + 1], use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+                for i in range(4, 9)
+            ]
+        logits.append(torch.cat(parts, 1))
+    assert relative(logits[1], logits[0]) < 1e-5
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_copies_capture_their_own_graphs(family: str, tmp_path: Path) -> None:
+    model = plain_model(family, tmp_path)
+    inputs = prompts(model.device)
+    with_graphs(model)
+    expected = written(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin, GraphedModel)
+        assert graphs_of(twin) is not graphs_of(model)
+        with torch.no_grad():
+            twin.lm_head.weight.mul_(-1)
+        assert not torch.equal(written(twin, inputs), expected)
+        twin.lm_head.weight.data.mul_(-1)
+        assert torch.equal(written(twin, inputs), expected)
+    assert torch.equal(written(model, inputs), expected)
+
+
+def test_two_caches_take_turns(model: Any) -> None:
+    tokens = longer(model, LONG + 8)
+    expected = [steps(model, part, [1] * 8)[0] for part in (tokens, tokens.flip(-1))]
+    with_graphs(model)
+    caches: list[Any] = [DynamicCache(config=model.config) for _ in range(2)]
+    given = tokens, tokens.flip(-1)
+    parts: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        for start, stop in [(0, LONG), *((i, i + 1) for i in range(LONG, LONG + 8))]:
+            for which in (0, 1):
+                arguments: dict[str, Any] = {"use_cache": True, CACHE_ARGUMENT: caches[which]}
+                parts[which].append(model(given[which][:, start:stop], **arguments).logits)
+    for ours, theirs in zip(parts, expected, strict=True):
+        assert relative(torch.cat(ours, 1), theirs) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("padded", [0, 5])
+def test_half_precision_is_replayed(family: str, padded: int, tmp_path: Path) -> None:
+    """With the kernel that ``auto`` chooses for the GPU."""
+    model = plain_model(family, tmp_path, "cuda").to(torch.bfloat16)
+    mask = torch.ones(2, LONG + 6, dtype=torch.int64, device="cuda")
+    mask[0, :padded] = 0
+    tokens, logits = longer(model, LONG + 6), []
+    for graphed in (False, True):
+        graphs = with_graphs(model) if graphed else None
+        cache: Any = DynamicCache(config=model.config)
+        with torch.no_grad():
+            parts = [
+                model(
+                    tokens[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop],
+                    use_cache=True,
+                    **{CACHE_ARGUMENT: cache},
+                ).logits[:, -1]
+                for start, stop in [(0, LONG), *((i, i + 1) for i in range(LONG, LONG + 6))]
+            ]
+        logits.append(torch.stack(parts, 1))
+    assert relative(logits[1], logits[0]) < 3e-2
+    assert graphs is not None
+    assert (graphs.captures, graphs.replays) == (1, 5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "minicpm3", "youtu"])
+def test_models_whose_step_may_wait_for_the_gpu_write_the_same_tokens(family: str) -> None:
+    """Experts may read numbers on the host, which ends a capture."""
+    model = transmla.accelerate(tiny(family, num_hidden_layers=3).cuda(), cuda_graphs=False)
+    inputs = prompts(model.device, padded=5)
+    expected = written(model, inputs)
+    graphs = with_graphs(model)
+    for _ in range(2):
+        assert torch.equal(written(model, inputs), expected)
+    assert graphs.replays > 0 or graphs.reason is not None
+    print(f"{family}: {graphs.replays} replays, {graphs.reason}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+def test_graphs_are_freed_with_the_cache_and_the_model(tmp_path: Path) -> None:
+    """Collecting garbage is not needed."""
+    model = plain_model("llama", tmp_path, "cuda")
+    inputs = prompts(model.device)
+    with_graphs(model)
+    written(model, inputs)
+    used = torch.cuda.memory_allocated()
+    for _ in range(3):
+        written(model, inputs)
+    assert torch.cuda.memory_allocated() <= used
+    freed = weakref.ref(model)
+    del model
+    assert freed() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+def test_threads_share_a_model(tmp_path: Path) -> None:
+    """Each thread has its own cache and stream, and graphs share their memory."""
+    model = plain_model("llama", tmp_path, "cuda")
+    inputs = [prompts(model.device, batch) for batch in (1, 2, 3, 4)]
+    expected = [written(model, one) for one in inputs]
+    graphs = with_graphs(model)
+
+    def run(one: dict[str, Tensor]) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return written(model, one).cpu()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(run, inputs * 3)]
+    assert graphs.reason is None
+    for ours, theirs in zip(found, expected * 3, strict=True):
+        assert torch.equal(ours, theirs.cpu())

@@ -1,0 +1,101 @@
+"""Whether a model's decode step can be captured, and whether a model is still the one that was captured."""
+
+from __future__ import annotations
+
+import operator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from transmla.runtime.absorbed import PLAIN_WEIGHTS, crossover, reads_weight
+from transmla.runtime.latent_attention import LatentAttention
+
+# Packages whose modules compute with their tensors alone. Modules of others, such as adapters and quantised layers, may
+# have switches in Python, which a graph would ignore.
+PACKAGES = ("torch", "transformers", "transmla")
+# transformers' own quantised and tensor-parallel layers.
+INTEGRATIONS = "transformers.integrations"
+# transformers installs hooks of this module at the first ``output_hidden_states``. Unless asked, they do nothing.
+IDLE_HOOKS = "transformers.utils.output_capturing"
+
+
+class Snapshot:
+    """Modules, tensors and hooks of a model, compared at every step: a graph holds addresses, not tensors.
+
+    Attributes:
+        device: device of all tensors; None if there are several.
+        refusal: why the model cannot be captured, or None.
+        most_new: largest number of new tokens for which eager steps use the absorbed form too.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._modules = [*model.modules()]
+        tables = ((m._modules, m._parameters, m._buffers) for m in self._modules)
+        self._tables: list[dict[str, Any]] = [*chain.from_iterable(tables)]
+        self._held = [*chain.from_iterable(map(dict.values, self._tables))]
+        self._tensors = [one for one in self._held if isinstance(one, Tensor)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        # Hooks of the model itself run outside of its ``forward``.
+        self._hooks = [*chain.from_iterable((m._forward_pre_hooks, m._forward_hooks) for m in self._modules[1:])]
+        self._hooked = [*chain.from_iterable(map(dict.values, self._hooks))]
+        self._attributes = [m.__dict__ for m in self._modules]
+        devices = {t.device for t in self._tensors}
+        self.device = devices.pop() if len(devices) == 1 else None
+        self.refusal = self._refusal(model)
+        latent = [m for m in self._modules if isinstance(m, LatentAttention)]
+        self.most_new = min((crossover(m) for m in latent), default=0)
+
+    def holds(self) -> bool:
+        """Return whether modules, tensors, their memory and hooks are the same as before."""
+        held = [*chain.from_iterable(map(dict.values, self._tables))]
+        hooked = [*chain.from_iterable(map(dict.values, self._hooks))]
+        return (
+            len(held) == len(self._held)
+            and all(map(operator.is_, held, self._held))
+            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and len(hooked) == len(self._hooked)
+            and all(map(operator.is_, hooked, self._hooked))
+            and not any("forward" in attributes for attributes in self._attributes)
+            and not _has_any_global_hook()
+        )
+
+    def _refusal(self, model: Any) -> str | None:
+        """Why the decode step of ``model`` cannot be captured, or None."""
+        for module in self._modules:
+            home = type(module).__module__
+            if home.split(".")[0] not in PACKAGES or home.startswith(INTEGRATIONS):
+                return f"{type(module).__name__} is a module of {home}"
+            if "forward" in module.__dict__:
+                return f"the forward function of a {type(module).__name__} was replaced"
+        if _has_any_global_hook() or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in self._hooked):
+            return "modules have hooks"
+        if getattr(model, "hf_quantizer", None) is not None or any(type(t) not in PLAIN_WEIGHTS for t in self._tensors):
+            return "weights are quantised or sharded"
+        if self.device is None:
+            return "tensors are on several devices"
+        layers = [m for m in self._modules if isinstance(m, LatentAttention)]
+        if len(layers) != model.config.num_hidden_layers:
+            return f"{model.config.num_hidden_layers - len(layers)} layers kept the source's attention"
+        if any(layer.packed for layer in layers):
+            return "latents are cached as float8"
+        for layer in layers:
+            if not reads_weight(layer.kv_b_proj, layer.kv_b_proj.weight.dtype, self.device):
+                return "kv_b_proj is quantised, adapted or hooked"
+        return None
+
+
+def refused_mode(model: Any) -> str | None:
+    """Return which mode of torch or of ``model`` rules out a graph, or None."""
+    if model.training:
+        return "the model is in training mode"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "autocast is enabled"
+    config = model.config
+    if config.output_hidden_states or config.output_attentions:
+        return "the config asks for hidden states or attention weights"
+    return None
