@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import transmla
 from helpers.behaviour import stock_model
@@ -20,6 +21,8 @@ from transmla.runtime.graphed_model import graphs_of, use_graphs
 MODELS = ("deepseek_v3", "llama", "qwen3")
 # Devices of the tests: on a GPU, steps are captured.
 DEVICES = ("cpu", "cuda")
+# Tokens that a model writes, and tokens of a prompt.
+TOKENS, LONG = 24, 20
 
 
 class Repeating:
@@ -56,3 +59,24 @@ def with_graphs(model: Any) -> DecodeGraphs:
     graphs = graphs_of(model)
     assert graphs is not None
     return graphs
+
+
+def prompts(device: Any, batch: int = 2, padded: int = 0) -> dict[str, Tensor]:
+    """Return tokens and mask [batch, LONG], with ``padded`` tokens on the left of the first row."""
+    tokens = torch.randint(3, 60, (batch, LONG), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    tokens[0, :padded], mask[0, :padded] = 1, 0
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def written(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    """Return the tokens that ``model`` writes."""
+    torch.manual_seed(3)
+    fixed = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 1}
+    result = model.generate(**inputs, **(fixed | settings))
+    return result if isinstance(result, Tensor) else result.sequences
+
+
+def longer(model: Any, total: int) -> Tensor:
+    """Return random tokens [2, total] on the device of ``model``."""
+    return torch.randint(3, 60, (2, total), generator=torch.Generator().manual_seed(2)).to(model.device)

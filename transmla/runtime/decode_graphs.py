@@ -55,7 +55,7 @@ class Request:
     @property
     def layers(self) -> list[LatentLayer]:
         """Layers of the cache."""
-        return self.cache.layers
+        return latent_layers(self.cache)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -138,11 +138,12 @@ class DecodeGraphs:
         batch, new = tokens.shape
         if any(type(layer) is not LatentLayer for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
-        if not all(layer.has_room(new) for layer in cache.layers):
+        layers = latent_layers(cache)
+        if not all(layer.has_room(new) for layer in layers):
             # The step will make other buffers. The graphs would keep the memory of the present ones.
             self._steps.pop(cache, None)
             return "a buffer of the cache is full, or its rows were replaced"
-        if len({layer.own_length() for layer in cache.layers}) > 1 or cache.layers[0].buffer().shape[0] != batch:
+        if len({layer.own_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
             return "the layers hold different numbers of rows"
         return "the expanded form costs less" if new > max(1, self._snapshot.most_new) else None
 
@@ -195,6 +196,12 @@ class DecodeGraphs:
             self.captures += 1
         step.replay()
         self.replays += 1
+
+
+def latent_layers(cache: DynamicCache) -> list[LatentLayer]:
+    """Return the layers of ``cache``, all of which are latent ones."""
+    layers: list[Any] = cache.layers
+    return layers
 
 
 def refused_arguments(kwargs: dict[str, Any]) -> str | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
+
+# Part of torch's warning of an operation that waits for the GPU.
+WAITS = "synchronizing CUDA operation"
 
 
 class Recorder(Protocol):
@@ -58,12 +62,18 @@ class CudaRecorder:
                 self._done.record(current)
 
     def rehearse(self, function: Callable[[], None]) -> None:
-        """Call ``function`` on the capturing stream, because libraries keep one workspace for each stream."""
+        """Call ``function`` on the capturing stream, because libraries keep one workspace for each stream.
+
+        Raises:
+            RuntimeError: if ``function`` waits for the GPU, which a graph cannot.
+        """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), waits_of_this_thread() as waits:
             function()
         current.wait_stream(self._stream)
+        if waits:
+            raise RuntimeError("an operation waits for the GPU")
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture ``function`` into a graph and return the graph's ``replay``."""
@@ -74,11 +84,10 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 function()
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
+                self._give_up(graph)
                 raise
-            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay
 
@@ -93,3 +102,38 @@ class CudaRecorder:
             self._anchor.capture_end()
         self._done.record()
         self._device = device
+
+    def _give_up(self, graph: Any) -> None:
+        """End a capture that failed, and repair what torch would leave behind.
+
+        Allocations would still be routed to the pool, and the random generator would refuse to work outside of a
+        capture. The capture of an empty graph resets the generator.
+        """
+        assert self._device is not None
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        self._prepare(self._device)
+
+
+@contextmanager
+def waits_of_this_thread() -> Iterator[list[str]]:
+    """Return a context that lists torch's warnings of operations in which this thread waits for the GPU."""
+    found: list[str] = []
+    thread, mode, show = get_ident(), torch.cuda.get_sync_debug_mode(), warnings.showwarning
+
+    def note(message: Any, *args: Any, **kwargs: Any) -> None:
+        if WAITS not in str(message):
+            show(message, *args, **kwargs)
+        elif get_ident() == thread:
+            found.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=f".*{WAITS}")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -32,39 +32,44 @@ class Snapshot:
     """
 
     def __init__(self, model: Any) -> None:
-        self._modules = [*model.modules()]
-        tables = ((m._modules, m._parameters, m._buffers) for m in self._modules)
-        self._tables: list[dict[str, Any]] = [*chain.from_iterable(tables)]
+        modules = [*model.modules()]
+        tables = chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)
+        self._tables: list[dict[str, Any]] = [table for table in tables if table]
         self._held = [*chain.from_iterable(map(dict.values, self._tables))]
         self._tensors = [one for one in self._held if isinstance(one, Tensor)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
-        # Hooks of the model itself run outside of its ``forward``.
-        self._hooks = [*chain.from_iterable((m._forward_pre_hooks, m._forward_hooks) for m in self._modules[1:])]
+        # Hooks of the model itself run outside of its ``forward``. A reference to the model or its attributes would be
+        # a cycle, and the model's memory would be freed late.
+        parts = modules[1:]
+        self._hooks = [*chain.from_iterable((m._forward_pre_hooks, m._forward_hooks) for m in parts)]
         self._hooked = [*chain.from_iterable(map(dict.values, self._hooks))]
-        self._attributes = [m.__dict__ for m in self._modules]
+        self._attributes = [m.__dict__ for m in parts]
         devices = {t.device for t in self._tensors}
         self.device = devices.pop() if len(devices) == 1 else None
-        self.refusal = self._refusal(model)
-        latent = [m for m in self._modules if isinstance(m, LatentAttention)]
+        self.refusal = self._refusal(model, modules)
+        latent = [m for m in modules if isinstance(m, LatentAttention)]
         self.most_new = min((crossover(m) for m in latent), default=0)
 
     def holds(self) -> bool:
-        """Return whether modules, tensors, their memory and hooks are the same as before."""
+        """Return whether modules, tensors, their memory and hooks are the same as before.
+
+        A decode step waits for the answer, so that all loops run in C: 0.1 ms for a model of 8B.
+        """
         held = [*chain.from_iterable(map(dict.values, self._tables))]
-        hooked = [*chain.from_iterable(map(dict.values, self._hooks))]
+        hooked = [*chain.from_iterable(map(dict.values, filter(None, self._hooks)))]
         return (
             len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and len(hooked) == len(self._hooked)
             and all(map(operator.is_, hooked, self._hooked))
-            and not any("forward" in attributes for attributes in self._attributes)
+            and not any(map(dict.__contains__, self._attributes, repeat("forward")))
             and not _has_any_global_hook()
         )
 
-    def _refusal(self, model: Any) -> str | None:
-        """Why the decode step of ``model`` cannot be captured, or None."""
-        for module in self._modules:
+    def _refusal(self, model: Any, modules: list[Any]) -> str | None:
+        """Why the decode step of ``model`` with these ``modules`` cannot be captured, or None."""
+        for module in modules:
             home = type(module).__module__
             if home.split(".")[0] not in PACKAGES or home.startswith(INTEGRATIONS):
                 return f"{type(module).__name__} is a module of {home}"
@@ -76,7 +81,7 @@ class Snapshot:
             return "weights are quantised or sharded"
         if self.device is None:
             return "tensors are on several devices"
-        layers = [m for m in self._modules if isinstance(m, LatentAttention)]
+        layers = [m for m in modules if isinstance(m, LatentAttention)]
         if len(layers) != model.config.num_hidden_layers:
             return f"{model.config.num_hidden_layers - len(layers)} layers kept the source's attention"
         if any(layer.packed for layer in layers):

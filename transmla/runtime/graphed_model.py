@@ -48,7 +48,8 @@ def graphed_class(plain: Any) -> Any:
 def use_graphs(model: Any, graphs: DecodeGraphs | None) -> None:
     """Make ``model`` take its decode steps from ``graphs``; None makes it run all steps eagerly."""
     if graphs is not None and not isinstance(model, GraphedModel):
-        model.__class__ = graphed_class(type(model))
+        plain: Any = type(model)
+        model.__class__ = graphed_class(plain)
     if isinstance(model, GraphedModel):
         setattr(model, GRAPHS, graphs)
 
@@ -66,5 +67,6 @@ def _bare(plain: Any) -> Any:
 def _graphed(bare: Any, arguments: tuple[Any, ...]) -> Any:
     """An instance without state, for unpickling: ``bare(*arguments)`` with its graphed class."""
     model = bare(*arguments)
-    model.__class__ = graphed_class(type(model))
+    plain: Any = type(model)
+    model.__class__ = graphed_class(plain)
     return model

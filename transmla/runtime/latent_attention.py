@@ -85,9 +85,10 @@ class LatentAttention(nn.Module):
         if dtype != self.checked_for:
             refuse_underflow(self, dtype)
             self.checked_for = dtype
-        cache = kwargs.get(CACHE_ARGUMENT)
+        cache: Any = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, StepCache):
-            self.cached = cache.layers[self.layer_idx]
+            layers: Any = cache.layers
+            self.cached = layers[self.layer_idx]
         else:
             self.cached = grow_in_place(cache, self.layer_idx, packed=self.packed)
         try:
