@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,10 @@ def test_a_point_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.MonkeyP
 
     original_measure = module.measure
 
-    def measure_small_batches(model: object, batch: int, context: int, steps: int, prefill: float) -> Point:
+    def measure_small_batches(model: object, batch: int, *args: Any, **kwargs: Any) -> Point:
         if batch > 1:
             raise torch.OutOfMemoryError
-        return original_measure(model, batch, context, steps, prefill)
+        return original_measure(model, batch, *args, **kwargs)
 
     monkeypatch.setattr(module, "measure", measure_small_batches)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -115,6 +115,7 @@ def bench(
         figures.check_picture(plot, (".png",))
     load_libraries()
     from transmla.cli import console
+    from transmla.cli.bench_report import show_bench
     from transmla.evaluate.compare import bench_models
 
     with console.Bars() as bars:
@@ -134,7 +135,7 @@ def bench(
     if as_json:
         print(json_text({role: result.to_dict() for role, result in results.items()}))
     else:
-        console.show_bench(results)
+        show_bench(results)
     if plot:
         figures.write_speeds(results, plot)
         console.err.print(f"wrote {plot}", highlight=False, markup=False)

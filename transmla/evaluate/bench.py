@@ -44,7 +44,7 @@ class Point:
         new_tokens: tokens that a step decodes, per sequence.
         way: how the steps ran: ``compiled`` over a static cache; as in plain ``generate()`` from a CUDA ``graph``; or
             as in plain ``generate()``, but ``eager``.
-        reason: why no graph could be captured, if the model uses graphs and ``way`` is ``eager``.
+        reason: why no graph could be captured, if the model is on a GPU and uses graphs, and ``way`` is ``eager``.
     """
 
     batch: int
@@ -210,7 +210,7 @@ def measure(
     read = cache_bytes + _weight_bytes_read(model, batch * new)
     replayed = replays[-1] - replays[WARM_UP] == steps
     way = "compiled" if compiled else "graph" if replayed else "eager"
-    reason = graphs.reason if graphs is not None and way == "eager" else None
+    reason = graphs.reason if graphs is not None and way == "eager" and device.type == "cuda" else None
     return Point(batch, context, prefill, seconds, cache_bytes, read / seconds, new, way, reason)
 
 
