@@ -131,6 +131,7 @@ def waits_of_this_thread() -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=f".*{WAITS}")
+        warnings.filterwarnings("ignore", message=".*Synchronization debug mode is a prototype")
         warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
