@@ -45,7 +45,7 @@ def test_half_precision_is_replayed(family: str, padded: int, tmp_path: Path) ->
                 for start, stop in [(0, LONG), *((i, i + 1) for i in range(LONG, LONG + 6))]
             ]
         logits.append(torch.stack(parts, 1))
-    assert relative(logits[1], logits[0]) < 3e-2
+    assert relative(logits[1], logits[0]) < 0.1
     assert graphs is not None
     assert (graphs.captures, graphs.replays) == (1, 5)
 
