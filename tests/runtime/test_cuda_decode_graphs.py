@@ -122,3 +122,12 @@ def test_a_failed_capture_leaves_nothing_behind() -> None:
             replay()
     assert total.item() == 3
     torch.cuda.empty_cache()
+
+
+def test_norms_are_fused_in_captured_steps(tmp_path: Path) -> None:
+    model = plain_model("qwen3", tmp_path, "cuda").to(torch.bfloat16)
+    graphs = with_graphs(model)
+    written(model, prompts(model.device))
+    assert graphs._snapshot is not None
+    assert len(graphs._snapshot.norms.modules) == 4 * 4 + 1
+    assert not any("forward" in module.__dict__ for module in model.modules())

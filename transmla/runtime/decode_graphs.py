@@ -187,12 +187,14 @@ class DecodeGraphs:
 
     def _run(self, step: Step, forward: Callable[..., Any], model: Any) -> None:
         """Run ``step`` once: rehearse, capture or replay it."""
-        if step.replay is None and step.runs < REHEARSALS:
-            self._recorder.rehearse(lambda: step.run(forward, model))
-            step.runs += 1
-            return
+        assert self._snapshot is not None
         if step.replay is None:
-            step.replay = self._recorder.record(lambda: step.run(forward, model))
+            with self._snapshot.norms.used():
+                if step.runs < REHEARSALS:
+                    self._recorder.rehearse(lambda: step.run(forward, model))
+                    step.runs += 1
+                    return
+                step.replay = self._recorder.record(lambda: step.run(forward, model))
             self.captures += 1
         step.replay()
         self.replays += 1

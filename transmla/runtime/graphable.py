@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.runtime.absorbed import PLAIN_WEIGHTS, crossover, reads_weight
+from transmla.runtime.fused_norms import FusedNorms
 from transmla.runtime.latent_attention import LatentAttention
 
 # Packages whose modules compute with their tensors alone. Modules of others, such as adapters and quantised layers, may
@@ -29,6 +30,7 @@ class Snapshot:
         device: device of all tensors; None if there are several.
         refusal: why the model cannot be captured, or None.
         most_new: largest number of new tokens for which eager steps use the absorbed form too.
+        norms: norms that a captured step computes by one kernel each.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,6 +51,7 @@ class Snapshot:
         self.refusal = self._refusal(model, modules)
         latent = [m for m in modules if isinstance(m, LatentAttention)]
         self.most_new = min((crossover(m) for m in latent), default=0)
+        self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
 
     def holds(self) -> bool:
         """Return whether modules, tensors, their memory and hooks are the same as before.

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class LatentAttention(nn.Module):
         qk_rope_head_dim: width d_r of a rotary key.
         packed: whether latents are cached as float8.
         cached: the cache layer of the running ``forward``, if it is one of ``runtime``.
+        step: thread and ``StepLayer`` of the running ``forward``, if it is a step on fixed memory. One thread at a time
+            runs such a step; others may run steps on caches meanwhile.
         warns: whether this layer is the one that is to warn of missing attention weights.
         checked_for: precision in which the latents are known not to underflow; None before the first check.
     """
@@ -71,7 +74,8 @@ class LatentAttention(nn.Module):
     kv_lora_rank: int
     qk_rope_head_dim: int
     packed: bool = False
-    cached: LatentLayer | StepLayer | None = None
+    cached: LatentLayer | None = None
+    step: tuple[int, Any] | None = None
     warns: bool = False
     checked_for: torch.dtype | None = None
 
@@ -87,10 +91,12 @@ class LatentAttention(nn.Module):
             self.checked_for = dtype
         cache: Any = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, StepCache):
-            layers: Any = cache.layers
-            self.cached = layers[self.layer_idx]
-        else:
-            self.cached = grow_in_place(cache, self.layer_idx, packed=self.packed)
+            self.step = get_ident(), cache.layers[self.layer_idx]
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.step = None
+        self.cached = grow_in_place(cache, self.layer_idx, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -170,8 +176,8 @@ def latent_attention(
     if wants_weights and module.warns:
         module.warns = False
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
-    if isinstance(module.cached, StepLayer):
-        return _attend_in_step(module, module.cached, query, Rows(key[:, 0], value[:, 0]), extras), None
+    if module.step is not None and module.step[0] == get_ident():
+        return _attend_in_step(module, module.step[1], query, Rows(key[:, 0], value[:, 0]), extras), None
     rows, prefix = cached_rows(module, key, value), module.prefix
     absorbable = can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
