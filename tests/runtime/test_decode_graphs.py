@@ -51,7 +51,7 @@ WAYS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "sampling": ({"do_sample": True, "top_k": 20, "num_return_sequences": 2}, 2, 5, TOKENS - 2),
     "logits": ({"output_logits": True, "return_dict_in_generate": True}, 2, 0, TOKENS - 2),
     "prompt lookup": ({"prompt_lookup_num_tokens": 4}, 1, 0, 3),
-    "beams": ({"num_beams": 3}, 2, 5, 0),
+    "beams": ({"num_beams": 3}, 2, 5, TOKENS - 2),
     "static cache": ({"cache_implementation": "static", "disable_compile": True}, 2, 5, 0),
     "no cache": ({"use_cache": False}, 2, 5, 0),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, 2, 5, 0),

@@ -136,6 +136,15 @@ class LatentLayer(DynamicLayer):
         super().offload()
         self.rows = None
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search, in place: a graph of the decode step knows this buffer."""
+        rows = self.rows
+        if rows is None or len(beam_idx) != rows.shape[0] or not (self.own_length() and self._writable(rows)):
+            super().reorder_cache(beam_idx)
+            return
+        used = rows[..., : self.own_length(), :]
+        used.copy_(used.index_select(0, beam_idx.to(rows.device)))
+
     def reset(self) -> None:
         """Remove all rows and release the buffer."""
         # transformers 5.17 would keep rows of zeros.
@@ -184,12 +193,19 @@ class LatentLayer(DynamicLayer):
 
     def _current(self, rows: Tensor, cached: int, kv_c: Tensor, k_pe: Tensor) -> bool:
         """Whether ``rows`` holds the ``cached`` rows, and the new rows may be written to it without a loss."""
-        if cached and cast(Tensor, self.keys).data_ptr() != rows.data_ptr():
+        if not (self._writable(rows) if cached else _may_change(rows)):
             return False
-        # Outside of inference mode, tensors that were made in it must not be changed.
-        writable = torch.is_inference_mode_enabled() or not rows.is_inference()
         fits = rows.shape[0] == kv_c.shape[0] and rows.device == kv_c.device
-        return writable and fits and _holds(rows.dtype, kv_c.dtype) and _holds(rows.dtype, k_pe.dtype)
+        return fits and _holds(rows.dtype, kv_c.dtype) and _holds(rows.dtype, k_pe.dtype)
+
+    def _writable(self, rows: Tensor) -> bool:
+        """Whether ``keys`` and ``values`` show ``rows``, and ``rows`` may be changed."""
+        return cast(Tensor, self._keys).data_ptr() == rows.data_ptr() and _may_change(rows)
+
+
+def _may_change(rows: Tensor) -> bool:
+    """Whether ``rows`` may be changed: outside of inference mode, not if they were made in it."""
+    return torch.is_inference_mode_enabled() or not rows.is_inference()
 
 
 def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
