@@ -169,6 +169,8 @@ def test_copies_capture_their_own_graphs(family: str, tmp_path: Path) -> None:
     inputs = prompts(model.device)
     with_graphs(model)
     expected = written(model, inputs)
+    shallow = copy.copy(model)
+    assert graphs_of(shallow) is graphs_of(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(twin, GraphedModel)
         assert graphs_of(twin) is not graphs_of(model)
@@ -177,7 +179,8 @@ def test_copies_capture_their_own_graphs(family: str, tmp_path: Path) -> None:
         assert not torch.equal(written(twin, inputs), expected)
         twin.lm_head.weight.data.mul_(-1)
         assert torch.equal(written(twin, inputs), expected)
-    assert torch.equal(written(model, inputs), expected)
+    for one in (shallow, model):
+        assert torch.equal(written(one, inputs), expected)
 
 
 def test_two_caches_take_turns(model: Any) -> None:

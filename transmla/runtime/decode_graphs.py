@@ -123,7 +123,7 @@ class DecodeGraphs:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
         if model.config._attn_implementation != LATENT_ATTENTION:
             return f"the attention is '{model.config._attn_implementation}'"
-        if self._snapshot is None or not self._snapshot.holds():
+        if self._snapshot is None or not self._snapshot.holds(model):
             self._steps.clear()
             self._snapshot, self._failure = Snapshot(model), None
         snapshot = self._snapshot

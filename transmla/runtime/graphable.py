@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from itertools import chain, repeat
 from typing import Any
 
@@ -34,6 +35,7 @@ class Snapshot:
     """
 
     def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
         modules = [*model.modules()]
         tables = chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)
         self._tables: list[dict[str, Any]] = [table for table in tables if table]
@@ -53,15 +55,16 @@ class Snapshot:
         self.most_new = min((crossover(m) for m in latent), default=0)
         self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
 
-    def holds(self) -> bool:
-        """Return whether modules, tensors, their memory and hooks are the same as before.
+    def holds(self, model: Any) -> bool:
+        """Return whether ``model`` is the same, and so are its modules, tensors, their memory and hooks.
 
         A decode step waits for the answer, so that all loops run in C: 0.1 ms for a model of 8B.
         """
         held = [*chain.from_iterable(map(dict.values, self._tables))]
         hooked = [*chain.from_iterable(map(dict.values, filter(None, self._hooks)))]
         return (
-            len(held) == len(self._held)
+            model is self._model()
+            and len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and len(hooked) == len(self._hooked)
