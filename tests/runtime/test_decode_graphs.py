@@ -73,29 +73,39 @@ def test_generate_writes_the_same_tokens(model: Any, way: str) -> None:
 
 
 @torch.no_grad()
-def steps(model: Any, tokens: Tensor, widths: list[int], **given: Any) -> tuple[Tensor, Any]:
-    """Return the logits of ``tokens`` [B, T], read behind a prompt in pieces of ``widths`` tokens, and the cache."""
+def steps(model: Any, tokens: Tensor, widths: list[int], padded: int = 0) -> tuple[Tensor, Any]:
+    """Return the logits of ``tokens`` [B, T], read behind a prompt in pieces of ``widths`` tokens, and the cache.
+
+    The first row begins with ``padded`` tokens of padding; without padding there is no mask.
+    """
     cache: Any = DynamicCache(config=model.config)
-    parts, at = [model(tokens[:, :LONG], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits], LONG
-    for width in widths:
-        part = model(tokens[:, at : at + width], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits
-        parts.append(part)
+    mask = torch.ones_like(tokens)
+    mask[0, :padded] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    parts, at = [], 0
+    for width in (LONG, *widths):
+        piece = slice(at, at + width)
+        given = {"attention_mask": mask[:, : at + width], "position_ids": places[:, piece]} if padded else {}
+        part = model(tokens[:, piece], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits
+        parts.append(part[:, padded:] if at == 0 else part)
         at += width
     return torch.cat(parts, 1), cache
 
 
-def test_several_new_tokens_are_read_from_graphs(model: Any) -> None:
-    widths = [2, 3, 2, 1, 3, 1, 2, 3, MOST_NEW, 1, 2]
+@pytest.mark.parametrize("padded", [0, 5])
+def test_several_new_tokens_are_read_from_graphs(model: Any, padded: int) -> None:
+    widths = [2, 5, 2, 1, 6, 1, 5, 2, 3, MOST_NEW, 1, 5, 2]
     tokens = longer(model, LONG + sum(widths))
-    expected, before = steps(model, tokens, widths)
+    expected, before = steps(model, tokens, widths, padded)
     graphs = with_graphs(model)
-    logits, cache = steps(model, tokens, widths)
+    logits, cache = steps(model, tokens, widths, padded)
     assert relative(logits, expected) < ROUNDING
-    assert (graphs.captures, graphs.replays) == (3, 7)
+    # Graphs of one, two and six tokens; those of three and sixteen were only rehearsed.
+    assert (graphs.captures, graphs.replays) == (3, 8)
     for ours, theirs in zip(cache.layers, before.layers, strict=True):
         assert ours.get_seq_length() == theirs.get_seq_length() == tokens.shape[1]
-        assert relative(ours.keys, theirs.keys) < ROUNDING
-        assert relative(ours.values, theirs.values) < ROUNDING
+        assert relative(ours.keys[:, :, padded:], theirs.keys[:, :, padded:]) < ROUNDING
+        assert relative(ours.values[:, :, padded:], theirs.values[:, :, padded:]) < ROUNDING
 
 
 def test_a_full_buffer_grows_and_is_captured_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

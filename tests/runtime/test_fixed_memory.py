@@ -19,7 +19,7 @@ from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.step_cache import Step
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "memory": lambda model: model.double(),
+    "memory": lambda model: model.lm_head.double().float(),
     "parameter": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.detach().clone())),
     "module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
     "buffer": lambda model: setattr(model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq.clone()),
@@ -83,10 +83,10 @@ def test_results_are_copies(tmp_path: Path) -> None:
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         model(longer(model, LONG), use_cache=True, **{CACHE_ARGUMENT: cache})
-        step = Step(cache.layers, 2, 1, None, masked=False)
+        step = Step(cache.layers, 2, 1, masked=False)
         step.inputs.fill(longer(model, 1), None, None, LONG)
         step.run(type(model).__mro__[0].forward, model)
-    result = step.result(cache)
+    result = step.result(cache, 1, 0)
     assert result.logits.data_ptr() != step.output.logits.data_ptr()
     assert torch.equal(result.logits, step.output.logits)
     assert result[CACHE_ARGUMENT] is cache

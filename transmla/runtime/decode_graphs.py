@@ -24,8 +24,10 @@ from transmla.runtime.latent_attention import LATENT_ATTENTION
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.step_cache import Step
 
-# Largest number of new tokens of a captured step. Each number is one graph; verification of drafts needs several.
-MOST_NEW = 16
+# Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
+# lengths, and a capture costs as much as an eager step.
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+MOST_NEW = WIDTHS[-1]
 # Runs of a step before its capture: they compile kernels, and their results count as any other step's.
 REHEARSALS = 1
 # Arguments of a model's ``forward`` that a step understands, besides the cache. Others must be None or False.
@@ -43,14 +45,14 @@ class Request:
         tokens: token ids [B, n].
         positions: positions [B, n] or [1, n], or None.
         mask: attention mask [B, T + n] if it hides a cached row, else None.
-        keep: ``logits_to_keep``, or None.
+        keep: ``logits_to_keep``; 0 for all.
     """
 
     cache: DynamicCache
     tokens: Tensor
     positions: Tensor | None
     mask: Tensor | None
-    keep: int | None
+    keep: int
 
     @property
     def layers(self) -> list[LatentLayer]:
@@ -60,7 +62,7 @@ class Request:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a captured step is specific to, besides the buffers of the cache."""
-        return *self.tokens.shape, self.mask is not None, self.keep
+        return len(self.tokens), width_for(self.tokens.shape[1]), self.mask is not None
 
 
 class DecodeGraphs:
@@ -105,7 +107,7 @@ class DecodeGraphs:
             kwargs = {name: value for name, value in kwargs.items() if value is not model}
             kwargs |= kwargs.pop("kwargs", {})
         tokens, cache = kwargs.get("input_ids"), kwargs.get(CACHE_ARGUMENT)
-        if tokens is None or cache is None or tokens.ndim != 2 or tokens.shape[1] > MOST_NEW:
+        if tokens is None or cache is None or tokens.ndim != 2 or not 0 < tokens.shape[1] <= MOST_NEW:
             return PREFILL
         if type(cache) is not DynamicCache:
             return f"the cache is a {type(cache).__name__}"
@@ -139,7 +141,7 @@ class DecodeGraphs:
         if any(type(layer) is not LatentLayer for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
         layers = latent_layers(cache)
-        if not all(layer.has_room(new) for layer in layers):
+        if not all(layer.has_room(width_for(new)) for layer in layers):
             # The step will make other buffers. The graphs would keep the memory of the present ones.
             self._steps.pop(cache, None)
             return "a buffer of the cache is full, or its rows were replaced"
@@ -157,7 +159,7 @@ class DecodeGraphs:
             return f"an attention mask of shape {list(mask.shape)}"
         if keep is not None and type(keep) is not int:
             return "logits_to_keep is a tensor"
-        return Request(cache, tokens, positions, None if mask is None or bool(mask.all()) else mask, keep)
+        return Request(cache, tokens, positions, None if mask is None or bool(mask.all()) else mask, keep or 0)
 
     def _advance(self, forward: Callable[..., Any], model: Any, request: Request) -> Any:
         """Run the step of ``request`` on fixed memory and return its output; None if this is impossible."""
@@ -171,11 +173,11 @@ class DecodeGraphs:
             with self._recorder.turn(self._snapshot.device):
                 step = steps.get(request.key)
                 if step is None:
-                    step = Step(layers, len(request.tokens), new, request.keep, masked=request.mask is not None)
+                    step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
                     steps[request.key] = step
                 step.inputs.fill(request.tokens, request.positions, request.mask, layers[0].own_length())
                 self._run(step, forward, model)
-                output = step.result(request.cache)
+                output = step.result(request.cache, new, request.keep)
         except Exception as error:
             # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
             self._failure = self.reason = f"the step cannot be captured: {error}"
@@ -198,6 +200,11 @@ class DecodeGraphs:
             self.captures += 1
         step.replay()
         self.replays += 1
+
+
+def width_for(new: int) -> int:
+    """Return the number of tokens of the graph that takes ``new`` tokens."""
+    return next(width for width in WIDTHS if width >= new)
 
 
 def latent_layers(cache: DynamicCache) -> list[LatentLayer]:

@@ -44,19 +44,23 @@ class StepInputs:
     def fill(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, cached: int) -> None:
         """Write the inputs of the next step.
 
+        If there are m < n tokens, the last one is repeated. Tokens see the rows up to their own, so the repeated ones
+        change nothing; the next step overwrites their rows.
+
         Args:
-            tokens: token ids [B, n].
-            positions: positions [B, n] or [1, n]; None: they follow the cached rows.
-            mask: the attention mask [B, cached + n], read if ``masked``.
+            tokens: token ids [B, m].
+            positions: positions [B, m] or [1, m]; None: they follow the cached rows.
+            mask: the attention mask [B, cached + m], read if ``masked``.
             cached: number of cached rows of each sequence.
         """
-        self.tokens.copy_(tokens)
-        self.cached.fill_(cached)
+        new = tokens.shape[1]
         if positions is None:
-            torch.add(self._offsets, cached, out=self.positions[0])
-            self.positions[1:].copy_(self.positions[:1].expand_as(self.positions[1:]))
-        else:
-            self.positions.copy_(positions.expand_as(self.positions))
+            positions = (self._offsets[:new] + cached)[None]
+        self.cached.fill_(cached)
+        for kept, given in ((self.tokens, tokens), (self.positions, positions)):
+            kept[:, :new].copy_(given.expand(len(kept), -1))
+            if new < kept.shape[1]:
+                kept[:, new:].copy_(kept[:, new - 1 : new].expand(-1, kept.shape[1] - new))
         if self.masked and mask is not None:
             self.visible[:, 0, 0, : mask.shape[1]].copy_(mask)
 
@@ -128,14 +132,13 @@ class Step:
         replay: repeats the step; None before the capture.
     """
 
-    def __init__(self, layers: list[LatentLayer], batch: int, new: int, keep: int | None, *, masked: bool) -> None:
+    def __init__(self, layers: list[LatentLayer], batch: int, new: int, *, masked: bool) -> None:
         """Prepare a step for ``batch`` sequences with ``new`` tokens each.
 
         Args:
             layers: layers of the cache, with room for the new rows.
             batch: B.
             new: n.
-            keep: ``logits_to_keep`` of the model; None leaves it out.
             masked: whether the attention mask hides a cached row.
         """
         self.rows = [layer.buffer() for layer in layers]
@@ -149,8 +152,6 @@ class Step:
             "return_dict": True,
             CACHE_ARGUMENT: StepCache(layers, self.inputs),
         }
-        if keep is not None:
-            self._arguments["logits_to_keep"] = keep
         self.output: Any = None
         self.runs = 0
         self.replay: Any = None
@@ -160,18 +161,24 @@ class Step:
         self.inputs.locate()
         self.output = forward(model, **self._arguments)
 
-    def result(self, cache: Cache) -> Any:
+    def result(self, cache: Cache, new: int, keep: int) -> Any:
         """Return a copy of ``output`` with ``cache`` as its cache. The next run overwrites ``output``.
 
+        Args:
+            cache: the cache to return.
+            new: number of tokens m that ``inputs.fill`` was given.
+            keep: number of the last logits to return; 0 for all m.
+
         Raises:
-            TypeError: if ``output`` holds more than tensors and the cache.
+            TypeError: if ``output`` holds more than the cache and tensors of all tokens.
         """
         fields: dict[str, Any] = {}
+        width = self.inputs.tokens.shape[1]
         for name, value in self.output.items():
             if name == CACHE_ARGUMENT:
                 fields[name] = cache
-            elif isinstance(value, Tensor):
-                fields[name] = value.clone()
-            else:
+                continue
+            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != width:
                 raise TypeError(f"the model's output has {name}")
+            fields[name] = value[:, :new][:, -keep if name == "logits" else 0 :].clone()
         return type(self.output)(**fields)
