@@ -3,7 +3,8 @@
     python scripts/speculation.py SOURCE EXPORT --assistant SMALL_EXPORT --tokens 256
 
 ``SMALL_EXPORT`` is an export of the same source with a smaller cache; every model with the same tokenizer will do. The
-prompts show a function of this repository and ask for it with one change. All models decode greedily.
+prompts show a function of this repository, ask for it with one change, and begin the answer. All models decode
+greedily.
 
 Ways:
     plain          one token a step
@@ -56,10 +57,8 @@ def prompts(tokenizer: Any, device: torch.device) -> list[Tensor]:
         code = inspect.getsource(inspect.unwrap(function))
         asked = f"{change} Answer with the whole function and nothing else.\n\n```python\n{code}```"
         turns = [{"role": "user", "content": asked}]
-        ids = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
-        )["input_ids"]
-        found.append(ids.to(device))
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + "```python\n"
+        found.append(tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(device))
     return found
 
 
