@@ -11,6 +11,7 @@ import torch
 from helpers.behaviour import relative
 from helpers.graph_models import LONG, longer, plain_model, with_graphs
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
@@ -38,6 +39,15 @@ def test_a_snapshot_notices_changes(change: str, tmp_path: Path) -> None:
     assert snapshot.holds(model)
     CHANGES[change](model)
     assert not snapshot.holds(model)
+
+
+def test_weights_without_memory_of_their_own_are_refused(tmp_path: Path) -> None:
+    model = plain_model("llama", tmp_path)
+    head = model.lm_head.weight.detach()
+    model.lm_head.weight = nn.Parameter(TwoTensor(head, head.clone()), requires_grad=False)
+    snapshot = Snapshot(model)
+    assert snapshot.refusal == "weights are quantised or sharded"
+    assert snapshot.holds(model)
 
 
 def test_a_snapshot_notices_hooks_for_all_modules(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Decode steps replayed from CUDA graphs, so that plain ``generate()`` does not wait for the host.
 
-An uncompiled step launches about a thousand kernels one by one. For one model on one GPU, ``DecodeGraphs`` captures the
-step once per cache, number of new tokens and kind of mask, and replays it. The buffers of a ``LatentLayer`` keep their
-addresses until they are full; then the step is captured anew. Every other step runs as it did before.
+An uncompiled step launches one to three thousand kernels one by one. ``DecodeGraphs`` captures the step of one model on
+one GPU, and replays it: one graph for each cache, number of new tokens and kind of mask. The buffers of a
+``LatentLayer`` keep their addresses until they are full; then the step is captured anew. Every other step runs as it
+did before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from transformers import DynamicCache
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.graph_recorder import CudaRecorder, Recorder
 from transmla.runtime.graphable import Snapshot, refused_mode
-from transmla.runtime.latent_attention import LATENT_ATTENTION
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.step_cache import Step
 
@@ -114,7 +114,8 @@ class DecodeGraphs:
         if not cache.layers or not cache.get_seq_length():
             return PREFILL
         return (
-            refused_arguments(kwargs)
+            self._recorder.refuses(tokens.device)
+            or refused_arguments(kwargs)
             or refused_mode(model)
             or self._refused_model(model)
             or self._refused_cache(cache, tokens)
@@ -123,16 +124,10 @@ class DecodeGraphs:
 
     def _refused_model(self, model: Any) -> str | None:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
-        if model.config._attn_implementation != LATENT_ATTENTION:
-            return f"the attention is '{model.config._attn_implementation}'"
         if self._snapshot is None or not self._snapshot.holds(model):
             self._steps.clear()
             self._snapshot, self._failure = Snapshot(model), None
-        snapshot = self._snapshot
-        if snapshot.refusal is not None or self._failure is not None:
-            return snapshot.refusal or self._failure
-        assert snapshot.device is not None
-        return self._recorder.refuses(snapshot.device)
+        return self._snapshot.refusal or self._failure
 
     def _refused_cache(self, cache: DynamicCache, tokens: Tensor) -> str | None:
         """Return why a step on ``cache`` cannot be captured, or None."""

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.runtime.absorbed import PLAIN_WEIGHTS, crossover, reads_weight
 from transmla.runtime.fused_norms import FusedNorms
-from transmla.runtime.latent_attention import LatentAttention
+from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention
 
 # Packages whose modules compute with their tensors alone. Modules of others, such as adapters and quantised layers, may
 # have switches in Python, which a graph would ignore.
@@ -40,7 +40,9 @@ class Snapshot:
         tables = chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)
         self._tables: list[dict[str, Any]] = [table for table in tables if table]
         self._held = [*chain.from_iterable(map(dict.values, self._tables))]
-        self._tensors = [one for one in self._held if isinstance(one, Tensor)]
+        tensors = [one for one in self._held if isinstance(one, Tensor)]
+        # Quantised and sharded tensors, which are refused, have no address.
+        self._tensors = [one for one in tensors if type(one) in PLAIN_WEIGHTS]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         # Hooks of the model itself run outside of its ``forward``. A reference to the model or its attributes would be
         # a cycle, and the model's memory would be freed late.
@@ -48,9 +50,9 @@ class Snapshot:
         self._hooks = [*chain.from_iterable((m._forward_pre_hooks, m._forward_hooks) for m in parts)]
         self._hooked = [*chain.from_iterable(map(dict.values, self._hooks))]
         self._attributes = [m.__dict__ for m in parts]
-        devices = {t.device for t in self._tensors}
+        devices = {t.device for t in tensors}
         self.device = devices.pop() if len(devices) == 1 else None
-        self.refusal = self._refusal(model, modules)
+        self.refusal = self._refusal(model, modules, plain=len(tensors) == len(self._tensors))
         latent = [m for m in modules if isinstance(m, LatentAttention)]
         self.most_new = min((crossover(m) for m in latent), default=0)
         self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
@@ -73,8 +75,8 @@ class Snapshot:
             and not _has_any_global_hook()
         )
 
-    def _refusal(self, model: Any, modules: list[Any]) -> str | None:
-        """Why the decode step of ``model`` with these ``modules`` cannot be captured, or None."""
+    def _refusal(self, model: Any, modules: list[Any], *, plain: bool) -> str | None:
+        """Why the decode step of ``model`` with these ``modules`` and ``plain`` tensors cannot be captured, or None."""
         for module in modules:
             home = type(module).__module__
             if home.split(".")[0] not in PACKAGES or home.startswith(INTEGRATIONS):
@@ -83,13 +85,14 @@ class Snapshot:
                 return f"the forward function of a {type(module).__name__} was replaced"
         if _has_any_global_hook() or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in self._hooked):
             return "modules have hooks"
-        if getattr(model, "hf_quantizer", None) is not None or any(type(t) not in PLAIN_WEIGHTS for t in self._tensors):
+        if getattr(model, "hf_quantizer", None) is not None or not plain:
             return "weights are quantised or sharded"
         if self.device is None:
             return "tensors are on several devices"
         layers = [m for m in modules if isinstance(m, LatentAttention)]
-        if len(layers) != model.config.num_hidden_layers:
-            return f"{model.config.num_hidden_layers - len(layers)} layers kept the source's attention"
+        depth = model.config.get_text_config().num_hidden_layers
+        if len(layers) != depth:
+            return f"{depth - len(layers)} layers kept the source's attention"
         if any(layer.packed for layer in layers):
             return "latents are cached as float8"
         for layer in layers:
@@ -106,7 +109,9 @@ def refused_mode(model: Any) -> str | None:
         return "gradients are enabled"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
-    config = model.config
-    if config.output_hidden_states or config.output_attentions:
+    config = model.config.get_text_config()
+    if any(one.output_hidden_states or one.output_attentions for one in (model.config, config)):
         return "the config asks for hidden states or attention weights"
+    if config._attn_implementation != LATENT_ATTENTION:
+        return f"the attention is '{config._attn_implementation}'"
     return None
