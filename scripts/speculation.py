@@ -1,8 +1,8 @@
 """Measure speculative decoding of a source and of its export on code that is edited.
 
-    python scripts/speculation.py SOURCE EXPORT --assistant SMALL_EXPORT --tokens 256
+    python scripts/speculation.py SOURCE EXPORT --assistant SMALLER --tokens 256
 
-``SMALL_EXPORT`` is an export of the same source with a smaller cache; every model with the same tokenizer will do. The
+``SMALLER`` is a smaller model with the same tokenizer, or an export of the same source with a smaller cache. The
 prompts show a function of this repository, ask for it with one change, and begin the answer. All models decode
 greedily.
 
@@ -127,9 +127,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="largest number of new tokens for each prompt")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
-    parser.add_argument(
-        "--result", type=Path, default=RESULTS / "speculation/qwen2.5-coder-0.5b.json", help="JSON file"
-    )
+    parser.add_argument("--result", type=Path, default=RESULTS / "speculation/result.json", help="JSON file to write")
     parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
     kind, device = {"dtype": getattr(torch, arguments.dtype)}, torch.device(arguments.device)
