@@ -9,16 +9,19 @@ Roles:
     stock    the same MLA model in transformers' code, compiled, static cache
     source   the model before conversion, compiled, static cache. Flash attention reads the whole cache without a mask,
              which is the fastest way to run it.
-    growing  the MLA model under transmla.accelerate as plain generate() runs it: not compiled, growing cache
+    growing  the MLA model under transmla.accelerate as plain generate() runs it: growing cache, from CUDA graphs
+    eager    the same without CUDA graphs
     dynamic  the model before conversion as plain generate() runs it: not compiled, growing cache
 
-Models are compiled into CUDA graphs. Random weights decode as fast as trained weights.
+"Compiled" models are compiled into CUDA graphs. Random weights decode as fast as trained weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,12 @@ import torch
 from provenance import RESULTS, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from transmla.evaluate.bench import measure, prefill_seconds
+from transmla.evaluate.bench import fill_cache, measure, prefill_seconds
 from transmla.formats.base import format_named
 from transmla.modeling.registration import register
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
 from transmla.runtime.load import accelerate
@@ -95,6 +99,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Roles of accelerated models, and roles that decode as plain generate() does.
+MLA_ROLES, PLAIN_ROLES = ("ours", "growing", "eager"), ("growing", "eager", "dynamic")
+
+
 def whole_cache(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
     """Attend to the whole cache with flash attention. A mask would make SDPA choose a slower kernel."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
@@ -115,7 +123,7 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         name: a key of MODELS.
         role: see the module's docstring.
         shape: ``kv_lora_rank+qk_rope_head_dim`` of the converted model.
-        backend: decode kernel of the roles ``ours`` and ``growing``.
+        backend: decode kernel of ``MLA_ROLES``.
         device: where to create the model.
     """
     family, settings = MODELS[name]
@@ -135,11 +143,23 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         config = type(AutoConfig.for_model(written["model_type"])).from_dict(written)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if role in ("ours", "growing"):
-        accelerate(model, backend=backend)
+    if role in MLA_ROLES:
+        accelerate(model, backend=backend, cuda_graphs=role == "growing")
     if role == "source":
         model.set_attn_implementation("whole_cache")
     return model
+
+
+def generate_rate(model: Any, batch: int, context: int, tokens: int) -> float:
+    """Return the tokens per second of a whole ``generate()`` that continues a filled cache by ``tokens`` tokens."""
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad():
+        fill_cache(model, cache, batch, context)
+    prompt = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
+    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    began = time.perf_counter()
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **{CACHE_ARGUMENT: cache}).cpu()
+    return batch * tokens / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -149,7 +169,9 @@ def main() -> None:
     parser.add_argument("--roles", nargs="*", default=["ours", "source"], help="roles to measure, see above")
     parser.add_argument("--batch", nargs="*", type=int, default=[32], help="sequences, one number per point")
     parser.add_argument("--context", nargs="*", type=int, default=[16384], help="tokens, one number per point")
-    parser.add_argument("--backend", default="hopper", help="decode kernel of ours and growing")
+    parser.add_argument("--backend", default="hopper", help="decode kernel of ours, growing and eager")
+    parser.add_argument("--new-tokens", nargs="*", type=int, default=[1], help="tokens of a step, per sequence")
+    parser.add_argument("--generate", type=int, help="also time generate() with so many tokens, in plain roles")
     parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--result", type=Path, default=RESULTS / "decode_bench/llama.json", help="JSON file to write")
@@ -158,9 +180,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for role in arguments.roles:
         model = build(arguments.model, role, arguments.shape, arguments.backend, arguments.device)
-        for batch, context in zip(arguments.batch, arguments.context, strict=True):
-            static = role not in ("growing", "dynamic")
-            point = measure(model, batch, context, arguments.steps, prefill_seconds(model, context), static=static)
+        sizes, static = zip(arguments.batch, arguments.context, strict=True), role not in PLAIN_ROLES
+        prefill = {context: prefill_seconds(model, context) for context in {*arguments.context}}
+        for (batch, context), new in product(sizes, arguments.new_tokens):
+            point = measure(model, batch, context, arguments.steps, prefill[context], new=new, static=static)
             rows.append(
                 {
                     "model": arguments.model,
@@ -169,6 +192,8 @@ def main() -> None:
                     "shape": "source" if role in ("source", "dynamic") else arguments.shape,
                     "batch": batch,
                     "context": context,
+                    "new tokens": new,
+                    "way": point.way if point.reason is None else f"{point.way}: {point.reason}",
                     "tokens/s": round(point.tokens_per_second, 1),
                     "ms a step": round(point.step_seconds * 1e3, 3),
                     "prefill s": round(point.prefill_seconds, 3),
@@ -176,6 +201,8 @@ def main() -> None:
                     "GB/s": round(point.bytes_per_second / 1e9),
                 }
             )
+            if arguments.generate and not static:
+                rows[-1]["generate() tokens/s"] = round(generate_rate(model, batch, context, arguments.generate), 1)
             print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
             write_result(arguments.result, rows, arguments.commit)
         del model

@@ -7,17 +7,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.graph_models import with_graphs
 from helpers.mla_models import tiny
 from typer.testing import CliRunner
 
 import transmla
 from transmla.cli.app import build
+from transmla.cli.bench_report import show_bench
 from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
-from transmla.evaluate.bench import Point, bench, copy_bandwidth
+from transmla.evaluate.bench import Bench, Point, bench, copy_bandwidth, measure
 from transmla.recipe import Recipe
 from transmla.reporter import Silent
 
@@ -42,6 +45,40 @@ def test_tokens_per_second_counts_the_whole_batch() -> None:
     assert Point(8, 16, 0.1, 0.5, 0, 0.0).tokens_per_second == 16
 
 
+def test_several_new_tokens_are_measured_as_one_step() -> None:
+    result = bench(
+        transmla.accelerate(tiny()), batches=[2], contexts=[16], new_tokens=[1, 4], steps=2, reporter=Silent()
+    )
+    assert [p.new_tokens for p in result.points] == [1, 4]
+    assert result.points[1].tokens_per_second == pytest.approx(8 / result.points[1].step_seconds)
+
+
+def test_a_point_says_how_its_steps_ran() -> None:
+    model = transmla.accelerate(tiny())
+    assert measure(model, 1, 16, 2, 0.0).way == "eager"
+    graphs = with_graphs(model)
+    assert measure(model, 1, 16, 2, 0.0).way == "graph"
+    assert graphs.replays > 2
+    assert measure(model, 1, 16, 2, 0.0, static=True).way == "compiled"
+
+
+def test_the_table_has_a_part_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
+    def point(way: str, seconds: float, **more: Any) -> Point:
+        return Point(8, 1024, 0.1, seconds, 10**9, 1e12, way=way, **more)
+
+    ours = [point("compiled", 0.1), point("graph", 0.2), point("eager", 0.4, new_tokens=4, reason="modules have hooks")]
+    theirs = [point("compiled", 0.2), point("eager", 0.8)]
+    show_bench({role: Bench("cuda:0", "bfloat16", "hopper", 4e12, found) for role, found in
+                (("model", ours), ("baseline", theirs))})  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "hopper, compiled" in shown
+    assert "hopper, plain generate() from CUDA graphs" in shown
+    assert "4 tokens a step" in shown
+    assert "steps ran eagerly, not from a CUDA graph: modules have hooks" in shown
+    assert shown.count("2.00") == 1
+    assert shown.count("4.00") == 1
+
+
 def test_a_context_that_is_too_long_is_refused() -> None:
     with pytest.raises(TransmlaError, match="context 512 is too long"):
         bench(tiny(), batches=[1], contexts=[16, 512], steps=2, reporter=Silent())
@@ -52,10 +89,10 @@ def test_a_point_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.MonkeyP
 
     original_measure = module.measure
 
-    def measure_small_batches(model: object, batch: int, context: int, steps: int, prefill: float) -> Point:
+    def measure_small_batches(model: object, batch: int, *args: Any, **kwargs: Any) -> Point:
         if batch > 1:
             raise torch.OutOfMemoryError
-        return original_measure(model, batch, context, steps, prefill)
+        return original_measure(model, batch, *args, **kwargs)
 
     monkeypatch.setattr(module, "measure", measure_small_batches)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -11,6 +11,7 @@ options        flags made from the fields of recipes, evaluations and healings
 streams        standard output and error: nothing they do ends a command
 console        progress bars and tables
 report         pages of tables and figures: one HTML file made of sections
+bench_report   the tables of ``transmla bench``
 eval_report    the report of ``transmla eval``
 inspect_report the report of ``transmla inspect`` as a picture or a page
 """

@@ -25,7 +25,6 @@ from transmla.export.evaluation_table import caption, table_columns, table_rows
 if TYPE_CHECKING:
     from transmla.artifacts import Plan
     from transmla.convert.inspect import Inspection
-    from transmla.evaluate.bench import Bench
     from transmla.evaluate.retrieval import Retrieval
     from transmla.evaluate.tasks import TaskScores
     from transmla.evaluate.verify import Check
@@ -250,38 +249,6 @@ def show_retrieval(result: Retrieval) -> None:
     from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, retrieval_rows
 
     table("share of pass keys found, over all depths", RETRIEVAL_COLUMNS, retrieval_rows(result))
-
-
-def show_bench(results: dict[str, Bench]) -> None:
-    """Print speeds by batch and context; with a baseline, its speeds and the ratio."""
-    ours, theirs = results["model"], results.get("baseline")
-    before = {} if theirs is None else {(point.batch, point.context): point for point in theirs.points}
-    rows = []
-    for point in ours.points:
-        other = before.get((point.batch, point.context))
-        row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
-        if other is not None:
-            speeds = other.tokens_per_second, point.tokens_per_second / other.tokens_per_second
-            row += [f"{speeds[0]:,.1f}", f"{speeds[1]:.2f}"]
-        elif theirs is not None:
-            row += ["–", "–"]
-        row += [
-            f"{point.step_seconds * 1e3:,.1f}",
-            f"{point.prefill_seconds:,.2f}",
-            gigabytes(point.cache_bytes),
-            f"{point.bytes_per_second / ours.copy_bytes_per_second:.0%}",
-        ]
-        rows.append(row)
-    compared = [] if theirs is None else ["base", "ratio"]
-    table(
-        f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}",
-        ["batch", "tokens", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
-        rows,
-    )
-    say(
-        "prompt s: seconds to read the prompt of one sequence. of copy: bytes of cache and weights that a step reads in"
-        f" a second, as a share of this device's copy speed, {ours.copy_bytes_per_second / 1e9:,.0f} GB/s"
-    )
 
 
 def show_healing(record: dict[str, Any]) -> None:

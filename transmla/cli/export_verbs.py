@@ -87,7 +87,10 @@ def bench(
         1024,
         4096,
     ],
-    steps: Annotated[int, typer.Option(min=1, help="Tokens to decode at each point; the median time counts.")] = 16,
+    new_tokens: Annotated[
+        list[int], typer.Option(min=1, help="Tokens that a step decodes, as when drafts are verified; several times.")
+    ] = [1],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Steps to decode at each point; the median time counts.")] = 16,
     backend: Annotated[
         str, typer.Option(help="Decode kernels: auto, torch, triton, hopper, flashmla or flashinfer.")
     ] = "auto",
@@ -98,6 +101,8 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure decoding speed by batch and context, against a baseline and the device's own copy speed.
+
+    On a GPU, each point is measured as plain generate() decodes, and compiled with a static cache.
 
     Example: transmla bench llama-mla --baseline meta-llama/Llama-3.1-8B --batch 1 --batch 32 --context 16384
     """
@@ -110,6 +115,7 @@ def bench(
         figures.check_picture(plot, (".png",))
     load_libraries()
     from transmla.cli import console
+    from transmla.cli.bench_report import show_bench
     from transmla.evaluate.compare import bench_models
 
     with console.Bars() as bars:
@@ -118,6 +124,7 @@ def bench(
             baseline,
             batches=batch,
             contexts=context,
+            new_tokens=new_tokens,
             steps=steps,
             backend=backend,
             dtype=dtype,
@@ -128,7 +135,7 @@ def bench(
     if as_json:
         print(json_text({role: result.to_dict() for role, result in results.items()}))
     else:
-        console.show_bench(results)
+        show_bench(results)
     if plot:
         figures.write_speeds(results, plot)
         console.err.print(f"wrote {plot}", highlight=False, markup=False)

@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
 from transmla.errors import TransmlaError
 from transmla.reporter import Reporter
+from transmla.runtime.graphed_model import graphs_of
 
 # Bytes copied to measure the memory bandwidth, by device type. The size on GPUs is not a power of two: otherwise source
 # and target would use the same memory banks of an H200.
@@ -39,6 +41,10 @@ class Point:
         step_seconds: median time of a decoding step.
         cache_bytes: size of the filled cache.
         bytes_per_second: bytes of cache and weights that a step reads, divided by its time.
+        new_tokens: tokens that a step decodes, per sequence.
+        way: how the steps ran: ``compiled`` over a static cache; as in plain ``generate()`` from a CUDA ``graph``; or
+            as in plain ``generate()``, but ``eager``.
+        reason: why no graph could be captured, if the model is on a GPU and uses graphs, and ``way`` is ``eager``.
     """
 
     batch: int
@@ -47,11 +53,19 @@ class Point:
     step_seconds: float
     cache_bytes: int
     bytes_per_second: float
+    new_tokens: int = 1
+    way: str = "eager"
+    reason: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Decoded tokens per second, over the whole batch."""
-        return self.batch / self.step_seconds
+        return self.batch * self.new_tokens / self.step_seconds
+
+    @property
+    def what(self) -> tuple[Any, ...]:
+        """What was measured: batch, context, new tokens, and whether the steps were compiled."""
+        return self.batch, self.context, self.new_tokens, self.way == "compiled"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ class Bench:
         dtype: precision of the model.
         backend: names of the MLA backends, or "transformers".
         copy_bytes_per_second: memory bandwidth of the device, measured with a copy.
-        points: one point per batch size and context length, except those that did not fit into memory.
+        points: one point per batch size, context length, number of new tokens and way, except those that did not fit
+            into memory.
     """
 
     device: str
@@ -78,16 +93,25 @@ class Bench:
         return asdict(self) | {"points": points}
 
 
-def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps: int = 16, reporter: Reporter) -> Bench:
-    """Measure a model over a grid of batch sizes and context lengths.
+def bench(
+    model: Any,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    new_tokens: Sequence[int] = (1,),
+    steps: int = 16,
+    reporter: Reporter,
+) -> Bench:
+    """Measure a model over a grid of batch sizes, context lengths and numbers of new tokens.
 
-    On a GPU, steps are compiled and use a static cache, like ``generate(cache_implementation="static")``. On a CPU,
-    the cache grows, like in ``generate()``.
+    Steps run as in plain ``generate()``, with a growing cache. On a GPU they are also measured compiled with a static
+    cache, as in ``generate(cache_implementation="static")``.
 
     Args:
         model: a model loaded by ``transmla.load`` or by transformers.
         batches: batch sizes.
         contexts: context lengths, in tokens.
+        new_tokens: numbers of tokens that a step decodes, per sequence. Steps that verify drafts decode several.
         steps: timed decoding steps per point.
         reporter: receives the progress.
 
@@ -96,24 +120,27 @@ def bench(model: Any, *, batches: Sequence[int], contexts: Sequence[int], steps:
     """
     from torch._inductor import config as inductor
 
-    longest = model.config.max_position_embeddings - steps - WARM_UP
+    decoded = (steps + WARM_UP) * max(new_tokens)
+    longest = model.config.max_position_embeddings - decoded
     if max(contexts) > longest:
         raise TransmlaError(
             f"context {max(contexts)} is too long for this model",
-            limit=f"at most {longest} tokens, before the {steps + WARM_UP} decoded ones",
+            limit=f"at most {longest} tokens, before the {decoded} decoded ones",
             remedy="choose shorter contexts",
         )
     bandwidth = copy_bandwidth(model.device)
-    reporter.stage("decoding", len(batches) * len(contexts))
+    ways = (True, False) if model.device.type == "cuda" else (False,)
+    grid = [*product(batches, contexts, new_tokens, ways)]
+    reporter.stage("decoding", len(grid))
     points: list[Point] = []
     prefill: dict[int, float] = {}
-    for i, (batch, context) in enumerate((b, c) for b in batches for c in contexts):
+    for i, (batch, context, new, compiled) in enumerate(grid):
         try:
             if context not in prefill:
                 prefill[context] = prefill_seconds(model, context)
             # The bench needs one CUDA graph per size, so torch's warning about many sizes is switched off.
             with inductor.patch({"triton.cudagraph_dynamic_shape_warn_limit": None}):
-                points.append(measure(model, batch, context, steps, prefill[context]))
+                points.append(measure(model, batch, context, steps, prefill[context], new=new, static=compiled))
         except torch.OutOfMemoryError:
             reporter.message(f"batch {batch} at {context:,} tokens does not fit into the memory of {model.device}")
             torch.cuda.empty_cache()
@@ -143,7 +170,9 @@ def prefill_seconds(model: Any, context: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *, static: bool | None = None) -> Point:
+def measure(
+    model: Any, batch: int, context: int, steps: int, prefill: float, *, new: int = 1, static: bool | None = None
+) -> Point:
     """Measure one point.
 
     Args:
@@ -152,6 +181,7 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
         context: tokens in the cache before the first step, per sequence.
         steps: timed decoding steps, whose median counts.
         prefill: seconds of the prefill, which are copied into the point.
+        new: tokens that a step decodes, per sequence.
         static: whether to compile the step over a static cache; None: on GPUs only.
     """
     from transformers import CompileConfig, DynamicCache, StaticCache
@@ -162,29 +192,33 @@ def measure(model: Any, batch: int, context: int, steps: int, prefill: float, *,
     compiled = device.type == "cuda" if static is None else static
     cache: Any
     if compiled:
-        cache = StaticCache(config=model.config, max_cache_len=context + steps + WARM_UP)
+        cache = StaticCache(config=model.config, max_cache_len=context + (steps + WARM_UP) * new)
         step = model.get_compiled_call(CompileConfig())
     else:
         cache, step = DynamicCache(config=model.config), model
-    _fill(model, cache, batch, context)
+    fill_cache(model, cache, batch, context)
     cache_bytes = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    times = []
+    tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
+    graphs, replays, times = graphs_of(model), [0], []
     for i in range(WARM_UP + steps):
-        positions = torch.full((batch, 1), context + i, device=device)
+        positions = (torch.arange(new, device=device) + context + i * new).expand(batch, -1)
         began = _now(device)
-        step(token, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
+        step(tokens, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
         times.append(_now(device) - began)
+        replays.append(0 if graphs is None else graphs.replays)
     seconds = statistics.median(times[WARM_UP:])
-    read = cache_bytes + _weight_bytes_read(model, batch)
-    return Point(batch, context, prefill, seconds, cache_bytes, read / seconds)
+    read = cache_bytes + _weight_bytes_read(model, batch * new)
+    replayed = replays[-1] - replays[WARM_UP] == steps
+    way = "compiled" if compiled else "graph" if replayed else "eager"
+    reason = graphs.reason if graphs is not None and way == "eager" and device.type == "cuda" else None
+    return Point(batch, context, prefill, seconds, cache_bytes, read / seconds, new, way, reason)
 
 
-def _weight_bytes_read(model: Any, batch: int) -> float:
+def _weight_bytes_read(model: Any, tokens: int) -> float:
     """Return the bytes of weights that a step reads; of all experts, at most the number that the tokens select."""
     config = model.config
     experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1
-    chosen = min(1.0, batch * getattr(config, "num_experts_per_tok", 1) / experts)
+    chosen = min(1.0, tokens * getattr(config, "num_experts_per_tok", 1) / experts)
     read = 0.0
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name and not config.tie_word_embeddings:
@@ -193,7 +227,7 @@ def _weight_bytes_read(model: Any, batch: int) -> float:
     return read
 
 
-def _fill(model: Any, cache: Any, batch: int, length: int) -> None:
+def fill_cache(model: Any, cache: Any, batch: int, length: int) -> None:
     """Fill ``cache`` with ``length`` random rows per layer and sequence."""
     from transformers import DynamicCache
 

@@ -181,6 +181,7 @@ def bench_models(
     *,
     batches: Sequence[int],
     contexts: Sequence[int],
+    new_tokens: Sequence[int] = (1,),
     steps: int,
     backend: str = "auto",
     dtype: str = "auto",
@@ -197,6 +198,7 @@ def bench_models(
         baseline: local folder or Hub name, or None.
         batches: batch sizes.
         contexts: context lengths, in tokens.
+        new_tokens: numbers of tokens that a step decodes, per sequence.
         steps: timed decoding steps per point.
         backend: MLA backend of the model, or ``auto``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
@@ -220,7 +222,9 @@ def bench_models(
         loaded = load_named(path, dtype, torch_device, allow_pickle=allow_pickle)
         if role == "model":
             accelerate(loaded, backend=backend)
-        results[role] = bench(loaded, batches=batches, contexts=contexts, steps=steps, reporter=reporter)
+        results[role] = bench(
+            loaded, batches=batches, contexts=contexts, new_tokens=new_tokens, steps=steps, reporter=reporter
+        )
         # Compiled steps keep references to the model; without a reset, its memory would not be freed.
         del loaded
         torch.compiler.reset()

@@ -34,7 +34,7 @@ class Compilable:
         if torch.compiler.is_compiling():
             parts = rows.kv_c, rows.k_pe, rows.scale, rows.lengths, rows.block_table
             return self.operator(q_latent, q_pe, scores.scaling, scores.mask, scores.softcap, *parts)
-        with _current_device(q_latent.device):
+        with current_device(q_latent.device):
             return self.decode(q_latent, q_pe, rows, scores)
 
     def __reduce__(self) -> Any:
@@ -46,7 +46,7 @@ def compilable(backend: Backend) -> Any:
     return Compilable(backend.name) if backend.opaque_to_compile else backend.decode
 
 
-def _current_device(device: torch.device) -> Any:
+def current_device(device: torch.device) -> Any:
     """Context in which ``device`` is the current one: kernels launch there, wherever their tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -59,7 +59,7 @@ def _operator(name: str) -> Any:
     def run(
         q_latent: Tensor, q_pe: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, *rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with _current_device(q_latent.device):
+        with current_device(q_latent.device):
             return decode(q_latent, q_pe, Rows(*rows), Scores(scaling, mask, softcap))
 
     def shapes(q_latent: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -7,5 +7,10 @@
 - ``underflow``: refusal of float16 for latents that it cannot represent.
 - ``latent_cache``: a cache layer that grows without copying.
 - ``packed_rows``: the layout of cached rows whose latents are float8.
+- ``graphed_model``: model classes whose decode steps come from CUDA graphs.
+- ``decode_graphs``: which steps are captured, and when they are captured anew.
+- ``graphable``: which models can be captured, and whether a model has changed.
+- ``graph_recorder``: capture and replay.
+- ``step_cache``: cache and inputs of a step on fixed memory.
 - ``shared_prefix``, ``prefix_cache``: one prompt, cached once for many continuations.
 """

@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = 128
 # Largest number of new tokens in one kernel call. A kernel is compiled for each number of new tokens.
 PIECE = 32
 # Classes of weights that hold their values themselves. Quantised and sharded weights are other subclasses of Tensor.
-_PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
 def crossover(module: Any) -> float:
@@ -72,7 +72,7 @@ def reads_weight(projection: nn.Module, dtype: torch.dtype, device: torch.device
         return False
     weight: Tensor = projection.weight
     return (
-        type(weight) in _PLAIN_WEIGHTS
+        type(weight) in PLAIN_WEIGHTS
         and weight.dtype == dtype
         and weight.device == device
         and projection.bias is None

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer, grow_in_place
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.prefix_cache import PrefixLayer
+from transmla.runtime.step_cache import StepCache, StepLayer
 from transmla.runtime.underflow import precision, refuse_underflow
 
 # Name under which this attention is registered with transformers.
@@ -56,6 +59,8 @@ class LatentAttention(nn.Module):
         qk_rope_head_dim: width d_r of a rotary key.
         packed: whether latents are cached as float8.
         cached: the cache layer of the running ``forward``, if it is one of ``runtime``.
+        step: thread and ``StepLayer`` of the running ``forward``, if it is a step on fixed memory. One thread at a time
+            runs such a step; others may run steps on caches meanwhile.
         warns: whether this layer is the one that is to warn of missing attention weights.
         checked_for: precision in which the latents are known not to underflow; None before the first check.
     """
@@ -70,6 +75,7 @@ class LatentAttention(nn.Module):
     qk_rope_head_dim: int
     packed: bool = False
     cached: LatentLayer | None = None
+    step: tuple[int, Any] | None = None
     warns: bool = False
     checked_for: torch.dtype | None = None
 
@@ -83,7 +89,14 @@ class LatentAttention(nn.Module):
         if dtype != self.checked_for:
             refuse_underflow(self, dtype)
             self.checked_for = dtype
-        self.cached = grow_in_place(kwargs.get(CACHE_ARGUMENT), self.layer_idx, packed=self.packed)
+        cache: Any = kwargs.get(CACHE_ARGUMENT)
+        if isinstance(cache, StepCache):
+            self.step = get_ident(), cache.layers[self.layer_idx]
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.step = None
+        self.cached = grow_in_place(cache, self.layer_idx, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -163,6 +176,8 @@ def latent_attention(
     if wants_weights and module.warns:
         module.warns = False
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
+    if module.step is not None and module.step[0] == get_ident():
+        return _attend_in_step(module, module.step[1], query, Rows(key[:, 0], value[:, 0]), extras), None
     rows, prefix = cached_rows(module, key, value), module.prefix
     absorbable = can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
@@ -173,6 +188,14 @@ def latent_attention(
     elif absorbable and absorbing_is_cheaper(module, query, key, attention_mask):
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
+
+
+def _attend_in_step(module: Any, layer: StepLayer, query: Tensor, rows: Rows, extras: dict[str, Any]) -> Tensor:
+    """Attend to the ``rows`` [B, capacity, ·] of a step whose number of valid rows is on the device."""
+    rows = replace(rows, lengths=layer.lengths)
+    if not can_absorb(module, query, rows, layer.mask, extras):
+        raise RuntimeError("a layer needs expanded keys")
+    return with_sinks(*attend_to_latent(module, query, rows, layer.mask, extras), extras)
 
 
 def cached_rows(module: Any, key: Tensor, value: Tensor) -> Rows:

@@ -10,9 +10,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from transmla.runtime.packed_rows import pack, unpack
 
-# Growth of a full buffer, in tokens: STEP, or an eighth of the cached rows if that is more, rounded up to pages of
-# PAGE tokens. Some kernels read only whole pages.
-STEP, PAGE = 256, 64
+# Growth of a full buffer, in tokens of each sequence: the largest of STEP, an eighth of the cached rows, and BATCH_STEP
+# divided by the number of sequences; rounded up to pages of PAGE tokens. Some kernels read only whole pages. A CUDA
+# graph of the decode step is captured anew for each buffer, which BATCH_STEP makes rare where rows are few.
+STEP, BATCH_STEP, PAGE = 256, 4096, 64
 
 
 class LatentLayer(DynamicLayer):
@@ -28,6 +29,11 @@ class LatentLayer(DynamicLayer):
             is [B, 1, T, 0].
         pe_dtype: dtype of the rotary keys inside packed rows; None before the first packed row.
     """
+
+    # Number of rows in the buffer that the views do not yet show: ``advance`` costs no slicing.
+    _appended = 0
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
 
     def __init__(self, *, packed: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -63,14 +69,81 @@ class LatentLayer(DynamicLayer):
         self.keys, self.values = rows[..., :total, :rank], rows[..., :total, rank:]
         return self.keys, self.values
 
+    @property
+    def keys(self) -> Tensor | None:
+        """Latents [B, 1, T, r], or packed rows."""
+        self._show()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._show()
+        self._keys = keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """Rotary keys [B, 1, T, d_r]."""
+        self._show()
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._show()
+        self._values = values
+
     def own_length(self) -> int:
         """Return the number of rows T in the buffer, without a shared prefix."""
-        return super().get_seq_length()
+        if self._keys is None or not self._keys.numel():
+            return 0
+        return self._keys.shape[-2] + self._appended
+
+    def get_seq_length(self) -> int:
+        """Return the number of cached tokens of a sequence."""
+        return self.own_length()
+
+    def has_room(self, new: int) -> bool:
+        """Return whether a decode step may write ``new`` rows behind the others, into the buffer that exists."""
+        rows, keys = self.rows, self._keys
+        return (
+            rows is not None
+            and keys is not None
+            and not self.packed
+            and keys.data_ptr() == rows.data_ptr()
+            and keys.dtype == rows.dtype
+            and keys.shape[0] == rows.shape[0]
+            and 0 < self.own_length() <= rows.shape[2] - new
+            and torch.is_inference_mode_enabled() == rows.is_inference()
+        )
+
+    def buffer(self) -> Tensor:
+        """Return ``rows``, which exist if ``has_room``."""
+        return cast(Tensor, self.rows)
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` rows that were written to the buffer behind the others."""
+        self._appended += new
+
+    def _show(self) -> None:
+        """Make ``keys`` and ``values`` show all rows of the buffer that ``advance`` counted."""
+        if self._appended:
+            total, rank = self.own_length(), cast(Tensor, self._keys).shape[-1]
+            self._appended = 0
+            rows = self.buffer()
+            self._keys, self._values = rows[..., :total, :rank], rows[..., :total, rank:]
 
     def offload(self) -> None:
         """Move ``keys`` and ``values`` to the CPU and release the buffer."""
         super().offload()
         self.rows = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search, in place: a graph of the decode step knows this buffer."""
+        rows = self.rows
+        if rows is None or len(beam_idx) != rows.shape[0] or not (self.own_length() and self._writable(rows)):
+            super().reorder_cache(beam_idx)
+            return
+        used = rows[..., : self.own_length(), :]
+        used.copy_(used.index_select(0, beam_idx.to(rows.device)))
 
     def reset(self) -> None:
         """Remove all rows and release the buffer."""
@@ -107,7 +180,7 @@ class LatentLayer(DynamicLayer):
         if rows is not None and rows.shape[2] >= total and self._current(rows, cached, kv_c, k_pe):
             return rows
         batch, rank, width = kv_c.shape[0], kv_c.shape[-1], kv_c.shape[-1] + k_pe.shape[-1]
-        pages = -(-(total + max(STEP, total // 8)) // PAGE)
+        pages = -(-(total + max(STEP, total // 8, BATCH_STEP // batch)) // PAGE)
         dtype = torch.promote_types(kv_c.dtype, k_pe.dtype)
         if cached:
             dtype = torch.promote_types(dtype, torch.promote_types(keys.dtype, values.dtype))
@@ -120,12 +193,19 @@ class LatentLayer(DynamicLayer):
 
     def _current(self, rows: Tensor, cached: int, kv_c: Tensor, k_pe: Tensor) -> bool:
         """Whether ``rows`` holds the ``cached`` rows, and the new rows may be written to it without a loss."""
-        if cached and cast(Tensor, self.keys).data_ptr() != rows.data_ptr():
+        if not (self._writable(rows) if cached else _may_change(rows)):
             return False
-        # Outside of inference mode, tensors that were made in it must not be changed.
-        writable = torch.is_inference_mode_enabled() or not rows.is_inference()
         fits = rows.shape[0] == kv_c.shape[0] and rows.device == kv_c.device
-        return writable and fits and _holds(rows.dtype, kv_c.dtype) and _holds(rows.dtype, k_pe.dtype)
+        return fits and _holds(rows.dtype, kv_c.dtype) and _holds(rows.dtype, k_pe.dtype)
+
+    def _writable(self, rows: Tensor) -> bool:
+        """Whether ``keys`` and ``values`` show ``rows``, and ``rows`` may be changed."""
+        return cast(Tensor, self._keys).data_ptr() == rows.data_ptr() and _may_change(rows)
+
+
+def _may_change(rows: Tensor) -> bool:
+    """Whether ``rows`` may be changed: outside of inference mode, not if they were made in it."""
+    return torch.is_inference_mode_enabled() or not rows.is_inference()
 
 
 def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:

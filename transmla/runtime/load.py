@@ -24,13 +24,22 @@ _log = logging.getLogger(__name__)
 FLOAT8 = "float8_e4m3fn"
 
 
-def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = None, **kwargs: Any) -> Any:
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    cache_dtype: str | None = None,
+    cuda_graphs: bool = True,
+    **kwargs: Any,
+) -> Any:
     """Load a causal language model with MLA for fast decoding.
 
     Args:
         path: an export, a checkpoint folder or a Hub id. Any MLA model that transformers runs is accepted.
         backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.
         cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
+        cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs. A step that cannot be captured runs
+            eagerly, with the same result.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). With an
             ``attn_implementation``, the model computes as transformers does, until ``set_attn_implementation`` sets
             ``latent_attention``.
@@ -54,23 +63,24 @@ def load(path: str | Path, *, backend: str = "auto", cache_dtype: str | None = N
             check_folder(Path(path))
             check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    accelerate(model, backend=backend, cache_dtype=cache_dtype)
+    accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs)
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
     return model
 
 
-def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None) -> Any:
+def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None, cuda_graphs: bool = True) -> Any:
     """Change a loaded model in place so that it decodes over its latent cache.
 
-    Each MLA layer of this model becomes an instance of a subclass of its class. The weights, the state dict and the
-    files that ``save_pretrained`` writes do not change. ``model.set_attn_implementation("eager")`` (or ``"sdpa"``, …)
-    turns the layers back into transformers' own, and ``"latent_attention"`` into fast ones again.
+    The model and each of its MLA layers become instances of subclasses of their classes. The weights, the state dict
+    and the files that ``save_pretrained`` writes do not change. ``model.set_attn_implementation("eager")`` (or
+    ``"sdpa"``, …) turns the layers back into transformers' own, and ``"latent_attention"`` into fast ones again.
 
     Args:
         model: a transformers model with MLA layers, with any head.
         backend: see ``load``.
         cache_dtype: see ``load``.
+        cuda_graphs: see ``load``.
 
     Returns:
         ``model``.
@@ -80,6 +90,8 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
             ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, or if the latents
             underflow in float16.
     """
+    from transmla.runtime.decode_graphs import DecodeGraphs
+    from transmla.runtime.graphed_model import use_graphs
     from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
     from transmla.runtime.underflow import refuse_underflow
 
@@ -98,6 +110,7 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
         layer.placed_for = None
     _log_backends(layers)
     model.set_attn_implementation(LATENT_ATTENTION)
+    use_graphs(model, DecodeGraphs() if cuda_graphs else None)
     if model.config.output_attentions:
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     return model
