@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy, pad
 from transmla.artifacts import LayerWeights
 from transmla.convert.factorize import factorize
 from transmla.convert.fit_layers import reconstruct
+from transmla.convert.observe import observe
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.linalg import regularise
 from transmla.plan.fit_settings import FITS
@@ -114,7 +115,7 @@ def measure(folder: Path, ratio: float, fit: str, regressed: bool, device: torch
         layer.load(source.checkpoint.layer(source.family.tensors["layer"].format(i=i)), i)
         if regressed:
             layer.view = Regressed(layer.view, attention_input(layer.module, original).flatten(0, 1))
-        observed = layer.observe(original)
+        observed = observe(layer, original)
         factors = factorize(layer.weights(), observed.stats, plan.at(i))
         if fit in FITS:
             factors = reconstruct([layer], [factors], original, converted, FITS[fit], seed=i).factors[0]

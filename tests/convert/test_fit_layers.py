@@ -17,6 +17,7 @@ from transmla.artifacts import LayerFactors, Plan
 from transmla.convert import fit_layers as fits
 from transmla.convert.factorize import factorize
 from transmla.convert.fit_layers import held_out, reconstruct
+from transmla.convert.observe import observe
 from transmla.convert.pipeline import convert
 from transmla.convert.source_layer import SourceLayer
 from transmla.errors import TransmlaError
@@ -64,7 +65,7 @@ class Case:
         self.plan: Plan = make_plan(spec, parse_recipe(values, "test"), "float32")
 
     def closed_form(self) -> LayerFactors:
-        observations = self.layer.observe(self.source)
+        observations = observe(self.layer, self.source)
         return factorize(self.layer.weights(), observations.stats, self.plan)
 
     def fit(self, factors: LayerFactors, settings: FitSettings = SHORT, seed: int = 0) -> Any:
@@ -103,7 +104,7 @@ def test_a_fit_lowers_the_error_on_held_out_text(layout: str, through_mlp: bool)
 def test_layers_fitted_together_lower_their_summed_error() -> None:
     """Fitting two layers together changes both, and gives less error than fitting each alone."""
     case, after = Case(), Case(index=1)
-    entering = case.layer.observe(case.source).hidden
+    entering = observe(case.layer, case.source).hidden
     after.source = entering
     first, second = case.closed_form(), after.closed_form()
     fit = reconstruct([case.layer, after.layer], [first, second], case.source, case.converted, SHORT, seed=0)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transmla.convert.factorize import factorize
 from transmla.convert.fit_layers import FitProblem
 from transmla.convert.fit_vector import FitParameters
+from transmla.convert.observe import observe
 from transmla.convert.source_layer import SourceLayer
 from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import fit_settings
@@ -52,7 +53,7 @@ def test_a_step_of_a_fit_runs_no_host_operation(family: str, tmp_path: Path) -> 
     stream = torch.randn(32, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
     factors, coordinates, hidden = [], [], stream
     for i, layer in enumerate(layers):
-        observations = layer.observe(hidden)
+        observations = observe(layer, hidden)
         factors.append(factorize(layer.weights(), observations.stats, plan.at(i)))
         moment = observations.stats.second_moment
         coordinates.append(Coordinates.of(factors[-1], moment, layer.view.blocks()))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from transmla.convert.factorize import factorize
 from transmla.convert.fit_layers import FitProblem
+from transmla.convert.observe import observe
 from transmla.convert.source_layer import SourceLayer
 from transmla.convert.step_parts import part_of_step
 from transmla.plan.fit_settings import fit_settings
@@ -41,7 +42,7 @@ def problem_of(folder: Path, ratio: float) -> tuple[FitProblem, list[Any], torch
     for i in range(fit.window):
         layers.append(SourceLayer(empty, family_of(config), spec, torch.device("cpu")))
         layers[-1].load({name: t.detach() for name, t in model.model.layers[i].state_dict().items()}, i)
-        observations = layers[-1].observe(hidden)
+        observations = observe(layers[-1], hidden)
         factors.append(factorize(layers[-1].weights(), observations.stats, plan.at(i)).to(torch.float32))
         hidden = observations.hidden
     return FitProblem(layers, stream, stream, fit), factors, stream

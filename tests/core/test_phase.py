@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transmla.artifacts import RotaryPlan
-from transmla.convert.source_layer import sum_by_distance
+from transmla.convert.observe import sum_by_distance
 from transmla.core.concentrate import concentrate
 from transmla.core.phase import characteristic
 from transmla.core.readout import Distances, joint_readout

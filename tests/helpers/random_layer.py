@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import AttentionSpec, LayerFactors, LayerStats, LayerWeights, MLAShape, Plan, RotaryPlan
-from transmla.convert.source_layer import sum_by_distance
+from transmla.convert.observe import sum_by_distance
 from transmla.core.reference_attention import causal_softmax, expanded_attention, source_attention, source_scores
 
 # On matrices this small, a second thread only adds waiting time.

@@ -4,7 +4,8 @@ pipeline            ``convert``: run a conversion from end to end, and resume on
 prepare             decide everything from the recipe before a weight is read
 calibration_text    read the mixture of texts, sample the model, check lengths
 layers              convert one decoder layer after the other
-source_layer        run one source layer over the calibration text, and measure its statistics
+source_layer        run one source layer over the calibration text
+observe             measure its statistics meanwhile
 sensitivity_meter   how much an error on each key and value changes the attention's output
 eps_correction      the factor on a norm's weight that corrects for a changed eps
 shard_writer        write shards in a thread, and the state for a resume

@@ -14,8 +14,9 @@ from transmla.convert.factorize import factorize
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import held_out
 from transmla.convert.layers import relative_error
+from transmla.convert.observe import Observations, observe
 from transmla.convert.prepare import Prepared, prepare, with_cache_ratio
-from transmla.convert.source_layer import Observations, SourceLayer
+from transmla.convert.source_layer import SourceLayer
 from transmla.core.spectrum import Spectrum, spectrum
 from transmla.errors import TransmlaError
 from transmla.export.card import public_name
@@ -130,7 +131,7 @@ def inspect_source(recipe: Recipe, reporter: Reporter) -> Inspection:
             check_hidden(layer.place, {"source": stream})
         else:
             with decompositions(layer.place):
-                observations = layer.observe(stream)
+                observations = observe(layer, stream)
                 inspected = _inspect_layer(layer, i, observations, stream[-held_out(len(stream)) :], plans)
             numbers = {f"the error at {budget:.1%}": error for budget, error in inspected.errors.items()}
             check_numbers(layer.place, numbers)

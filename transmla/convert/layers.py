@@ -15,9 +15,10 @@ from transmla.convert.eps_correction import NormRatio
 from transmla.convert.factorize import factorize, from_first
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
+from transmla.convert.observe import Observations, observe
 from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared
-from transmla.convert.source_layer import Observations, SourceLayer, steps
+from transmla.convert.source_layer import SourceLayer, steps
 from transmla.convert.streams import Streams, mapped
 from transmla.core.fused_attention import fused_attention, fused_source_attention
 from transmla.core.methods.base import method_named
@@ -255,7 +256,7 @@ class LayerConverter:
         """Load layer ``index``, run the source's ``streams`` through it, and factor it in closed form."""
         layer, plan = self._load(index), self.plan.at(index)
         with self.phases.measure("observe"):
-            observations = layer.observe(streams.source)
+            observations = observe(layer, streams.source)
         stats, leaving = observations.stats, Streams(observations.hidden)
         if self.first_pass is not None:
             assert streams.first_pass is not None
