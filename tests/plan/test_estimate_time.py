@@ -19,8 +19,8 @@ from transmla.source.describe import describe
 
 H200 = Rates("cuda", matrix=450e12, exact=50e12, memory=4.2e12)
 FULL = FITS["full"]
-# Seconds of "converting layers" and "healing" in scripts/results/defaults/ and layer_speed/, of commit 847697d; those of
-# models with experts are of 3d99ce5 and 44a2328.
+# Seconds of "converting layers" and "healing" in scripts/results/defaults/ and layer_speed/: commit 847697d,
+# and for models with experts 3d99ce5 and 44a2328.
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
