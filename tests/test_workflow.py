@@ -20,6 +20,7 @@ from transmla.evaluate.verify import verify
 from transmla.heal import choose
 from transmla.heal import loop as loops
 from transmla.heal.choose import Choice, choose_healing
+from transmla.plan.estimate import parameters
 from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import Recipe, parse_recipe
 from transmla.reporter import Silent
@@ -155,7 +156,7 @@ def test_low_rank_updates_need_peft(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(make_recipe(make_source()))
-    needed = choose.memory_bytes(prepared.plan, "lora", choose.MOST_PARTS) / choose.USABLE + 1
+    needed = choose.memory_bytes(prepared.plan, "lora", choose.MOST_PARTS, half=True) / choose.USABLE + 1
     chosen = choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings
     assert chosen is not None
     assert chosen["trainable"] == "lora"
@@ -216,6 +217,16 @@ def test_less_memory_means_more_parts_then_fewer_weights_then_none(
     assert [found[g] and found[g][0] for g in found] == ["all", "all", "attention", "lora", None]
     assert found[400][1] <= found[200][1]
     assert found[400][2] == 2_500_000
+
+
+@pytest.mark.parametrize("trainable", ["all", "attention", "lora"])
+def test_a_healing_in_float32_needs_more_memory(
+    trainable: str, make_source: Callable[..., Path], make_recipe: MakeRecipe
+) -> None:
+    """On a CPU, teacher, frozen weights and activations are float32."""
+    plan = prepare(make_recipe(make_source())).plan
+    half, full = (choose.memory_bytes(plan, trainable, 8, half=half) for half in (True, False))
+    assert full - half > (2 if trainable == "all" else 3) * parameters(plan)
 
 
 @pytest.mark.parametrize(("rank", "tokens"), [(40, 10_000_000), (4, 14_000_000)])

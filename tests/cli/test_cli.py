@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -256,6 +257,32 @@ def test_what_was_interrupted_and_can_resume_says_so(
     monkeypatch.setattr("transmla.cli.app.build", stop)
     code, _, err = run(verb, "source")
     assert (code, err.startswith("interrupted"), "--resume" in err) == (130, True, hint)
+
+
+def in_a_class_body() -> None:
+    """Be interrupted where Python 3.11 raises RuntimeError from KeyboardInterrupt, as during an import."""
+
+    class Named:
+        def __set_name__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    type("Owner", (), {"attribute": Named()})
+
+
+def while_it_cleans_up() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise OSError("the clean-up failed")
+
+
+@pytest.mark.parametrize("stop", [in_a_class_body, while_it_cleans_up])
+def test_an_error_that_ctrl_c_causes_is_no_bug(
+    run: Run, stop: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transmla.cli.app.build", stop)
+    code, _, err = run("convert", "source")
+    assert (code, err.startswith("interrupted"), "Traceback" in err) == (130, True, False)
 
 
 def test_a_card_names_the_attention_and_no_folder(place: Path, run: Run) -> None:

@@ -62,6 +62,14 @@ def test_a_point_says_how_its_steps_ran() -> None:
     assert measure(model, 1, 16, 2, 0.0, static=True).way == "compiled"
 
 
+def test_a_step_that_grows_the_cache_does_not_change_the_way() -> None:
+    """The buffer of 32 sequences has room for 300 rows more. The step that grows it is eager."""
+    model = transmla.accelerate(tiny())
+    graphs = with_graphs(model)
+    assert measure(model, 32, 16, 90, 0.0, new=4).way == "graph"
+    assert graphs.captures > 1
+
+
 def test_the_table_has_a_part_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
     def point(way: str, seconds: float, **more: Any) -> Point:
         return Point(8, 1024, 0.1, seconds, 10**9, 1e12, way=way, **more)

@@ -309,6 +309,23 @@ def test_a_pickled_and_tied_source_is_compared(tmp_path: Path) -> None:
     assert failures(out, source=str(source), allow_pickle=True) == ["untouched weights"]
 
 
+def test_an_older_manifest_says_only_whether_there_are_experts(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build_model("mixtral").save_pretrained(source)
+    build_tokenizer(source)
+    calibration = {"source": "self", "sequences": 8, "length": 48}
+    values = {"source": str(source), "output": str(out), "device": "cpu", "reconstruct": "off"}
+    convert(parse_recipe(values | {"calibration": calibration}, "test"))
+    plan = json.loads((out / "transmla.json").read_text())["plan"]
+    assert plan["spec"]["experts"] > 1
+    for experts, failed in ((True, []), (False, ["config of the source"])):
+        del plan["spec"]["experts"]
+        plan["spec"].pop("experts_per_token", None)
+        plan["spec"]["experts"] = experts
+        edit_json(out / "transmla.json", plan=plan)
+        assert failures(out, source=str(source)) == failed
+
+
 def test_the_source_is_loaded_at_its_recorded_commit(
     folder: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transmla.convert.pipeline import convert
 from transmla.formats.base import format_named
 from transmla.heal import natural_coordinates as natural
+from transmla.heal import optimiser as optimiser_module
 from transmla.heal.batches import TokenStream
 from transmla.heal.distributed import unwrapped
 from transmla.heal.learning_rate import highest_rate, set_rates
@@ -210,6 +211,12 @@ def test_frozen_weights_in_bfloat16_change_no_gradient_under_autocast(
         found.append([loss, *(p.grad for p in student.parameters() if p.requires_grad)])
     assert len(found[0]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_size_of_a_tensor_is_measured_in_float32() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for scale in (0.01, 0.0113, 0.0127, 0.0143):
+        assert optimiser_module._rms((scale * x).bfloat16()) == pytest.approx(scale * float(size(x)), rel=2e-4)
 
 
 def test_learning_rates_are_relative_to_tensor_sizes(pair: tuple[Path, Path]) -> None:

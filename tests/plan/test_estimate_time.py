@@ -67,6 +67,14 @@ def test_estimates_are_near_what_was_measured(
         assert seconds == pytest.approx(healing, rel=0.4)
 
 
+def test_a_config_without_experts_may_say_how_many_a_token_passes() -> None:
+    seconds = [
+        conversion_seconds(plan_of("llama", settings), 64, 8192, FULL, H200)
+        for settings in (SMOLLM2, SMOLLM2 | {"num_experts_per_tok": 2})
+    ]
+    assert seconds[0] == seconds[1]
+
+
 def test_time_grows_with_what_is_asked() -> None:
     plan = plan_of("llama", SMOLLM2)
     seconds = conversion_seconds(plan, 64, 8192, FULL, H200)

@@ -81,12 +81,22 @@ def main() -> None:
         abandon_output()
         code = PIPE_CLOSED
     except Exception as error:
-        code = _report(error, arguments[0])
+        code = INTERRUPTED if _was_interrupted(error) else _report(error, arguments[0])
     if code == INTERRUPTED:
         resumable = arguments[0] in ("convert", "heal")
         hint = f"; `transmla {arguments[0]}` continues with --resume" if resumable else ""
         _complain(f"interrupted{hint}")
     raise SystemExit(code or 0)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C caused ``error``.
+
+    Python 3.11 raises RuntimeError if it interrupts ``__set_name__``, and SystemError if C code has ignored it.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _report(error: Exception, verb: str) -> int:

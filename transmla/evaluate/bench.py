@@ -208,7 +208,8 @@ def measure(
         replays.append(0 if graphs is None else graphs.replays)
     seconds = statistics.median(times[WARM_UP:])
     read = cache_bytes + _weight_bytes_read(model, batch * new)
-    replayed = replays[-1] - replays[WARM_UP] == steps
+    # A step that grows the cache is eager, and the next one is captured anew. The median is that of most steps.
+    replayed = 2 * (replays[-1] - replays[WARM_UP]) > steps
     way = "compiled" if compiled else "graph" if replayed else "eager"
     reason = graphs.reason if graphs is not None and way == "eager" and device.type == "cuda" else None
     return Point(batch, context, prefill, seconds, cache_bytes, read / seconds, new, way, reason)

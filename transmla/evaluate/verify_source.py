@@ -93,8 +93,10 @@ class SourceChecks:
             # Versions of transformers, and its save_pretrained, write other defaults.
             wrong = [line for line in wrong if not line.endswith(("was added", "is missing"))]
         planned, spec = (_plain(vars(part)) for part in (manifest.plan.spec, self.source.spec))
-        # Older manifests count a tied head twice. The number serves estimates alone.
-        planned.pop("other_parameters"), spec.pop("other_parameters")
+        # Older manifests count a tied head twice, and say only whether there are experts. The numbers serve estimates.
+        for part in (planned, spec):
+            part.pop("other_parameters"), part.pop("experts_per_token")
+            part["experts"] = bool(part["experts"])
         wrong += [f"plan: {line}" for line in differences(spec, planned, close=CLOSE)]
         return Check("config of the source", not wrong, "; ".join(wrong[:3]) or "equal to the one made again")
 

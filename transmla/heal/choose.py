@@ -78,13 +78,15 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
         return Choice(None, f"not healed, for want of a GPU: --heal MINUTES heals on a CPU, and later {HOW}")
     if recipe.heal == HEAL_AUTO and method_named(recipe.method).baseline:
         return Choice(None, f"not healed: method {recipe.method} is a baseline; --heal MINUTES heals it")
+    # The default precision of ``heal``.
+    half = device.type == "cuda"
     for trainable in ("all", "attention", "lora"):
         if (trainable == "all" and plan.spec.experts) or (trainable == "lora" and not find_spec("peft")):
             continue
         for parts in (1, 2, 4, MOST_PARTS):
-            if memory_bytes(plan, trainable, parts) <= USABLE * free:
+            if memory_bytes(plan, trainable, parts, half=half) <= USABLE * free:
                 return _chosen(recipe, plan, trainable, parts)
-    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS)
+    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS, half=half)
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
@@ -146,32 +148,35 @@ def disk_bytes(plan: Plan, trainable: str) -> int:
     return export_bytes(plan) + 2 * (4 * parameters(plan) + 8 * trained + 4 * trained)
 
 
-def memory_bytes(plan: Plan, trainable: str, parts: int) -> int:
+def memory_bytes(plan: Plan, trainable: str, parts: int, *, half: bool) -> int:
     """Return the estimated peak memory of a healing in bytes.
 
     Args:
         plan: plan of the export.
         trainable: ``all``, ``attention`` or ``lora``.
         parts: parts that a batch is computed in; with MOST_PARTS, activations are recomputed.
+        half: whether it runs in bfloat16, except for the trained weights; otherwise all is float32.
     """
     spec = plan.spec
     weights = parameters(plan)
     trained = _trained(plan, trainable)
-    teacher = 2 * weights
+    size = 2 if half else 4
+    teacher = size * weights
     tokens = BATCH * LENGTH // parts
-    # In bfloat16. The MLP's inner width counts three times: gate, up and their product.
+    # The MLP's inner width counts three times: gate, up and their product.
     values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
     kept = spec.hidden_size if parts == MOST_PARTS else values
-    activations = 2 * tokens * (spec.num_hidden_layers * kept + values)
+    activations = size * tokens * (spec.num_hidden_layers * kept + values)
     logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
     # The head's gradient of all chunks together lies beside the weights' gradients.
     if trainable == "all":
         logits += 4 * spec.vocab_size * spec.hidden_size
-    return _student_bytes(plan, trainable) + (TRAINED_BYTES - 4) * trained + teacher + activations + logits
+    student = _student_bytes(plan, trainable) if half else 4 * weights
+    return student + (TRAINED_BYTES - 4) * trained + teacher + activations + logits
 
 
 def _student_bytes(plan: Plan, trainable: str) -> int:
-    """Return the bytes of the student: float32, but frozen linear layers in bfloat16."""
+    """Return the bytes of a student whose frozen linear layers are bfloat16, and the rest float32."""
     spec, weights = plan.spec, parameters(plan)
     # Experts' weights are no linear layers.
     if trainable == "all" or spec.experts:

@@ -72,7 +72,8 @@ def make_optimiser(model: nn.Module, settings: Healing, *, fused: bool) -> torch
 
 
 def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().square().mean().sqrt())
+    # Frozen weights may be bfloat16, whose rounding could move a unit to the next quarter power.
+    return float(tensor.detach().float().square().mean().sqrt())
 
 
 def _lora_b_size(name: str, named: dict[str, nn.Parameter]) -> float:

@@ -145,6 +145,7 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
     inside_attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     uniform = kinds == (LayerKind(kinds[0].inv_freq, kinds[0].attention_factor, kinds[0].scaling),)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    experts = max(_experts(layer) for layer in layers)
     return AttentionSpec(
         family=family.name,
         hidden_size=config.hidden_size,
@@ -166,8 +167,9 @@ def describe(config: Any, model: Any = None) -> AttentionSpec:
         other_parameters=sum(p.numel() for p in model.parameters()) - inside_attention - _tied(config, model),
         normed=hasattr(attention, "q_norm"),
         biased=has_bias(attention),
-        experts=max(_experts(layer) for layer in layers),
-        experts_per_token=max(getattr(config, name, 0) or 0 for name in PER_TOKEN),
+        experts=experts,
+        # Configs of models without experts may have these names too.
+        experts_per_token=max(getattr(config, name, 0) or 0 for name in PER_TOKEN) if experts else 0,
         native_gap=family.native(config),
         kinds=() if uniform else kinds,
         layers=() if uniform else tuple(kinds.index(kind) for kind in layer_kinds),
