@@ -69,7 +69,9 @@ def kind(accelerator: Any) -> str:
     if uses_deepspeed(accelerator):
         sharding = f"DeepSpeed's stage {accelerator.deepspeed_plugin.zero_stage}, {accelerator.num_processes} processes"
     else:
-        sharding = "FSDP2" if accelerator.is_fsdp2 else "whole"
+        alone = accelerator.num_processes == 1
+        # States that several processes saved through DistributedDataParallel, as they once did, have other names.
+        sharding = "FSDP2" if accelerator.is_fsdp2 else "whole" if alone else "whole in each process"
     return f"{accelerator.mixed_precision} {sharding}"
 
 

@@ -81,7 +81,7 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
 def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings | None, rates: Rates) -> float:
     """Return the estimated time of all layers in seconds.
 
-    Texts, samples and signatures are not counted. With rates assumed for an H200, the estimates of four models are
+    Texts, samples and signatures are not counted. With rates assumed for an H200, the estimates of seven models are
     within 35 % of what one took (``tests/plan/test_estimate_time.py``).
 
     Args:
