@@ -26,6 +26,7 @@ them is one plug-in that is found by its presence.
     autoload.py   registers the transmla format as soon as transformers is imported
     ranks.py      the processes of one launch: split work over them, and add up their results
     token_split.py  sequences split by tokens over processes, and by heads in the attention
+    cuda_graphs.py  replay a step of a fit or a healing from a CUDA graph
     shares.py     NAME:WEIGHT entries of a mixture of texts
     files.py      write files that are whole or absent
     errors.py     the one error a user reads: what is wrong, the limit, the remedy

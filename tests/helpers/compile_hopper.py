@@ -34,9 +34,11 @@ NUMBERS = [
 ]
 
 
-def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, masked: bool) -> dict[str, Any]:
+def compile_kernel(
+    rank: int, width: int, dtype: str, queries: int, new: int, page: int, masked: bool
+) -> dict[str, Any]:
     """Return the shared memory in bytes (``shared``) and the assembler's log (``log``) of one specialisation."""
-    columns, tokens, stages = hopper.choose_tiles(rank)
+    columns, tokens, stages = hopper.choose_tiles(rank, queries, page)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
         **dict.fromkeys(("q_latent", "q_pe"), f"*{dtype}"),
@@ -48,7 +50,8 @@ def compile_kernel(rank: int, width: int, dtype: str, new: int, page: int, maske
     }
     constants = {
         "NEW": new, "RANK": rank, "WIDTH": width, "RANK_BLOCK": columns, "TOKENS": tokens, "STAGES": stages,
-        "PAGE": page, "MASKED": masked, "RAGGED": not masked, "LOG": 1.0, "REGISTERS": hopper.VALUE_REGISTERS,
+        "SPILL": columns * tokens == hopper.SPILLING, "PAGE": page, "MASKED": masked, "RAGGED": not masked, "LOG": 1.0,
+        "REGISTERS": hopper.VALUE_REGISTERS,
     }  # fmt: skip
     names = attend.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "scale"}

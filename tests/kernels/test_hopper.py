@@ -18,11 +18,13 @@ from transmla.kernels import DecodeShape, hopper
 # Shared memory of a Hopper multiprocessor that one program may use, in bytes.
 SHARED_BYTES = 227 * 1024
 CASES = [
-    {"rank": 512, "width": 64, "dtype": "bf16", "new": 1, "page": 0, "masked": False},
-    {"rank": 448, "width": 64, "dtype": "fp16", "new": 4, "page": 0, "masked": True},
-    {"rank": 256, "width": 32, "dtype": "bf16", "new": 1, "page": 64, "masked": False},
-    {"rank": 96, "width": 32, "dtype": "bf16", "new": 1, "page": 0, "masked": True},
-    {"rank": 16, "width": 8, "dtype": "bf16", "new": 2, "page": 0, "masked": False},
+    {"rank": 512, "width": 64, "dtype": "bf16", "queries": 16, "new": 1, "page": 0, "masked": False},
+    {"rank": 512, "width": 64, "dtype": "bf16", "queries": 64, "new": 1, "page": 64, "masked": False},
+    {"rank": 512, "width": 64, "dtype": "bf16", "queries": 64, "new": 1, "page": 32, "masked": False},
+    {"rank": 448, "width": 64, "dtype": "fp16", "queries": 128, "new": 4, "page": 0, "masked": True},
+    {"rank": 256, "width": 32, "dtype": "bf16", "queries": 16, "new": 1, "page": 64, "masked": False},
+    {"rank": 96, "width": 32, "dtype": "bf16", "queries": 16, "new": 1, "page": 0, "masked": True},
+    {"rank": 16, "width": 8, "dtype": "bf16", "queries": 16, "new": 2, "page": 0, "masked": False},
 ]
 
 
@@ -37,8 +39,9 @@ def test_every_specialisation_fits_in_shared_memory_and_keeps_its_products_async
         assert "serialized" not in kernel["log"], (case, kernel["log"])
         assert "setmaxnreg" not in kernel["log"], (case, kernel["log"])
         spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["log"])[-1])
-        # With the widest rows, Triton 3.9 spills two words outside the loops; Triton 3.6 spills none.
-        assert spilled <= 16, case
+        # Tiles of 64 wide rows fill all registers: Triton 3.6 spills two words, Triton 3.9 eight, and with a mask 35.
+        full = case["rank"] > 256 and case["queries"] > 32 and case["page"] % 64 == 0
+        assert spilled <= (144 if full else 16), case
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")

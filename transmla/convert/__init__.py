@@ -15,7 +15,8 @@ fit_layers          fit the factors of a few layers to the source's layers
 fit_steps           the steps of a fit, on one or several processes
 step_parts          what one of several processes computes of a step
 fit_vector          the parameters of a fit, as one scaled vector
-cuda_graphs         run the steps of a fit as a CUDA graph, with deterministic kernels
+side_stream         run the source beside the export on a GPU
+deterministic       restrict PyTorch to deterministic kernels
 finish              write the files that follow the layers
 inspect             measure a source before it is converted
 """

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import LayerFactors
-from transmla.convert.cuda_graphs import deterministic, side_stream, wait_for_side_stream
+from transmla.convert.deterministic import deterministic
 from transmla.convert.factorize import from_first
 from transmla.convert.fit_inputs import sizes_of_steps
 from transmla.convert.fit_steps import descend
 from transmla.convert.fit_vector import FitParameters
+from transmla.convert.side_stream import side_stream, wait_for_side_stream
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.core.factors import orthonormal_latents
 from transmla.core.fit_coordinates import Coordinates

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from transmla.convert.cuda_graphs import Graphs, in_turn
 from transmla.convert.fit_inputs import kinds_of_steps
 from transmla.convert.fit_vector import FitParameters
 from transmla.convert.step_parts import part_of_step
+from transmla.cuda_graphs import Graphs, in_turn
 from transmla.plan.fit_settings import FitSettings
 
 if TYPE_CHECKING:

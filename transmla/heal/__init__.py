@@ -8,7 +8,9 @@ The student (an export) learns the teacher's next-token distributions (Hinton et
 - ``batches.py``: training and held-out texts; each batch depends only on the step number.
 - ``natural_coordinates.py``: the coordinates that healing trains in.
 - ``balance.py``: rescales the factors of each product to equal size.
+- ``attention.py``: attention over whole sequences, without waiting for the GPU.
 - ``losses.py``: the distillation loss, computed in chunks.
+- ``passes.py``: the forward and backward passes of a step.
 - ``learning_rate.py``: the peak learning rate and its schedule.
 - ``optimiser.py``: trainable parameters, and AdamW in units of each tensor's size.
 - ``loop.py``: training steps, held-out evaluations, saves and rollbacks.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from transmla.cuda_graphs import Graphs
 from transmla.ranks import Ranks
 
 
@@ -42,8 +43,23 @@ class Whole:
     All gradients lie in one tensor, which the processes add up with one call after the backward pass.
     """
 
-    def __init__(self, accelerator: Any, distiller: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Prepare ``distiller``, which gets the first process's weights, and its ``optimiser``."""
+    def __init__(
+        self,
+        accelerator: Any,
+        distiller: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        *,
+        graphs: Callable[[str], None] | None = None,
+    ) -> None:
+        """Prepare ``distiller``, which gets the first process's weights, and its ``optimiser``.
+
+        Args:
+            accelerator: the accelerator of the run.
+            distiller: student and teacher.
+            optimiser: the optimiser of the student's trainable weights.
+            graphs: replay the passes from a CUDA graph on a GPU, and call this with the reason if that is impossible;
+                None always runs them eagerly.
+        """
         # In evaluation mode, accelerate does not wrap the model in DistributedDataParallel.
         self.model = accelerator.prepare_model(distiller, evaluation_mode=True)
         self.optimiser = accelerator.prepare_optimizer(optimiser)
@@ -53,16 +69,33 @@ class Whole:
         self._gradients = torch.zeros(sum(p.numel() for p in parameters), device=accelerator.device)
         for parameter, part in zip(parameters, self._parts(parameters), strict=True):
             parameter.grad = part
+        self._graphs = graphs
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._rows: Tensor | None = None
+        self._pass: Callable[[], None]
 
     def gradients(self, rows: Tensor, parts: int) -> Tensor:
         """See ``Passes``."""
-        total = torch.zeros((), device=rows.device)
+        self._loss.zero_()
         for micro in rows.chunk(parts):
-            loss, _ = self.model(micro)
-            (loss / (parts * self.ranks.size)).backward()
-            total += loss.detach() / parts
+            if self._rows is None or self._rows.shape != micro.shape:
+                self._rows, self._pass = torch.empty_like(micro), self._make_pass(parts)
+            self._rows.copy_(micro)
+            self._pass()
         self.ranks.add_up(self._gradients)
-        return total
+        return self._loss.clone()
+
+    def _make_pass(self, parts: int) -> Callable[[], None]:
+        """Return a function that adds a part's share of the gradients and of the loss, for the part in ``_rows``."""
+
+        def one_pass() -> None:
+            loss, _ = self.model(self._rows)
+            (loss / (parts * self.ranks.size)).backward()
+            self._loss.add_(loss.detach() / parts)
+
+        if self._graphs is None:
+            return one_pass
+        return Graphs(self._loss.device).captured(one_pass, self._graphs)
 
     def clear(self) -> None:
         """See ``Passes``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from transmla.export.workspace import Workspace
 from transmla.files import disk_errors, remove_folder, remove_temporaries
 from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
+from transmla.heal.attention import attend_to_whole_sequences
 from transmla.heal.batches import Batches, HealingTexts, make_batches, read_texts
 from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
 from transmla.heal.distributed import configure, from_main, kind, make_accelerator, shards
@@ -144,6 +146,7 @@ def _train(
     text_fingerprint = batches.fingerprint()
     check_same_texts(text_fingerprint)
 
+    maskless = all([attend_to_whole_sequences(model), attend_to_whole_sequences(teacher)])
     distiller = _make_distiller(model, teacher, settings)
     sharded = shards(accelerator)
     if accelerator.mixed_precision == "bf16" and not sharded:
@@ -155,7 +158,13 @@ def _train(
     trainable = {name for name, p in distiller.named_parameters() if p.requires_grad}
     fused = accelerator.device.type == "cuda"
     optimiser = make_optimiser(distiller, settings, fused=fused)
-    passes: Passes = (Sharded if sharded else Whole)(accelerator, distiller, optimiser)
+    passes: Passes
+    if sharded:
+        passes = Sharded(accelerator, distiller, optimiser)
+    else:
+        # Checkpointing reads the state of random numbers, which a graph forbids.
+        graphed = compiles and maskless and not settings.checkpointing
+        passes = Whole(accelerator, distiller, optimiser, graphs=partial(_not_captured, report) if graphed else None)
     store = Store(workspace.folder)
     key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, text_fingerprint, kind(accelerator))
     state = store.read(key)
@@ -210,6 +219,10 @@ def _compiles(settings: Healing, device: torch.device) -> bool:
     if settings.max_minutes is not None and settings.max_minutes < MINUTES_WORTH_COMPILING:
         return False
     return device.type == "cuda" and settings.max_tokens >= WORTH_COMPILING * settings.batch * settings.length
+
+
+def _not_captured(report: Reporter, reason: str) -> None:
+    report.message(f"steps run without a CUDA graph: {reason}")
 
 
 def _tracker_config(settings: Healing) -> dict[str, Any]:

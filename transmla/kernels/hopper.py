@@ -26,6 +26,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_RANK = 512
 # Columns of a tile of rotary keys. A tile of weights has as many rows, because it reuses the memory of the keys.
 ROPE = 64
+# Values of a cache tile whose queries do not fit in registers.
+SPILLING = 512 * 64
 # Registers per thread of the warps that add up values. The other registers go to the warps that compute weights.
 VALUE_REGISTERS = 160
 
@@ -39,7 +41,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
     kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
     lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
-    rank_block, tokens, stages = choose_tiles(rank)
+    rank_block, tokens, stages = choose_tiles(rank, new * heads, page)
     fetchable = _fetchable(kv_c, tokens, page) and _fetchable(k_pe, tokens, page)
     if not fetchable or total == 0 or rows.scale is not None or scores.softcap is not None:
         return triton_decode.decode(q_latent, q_pe, rows, scores)
@@ -76,6 +78,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         RANK_BLOCK=rank_block,
         TOKENS=tokens,
         STAGES=stages,
+        SPILL=rank_block * tokens == SPILLING,
         PAGE=page,
         MASKED=scores.mask is not None,
         RAGGED=lengths is not None,
@@ -88,10 +91,18 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
     return out, lse
 
 
-def choose_tiles(rank: int) -> tuple[int, int, int]:
-    """Return the columns and tokens of a cache tile for latents of width ``rank``, and the number of tile buffers."""
+def choose_tiles(rank: int, queries: int, page: int) -> tuple[int, int, int]:
+    """Return the columns and tokens of a cache tile, and the number of tile buffers.
+
+    Args:
+        rank: width r of a latent.
+        queries: query rows n·H of a sequence.
+        page: tokens of a page of the cache; 0 if there are no pages.
+    """
     if rank > 256:
-        return 512, 32, 6
+        # Tensor cores multiply tiles of 32 tokens at half their rate. It is what few queries need.
+        few = queries <= ROWS // 2 or page % 64
+        return (512, 32, 6) if few else (512, 64, 3)
     if rank > 128:
         return 256, 64, 5
     return (128, 128, 4) if rank > 64 else (64, 128, 6)

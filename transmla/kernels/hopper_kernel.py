@@ -7,8 +7,11 @@ value. Three steps therefore run at the same time: the softmax of one tile, the 
 loads of the next tiles. This is warp specialisation as in FlashAttention-3 (arXiv 2407.08608), with another division
 of work.
 
-Barriers of a buffer: ``full`` (the tile has arrived), ``ready`` (its weights are written), ``empty`` (the first half
-of the rank is added up). ``done``: the sums of all weights are written.
+Scores and values take turns on the tensor cores: the values of a tile start when the scores of the next tile are
+complete, so that they run during its softmax. If both ran at once, the tensor cores would idle during the softmax.
+
+Barriers of a buffer: ``full`` (the tile has arrived), ``ready`` (its values may start), ``empty`` (the first half of
+the rank is added up). ``done``: the sums of all weights are written.
 """
 
 from __future__ import annotations
@@ -104,14 +107,18 @@ if gluon is not None:
 
     @gluon.jit
     def _weigh(
-        q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, weights_s, shrink_s, leaps_s,
-        total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity, table_batch,
+        q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s, shrink_s,
+        leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity, table_batch,
         mask_batch, mask_query, mask_token, length, low, high, first, last, NEW: gl.constexpr, RANK: gl.constexpr,
         WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
+        LATE: gl.constexpr, SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
         LOG: gl.constexpr,
     ):  # fmt: skip
-        """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT]."""
+        """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT].
+
+        With ``SPILL``, for 512 columns and tiles of 64 tokens, the last 16 columns of the queries stay in shared memory:
+        registers hold 496 columns beside the scores.
+        """
         scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
         query_l: gl.constexpr = gl.DotOperandLayout(0, scores_l, 2)
         wide_l: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -125,8 +132,17 @@ if gluon is not None:
         width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
         stage_s.store(_stage(q_latent, rows_at, held, rank, RANK))
         q_pe_s.store(_stage(q_pe, rows_at, held, width, WIDTH))
+        if SPILL:
+            rest = 496 + gl.arange(0, 16, layout=gl.SliceLayout(0, wide_l))
+            q_rest_s.store(_stage(q_latent, rows_at, held, rest, RANK))
         group_barrier()
-        queries = stage_s.load(query_l)
+        if SPILL:
+            # Tensors have powers of two of columns.
+            queries = stage_s.slice(0, 256, dim=1).load(query_l)
+            more = stage_s.slice(256, 128, dim=1).load(query_l), stage_s.slice(384, 64, dim=1).load(query_l)
+            last_ones = stage_s.slice(448, 32, dim=1).load(query_l), stage_s.slice(480, 16, dim=1).load(query_l)
+        else:
+            queries = stage_s.load(query_l)
         fence_async_shared()
         group_barrier()
         for slot in gl.static_range(STAGES - LATE, STAGES):
@@ -141,13 +157,23 @@ if gluon is not None:
         slot, phase = 0, 0
         for tile in range(first, last):
             mbarrier.wait(full.index(slot), phase)
-            nothing = gl.zeros([HEIGHT, TOKENS], gl.float32, layout=scores_l)
-            keys = kv_s.index(slot).permute((1, 0))
-            scores = warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma(q_pe_s, pe_s.index(slot).permute((1, 0)), scores, is_async=True)
+            scores = gl.zeros([HEIGHT, TOKENS], gl.float32, layout=scores_l)
+            keys = kv_s.index(slot)
+            if SPILL:
+                scores = _score(queries, keys, 0, 256, scores, False)
+                scores = _score(more[0], keys, 256, 128, scores, True)
+                scores = _score(more[1], keys, 384, 64, scores, True)
+                scores = _score(last_ones[0], keys, 448, 32, scores, True)
+                scores = _score(last_ones[1], keys, 480, 16, scores, True)
+                scores = _score(q_rest_s, keys, 496, 16, scores, True)
+            else:
+                scores = _score(queries, keys, 0, RANK_BLOCK, scores, False)
+            scores = _score(q_pe_s, pe_s.index(slot), 0, 64, scores, True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            # All warps must be done with the rotary keys before the weights overwrite them.
+            # All warps must be done with the rotary keys before the weights overwrite them, and with the weights of the
+            # previous tile before its values start.
             group_barrier()
+            mbarrier.arrive(ready.index(_previous(slot, STAGES)), count=1, pred=tile > first)
             if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
                 key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
                 # With lengths, a new token attends to the rows up to itself. Without lengths, the mask alone decides.
@@ -160,33 +186,43 @@ if gluon is not None:
                     seen = seen & shown if RAGGED else shown
                 scores = gl.where(seen, scores, float("-inf"))
             # The reference maximum is raised only when the scores exceed it by 8 (base 2: a factor of 256). Most
-            # tiles therefore need no rescaling of the sums.
+            # tiles therefore need no rescaling of the sums. As it is an integer, bfloat16 holds the factor exactly.
             higher = gl.max(scores, 1) * scale
-            higher = gl.where(higher > best + 8, higher, best)
+            higher = gl.where(higher > best + 8, higher.to(gl.int32).to(gl.float32) + 1, best)
             shrink = gl.exp2(best - higher)
-            shrink_s.index(slot).store(shrink)
+            shrink_s.index(slot).store(shrink.to(gl.bfloat16))
             leaps_s.index(slot).store(gl.max((higher - best).reshape([4, HEIGHT // 4]), 1))
             weights = gl.exp2(scores * scale - higher[:, None])
             total = total * shrink + gl.sum(weights, 1)
             best = higher
             weights_s.index(slot).store(weights.to(kv.dtype))
             fence_async_shared()
-            group_barrier()
-            mbarrier.arrive(ready.index(slot), count=1)
             slot, phase = _next(slot, phase, STAGES)
         some = total > 0
         total = gl.where(some, total, 1.0)
         total_s.store(total)
         group_barrier()
+        mbarrier.arrive(ready.index(_previous(slot, STAGES)), count=1, pred=last > first)
         mbarrier.arrive(done.index(0), count=1)
         found = gl.where(some, (best + gl.log2(total)) * LOG, float("-inf"))
         gl.store(part_lse + unit * rows + row, found, mask=row < rows)
+
+    @gluon.jit
+    def _score(queries, keys, START: gl.constexpr, COLUMNS: gl.constexpr, scores, ADD: gl.constexpr):
+        """Start to multiply ``queries`` with some columns of ``keys`` [TOKENS, ...], and to ADD to the ``scores``."""
+        keys = keys.slice(START, COLUMNS, dim=1).permute((1, 0))
+        return warpgroup_mma(queries, keys, scores, use_acc=ADD, is_async=True)
 
     @gluon.jit
     def _next(slot, phase, SLOTS: gl.constexpr):
         """Return the next buffer of the ring and the parity of its barrier, which flips with every round."""
         around = slot == SLOTS - 1
         return gl.where(around, 0, slot + 1), gl.where(around, phase ^ 1, phase)
+
+    @gluon.jit
+    def _previous(slot, SLOTS: gl.constexpr):
+        """Return the buffer before ``slot`` in the ring."""
+        return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
     @gluon.jit
     def _add_up(
@@ -210,27 +246,25 @@ if gluon is not None:
                 )  # fmt: skip
         mixed = gl.zeros([HEIGHT, HALF], gl.float32, layout=values_l)
         slot, phase = 0, 0
-        before, phase_before = 0, 0
         for tile in range(first, last):
             mbarrier.wait(ready.index(slot), phase)
             values = kv_s.index(slot).slice(START, HALF, dim=1)
             if gl.max(leaps_s.index(slot).load(gl.BlockedLayout([4], [32], [4], [0])), 0) > 0:
-                mixed = mixed * shrink_s.index(slot).load(gl.SliceLayout(1, values_l))[:, None]
+                mixed = mixed * shrink_s.index(slot).load(gl.SliceLayout(1, values_l)).to(gl.float32)[:, None]
             if tile * TOKENS + TOKENS > length:
                 _clear(values, tile * TOKENS, length, HALF, TOKENS)
             mixed = warpgroup_mma(weights_s.index(slot), values, mixed, is_async=True)
-            if SECOND and tile > first:
-                # Once both groups are done with the previous tile, its buffer can take another tile.
-                mbarrier.wait(empty.index(before), phase_before)
-                _fetch(
-                    kv, pe, kv_s, pe_s, full, before, table, batch, table_batch, capacity, pe_capacity,
-                    tile - 1 + STAGES, last, TOKENS, PAGE,
-                )  # fmt: skip
             mixed = warpgroup_mma_wait(0, deps=[mixed])
             group_barrier()
-            if not SECOND:
+            if SECOND:
+                # Once both groups are done with the tile, its buffer can take another tile.
+                mbarrier.wait(empty.index(slot), phase)
+                _fetch(
+                    kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile + STAGES,
+                    last, TOKENS, PAGE,
+                )  # fmt: skip
+            else:
                 mbarrier.arrive(empty.index(slot), count=1)
-            before, phase_before = slot, phase
             slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(done.index(0), 0)
         mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
@@ -261,7 +295,7 @@ if gluon is not None:
         q_latent, q_pe, kv, pe, mask, lengths, table, parts, part_lse, scale, heads, rows, total, splits, capacity,
         pe_capacity, mask_batch, mask_query, mask_token, table_batch, NEW: gl.constexpr, RANK: gl.constexpr,
         WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
+        SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
         LOG: gl.constexpr, REGISTERS: gl.constexpr,
     ):  # fmt: skip
         """Attend with one block of query rows (token, head) of one sequence to one split of its cache."""
@@ -300,17 +334,20 @@ if gluon is not None:
         weights_l: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, TOKENS], dtype)
         weights_s = reinterpret(pe_s, dtype, [STAGES, HEIGHT, TOKENS], weights_l)
         q_pe_s = gl.allocate_shared_memory(dtype, [HEIGHT, 64], pe.layout)
-        shrink_s = gl.allocate_shared_memory(gl.float32, [STAGES, HEIGHT], flat)
+        rest_l: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+        q_rest_s = gl.allocate_shared_memory(dtype, [HEIGHT if SPILL else 8, 16], rest_l)
+        shrink_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HEIGHT], flat)
         leaps_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4], flat)
-        total_s = gl.allocate_shared_memory(gl.float32, [HEIGHT], flat)
+        # The sums of the weights overwrite the rotary queries after the last tile.
+        total_s = reinterpret(q_pe_s, gl.float32, [32, HEIGHT], flat).index(0)
         # fmt: off
         gl.warp_specialize(
             [
                 (_weigh, (
-                    q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, weights_s, shrink_s,
-                    leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
+                    q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s,
+                    shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
                     table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW, RANK, WIDTH,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, MASKED, RAGGED, LOG,
+                    RANK_BLOCK, TOKENS, STAGES, LATE, SPILL, PAGE, MASKED, RAGGED, LOG,
                 )),
                 (_add_up, (
                     kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,
