@@ -85,3 +85,22 @@ def test_no_mask_is_made_and_the_device_is_not_asked(monkeypatch: pytest.MonkeyP
     attend_to_whole_sequences(model)
     model(torch.zeros(1, 8, dtype=torch.long), use_cache=False)
     assert not asked
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3_text", 2)])
+def test_layers_of_one_kind_are_compiled_once(family: str, kinds: int) -> None:
+    """torch compiles no more than eight versions of a layer; with one for each, most layers would stay uncompiled."""
+    model = build_model(family, **four_layers(family))
+    attend_to_whole_sequences(model)
+    torch._dynamo.reset()
+    compiled: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    for layer in model.model.layers:
+        layer.compile(backend=count)
+    with torch.no_grad():
+        model(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    assert len(compiled) == kinds

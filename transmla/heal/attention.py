@@ -27,6 +27,9 @@ def attend_to_whole_sequences(model: Any) -> bool:
         return False
     AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)
+    for index, layer in enumerate(model.model.layers):
+        # Not read from ``layer_idx`` later: a compiled layer would then be compiled anew for each layer.
+        layer.self_attn.window_of_whole_sequences = window_of(model.config, index)
     return True
 
 
@@ -36,7 +39,7 @@ def _attend(
     """Attend as the attention ``sdpa`` of transformers does with a mask: [B, H, T, d] → [B, T, H, d_v]."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    length, window = query.shape[2], window_of(module.config, module.layer_idx)
+    length, window = query.shape[2], module.window_of_whole_sequences
     mask = None
     if window is not None and window < length:
         position = torch.arange(length, device=query.device)
