@@ -93,6 +93,14 @@ class Ranks:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the contiguous ``tensor`` [...] of every process, stacked in the order of ranks: [size, ...]."""
+        if self.size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        distributed.all_gather_into_tensor(gathered.view(-1), tensor.view(-1))
+        return gathered
+
     def complete(self, rows: Tensor, device: torch.device) -> None:
         """Fill in the rows that other processes have computed, in place, one at a time.
 
