@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import transmla
 from helpers.behaviour import stock_model
-from helpers.graph_models import longer, prompts, written
+from helpers.graph_models import longer, prompts, with_graphs, written
 from helpers.mla_models import tiny
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.latent_cache import latent_bytes
@@ -68,6 +68,13 @@ def results(model: Any) -> dict[str, Any]:
         if name == "cache without config":
             settings = {CACHE_ARGUMENT: DynamicCache()}
         found[f"tokens of {name}"] = written(model, inputs, **settings)
+    graphs = with_graphs(model)
+    for name in ("left padding", "beams"):
+        settings, batch, padded = WAYS[name]
+        found[f"tokens of {name}, from graphs"] = written(model, prompts(model.device, batch, padded), **settings)
+    for padded in (0, 6):
+        found[f"logits from graphs, padded {padded}"], _ = logits(model, (20, *[1] * 30, 3, *[1] * 5), padded)
+    found["replays"], found["reason"] = graphs.replays, graphs.reason
     model.set_attn_implementation("eager")
     found["logits of eager"], _ = logits(model, WIDTHS["prompt"], 6)
     model.set_attn_implementation("latent_attention")

@@ -39,7 +39,7 @@ from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.prefix_cache import PrefixLayer
-from transmla.runtime.split_cache import SplitLayer, grow_cache
+from transmla.runtime.split_cache import SplitLayer, grow_cache, merge_shares
 from transmla.runtime.step_cache import StepCache, StepLayer
 from transmla.runtime.underflow import precision, refuse_underflow
 
@@ -217,7 +217,10 @@ def _attend_in_step(module: Any, layer: StepLayer, query: Tensor, rows: Rows, ex
     rows = replace(rows, lengths=layer.lengths)
     if not can_absorb(module, query, rows, layer.mask, extras):
         raise RuntimeError("a layer needs expanded keys")
-    return with_sinks(*attend_to_latent(module, query, rows, layer.mask, extras), extras)
+    output, lse = attend_to_latent(module, query, rows, layer.mask, extras)
+    if layer.ranks.size > 1:
+        output, lse = merge_shares(output, lse, layer.ranks)
+    return with_sinks(output, lse, extras)
 
 
 def cached_rows(module: Any, key: Tensor, value: Tensor) -> Rows:

@@ -70,6 +70,19 @@ class SplitLayer(LatentLayer):
             return share
         return self._pack(key_states, value_states) if self.packed else (key_states, value_states)
 
+    def has_room(self, new: int) -> bool:
+        """Return whether a decode step may write ``new`` rows, and leave the last row of the buffer spare.
+
+        All processes get the same answer, because their buffers have one size and a graph is captured by all or none.
+        """
+        all_hold_rows, most = self._tokens >= self.ranks.size, -(-(self._tokens + new) // self.ranks.size)
+        return all_hold_rows and super().has_room(1) and most < self.buffer().shape[2]
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens, of which this process's were written to the buffer behind its others."""
+        super().advance(self.share_of(self._tokens + new) - self.share_of(self._tokens))
+        self._tokens += new
+
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Keep this process's share of the rows ``keys`` [B, 1, T, r] and ``values`` [B, 1, T, d_r] of all tokens."""
         with torch.no_grad():
