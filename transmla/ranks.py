@@ -98,7 +98,9 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        distributed.all_gather_into_tensor(gathered.view(-1), tensor.view(-1))
+        # torch 2.13 renamed the function.
+        renamed = getattr(distributed, "all_gather_single", None)
+        (renamed or distributed.all_gather_into_tensor)(gathered.view(-1), tensor.view(-1))
         return gathered
 
     def complete(self, rows: Tensor, device: torch.device) -> None:

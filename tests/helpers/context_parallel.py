@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,7 +15,9 @@ import transmla
 from helpers.behaviour import stock_model
 from helpers.graph_models import longer, prompts, with_graphs, written
 from helpers.mla_models import tiny
+from transmla.errors import TransmlaError
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime import latent_cache
 from transmla.runtime.latent_cache import latent_bytes
 
 # New tokens of each step: prompts, single tokens, and pieces that are read in absorbed and in expanded form.
@@ -30,11 +34,11 @@ WAYS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
-def shared_model(family: str, folder: Path, cache_dtype: str | None) -> Any:
+def shared_model(family: str, folder: Path, cache_dtype: str | None, device: str = "cpu") -> Any:
     """Return a random model of four layers, whose third layer keeps the source's attention in the transmla format."""
     native = family == "deepseek_v3"
     model = tiny(num_hidden_layers=4, first_k_dense_replace=4) if native else stock_model(family, folder)
-    return transmla.accelerate(model, cache_dtype=cache_dtype, context_parallel=True)
+    return transmla.accelerate(model.to(device), cache_dtype=cache_dtype, context_parallel=True)
 
 
 @torch.no_grad()
@@ -72,6 +76,11 @@ def results(model: Any) -> dict[str, Any]:
     for name in ("left padding", "beams"):
         settings, batch, padded = WAYS[name]
         found[f"tokens of {name}, from graphs"] = written(model, prompts(model.device, batch, padded), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        # Buffers of 64 rows, which 3 processes fill with 192 tokens.
+        patch.setattr(latent_cache, "STEP", 8)
+        patch.setattr(latent_cache, "BATCH_STEP", 0)
+        found["logits from graphs of growing buffers"], _ = logits(model, (20, *[1] * 180), 6)
     for padded in (0, 6):
         found[f"logits from graphs, padded {padded}"], _ = logits(model, (20, *[1] * 30, 3, *[1] * 5), padded)
     found["replays"], found["reason"] = graphs.replays, graphs.reason
@@ -81,11 +90,50 @@ def results(model: Any) -> dict[str, Any]:
     return found
 
 
-def save_results(rank: int, family: str, cache_dtype: str | None, folder: str) -> None:
+def save_results(rank: int, family: str, cache_dtype: str | None, folder: str, device: str = "cpu") -> None:
     """Save the results of process ``rank`` to ``folder``."""
     own = Path(folder) / str(rank)
     own.mkdir()
-    if rank > 0:
-        # As a user's processes: each has another random state.
-        torch.manual_seed(rank)
-    torch.save(results(shared_model(family, own, cache_dtype)), own / "results.pt")
+    model = shared_model(family, own, cache_dtype, device)
+    # As a user's processes: each has another random state.
+    torch.manual_seed(rank)
+    torch.save(results(model), own / "results.pt")
+
+
+def load_divided(rank: int, folder: str) -> None:
+    """Load models whose weights transformers divides, and compare their tokens with those of whole models."""
+    for family, heads_divided in (("deepseek_v3", False), ("minicpm3", True)):
+        path = Path(folder) / family
+        whole, divided = transmla.load(path), transmla.load(path, tp_plan="auto")
+        assert ("generate" in divided.__dict__) != heads_divided
+        assert divided.model.layers[1].mlp.gate_proj.weight.to_local().shape[0] == 32
+        inputs = prompts(divided.device, 2, 5)
+        assert torch.equal(written(divided, inputs), written(whole, inputs))
+        if heads_divided:
+            with pytest.raises(TransmlaError, match="divides the attention heads of MiniCPM3"):
+                transmla.accelerate(divided, context_parallel=True)
+
+
+def refuse_mistakes(rank: int) -> None:
+    """Call ``generate`` and ``load`` with mistakes, which both processes refuse; then without."""
+    model = transmla.accelerate(tiny(), context_parallel=True)
+    inputs = prompts(model.device)
+    with pytest.raises(TransmlaError, match="other tensors in process 1 than in process 0; .*; give the same"):
+        written(model, {name: t + rank for name, t in inputs.items()})
+    with pytest.raises(TransmlaError, match="cannot share a StaticLayer"):
+        written(model, inputs, cache_implementation="static")
+    with pytest.raises(TransmlaError, match="device_map 'cuda:1' was given to several processes; .*CUDA_VISIBLE_DEVICES"):
+        transmla.load("nowhere", context_parallel=True, device_map="cuda:1")
+    with pytest.raises(TransmlaError, match=f"process {rank} lies on meta"):
+        transmla.accelerate(tiny().to("meta"), context_parallel=True)
+    assert written(model, inputs).shape[0] == 2
+    transmla.accelerate(model)
+    assert "generate" not in model.__dict__
+
+
+if __name__ == "__main__":
+    # Started by torchrun.
+    from transmla.ranks import launched, leave
+
+    save_results(launched("cuda").rank, sys.argv[1], None, sys.argv[2], "cuda")
+    leave()

@@ -28,28 +28,46 @@ def placed(kwargs: dict[str, Any]) -> dict[str, Any]:
     if given not in (None, "auto", "cuda", "cpu"):
         raise TransmlaError(
             f"device_map {given!r} was given to several processes",
-            limit="each process holds the whole model, on the GPU of its own number or on the CPU",
+            limit="each process computes on the GPU of its own number, or on the CPU",
             remedy="leave device_map out, and choose GPUs with CUDA_VISIBLE_DEVICES",
         )
+    if "distributed_config" in kwargs or "tp_plan" in kwargs:
+        return kwargs
     on_gpu = given != "cpu" and torch.cuda.is_available()
     return kwargs | {"device_map": {"": torch.cuda.current_device() if on_gpu else "cpu"}}
 
 
-def connect(model: Any) -> Ranks:
-    """Connect the processes of this launch, each of which holds ``model``.
+def divides_heads(layers: list[Any]) -> bool:
+    """Return whether transformers' tensor parallelism has divided the heads of the attention ``layers``."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
+
+
+def connect(model: Any, layers: list[Any]) -> Ranks:
+    """Connect the processes of this launch, each of which holds the attention ``layers`` of ``model``.
 
     Raises:
-        TransmlaError: if the model does not lie on the device that this process communicates from.
+        TransmlaError: if a process holds only some heads, or if the model does not lie on the device that this process
+            communicates from.
     """
     ranks = launched("cpu" if model.device.type == "cpu" else "auto")
     if ranks.size == 1:
         return ranks
+    if divides_heads(layers):
+        raise TransmlaError(
+            f"tensor parallelism divides the attention heads of {type(model).__name__}",
+            limit="with context_parallel, every process attends with all heads",
+            remedy="leave out tp_plan and distributed_config, or set context_parallel=False",
+        )
     on_gpu = torch.distributed.get_backend() == "nccl"
     expected = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if {parameter.device for parameter in model.parameters()} != {expected}:
         raise TransmlaError(
             f"the model of process {ranks.rank} lies on {model.device}",
-            limit=f"with context_parallel, this process holds the whole model on {expected}",
+            limit=f"with context_parallel, this process computes on {expected}",
             remedy="leave device_map out of transmla.load, or move the model there",
         )
     return ranks

@@ -31,7 +31,7 @@ def load(
     backend: str = "auto",
     cache_dtype: str | None = None,
     cuda_graphs: bool = True,
-    context_parallel: bool = False,
+    context_parallel: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a causal language model with MLA for fast decoding.
@@ -42,9 +42,10 @@ def load(
         cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
         cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs. A step that cannot be captured runs
             eagerly, with the same result.
-        context_parallel: whether the processes that torchrun started share each cache: every process holds the whole
-            model and every R-th token's row. All processes must then make the same calls, and get the same results. A
-            GPU model is loaded onto the GPU of the process's own number. One process holds the whole cache.
+        context_parallel: whether the R processes that torchrun started share each cache (decode context parallelism):
+            every process caches every R-th token. All processes must then make the same calls, and get the same
+            results. Each loads the model onto the GPU of its own number. One process caches all tokens. None: if
+            ``tp_plan`` is given, which makes transformers divide other weights than those of the attention.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). With an
             ``attn_implementation``, the model computes as transformers does, until ``set_attn_implementation`` sets
             ``latent_attention``.
@@ -60,8 +61,9 @@ def load(
     from transmla.modeling.registration import register
 
     register()
-    if context_parallel:
-        from transmla.runtime.context_parallel import placed
+    implied = context_parallel is None and kwargs.get("tp_plan") is not None
+    if context_parallel or implied:
+        from transmla.runtime.context_parallel import divides_heads, placed
 
         kwargs = placed(kwargs)
     # Without these, transformers would ask whether to run the checkpoint's code, and would open pickled weights.
@@ -72,8 +74,10 @@ def load(
             check_folder(Path(path))
             check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if implied:
+        context_parallel = not divides_heads(mla_layers(model))
     accelerate(
-        model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=context_parallel
+        model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=bool(context_parallel)
     )
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
@@ -107,7 +111,7 @@ def accelerate(
     Raises:
         TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
             ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, if the latents
-            underflow in float16, or if the model lies on another device than ``context_parallel`` needs.
+            underflow in float16, or if processes cannot share the caches of the model as it was loaded.
     """
     from transmla.runtime.context_parallel import connect, generate_together
     from transmla.runtime.decode_graphs import DecodeGraphs
@@ -120,7 +124,7 @@ def accelerate(
     layers = _checked_layers(model, cache_dtype)
     for layer in layers:
         refuse_underflow(layer)
-    ranks = connect(model) if context_parallel else Ranks()
+    ranks = connect(model, layers) if context_parallel else Ranks()
     for layer in layers:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
