@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import transmla
-from helpers.behaviour import stock_model
+from helpers.behaviour import KEPT, stock_model
 from helpers.graph_models import longer, prompts, with_graphs, written
 from helpers.mla_models import tiny
 from transmla.errors import TransmlaError
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.ranks import leave
 from transmla.runtime import latent_cache
 from transmla.runtime.latent_cache import latent_bytes
 
 # New tokens of each step: prompts, single tokens, and pieces that are read in absorbed and in expanded form.
 WIDTHS = {"prompt": (20, 1, 1, 3, 1, 200, 1), "one token": (1, 1, 1, 4, 1), "two prompts": (7, 9, 1, 1)}
+# Families whose steps are captured into graphs: of the native format, and of the transmla format.
+GRAPHED = ("deepseek_v3", "llama")
 # Settings of generate(), number of prompts, and padded tokens of the first one.
 WAYS: dict[str, tuple[dict[str, Any], int, int]] = {
     "greedy": ({}, 2, 0),
@@ -35,9 +39,11 @@ WAYS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def shared_model(family: str, folder: Path, cache_dtype: str | None, device: str = "cpu") -> Any:
-    """Return a random model of four layers, whose third layer keeps the source's attention in the transmla format."""
-    native = family == "deepseek_v3"
-    model = tiny(num_hidden_layers=4, first_k_dense_replace=4) if native else stock_model(family, folder)
+    """Return a random model of four layers. Unless its family is of ``GRAPHED``, one keeps the source's attention."""
+    if family == "deepseek_v3":
+        model = tiny(num_hidden_layers=4, first_k_dense_replace=4)
+    else:
+        model = stock_model(family, folder, keep=() if family in GRAPHED else (KEPT,))
     return transmla.accelerate(model.to(device), cache_dtype=cache_dtype, context_parallel=True)
 
 
@@ -122,7 +128,9 @@ def refuse_mistakes(rank: int) -> None:
         written(model, {name: t + rank for name, t in inputs.items()})
     with pytest.raises(TransmlaError, match="cannot share a StaticLayer"):
         written(model, inputs, cache_implementation="static")
-    with pytest.raises(TransmlaError, match="device_map 'cuda:1' was given to several processes; .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(
+        TransmlaError, match="device_map 'cuda:1' was given to several processes; .*CUDA_VISIBLE_DEVICES"
+    ):
         transmla.load("nowhere", context_parallel=True, device_map="cuda:1")
     with pytest.raises(TransmlaError, match=f"process {rank} lies on meta"):
         transmla.accelerate(tiny().to("meta"), context_parallel=True)
@@ -132,8 +140,7 @@ def refuse_mistakes(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    # Started by torchrun.
-    from transmla.ranks import launched, leave
-
-    save_results(launched("cuda").rank, sys.argv[1], None, sys.argv[2], "cuda")
+    # Started by torchrun on GPUs. transformers saves the source of a model in all processes until they are connected.
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    save_results(int(os.environ["RANK"]), sys.argv[1], None, sys.argv[2], "cuda")
     leave()

@@ -68,13 +68,17 @@ def test_several_processes_compute_what_one_computes(
     several = [torch.load(tmp_path / "several" / str(rank) / "results.pt") for rank in range(size)]
     for found in several:
         compare(found, one, ROUNDING)
-        assert (found["replays"] > MOST_STEPS) == (one["replays"] > MOST_STEPS) == (family == "deepseek_v3" and not cache_dtype)
-    if family == "deepseek_v3":  # its layers all have latents without windows
+        assert (
+            (found["replays"] > MOST_STEPS)
+            == (one["replays"] > MOST_STEPS)
+            == (family in shared.GRAPHED and not cache_dtype)
+        )
+    if family in shared.GRAPHED:  # all layers are latent ones without windows
         assert sum(found["bytes"] for found in several) == one["bytes"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+@pytest.mark.parametrize("family", shared.GRAPHED)
 def test_two_gpus_compute_what_one_computes(family: str, tmp_path: Path) -> None:
     """Over NCCL, with steps that are captured into CUDA graphs."""
     one = shared.results(shared.shared_model(family, tmp_path, None, "cuda"))

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from transmla.errors import TransmlaError
 from transmla.ranks import Ranks, launched
+from transmla.runtime.latent_attention import LatentAttention
+from transmla.runtime.split_cache import grow_cache
 
 
 def placed(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +73,17 @@ def connect(model: Any, layers: list[Any]) -> Ranks:
             remedy="leave device_map out of transmla.load, or move the model there",
         )
     return ranks
+
+
+def share_cache(model: Any, cache: Cache) -> None:
+    """Divide the layers of an empty ``cache`` among the processes that share the caches of ``model``.
+
+    The model does this when it first reads the cache. Before, other code may put rows into the layers, each row in all
+    processes.
+    """
+    for module in model.modules():
+        if isinstance(module, LatentAttention) and module.ranks.size > 1:
+            grow_cache(cache, module.layer_idx, module.ranks, packed=module.packed)
 
 
 def generate_together(model: Any, ranks: Ranks) -> None:

@@ -77,7 +77,11 @@ def load(
     if implied:
         context_parallel = not divides_heads(mla_layers(model))
     accelerate(
-        model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=bool(context_parallel)
+        model,
+        backend=backend,
+        cache_dtype=cache_dtype,
+        cuda_graphs=cuda_graphs,
+        context_parallel=bool(context_parallel),
     )
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
