@@ -124,13 +124,11 @@ def refuse_mistakes(rank: int) -> None:
     """Call ``generate`` and ``load`` with mistakes, which both processes refuse; then without."""
     model = transmla.accelerate(tiny(), context_parallel=True)
     inputs = prompts(model.device)
-    with pytest.raises(TransmlaError, match="other tensors in process 1 than in process 0; .*; give the same"):
+    with pytest.raises(TransmlaError, match=r"other tensors in process 1 than in process 0; .*; give the same"):
         written(model, {name: t + rank for name, t in inputs.items()})
     with pytest.raises(TransmlaError, match="cannot share a StaticLayer"):
         written(model, inputs, cache_implementation="static")
-    with pytest.raises(
-        TransmlaError, match="device_map 'cuda:1' was given to several processes; .*CUDA_VISIBLE_DEVICES"
-    ):
+    with pytest.raises(TransmlaError, match=r"device_map 'cuda:1' was given to several .*CUDA_VISIBLE_DEVICES"):
         transmla.load("nowhere", context_parallel=True, device_map="cuda:1")
     with pytest.raises(TransmlaError, match=f"process {rank} lies on meta"):
         transmla.accelerate(tiny().to("meta"), context_parallel=True)

@@ -68,11 +68,8 @@ def test_several_processes_compute_what_one_computes(
     several = [torch.load(tmp_path / "several" / str(rank) / "results.pt") for rank in range(size)]
     for found in several:
         compare(found, one, ROUNDING)
-        assert (
-            (found["replays"] > MOST_STEPS)
-            == (one["replays"] > MOST_STEPS)
-            == (family in shared.GRAPHED and not cache_dtype)
-        )
+        graphed = family in shared.GRAPHED and not cache_dtype
+        assert (found["replays"] > MOST_STEPS) == (one["replays"] > MOST_STEPS) == graphed
     if family in shared.GRAPHED:  # all layers are latent ones without windows
         assert sum(found["bytes"] for found in several) == one["bytes"]
 
@@ -154,5 +151,5 @@ def test_gradients_and_shared_prefixes_are_refused() -> None:
     model(longer(model, 8), **{CACHE_ARGUMENT: cache})
     with pytest.raises(TransmlaError, match=r"no gradients; .*; call the model under torch.no_grad\(\)"):
         model(longer(model, 8), **{CACHE_ARGUMENT: cache})
-    with pytest.raises(TransmlaError, match="model with context_parallel; .*load the model without"):
+    with pytest.raises(TransmlaError, match=r"model with context_parallel; .*load the model without"):
         transmla.shared_prefix(model, longer(model, 8)[:1])

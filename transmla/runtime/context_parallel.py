@@ -72,6 +72,8 @@ def connect(model: Any, layers: list[Any]) -> Ranks:
             limit=f"with context_parallel, this process computes on {expected}",
             remedy="leave device_map out of transmla.load, or move the model there",
         )
+    # NCCL connects the processes at the first exchange, which must not be that of a captured step.
+    ranks.gather(torch.zeros(1, device=expected))
     return ranks
 
 

@@ -62,7 +62,8 @@ def load(
 
     register()
     implied = context_parallel is None and kwargs.get("tp_plan") is not None
-    if context_parallel or implied:
+    shares = bool(context_parallel) or implied
+    if shares:
         from transmla.runtime.context_parallel import divides_heads, placed
 
         kwargs = placed(kwargs)
@@ -75,14 +76,8 @@ def load(
             check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if implied:
-        context_parallel = not divides_heads(mla_layers(model))
-    accelerate(
-        model,
-        backend=backend,
-        cache_dtype=cache_dtype,
-        cuda_graphs=cuda_graphs,
-        context_parallel=bool(context_parallel),
-    )
+        shares = not divides_heads(mla_layers(model))
+    accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=shares)
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
     return model

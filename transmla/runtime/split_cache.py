@@ -1,10 +1,9 @@
 """Cache layer that holds a share of the tokens, while other processes hold the rest (decode context parallelism).
 
-Process k of R caches the tokens at positions k, k + R, k + 2R, …, with whole rows. Each process attends to its own rows,
-and the partial results are merged by their log-sum-exps. This is exact, unlike a split of the latent's columns (TPLA,
-arXiv 2508.15881), and it also divides the rotary keys. Neighbouring tokens lie in different processes, as in SGLang and
-vLLM, so that all processes hold as many rows, whatever the length. Helix (arXiv 2507.07120) merges partial results of
-such shares over GPUs.
+Process k of R caches whole rows of the tokens at positions k, k + R, k + 2R, …, as vLLM and SGLang do. All processes
+thus hold equally many rows, up to one. Each attends to its own rows, and the partial results are merged by their
+log-sum-exps, as in Helix (arXiv 2507.07120). This is exact, and it divides the rotary keys too. A split of the latent's
+columns (TPLA, arXiv 2508.15881) does neither.
 """
 
 from __future__ import annotations
