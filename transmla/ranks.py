@@ -148,7 +148,7 @@ def launched(device: str) -> Ranks:
         raise TransmlaError(
             f"{local} processes were started for {torch.cuda.device_count()} GPUs",
             limit="each process needs a GPU of its own",
-            remedy="lower --num_processes",
+            remedy="lower --num_processes of accelerate, or --nproc_per_node of torchrun",
         )
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return Ranks(state.process_index, state.num_processes)

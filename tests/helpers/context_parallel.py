@@ -126,6 +126,8 @@ def refuse_mistakes(rank: int) -> None:
     inputs = prompts(model.device)
     with pytest.raises(TransmlaError, match=r"other tensors in process 1 than in process 0; .*; give the same"):
         written(model, {name: t + rank for name, t in inputs.items()})
+    with pytest.raises(TransmlaError, match=r"max_time with context_parallel; .*; give max_new_tokens"):
+        written(model, inputs, max_time=60.0)
     with pytest.raises(TransmlaError, match="cannot share a StaticLayer"):
         written(model, inputs, cache_implementation="static")
     with pytest.raises(TransmlaError, match=r"device_map 'cuda:1' was given to several .*CUDA_VISIBLE_DEVICES"):

@@ -13,7 +13,7 @@ import torch
 from helpers import context_parallel as shared
 from helpers.behaviour import relative
 from helpers.convert_on_processes import run
-from helpers.graph_models import longer
+from helpers.graph_models import Repeating, longer
 from helpers.heal_on_two_processes import start_server
 from helpers.mla_models import tiny
 from transformers import DynamicCache, StaticCache
@@ -22,6 +22,9 @@ import transmla
 from transmla.errors import TransmlaError
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.ranks import Ranks
+from transmla.runtime.context_parallel import share_cache
+from transmla.runtime.decode_graphs import DecodeGraphs
+from transmla.runtime.graphed_model import use_graphs
 from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.split_cache import SplitLayer, grow_cache
 
@@ -153,3 +156,24 @@ def test_gradients_and_shared_prefixes_are_refused() -> None:
         model(longer(model, 8), **{CACHE_ARGUMENT: cache})
     with pytest.raises(TransmlaError, match=r"model with context_parallel; .*load the model without"):
         transmla.shared_prefix(model, longer(model, 8)[:1])
+
+
+def test_a_process_whose_memory_is_full_ends() -> None:
+    """Its eager step would exchange other results than the captured step of the other process."""
+
+    class Full(Repeating):
+        def rehearse(self, function: Any) -> None:
+            raise torch.OutOfMemoryError
+
+    model = transmla.accelerate(tiny(first_k_dense_replace=2))
+    cache = DynamicCache(config=model.config)
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.ranks = Ranks(0, 2)
+    share_cache(model, cache)
+    use_graphs(model, DecodeGraphs(Full()))
+    with torch.no_grad():
+        model(longer(model, 8), **{CACHE_ARGUMENT: cache})
+        with pytest.raises(torch.OutOfMemoryError):
+            model(longer(model, 1), **{CACHE_ARGUMENT: cache})
+    assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]

@@ -127,13 +127,14 @@ class SplitGenerate:
         """Generate, as the model's class does.
 
         Raises:
-            TransmlaError: in all processes, if their tensors differ.
+            TransmlaError: in all processes, if their tensors differ, or if each would stop by its own clock.
         """
         model: Any = self.model()
         plain = type(model).generate
         given = dict(inspect.signature(plain).bind_partial(model, *args, **kwargs).arguments)
         given.pop("self")
         given |= given.pop("kwargs", {})
+        _refuse_clock(model, given)
         self._compare(given, model.device)
         self._share_random_state(model.device)
         own = given.pop("logits_processor", None) or []
@@ -169,3 +170,14 @@ class SplitGenerate:
             torch.cuda.set_rng_state(shared.cpu(), device)
         else:
             torch.set_rng_state(shared)
+
+
+def _refuse_clock(model: Any, given: dict[str, Any]) -> None:
+    """Raise a TransmlaError if the arguments ``given`` of ``generate`` or a generation config have a ``max_time``."""
+    configs = given.get("generation_config"), model.generation_config
+    if given.get("max_time") is not None or any(getattr(config, "max_time", None) is not None for config in configs):
+        raise TransmlaError(
+            "generate() got max_time with context_parallel",
+            limit="a process that stops by its own clock would leave the others waiting",
+            remedy="give max_new_tokens instead",
+        )
