@@ -26,7 +26,7 @@ from transmla.runtime.context_parallel import share_cache
 from transmla.runtime.decode_graphs import DecodeGraphs
 from transmla.runtime.graphed_model import use_graphs
 from transmla.runtime.latent_attention import LatentAttention
-from transmla.runtime.split_cache import SplitLayer, grow_cache
+from transmla.runtime.split_cache import SplitLayer, grow_cache, merge_shares
 
 # Relative difference of two ways to add up float32 values, over four layers.
 ROUNDING = 1e-5
@@ -137,6 +137,20 @@ def test_a_share_follows_the_operations_of_transformers(rank: int) -> None:
         assert layer.get_seq_length() == layer.keys.shape[2] == 0
         layer.reset()
         assert layer.get_seq_length() == 0
+
+
+def test_shares_merge_to_the_attention_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token attends to no row at all, the second only to rows of one process."""
+    scores, values = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    scores[0], scores[1, :, ::2] = float("-inf"), float("-inf")
+    parts = [(scores[..., rank::2], values[rank::2]) for rank in range(2)]
+    outputs = [(part.softmax(-1).nan_to_num() @ own)[None] for part, own in parts]
+    sums = [part.logsumexp(-1)[None] for part, _ in parts]
+    packed = [torch.cat([output, lse[..., None]], -1) for output, lse in zip(outputs, sums, strict=True)]
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, tensor: torch.stack(packed))
+    output, lse = merge_shares(outputs[0], sums[0], Ranks(0, 2))
+    assert torch.allclose(output[0], scores.softmax(-1).nan_to_num() @ values)
+    assert torch.allclose(lse[0], scores.logsumexp(-1))
 
 
 def test_a_cache_that_is_not_dynamic_is_refused() -> None:

@@ -194,7 +194,10 @@ def merge_shares(output: Tensor, lse: Tensor, ranks: Ranks) -> tuple[Tensor, Ten
     exact = torch.promote_types(output.dtype, torch.float32)
     packed = torch.cat([output.to(exact), lse[..., None].to(exact)], -1)
     outputs, partial_lse = ranks.gather(packed.contiguous()).split([output.shape[-1], 1], -1)
-    total = partial_lse.logsumexp(0)
-    # A padded token attends to no row of any process. Its weights are zeros, not NaN.
-    weights = (partial_lse - total.clamp_min(torch.finfo(exact).min)).exp()
-    return (outputs * weights).sum(0).to(output.dtype), total[..., 0].to(lse.dtype)
+    limits = torch.finfo(exact)
+    # A padded token attends to no row of any process. Its output is zeros, not NaN.
+    top = partial_lse.amax(0).clamp_min(limits.min)
+    weights = (partial_lse - top).exp()
+    total = weights.sum(0)
+    merged = (outputs * weights).sum(0) / total.clamp_min(limits.tiny)
+    return merged.to(output.dtype), (top + total.log())[..., 0].to(lse.dtype)
