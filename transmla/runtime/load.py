@@ -45,7 +45,7 @@ def load(
         context_parallel: whether the R processes that torchrun started share each cache (decode context parallelism):
             every process caches every R-th token. All processes must then make the same calls, and get the same
             results. Each loads the model onto the GPU of its own number. One process caches all tokens. None: if
-            ``tp_plan`` is given, which makes transformers divide other weights than those of the attention.
+            ``tp_plan`` is given, by which transformers divides the weights, and leaves the attention whole.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). With an
             ``attn_implementation``, the model computes as transformers does, until ``set_attn_implementation`` sets
             ``latent_attention``.
@@ -61,7 +61,9 @@ def load(
     from transmla.modeling.registration import register
 
     register()
-    implied = context_parallel is None and kwargs.get("tp_plan") is not None
+    # With ``tp_size``, other groups of processes may read other texts.
+    divided = kwargs.get("tp_plan") is not None and kwargs.get("tp_size") is None
+    implied = context_parallel is None and divided
     shares = bool(context_parallel) or implied
     if shares:
         from transmla.runtime.context_parallel import divides_heads, placed
