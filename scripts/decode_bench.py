@@ -3,6 +3,7 @@
     python scripts/decode_bench.py llama-3-8b --batch 32 --context 16384 --roles ours source
     python scripts/decode_bench.py llama-2-7b --batch 224 --context 8192 --roles ours
     python scripts/decode_bench.py gemma-2-9b --roles growing dynamic --backend auto
+    torchrun --nproc_per_node 2 scripts/decode_bench.py llama-3-8b --roles growing eager
 
 Roles:
     ours     the MLA model of --shape under transmla.accelerate, compiled, static cache
@@ -14,6 +15,9 @@ Roles:
     dynamic  the model before conversion as plain generate() runs it: not compiled, growing cache
 
 "Compiled" models are compiled into CUDA graphs. Random weights decode as fast as trained weights.
+
+The processes of torchrun share their caches (context_parallel) in the roles growing and eager. Each holds the whole
+model. Time, cache and memory are those of the first process.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import RESULTS, write_result
+from provenance import RESULTS, peak_bytes, reset_peak, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -36,6 +40,7 @@ from transmla.formats.base import format_named
 from transmla.modeling.registration import register
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.plan.make_plan import make_plan
+from transmla.ranks import launched, leave
 from transmla.recipe import parse_recipe
 from transmla.runtime.load import accelerate
 from transmla.source.describe import describe
@@ -99,8 +104,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Roles of accelerated models, and roles that decode as plain generate() does.
-MLA_ROLES, PLAIN_ROLES = ("ours", "growing", "eager"), ("growing", "eager", "dynamic")
+# Roles of accelerated models, roles that several processes may run, and roles that decode as plain generate() does.
+MLA_ROLES, SHARED_ROLES = ("ours", "growing", "eager"), ("growing", "eager")
+PLAIN_ROLES = (*SHARED_ROLES, "dynamic")
 
 
 def whole_cache(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
@@ -141,10 +147,13 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         written = format_named(plan.format).config(source, plan)
         register()
         config = type(AutoConfig.for_model(written["model_type"])).from_dict(written)
+    # Processes that share a cache have the same weights.
+    torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if role in MLA_ROLES:
-        accelerate(model, backend=backend, cuda_graphs=role == "growing")
+        shares = role in SHARED_ROLES
+        accelerate(model, backend=backend, cuda_graphs=role == "growing", context_parallel=shares)
     if role == "source":
         model.set_attn_implementation("whole_cache")
     return model
@@ -155,6 +164,8 @@ def generate_rate(model: Any, batch: int, context: int, tokens: int) -> float:
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         fill_cache(model, cache, batch, context)
+    # Processes that share a cache write the same text.
+    torch.manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     began = time.perf_counter()
@@ -177,12 +188,16 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / "decode_bench/llama.json", help="JSON file to write")
     parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
     arguments = parser.parse_args()
+    ranks = launched(arguments.device)
+    if ranks.size > 1 and not {*arguments.roles} <= {*SHARED_ROLES}:
+        parser.error(f"several processes share caches only in the roles {' and '.join(SHARED_ROLES)}")
     rows: list[dict[str, Any]] = []
     for role in arguments.roles:
         model = build(arguments.model, role, arguments.shape, arguments.backend, arguments.device)
         sizes, static = zip(arguments.batch, arguments.context, strict=True), role not in PLAIN_ROLES
         prefill = {context: prefill_seconds(model, context) for context in {*arguments.context}}
         for (batch, context), new in product(sizes, arguments.new_tokens):
+            reset_peak(model.device)
             point = measure(model, batch, context, arguments.steps, prefill[context], new=new, static=static)
             rows.append(
                 {
@@ -197,19 +212,23 @@ def main() -> None:
                     "tokens/s": round(point.tokens_per_second, 1),
                     "ms a step": round(point.step_seconds * 1e3, 3),
                     "prefill s": round(point.prefill_seconds, 3),
+                    "processes": ranks.size,
                     "cache MiB": round(point.cache_bytes / 2**20),
+                    "peak GiB": round(peak_bytes(model.device) / 2**30, 2),
                     "GB/s": round(point.bytes_per_second / 1e9),
                 }
             )
             if arguments.generate and not static:
                 rows[-1]["generate() tokens/s"] = round(generate_rate(model, batch, context, arguments.generate), 1)
-            print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-            write_result(arguments.result, rows, arguments.commit)
+            if ranks.first:
+                print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+                write_result(arguments.result, rows, arguments.commit)
         del model
         gc.collect()
         torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    leave()
 
 
 if __name__ == "__main__":

@@ -93,6 +93,16 @@ class Ranks:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the contiguous ``tensor`` [...] of every process, stacked in the order of ranks: [size, ...]."""
+        if self.size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        # torch 2.13 renamed the function.
+        renamed = getattr(distributed, "all_gather_single", None)
+        (renamed or distributed.all_gather_into_tensor)(gathered.view(-1), tensor.view(-1))
+        return gathered
+
     def complete(self, rows: Tensor, device: torch.device) -> None:
         """Fill in the rows that other processes have computed, in place, one at a time.
 
@@ -138,7 +148,7 @@ def launched(device: str) -> Ranks:
         raise TransmlaError(
             f"{local} processes were started for {torch.cuda.device_count()} GPUs",
             limit="each process needs a GPU of its own",
-            remedy="lower --num_processes",
+            remedy="lower --num_processes of accelerate, or --nproc_per_node of torchrun",
         )
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return Ranks(state.process_index, state.num_processes)

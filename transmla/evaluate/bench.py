@@ -229,11 +229,13 @@ def _weight_bytes_read(model: Any, tokens: int) -> float:
 
 
 def fill_cache(model: Any, cache: Any, batch: int, length: int) -> None:
-    """Fill ``cache`` with ``length`` random rows per layer and sequence."""
+    """Fill ``cache`` with ``length`` random rows per layer and sequence, of which processes keep their shares."""
     from transformers import DynamicCache
 
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
+    from transmla.runtime.context_parallel import share_cache
 
+    share_cache(model, cache)
     probe: Any = DynamicCache(config=model.config)
     model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_ARGUMENT: probe})
     for i, layer in enumerate(probe.layers):

@@ -12,5 +12,6 @@
 - ``graphable``: which models can be captured, and whether a model has changed.
 - ``graph_recorder``: capture and replay.
 - ``step_cache``: cache and inputs of a step on fixed memory.
+- ``context_parallel``, ``split_cache``: several processes that share each cache, token by token.
 - ``shared_prefix``, ``prefix_cache``: one prompt, cached once for many continuations.
 """

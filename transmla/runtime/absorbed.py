@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.kernels.rows import Rows, Scores
 from transmla.runtime.prefix_cache import PrefixLayer, attend, expanding_is_cheaper, merge, one_width
+from transmla.runtime.split_cache import SplitLayer, merge_shares
 
 # Largest number of new tokens per sequence for the absorbed form. Decode kernels are built for few new tokens.
 MAX_NEW_TOKENS = 128
@@ -34,9 +35,9 @@ def crossover(module: Any) -> float:
     return module.kv_lora_rank * rebuilt / saved if saved > 0 else float("inf")
 
 
-def absorbing_is_cheaper(module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the absorbed form costs less than the expanded form."""
-    new, total = query.shape[2], key.shape[2]
+def absorbing_is_cheaper(module: Any, query: Tensor, total: int, mask: Tensor | None) -> bool:
+    """Return whether the absorbed form costs less than the expanded form, for ``total`` cached rows."""
+    new = query.shape[2]
     return new == 1 or (new < total and mask is not None and new <= min(crossover(module), MAX_NEW_TOKENS))
 
 
@@ -126,6 +127,19 @@ def attend_to_latent(
         pieces.append(module.decode(*tokens, rows, Scores(scale, part_mask, extras.get("softcap"))))
     mixed, lse = pieces[0] if len(pieces) == 1 else (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
     return torch.einsum("bnhr,hvr->bnhv", mixed, w_uv), lse
+
+
+def attend_with_others(
+    module: Any, layer: SplitLayer, query: Tensor, rows: Rows, mask: Tensor | None, extras: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Attend to this process's ``rows`` of ``layer`` and to those of others; arguments as ``attend_to_latent``."""
+    if rows.total:
+        own = None if mask is None else layer.columns(mask)
+        return merge_shares(*attend_to_latent(module, query, rows, own, extras), layer.ranks)
+    batch, heads, new, _ = query.shape
+    nothing = query.new_zeros(batch, new, heads, module.v_head_dim)
+    lse = query.new_full((batch, new, heads), float("-inf"), dtype=torch.float32)
+    return merge_shares(nothing, lse, layer.ranks)
 
 
 def attend_with_prefix(

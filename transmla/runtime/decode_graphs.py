@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,6 +23,7 @@ from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.graph_recorder import CudaRecorder, Recorder
 from transmla.runtime.graphable import Snapshot, refused_mode
 from transmla.runtime.latent_cache import LatentLayer
+from transmla.runtime.split_cache import SplitLayer
 from transmla.runtime.step_cache import Step
 
 # Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
@@ -133,15 +135,18 @@ class DecodeGraphs:
         """Return why a step on ``cache`` cannot be captured, or None."""
         assert self._snapshot is not None
         batch, new = tokens.shape
-        if any(type(layer) is not LatentLayer for layer in cache.layers):
+        if any(type(layer) not in (LatentLayer, SplitLayer) for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
         layers = latent_layers(cache)
         if not all(layer.has_room(width_for(new)) for layer in layers):
             # The step will make other buffers. The graphs would keep the memory of the present ones.
             self._steps.pop(cache, None)
             return "a buffer of the cache is full, or its rows were replaced"
-        if len({layer.own_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
+        if len({layer.get_seq_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
             return "the layers hold different numbers of rows"
+        if new > 1 and layers[0].ranks.size > 1:
+            # Which of its rows a process may show to each new token depends on the length of the cache.
+            return "processes share the cache, and there are several new tokens"
         return "the expanded form costs less" if new > max(1, self._snapshot.most_new) else None
 
     def _request(self, cache: DynamicCache, kwargs: dict[str, Any]) -> Request | str:
@@ -170,10 +175,13 @@ class DecodeGraphs:
                 if step is None:
                     step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
                     steps[request.key] = step
-                step.inputs.fill(request.tokens, request.positions, request.mask, layers[0].own_length())
+                cached = layers[0].get_seq_length()
+                step.inputs.fill(request.tokens, request.positions, request.mask, cached)
                 self._run(step, forward, model)
                 output = step.result(request.cache, new, request.keep)
         except Exception as error:
+            if layers[0].ranks.size > 1 and _may_be_alone(error):
+                raise
             # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
             self._failure = self.reason = f"the step cannot be captured: {error}"
             self._steps.clear()
@@ -195,6 +203,15 @@ class DecodeGraphs:
             self.captures += 1
         step.replay()
         self.replays += 1
+
+
+def _may_be_alone(error: Exception) -> bool:
+    """Whether one of several processes may have ``error`` alone: its memory is full, or it lost a connection.
+
+    An eager step of this process would then exchange results with another step of the others.
+    """
+    lost = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
+    return lost or isinstance(error, torch.OutOfMemoryError)
 
 
 def width_for(new: int) -> int:

@@ -26,11 +26,20 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transmla.kernels.rows import Decode, Rows
 from transmla.modeling.modeling_transmla import TransmlaAttention, attention_class
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
-from transmla.runtime.absorbed import absorbing_is_cheaper, attend_to_latent, attend_with_prefix, can_absorb, with_sinks
+from transmla.ranks import Ranks
+from transmla.runtime.absorbed import (
+    absorbing_is_cheaper,
+    attend_to_latent,
+    attend_with_others,
+    attend_with_prefix,
+    can_absorb,
+    with_sinks,
+)
 from transmla.runtime.family_attention import attend_expanded
-from transmla.runtime.latent_cache import LatentLayer, grow_in_place
+from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.prefix_cache import PrefixLayer
+from transmla.runtime.split_cache import SplitLayer, grow_cache, merge_shares
 from transmla.runtime.step_cache import StepCache, StepLayer
 from transmla.runtime.underflow import precision, refuse_underflow
 
@@ -58,6 +67,7 @@ class LatentAttention(nn.Module):
         kv_lora_rank: width r of a latent.
         qk_rope_head_dim: width d_r of a rotary key.
         packed: whether latents are cached as float8.
+        ranks: the processes that share the cached tokens.
         cached: the cache layer of the running ``forward``, if it is one of ``runtime``.
         step: thread and ``StepLayer`` of the running ``forward``, if it is a step on fixed memory. One thread at a time
             runs such a step; others may run steps on caches meanwhile.
@@ -74,6 +84,7 @@ class LatentAttention(nn.Module):
     kv_lora_rank: int
     qk_rope_head_dim: int
     packed: bool = False
+    ranks: Ranks = Ranks()
     cached: LatentLayer | None = None
     step: tuple[int, Any] | None = None
     warns: bool = False
@@ -83,7 +94,8 @@ class LatentAttention(nn.Module):
         """Run the family's ``forward`` with a cache layer that grows without copying.
 
         Raises:
-            TransmlaError: if the latents underflow, in float16 or under autocast to it.
+            TransmlaError: if the latents underflow, in float16 or under autocast to it; or if processes cannot share
+                the cache.
         """
         dtype = precision(self)
         if dtype != self.checked_for:
@@ -96,7 +108,7 @@ class LatentAttention(nn.Module):
                 return super().forward(*args, **kwargs)
             finally:
                 self.step = None
-        self.cached = grow_in_place(cache, self.layer_idx, packed=self.packed)
+        self.cached = grow_cache(cache, self.layer_idx, self.ranks, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -106,6 +118,11 @@ class LatentAttention(nn.Module):
     def prefix(self) -> PrefixLayer | None:
         """The cache layer of the running ``forward``, if it has a shared prefix."""
         return self.cached if isinstance(self.cached, PrefixLayer) else None
+
+    @property
+    def split(self) -> SplitLayer | None:
+        """The cache layer of the running ``forward``, if it returned only this process's share of the rows."""
+        return self.cached if isinstance(self.cached, SplitLayer) and self.cached.divided else None
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``latent_class`` creates at run time."""
@@ -121,8 +138,8 @@ class LatentAttention(nn.Module):
         """
         if self.config._attn_implementation == LATENT_ATTENTION:
             return kv_nope, k_rot
-        rows = cached_rows(self, kv_nope, k_rot)
-        return self.expanded(rows if self.prefix is None else self.prefix.whole(rows))
+        rows, holder = cached_rows(self, kv_nope, k_rot), self.prefix or self.split
+        return self.expanded(rows if holder is None else holder.whole(rows))
 
     def expanded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Expand the latents of ``rows`` for all heads with the family's ``expand_kv``.
@@ -178,15 +195,20 @@ def latent_attention(
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     if module.step is not None and module.step[0] == get_ident():
         return _attend_in_step(module, module.step[1], query, Rows(key[:, 0], value[:, 0]), extras), None
-    rows, prefix = cached_rows(module, key, value), module.prefix
+    rows, prefix, split = cached_rows(module, key, value), module.prefix, module.split
+    total = key.shape[2] if split is None else split.get_seq_length()
     absorbable = can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
         _refuse_hidden_prefix(prefix, query, attention_mask)
         if absorbable and prefix.prefix[0].dtype == query.dtype:
             return with_sinks(*attend_with_prefix(module, prefix, query, rows, attention_mask, extras), extras), None
         rows = prefix.whole(rows)
-    elif absorbable and absorbing_is_cheaper(module, query, key, attention_mask):
+    elif absorbable and absorbing_is_cheaper(module, query, total, attention_mask):
+        if split is not None:
+            return with_sinks(*attend_with_others(module, split, query, rows, attention_mask, extras), extras), None
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
+    elif split is not None:
+        rows = split.whole(rows)
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 
@@ -195,7 +217,10 @@ def _attend_in_step(module: Any, layer: StepLayer, query: Tensor, rows: Rows, ex
     rows = replace(rows, lengths=layer.lengths)
     if not can_absorb(module, query, rows, layer.mask, extras):
         raise RuntimeError("a layer needs expanded keys")
-    return with_sinks(*attend_to_latent(module, query, rows, layer.mask, extras), extras)
+    output, lse = attend_to_latent(module, query, rows, layer.mask, extras)
+    if layer.ranks.size > 1:
+        output, lse = merge_shares(output, lse, layer.ranks)
+    return with_sinks(output, lse, extras)
 
 
 def cached_rows(module: Any, key: Tensor, value: Tensor) -> Rows:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from transmla.ranks import Ranks
 from transmla.runtime.packed_rows import pack, unpack
 
 # Growth of a full buffer, in tokens of each sequence: the largest of STEP, an eighth of the cached rows, and BATCH_STEP
@@ -25,6 +26,7 @@ class LatentLayer(DynamicLayer):
 
     Attributes:
         rows: the buffer, or None before the first update.
+        ranks: the processes that share the rows; only this one, unless a subclass says otherwise.
         packed: whether rows are bytes from ``packed_rows.pack``. Then ``keys`` is [B, 1, T, row_bytes] and ``values``
             is [B, 1, T, 0].
         pe_dtype: dtype of the rotary keys inside packed rows; None before the first packed row.
@@ -34,6 +36,7 @@ class LatentLayer(DynamicLayer):
     _appended = 0
     _keys: Tensor | None = None
     _values: Tensor | None = None
+    ranks = Ranks()
 
     def __init__(self, *, packed: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -16,6 +16,7 @@ from transmla.guard.config import check_config
 from transmla.guard.folder import check_folder
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
+from transmla.ranks import Ranks
 from transmla.registry import lookup
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def load(
     backend: str = "auto",
     cache_dtype: str | None = None,
     cuda_graphs: bool = True,
+    context_parallel: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a causal language model with MLA for fast decoding.
@@ -40,6 +42,10 @@ def load(
         cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
         cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs. A step that cannot be captured runs
             eagerly, with the same result.
+        context_parallel: whether the R processes that torchrun started share each cache (decode context parallelism):
+            every process caches every R-th token. All processes must then make the same calls, and get the same
+            results. Each loads the model onto the GPU of its own number. One process caches all tokens. None: if
+            ``tp_plan`` is given, by which transformers divides the weights, and leaves the attention whole.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). With an
             ``attn_implementation``, the model computes as transformers does, until ``set_attn_implementation`` sets
             ``latent_attention``.
@@ -55,6 +61,14 @@ def load(
     from transmla.modeling.registration import register
 
     register()
+    # With ``tp_size``, other groups of processes may read other texts.
+    divided = kwargs.get("tp_plan") is not None and kwargs.get("tp_size") is None
+    implied = context_parallel is None and divided
+    shares = bool(context_parallel) or implied
+    if shares:
+        from transmla.runtime.context_parallel import divides_heads, placed
+
+        kwargs = placed(kwargs)
     # Without these, transformers would ask whether to run the checkpoint's code, and would open pickled weights.
     kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     what, remedy = f"transformers cannot load '{path}'", "give the folder of an export or the Hub id of an MLA model"
@@ -63,13 +77,22 @@ def load(
             check_folder(Path(path))
             check_config(Path(path))
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs)
+    if implied:
+        shares = not divides_heads(mla_layers(model))
+    accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=shares)
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
     return model
 
 
-def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = None, cuda_graphs: bool = True) -> Any:
+def accelerate(
+    model: Any,
+    *,
+    backend: str = "auto",
+    cache_dtype: str | None = None,
+    cuda_graphs: bool = True,
+    context_parallel: bool = False,
+) -> Any:
     """Change a loaded model in place so that it decodes over its latent cache.
 
     The model and each of its MLA layers become instances of subclasses of their classes. The weights, the state dict
@@ -81,15 +104,17 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
         backend: see ``load``.
         cache_dtype: see ``load``.
         cuda_graphs: see ``load``.
+        context_parallel: see ``load``. The model must lie on the CPU, or on the GPU of the process's own number.
 
     Returns:
         ``model``.
 
     Raises:
         TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
-            ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, or if the latents
-            underflow in float16.
+            ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, if the latents
+            underflow in float16, or if processes cannot share the caches of the model as it was loaded.
     """
+    from transmla.runtime.context_parallel import connect, generate_together
     from transmla.runtime.decode_graphs import DecodeGraphs
     from transmla.runtime.graphed_model import use_graphs
     from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
@@ -100,17 +125,20 @@ def accelerate(model: Any, *, backend: str = "auto", cache_dtype: str | None = N
     layers = _checked_layers(model, cache_dtype)
     for layer in layers:
         refuse_underflow(layer)
+    ranks = connect(model, layers) if context_parallel else Ranks()
     for layer in layers:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             layer.__class__ = latent_class(plain)
         layer.packed = cache_dtype is not None
+        layer.ranks = ranks
         layer.warns = layer is layers[0]
         layer.choose = partial(_choose, backend)
         layer.placed_for = None
     _log_backends(layers)
     model.set_attn_implementation(LATENT_ATTENTION)
     use_graphs(model, DecodeGraphs() if cuda_graphs else None)
+    generate_together(model, ranks)
     if model.config.output_attentions:
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     return model

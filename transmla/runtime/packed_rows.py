@@ -34,6 +34,9 @@ def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
     rank, width = kv_c.shape[-1], k_pe.shape[-1]
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 2**10) / LARGEST
     rows = kv_c.new_zeros(*kv_c.shape[:-1], row_bytes(rank, width, k_pe.dtype), dtype=torch.uint8)
+    if not rows.numel():
+        # torch cannot view an empty scale as bytes.
+        return rows
     at = _aligned(rank)
     rows[..., :rank] = (kv_c / scale).to(FLOAT8).view(torch.uint8)
     rows[..., at : at + 4] = scale.view(torch.uint8)

@@ -157,6 +157,12 @@ def _check_shareable(model: Any, input_ids: torch.Tensor, latent_layers: int) ->
             limit="transformers' attention does not support a shared prefix",
             remedy="load the model with transmla.load, or pass it to transmla.accelerate",
         )
+    if any(isinstance(module, LatentAttention) and module.ranks.size > 1 for module in model.modules()):
+        raise TransmlaError(
+            "shared_prefix() was called for a model with context_parallel",
+            limit="every process holds the whole prefix, so none is divided",
+            remedy="load the model without context_parallel, or give generate() the whole prompts",
+        )
     layers = model.config.num_hidden_layers
     if latent_layers != layers:
         raise TransmlaError(

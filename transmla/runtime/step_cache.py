@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.ranks import Ranks
 from transmla.runtime.latent_cache import LatentLayer
 
 
@@ -23,15 +24,20 @@ class StepInputs:
     Attributes:
         tokens: token ids [B, n].
         positions: positions [B, n].
-        cached: number of rows of each sequence before the step, [1].
+        cached: number of cached tokens of each sequence before the step, [1].
         index: rows that the step writes, [n].
-        lengths: number of rows of each sequence after the step, [B].
+        lengths: number of rows of each sequence after the step, [B]; of this process, if several share the rows.
         visible: whether a row may be attended to, boolean [B, 1, 1, capacity].
         masked: whether ``visible`` hides any cached row.
     """
 
-    def __init__(self, batch: int, new: int, capacity: int, device: torch.device, *, masked: bool) -> None:
-        """Allocate the tensors for ``batch`` sequences with ``new`` tokens and buffers of ``capacity`` rows."""
+    def __init__(
+        self, batch: int, new: int, capacity: int, device: torch.device, *, masked: bool, ranks: Ranks
+    ) -> None:
+        """Allocate the tensors for ``batch`` sequences with ``new`` tokens and buffers of ``capacity`` rows.
+
+        If several ``ranks`` share the rows, there is one new token, and the last row of each buffer is spare.
+        """
         self.tokens = torch.zeros(batch, new, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.tokens)
         self.cached = torch.zeros(1, dtype=torch.int64, device=device)
@@ -40,6 +46,7 @@ class StepInputs:
         self.visible = torch.ones(batch, 1, 1, capacity, dtype=torch.bool, device=device)
         self.masked = masked
         self._offsets = torch.arange(new, device=device)
+        self._ranks = ranks
 
     def fill(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, cached: int) -> None:
         """Write the inputs of the next step.
@@ -51,7 +58,7 @@ class StepInputs:
             tokens: token ids [B, m].
             positions: positions [B, m] or [1, m]; None: they follow the cached rows.
             mask: the attention mask [B, cached + m], read if ``masked``.
-            cached: number of cached rows of each sequence.
+            cached: number of cached tokens of each sequence.
         """
         new = tokens.shape[1]
         if positions is None:
@@ -62,12 +69,19 @@ class StepInputs:
             if new < kept.shape[1]:
                 kept[:, new:].copy_(kept[:, new - 1 : new].expand(-1, kept.shape[1] - new))
         if self.masked and mask is not None:
-            self.visible[:, 0, 0, : mask.shape[1]].copy_(mask)
+            own = mask[:, self._ranks.rank :: self._ranks.size]
+            self.visible[:, 0, 0, : own.shape[1]].copy_(own)
 
     def locate(self) -> None:
         """Compute ``index`` and ``lengths`` from ``cached``, on the device."""
         torch.add(self._offsets, self.cached, out=self.index)
-        self.lengths.copy_((self.cached + len(self._offsets)).expand_as(self.lengths))
+        total, rank, size = self.cached + len(self._offsets), self._ranks.rank, self._ranks.size
+        if size > 1:
+            # The row of another process's token is written to the spare row, which no length reaches.
+            own = self.index % size == rank
+            self.index.copy_(torch.where(own, self.index // size, self.visible.shape[-1] - 1))
+            total = (total + size - 1 - rank) // size
+        self.lengths.copy_(total.expand_as(self.lengths))
 
 
 class StepLayer(CacheLayerMixin):
@@ -79,16 +93,18 @@ class StepLayer(CacheLayerMixin):
         rows: the buffer.
         lengths: number of valid rows of each sequence during the step, [B].
         mask: boolean [B, 1, 1, capacity]; None if no cached row is hidden.
+        ranks: the processes that share the rows.
     """
 
     is_sliding = False
 
-    def __init__(self, rows: Tensor, inputs: StepInputs) -> None:
+    def __init__(self, rows: Tensor, inputs: StepInputs, ranks: Ranks) -> None:
         super().__init__()
         self.rows = rows
         self.lengths = inputs.lengths
         self.mask = inputs.visible if inputs.masked else None
         self.is_initialized = True
+        self.ranks = ranks
         self._index = inputs.index
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +134,7 @@ class StepCache(Cache):
     """Cache of one step: the buffers of ``layers``, and ``inputs`` that locate the new rows in them."""
 
     def __init__(self, layers: list[LatentLayer], inputs: StepInputs) -> None:
-        super().__init__(layers=[StepLayer(layer.buffer(), inputs) for layer in layers])
+        super().__init__(layers=[StepLayer(layer.buffer(), inputs, layer.ranks) for layer in layers])
 
 
 class Step:
@@ -142,7 +158,8 @@ class Step:
             masked: whether the attention mask hides a cached row.
         """
         self.rows = [layer.buffer() for layer in layers]
-        self.inputs = StepInputs(batch, new, self.rows[0].shape[2], self.rows[0].device, masked=masked)
+        buffer, ranks = self.rows[0], layers[0].ranks
+        self.inputs = StepInputs(batch, new, buffer.shape[2], buffer.device, masked=masked, ranks=ranks)
         self._arguments: dict[str, Any] = {
             "input_ids": self.inputs.tokens,
             "position_ids": self.inputs.positions,
