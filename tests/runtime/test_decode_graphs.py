@@ -117,8 +117,8 @@ def test_a_full_buffer_grows_and_is_captured_again(model: Any, monkeypatch: pyte
     graphs = with_graphs(model)
     logits, _ = steps(model, tokens, widths)
     assert relative(logits, expected) < ROUNDING
-    assert graphs.captures == 2
-    assert graphs.reason == "a buffer of the cache is full, or its rows were replaced"
+    # A buffer that grows costs no eager step; each of the two sizes is rehearsed and captured.
+    assert (graphs.captures, graphs.replays, graphs.reason) == (2, 14, None)
 
 
 def test_cropped_rows_are_written_again(model: Any) -> None:

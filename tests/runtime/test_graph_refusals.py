@@ -189,7 +189,8 @@ def test_threads_share_the_graphs_of_a_model(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         found = [*pool.map(lambda one: written(model, one), inputs * 2)]
     assert all(torch.equal(*pair) for pair in zip(found, expected * 2, strict=True))
-    assert graphs.replays == 6 * 22
+    # The second generate() of a shape captures its first step without a rehearsal.
+    assert graphs.replays == 3 * 22 + 3 * 23
 
 
 def test_graphs_can_be_switched_off(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@
 - ``packed_rows``: the layout of cached rows whose latents are float8.
 - ``graphed_model``: model classes whose decode steps come from CUDA graphs.
 - ``decode_graphs``: which steps are captured, and when they are captured anew.
+- ``next_step``: what is checked before a step that follows a replayed one.
+- ``known_masks``: attention masks that need not be read from the GPU.
 - ``graphable``: which models can be captured, and whether a model has changed.
 - ``graph_recorder``: capture and replay.
 - ``step_cache``: cache and inputs of a step on fixed memory.

@@ -2,8 +2,12 @@
 
 An uncompiled step launches one to three thousand kernels one by one. ``DecodeGraphs`` captures the step of one model on
 one GPU, and replays it: one graph for each cache, number of new tokens and kind of mask. The buffers of a
-``LatentLayer`` keep their addresses until they are full; then the step is captured anew. Every other step runs as it
-did before.
+``LatentLayer`` keep their addresses until they are full; then they grow, and the step is captured anew. Every other
+step runs as it did before.
+
+The GPU is idle from the moment when a token is known until the next replay. A step that follows a replayed one is
+therefore checked briefly before the replay (``NextStep``), and wholly while the GPU works. A replay changes nothing
+that counts: if the model turns out to have changed, the step runs again eagerly, on the same rows.
 """
 
 from __future__ import annotations
@@ -17,19 +21,20 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.graph_recorder import CudaRecorder, Recorder
-from transmla.runtime.graphable import Snapshot, refused_mode
-from transmla.runtime.latent_cache import LatentLayer
+from transmla.runtime.graphable import Snapshot, refused_config, refused_mode
+from transmla.runtime.known_masks import KnownMasks, Prompt
+from transmla.runtime.latent_cache import LatentLayer, make_room
+from transmla.runtime.next_step import NextStep
 from transmla.runtime.step_cache import Step
 
 # Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
 # lengths, and a capture costs as much as an eager step.
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_NEW = WIDTHS[-1]
-# Runs of a step before its capture: they compile kernels, and their results count as any other step's.
-REHEARSALS = 1
 # Arguments of a model's ``forward`` that a step understands, besides the cache. Others must be None or False.
 UNDERSTOOD = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict")
 # Reason given for steps that are no decode steps.
@@ -45,6 +50,7 @@ class Request:
         tokens: token ids [B, n].
         positions: positions [B, n] or [1, n], or None.
         mask: attention mask [B, T + n] if it hides a cached row, else None.
+        prompt: what is known of the mask; None if there is none.
         keep: ``logits_to_keep``; 0 for all.
     """
 
@@ -52,6 +58,7 @@ class Request:
     tokens: Tensor
     positions: Tensor | None
     mask: Tensor | None
+    prompt: Prompt | None
     keep: int
 
     @property
@@ -72,6 +79,7 @@ class DecodeGraphs:
         replays: number of steps that were replayed.
         captures: number of steps that were captured.
         reason: why the last decode step that was not replayed ran eagerly; None if none did.
+        masks: attention masks that were read.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -80,16 +88,29 @@ class DecodeGraphs:
         self.reason: str | None = None
         self._recorder = recorder or CudaRecorder()
         self._snapshot: Snapshot | None = None
+        self.masks = KnownMasks()
         self._steps: WeakKeyDictionary[DynamicCache, dict[Any, Step]] = WeakKeyDictionary()
+        # The step that follows the last one of a cache, if that was replayed.
+        self._next: WeakKeyDictionary[DynamicCache, NextStep] = WeakKeyDictionary()
+        # Steps that ran before they were captured, which compiles kernels and allocates workspaces.
+        self._rehearsed: set[tuple[Any, ...]] = set()
         # Why a capture failed. Another one is tried once the model has changed.
         self._failure: str | None = None
         self._lock = threading.RLock()
 
     def forward(self, forward: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``forward(model, *args, **kwargs)``, from a graph if it is a decode step that can be captured."""
+        named = kwargs
+        if args:
+            named = inspect.signature(forward).bind(model, *args, **kwargs).arguments
+            named = {name: value for name, value in named.items() if value is not model}
+            named |= named.pop("kwargs", {})
         with self._lock:
-            request = self._read(forward, model, args, kwargs)
-            output = None if isinstance(request, str) else self._advance(forward, model, request)
+            request: Request | str | None = self._continued(model, named)
+            following = request is not None
+            if request is None:
+                request = self._read(model, named)
+            output = None if isinstance(request, str) else self._advance(forward, model, request, following=following)
             if output is not None:
                 return output
             if isinstance(request, str) and request != PREFILL:
@@ -100,12 +121,23 @@ class DecodeGraphs:
         """Copy and pickle as graphs that are yet to be captured."""
         return DecodeGraphs, ()
 
-    def _read(self, forward: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | str:
+    def _continued(self, model: Any, kwargs: dict[str, Any]) -> Request | None:
+        """Return the decode step that the arguments describe if it follows a replayed one, else None."""
+        tokens: Any = kwargs.get("input_ids")
+        cache: Any = kwargs.get(CACHE_ARGUMENT)
+        following = self._next.pop(cache, None) if type(cache) is DynamicCache else None
+        if following is None or refused_arguments(kwargs) or not following.fits(cache, tokens):
+            return None
+        assert self._snapshot is not None
+        if self._recorder.refuses(tokens.device) or refused_mode(model) or not self._snapshot.in_place():
+            return None
+        request = self._request(cache, kwargs)
+        if isinstance(request, str) or self._steps[cache].get(request.key) is not following.step:
+            return None
+        return request
+
+    def _read(self, model: Any, kwargs: dict[str, Any]) -> Request | str:
         """Return the decode step that the arguments describe, or why it has to run eagerly."""
-        if args:
-            kwargs = inspect.signature(forward).bind(model, *args, **kwargs).arguments
-            kwargs = {name: value for name, value in kwargs.items() if value is not model}
-            kwargs |= kwargs.pop("kwargs", {})
         tokens, cache = kwargs.get("input_ids"), kwargs.get(CACHE_ARGUMENT)
         if tokens is None or cache is None or tokens.ndim != 2 or not 0 < tokens.shape[1] <= MOST_NEW:
             return PREFILL
@@ -117,6 +149,7 @@ class DecodeGraphs:
             self._recorder.refuses(tokens.device)
             or refused_arguments(kwargs)
             or refused_mode(model)
+            or refused_config(model)
             or self._refused_model(model)
             or self._refused_cache(cache, tokens)
             or self._request(cache, kwargs)
@@ -125,7 +158,7 @@ class DecodeGraphs:
     def _refused_model(self, model: Any) -> str | None:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
         if self._snapshot is None or not self._snapshot.holds(model):
-            self._steps.clear()
+            self._forget()
             self._snapshot, self._failure = Snapshot(model), None
         return self._snapshot.refusal or self._failure
 
@@ -133,16 +166,20 @@ class DecodeGraphs:
         """Return why a step on ``cache`` cannot be captured, or None."""
         assert self._snapshot is not None
         batch, new = tokens.shape
-        if any(type(layer) is not LatentLayer for layer in cache.layers):
+        if new > max(1, self._snapshot.most_new):
+            return "the expanded form costs less"
+        if any(type(layer) not in (LatentLayer, DynamicLayer) for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
-        layers = latent_layers(cache)
-        if not all(layer.has_room(width_for(new)) for layer in layers):
-            # The step will make other buffers. The graphs would keep the memory of the present ones.
+        width = width_for(new)
+        if not all(type(layer) is LatentLayer and layer.has_room(width) for layer in cache.layers):
+            # Graphs would keep the memory of the present buffers.
             self._steps.pop(cache, None)
-            return "a buffer of the cache is full, or its rows were replaced"
+            if not make_room(cache, width, tokens.device):
+                return "the rows of the cache cannot be extended in place"
+        layers = latent_layers(cache)
         if len({layer.own_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
             return "the layers hold different numbers of rows"
-        return "the expanded form costs less" if new > max(1, self._snapshot.most_new) else None
+        return None
 
     def _request(self, cache: DynamicCache, kwargs: dict[str, Any]) -> Request | str:
         """Return the step with the tensors in ``kwargs``, or why they have to run eagerly."""
@@ -154,10 +191,15 @@ class DecodeGraphs:
             return f"an attention mask of shape {list(mask.shape)}"
         if keep is not None and type(keep) is not int:
             return "logits_to_keep is a tensor"
-        return Request(cache, tokens, positions, None if mask is None or bool(mask.all()) else mask, keep or 0)
+        prompt = None if mask is None else self.masks.read(mask)
+        hides = prompt is not None and prompt.hides
+        return Request(cache, tokens, positions, mask if hides else None, prompt, keep or 0)
 
-    def _advance(self, forward: Callable[..., Any], model: Any, request: Request) -> Any:
-        """Run the step of ``request`` on fixed memory and return its output; None if this is impossible."""
+    def _advance(self, forward: Callable[..., Any], model: Any, request: Request, *, following: bool) -> Any:
+        """Run the step of ``request`` on fixed memory and return its output; None if this is impossible.
+
+        ``following``: whether the step follows a replayed one, so that the model is yet to be compared.
+        """
         assert self._snapshot is not None
         assert self._snapshot.device is not None
         layers, new = request.layers, request.tokens.shape[1]
@@ -170,31 +212,45 @@ class DecodeGraphs:
                 if step is None:
                     step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
                     steps[request.key] = step
-                step.inputs.fill(request.tokens, request.positions, request.mask, layers[0].own_length())
-                self._run(step, forward, model)
+                step.inputs.fill(request.tokens, request.positions, layers[0].own_length())
+                if request.mask is not None and request.prompt is not None:
+                    step.inputs.show(request.mask, request.prompt)
+                self._run(step, request.key, forward, model)
+                if following and (refused_config(model) or not self._snapshot.holds(model)):
+                    self.reason = "the model has changed since the last step"
+                    return None
                 output = step.result(request.cache, new, request.keep)
         except Exception as error:
             # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
             self._failure = self.reason = f"the step cannot be captured: {error}"
-            self._steps.clear()
+            self._forget()
             return None
         for layer in layers:
             layer.advance(new)
+        if step.replay is not None:
+            self._next[request.cache] = NextStep(step, layers, new)
         return output
 
-    def _run(self, step: Step, forward: Callable[..., Any], model: Any) -> None:
+    def _run(self, step: Step, key: tuple[Any, ...], forward: Callable[..., Any], model: Any) -> None:
         """Run ``step`` once: rehearse, capture or replay it."""
         assert self._snapshot is not None
         if step.replay is None:
+            kind = *key, step.capacity
             with self._snapshot.norms.used():
-                if step.runs < REHEARSALS:
+                if kind not in self._rehearsed:
                     self._recorder.rehearse(lambda: step.run(forward, model))
-                    step.runs += 1
+                    self._rehearsed.add(kind)
                     return
                 step.replay = self._recorder.record(lambda: step.run(forward, model))
             self.captures += 1
         step.replay()
         self.replays += 1
+
+    def _forget(self) -> None:
+        """Drop all graphs: the model has changed or a capture failed."""
+        self._steps.clear()
+        self._next.clear()
+        self._rehearsed.clear()
 
 
 def width_for(new: int) -> int:
