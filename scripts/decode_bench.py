@@ -116,7 +116,7 @@ AttentionInterface.register("whole_cache", whole_cache)
 AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 
-def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
+def build(name: str, role: str, shape: str, backend: str, device: str, layers: int | None = None) -> Any:
     """Return a model with random weights in bfloat16, set up for its role.
 
     Args:
@@ -125,8 +125,10 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         shape: ``kv_lora_rank+qk_rope_head_dim`` of the converted model.
         backend: decode kernel of ``MLA_ROLES``.
         device: where to create the model.
+        layers: number of layers; None for all.
     """
     family, settings = MODELS[name]
+    settings = settings if layers is None else settings | {"num_hidden_layers": layers}
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     source = AutoConfig.for_model(family, **settings, pad_token_id=0, rope_parameters=rope)
     if role in ("source", "dynamic"):
