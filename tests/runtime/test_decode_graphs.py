@@ -52,7 +52,8 @@ WAYS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "logits": ({"output_logits": True, "return_dict_in_generate": True}, 2, 0, TOKENS - 2),
     "prompt lookup": ({"prompt_lookup_num_tokens": 4}, 1, 0, 3),
     "beams": ({"num_beams": 3}, 2, 5, TOKENS - 2),
-    "static cache": ({"cache_implementation": "static", "disable_compile": True}, 2, 5, 0),
+    "static cache": ({"cache_implementation": "static", "disable_compile": True}, 2, 5, TOKENS - 2),
+    "static cache with beams": ({"cache_implementation": "static", "disable_compile": True, "num_beams": 3}, 2, 5, 0),
     "no cache": ({"use_cache": False}, 2, 5, 0),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, 2, 5, 0),
 }

@@ -16,11 +16,12 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
@@ -29,6 +30,7 @@ from transmla.runtime.graphable import Snapshot, refused_config, refused_mode
 from transmla.runtime.known_masks import KnownMasks, Prompt
 from transmla.runtime.latent_cache import LatentLayer, make_room
 from transmla.runtime.next_step import NextStep
+from transmla.runtime.static_steps import StaticRequest, StaticSteps, Way, static_request
 from transmla.runtime.step_cache import Step
 
 # Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
@@ -88,6 +90,7 @@ class DecodeGraphs:
         self.reason: str | None = None
         self._recorder = recorder or CudaRecorder()
         self._snapshot: Snapshot | None = None
+        self._static = StaticSteps(self._recorder)
         self.masks = KnownMasks()
         self._steps: WeakKeyDictionary[DynamicCache, dict[Any, Step]] = WeakKeyDictionary()
         # The step that follows the last one of a cache, if that was replayed.
@@ -106,7 +109,7 @@ class DecodeGraphs:
             named = {name: value for name, value in named.items() if value is not model}
             named |= named.pop("kwargs", {})
         with self._lock:
-            request: Request | str | None = self._continued(model, named)
+            request: Request | StaticRequest | str | None = self._continued(model, named)
             following = request is not None
             if request is None:
                 request = self._read(model, named)
@@ -136,24 +139,27 @@ class DecodeGraphs:
             return None
         return request
 
-    def _read(self, model: Any, kwargs: dict[str, Any]) -> Request | str:
+    def _read(self, model: Any, kwargs: dict[str, Any]) -> Request | StaticRequest | str:
         """Return the decode step that the arguments describe, or why it has to run eagerly."""
         tokens, cache = kwargs.get("input_ids"), kwargs.get(CACHE_ARGUMENT)
         if tokens is None or cache is None or tokens.ndim != 2 or not 0 < tokens.shape[1] <= MOST_NEW:
             return PREFILL
-        if type(cache) is not DynamicCache:
+        if type(cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(cache).__name__}"
-        if not cache.layers or not cache.get_seq_length():
+        if cache.offloading:
+            return "the cache is offloaded"
+        if type(cache) is DynamicCache and not (cache.layers and cache.get_seq_length()):
             return PREFILL
-        return (
+        refused = (
             self._recorder.refuses(tokens.device)
             or refused_arguments(kwargs)
             or refused_mode(model)
             or refused_config(model)
             or self._refused_model(model)
-            or self._refused_cache(cache, tokens)
-            or self._request(cache, kwargs)
         )
+        if refused or isinstance(cache, StaticCache):
+            return refused or static_request(cache, kwargs)
+        return self._refused_cache(cache, tokens) or self._request(cache, kwargs)
 
     def _refused_model(self, model: Any) -> str | None:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
@@ -195,40 +201,57 @@ class DecodeGraphs:
         hides = prompt is not None and prompt.hides
         return Request(cache, tokens, positions, mask if hides else None, prompt, keep or 0)
 
-    def _advance(self, forward: Callable[..., Any], model: Any, request: Request, *, following: bool) -> Any:
+    def _advance(
+        self, forward: Callable[..., Any], model: Any, request: Request | StaticRequest, *, following: bool
+    ) -> Any:
         """Run the step of ``request`` on fixed memory and return its output; None if this is impossible.
 
         ``following``: whether the step follows a replayed one, so that the model is yet to be compared.
         """
         assert self._snapshot is not None
         assert self._snapshot.device is not None
-        layers, new = request.layers, request.tokens.shape[1]
-        steps = self._steps.setdefault(request.cache, {})
-        if any(step.rows[i] is not layer.rows for step in steps.values() for i, layer in enumerate(layers)):
-            steps.clear()
         try:
             with self._recorder.turn(self._snapshot.device):
-                step = steps.get(request.key)
-                if step is None:
-                    step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
-                    steps[request.key] = step
-                step.inputs.fill(request.tokens, request.positions, layers[0].own_length())
-                if request.mask is not None and request.prompt is not None:
-                    step.inputs.show(request.mask, request.prompt)
-                self._run(step, request.key, forward, model)
-                if following and (refused_config(model) or not self._snapshot.holds(model)):
-                    self.reason = "the model has changed since the last step"
-                    return None
-                output = step.result(request.cache, new, request.keep)
+                if isinstance(request, StaticRequest):
+                    return self._static_step(forward, model, request)
+                return self._step(forward, model, request, following=following)
         except Exception as error:
             # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
             self._failure = self.reason = f"the step cannot be captured: {error}"
             self._forget()
             return None
+
+    def _step(self, forward: Callable[..., Any], model: Any, request: Request, *, following: bool) -> Any:
+        """Run a step over a dynamic cache and return its output; None if the model has changed."""
+        assert self._snapshot is not None
+        layers, new = request.layers, request.tokens.shape[1]
+        steps = self._steps.setdefault(request.cache, {})
+        if any(step.rows[i] is not layer.rows for step in steps.values() for i, layer in enumerate(layers)):
+            steps.clear()
+        step = steps.get(request.key)
+        if step is None:
+            step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
+            steps[request.key] = step
+        step.inputs.fill(request.tokens, request.positions, layers[0].own_length())
+        if request.mask is not None and request.prompt is not None:
+            step.inputs.show(request.mask, request.prompt)
+        self._run(step, request.key, forward, model)
+        if following and (refused_config(model) or not self._snapshot.holds(model)):
+            self.reason = "the model has changed since the last step"
+            return None
+        output = step.result(request.cache, new, request.keep)
         for layer in layers:
             layer.advance(new)
         if step.replay is not None:
             self._next[request.cache] = NextStep(step, layers, new)
+        return output
+
+    def _static_step(self, forward: Callable[..., Any], model: Any, request: StaticRequest) -> Any:
+        """Run a step over a static cache and return its output."""
+        assert self._snapshot is not None
+        output, way = self._static.take(request, partial(forward, model), self._snapshot.norms)
+        self.captures += way is Way.CAPTURED
+        self.replays += way is not Way.REHEARSED
         return output
 
     def _run(self, step: Step, key: tuple[Any, ...], forward: Callable[..., Any], model: Any) -> None:
@@ -249,6 +272,7 @@ class DecodeGraphs:
     def _forget(self) -> None:
         """Drop all graphs: the model has changed or a capture failed."""
         self._steps.clear()
+        self._static.clear()
         self._next.clear()
         self._rehearsed.clear()
 
