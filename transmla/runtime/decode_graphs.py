@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,53 +24,24 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.decode_request import (
+    MOST_NEW,
+    Request,
+    latent_layers,
+    read_request,
+    refused_arguments,
+    width_for,
+)
 from transmla.runtime.graph_recorder import CudaRecorder, Recorder
 from transmla.runtime.graphable import Snapshot, refused_config, refused_mode
-from transmla.runtime.known_masks import KnownMasks, Prompt
+from transmla.runtime.known_masks import KnownMasks
 from transmla.runtime.latent_cache import LatentLayer, make_room
 from transmla.runtime.next_step import NextStep
 from transmla.runtime.static_steps import StaticRequest, StaticSteps, Way, static_request
 from transmla.runtime.step_cache import Step
 
-# Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
-# lengths, and a capture costs as much as an eager step.
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-MOST_NEW = WIDTHS[-1]
-# Arguments of a model's ``forward`` that a step understands, besides the cache. Others must be None or False.
-UNDERSTOOD = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict")
 # Reason given for steps that are no decode steps.
 PREFILL = "the step is a prefill"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One decode step.
-
-    Attributes:
-        cache: the cache to extend.
-        tokens: token ids [B, n].
-        positions: positions [B, n] or [1, n], or None.
-        mask: attention mask [B, T + n] if it hides a cached row, else None.
-        prompt: what is known of the mask; None if there is none.
-        keep: ``logits_to_keep``; 0 for all.
-    """
-
-    cache: DynamicCache
-    tokens: Tensor
-    positions: Tensor | None
-    mask: Tensor | None
-    prompt: Prompt | None
-    keep: int
-
-    @property
-    def layers(self) -> list[LatentLayer]:
-        """Layers of the cache."""
-        return latent_layers(self.cache)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a captured step is specific to, besides the buffers of the cache."""
-        return len(self.tokens), width_for(self.tokens.shape[1]), self.mask is not None
 
 
 class DecodeGraphs:
@@ -134,7 +104,7 @@ class DecodeGraphs:
         assert self._snapshot is not None
         if self._recorder.refuses(tokens.device) or refused_mode(model) or not self._snapshot.in_place():
             return None
-        request = self._request(cache, kwargs)
+        request = read_request(cache, kwargs, self.masks)
         if isinstance(request, str) or self._steps[cache].get(request.key) is not following.step:
             return None
         return request
@@ -159,7 +129,7 @@ class DecodeGraphs:
         )
         if refused or isinstance(cache, StaticCache):
             return refused or static_request(cache, kwargs)
-        return self._refused_cache(cache, tokens) or self._request(cache, kwargs)
+        return self._refused_cache(cache, tokens) or read_request(cache, kwargs, self.masks)
 
     def _refused_model(self, model: Any) -> str | None:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
@@ -186,20 +156,6 @@ class DecodeGraphs:
         if len({layer.own_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
             return "the layers hold different numbers of rows"
         return None
-
-    def _request(self, cache: DynamicCache, kwargs: dict[str, Any]) -> Request | str:
-        """Return the step with the tensors in ``kwargs``, or why they have to run eagerly."""
-        tokens, positions, mask = kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask")
-        keep, (batch, new) = kwargs.get("logits_to_keep"), tokens.shape
-        if positions is not None and (positions.ndim != 2 or positions.shape[1] != new):
-            return f"position_ids of shape {list(positions.shape)}"
-        if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, cache.get_seq_length() + new)):
-            return f"an attention mask of shape {list(mask.shape)}"
-        if keep is not None and type(keep) is not int:
-            return "logits_to_keep is a tensor"
-        prompt = None if mask is None else self.masks.read(mask)
-        hides = prompt is not None and prompt.hides
-        return Request(cache, tokens, positions, mask if hides else None, prompt, keep or 0)
 
     def _advance(
         self, forward: Callable[..., Any], model: Any, request: Request | StaticRequest, *, following: bool
@@ -249,7 +205,7 @@ class DecodeGraphs:
     def _static_step(self, forward: Callable[..., Any], model: Any, request: StaticRequest) -> Any:
         """Run a step over a static cache and return its output."""
         assert self._snapshot is not None
-        output, way = self._static.take(request, partial(forward, model), self._snapshot.norms)
+        output, way = self._static.take(request, partial(forward, model), self._snapshot)
         self.captures += way is Way.CAPTURED
         self.replays += way is not Way.REHEARSED
         return output
@@ -259,7 +215,7 @@ class DecodeGraphs:
         assert self._snapshot is not None
         if step.replay is None:
             kind = *key, step.capacity
-            with self._snapshot.norms.used():
+            with self._snapshot.fewer_kernels():
                 if kind not in self._rehearsed:
                     self._recorder.rehearse(lambda: step.run(forward, model))
                     self._rehearsed.add(kind)
@@ -275,25 +231,3 @@ class DecodeGraphs:
         self._static.clear()
         self._next.clear()
         self._rehearsed.clear()
-
-
-def width_for(new: int) -> int:
-    """Return the number of tokens of the graph that takes ``new`` tokens."""
-    return next(width for width in WIDTHS if width >= new)
-
-
-def latent_layers(cache: DynamicCache) -> list[LatentLayer]:
-    """Return the layers of ``cache``, all of which are latent ones."""
-    layers: list[Any] = cache.layers
-    return layers
-
-
-def refused_arguments(kwargs: dict[str, Any]) -> str | None:
-    """Return which argument of a model's ``forward`` rules out a graph, or None."""
-    for name, value in kwargs.items():
-        if name not in UNDERSTOOD and name != CACHE_ARGUMENT and value is not None and value is not False:
-            return f"the argument {name}"
-    for name in ("use_cache", "return_dict"):
-        if kwargs.get(name) is False:
-            return f"{name} is False"
-    return None

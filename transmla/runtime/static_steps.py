@@ -18,8 +18,8 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
-from transmla.runtime.fused_norms import FusedNorms
 from transmla.runtime.graph_recorder import Recorder
+from transmla.runtime.graphable import Snapshot
 
 
 class Way(Enum):
@@ -119,7 +119,7 @@ class StaticSteps:
         """Drop all graphs."""
         self._steps.clear()
 
-    def take(self, request: StaticRequest, forward: Callable[..., Any], norms: FusedNorms) -> tuple[Any, Way]:
+    def take(self, request: StaticRequest, forward: Callable[..., Any], snapshot: Snapshot) -> tuple[Any, Way]:
         """Run the step of ``request``.
 
         The first run on any memory is a rehearsal. Beams get new memory at every step, and are never captured.
@@ -127,7 +127,7 @@ class StaticSteps:
         Args:
             request: the step.
             forward: ``forward`` of the model.
-            norms: norms that a captured step computes by one kernel each.
+            snapshot: what is known of the model.
 
         Returns:
             The output, and how the step ran.
@@ -138,14 +138,14 @@ class StaticSteps:
         step = steps.get(request.key)
         if step is None:
             step = StaticStep(request)
-            with norms.used():
+            with snapshot.fewer_kernels():
                 self._rehearse(step, request, forward)
             steps[request.key] = step
             return step.result(request), Way.REHEARSED
         step.fill(request)
         way = Way.REPLAYED
         if step.replay is None:
-            with norms.used():
+            with snapshot.fewer_kernels():
                 step.replay = self._recorder.record(partial(step.run, forward, request.cache))
             way = Way.CAPTURED
         step.replay()
