@@ -34,16 +34,19 @@ def test_a_cache_that_is_used_again_keeps_its_graph(family: str, tmp_path: Path)
     assert graphs.captures == 1
 
 
-def steps(model: Any, widths: list[int]) -> tuple[Tensor, Any]:
-    """Return the logits of a prompt and of steps with ``widths`` tokens over a static cache, and the cache."""
+def steps(model: Any, widths: list[int], inference: Callable[[int], bool] = lambda at: False) -> tuple[Tensor, Any]:
+    """Return the logits of a prompt and of steps with ``widths`` tokens over a static cache, and the cache.
+
+    ``inference`` says of a number of cached tokens whether the step behind them runs in inference mode.
+    """
     cache: Any = StaticCache(config=model.config, max_cache_len=ROOM)
     tokens, at, parts = longer(model, LONG + sum(widths)), 0, []
-    with torch.no_grad():
-        for width in (LONG, *widths):
+    for width in (LONG, *widths):
+        with torch.inference_mode() if at and inference(at) else torch.no_grad():
             piece = torch.arange(at, at + width)
             mask = (torch.arange(ROOM) <= piece[:, None])[None, None].expand(2, 1, -1, -1)
             given = {"attention_mask": mask, "position_ids": piece[None]}
-            parts.append(model(tokens[:, piece], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits)
+            parts.append(model(tokens[:, piece], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits.clone())
             at += width
     return torch.cat(parts, 1), cache
 
@@ -59,6 +62,15 @@ def test_several_new_tokens(family: str, tmp_path: Path) -> None:
     for ours, theirs in zip(cache.layers, before.layers, strict=True):
         assert int(ours.cumulative_length) == int(theirs.cumulative_length) == LONG + sum(widths)
         assert relative(ours.keys, theirs.keys) < 1e-5
+
+
+def test_inference_mode_may_be_entered_and_left(tmp_path: Path) -> None:
+    model = plain_model("llama", tmp_path)
+    expected, _ = steps(model, [1] * 9)
+    graphs = with_graphs(model)
+    logits, _ = steps(model, [1] * 9, inference=lambda at: at % 2 == 0)
+    assert relative(logits, expected) < 1e-5
+    assert (graphs.captures, graphs.replays, graphs.reason) == (2, 7, None)
 
 
 def test_a_changed_model_is_noticed(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Decode steps over static caches, captured as they are: a static cache counts its rows on the device.
 
 ``generate(cache_implementation="static")`` compiles its steps on a GPU, and compiled steps are not captured here. With
-``disable_compile=True``, and in loops that call the model, they would wait for the host.
+``disable_compile=True``, and in loops that call the model, the GPU would wait for the host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
@@ -21,15 +22,14 @@ from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.graph_recorder import Recorder
 from transmla.runtime.graphable import Snapshot
 
+# Key of the only mask of a model whose layers share one.
+ONLY = ""
+
 
 class Way(Enum):
     """How a step ran."""
 
     REHEARSED, CAPTURED, REPLAYED = range(3)
-
-
-# Key of the only mask of a model whose layers share one.
-ONLY = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class StaticRequest:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a captured step is specific to, besides the memory of the cache."""
-        return tuple((name, t.shape, t.dtype) for name, t in self.inputs.items())
+        shapes = ((name, t.shape, t.dtype) for name, t in self.inputs.items())
+        # Inputs that a step made in inference mode cannot be written outside of it.
+        return torch.is_inference_mode_enabled(), *shapes
 
     @property
     def memory(self) -> list[Tensor]:
