@@ -15,6 +15,7 @@ Roles:
     dynamic  the model before conversion as plain generate() runs it: not compiled, growing cache
 
 "Compiled" models are compiled into CUDA graphs. Random weights decode as fast as trained weights.
+``generate_time.py`` explains the fields of ``--generate``.
 
 The processes of torchrun share their caches (context_parallel) in the roles growing and eager. Each holds the whole
 model. Time, cache and memory are those of the first process.
@@ -24,21 +25,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from generate_time import generate_times
 from provenance import RESULTS, peak_bytes, reset_peak, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-from transmla.evaluate.bench import fill_cache, measure, prefill_seconds
+from transmla.evaluate.bench import measure, prefill_seconds
 from transmla.formats.base import format_named
 from transmla.modeling.registration import register
-from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.plan.make_plan import make_plan
 from transmla.ranks import launched, leave
 from transmla.recipe import parse_recipe
@@ -122,7 +122,7 @@ AttentionInterface.register("whole_cache", whole_cache)
 AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 
-def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
+def build(name: str, role: str, shape: str, backend: str, device: str, layers: int | None = None) -> Any:
     """Return a model with random weights in bfloat16, set up for its role.
 
     Args:
@@ -131,8 +131,10 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
         shape: ``kv_lora_rank+qk_rope_head_dim`` of the converted model.
         backend: decode kernel of ``MLA_ROLES``.
         device: where to create the model.
+        layers: number of layers; None for all.
     """
     family, settings = MODELS[name]
+    settings = settings if layers is None else settings | {"num_hidden_layers": layers}
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     source = AutoConfig.for_model(family, **settings, pad_token_id=0, rope_parameters=rope)
     if role in ("source", "dynamic"):
@@ -159,20 +161,6 @@ def build(name: str, role: str, shape: str, backend: str, device: str) -> Any:
     return model
 
 
-def generate_rate(model: Any, batch: int, context: int, tokens: int) -> float:
-    """Return the tokens per second of a whole ``generate()`` that continues a filled cache by ``tokens`` tokens."""
-    cache: Any = DynamicCache(config=model.config)
-    with torch.no_grad():
-        fill_cache(model, cache, batch, context)
-    # Processes that share a cache write the same text.
-    torch.manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
-    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    began = time.perf_counter()
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **{CACHE_ARGUMENT: cache}).cpu()
-    return batch * tokens / (time.perf_counter() - began)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS, help="config of the model before conversion")
@@ -182,7 +170,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="*", type=int, default=[16384], help="tokens, one number per point")
     parser.add_argument("--backend", default="hopper", help="decode kernel of ours, growing and eager")
     parser.add_argument("--new-tokens", nargs="*", type=int, default=[1], help="tokens of a step, per sequence")
-    parser.add_argument("--generate", type=int, help="also time generate() with so many tokens, in plain roles")
+    parser.add_argument("--generate", type=int, help="also time generate() of this many tokens, in plain roles")
     parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--result", type=Path, default=RESULTS / "decode_bench/llama.json", help="JSON file to write")
@@ -219,7 +207,7 @@ def main() -> None:
                 }
             )
             if arguments.generate and not static:
-                rows[-1]["generate() tokens/s"] = round(generate_rate(model, batch, context, arguments.generate), 1)
+                rows[-1] |= generate_times(model, batch, context, arguments.generate)
             if ranks.first:
                 print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
                 write_result(arguments.result, rows, arguments.commit)

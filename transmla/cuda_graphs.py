@@ -75,5 +75,5 @@ def in_turn(*functions: Callable[[], None]) -> None:
 
 @cache
 def stream_for(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """Return the stream for a ``purpose``. It is always the same, because libraries keep a workspace for each stream."""
+    """Return the stream for a ``purpose``: always the same, because libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)

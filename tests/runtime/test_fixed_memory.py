@@ -94,7 +94,7 @@ def test_results_are_copies(tmp_path: Path) -> None:
     with torch.no_grad():
         model(longer(model, LONG), use_cache=True, **{CACHE_ARGUMENT: cache})
         step = Step(cache.layers, 2, 1, masked=False)
-        step.inputs.fill(longer(model, 1), None, None, LONG)
+        step.inputs.fill(longer(model, 1), None, LONG)
         step.run(type(model).__mro__[0].forward, model)
     result = step.result(cache, 1, 0)
     assert result.logits.data_ptr() != step.output.logits.data_ptr()

@@ -116,8 +116,8 @@ if gluon is not None:
     ):  # fmt: skip
         """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT].
 
-        With ``SPILL``, for 512 columns and tiles of 64 tokens, the last 16 columns of the queries stay in shared memory:
-        registers hold 496 columns beside the scores.
+        With ``SPILL``, for 512 columns and tiles of 64 tokens, the last 16 columns of the queries stay in shared
+        memory: registers hold 496 columns beside the scores.
         """
         scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
         query_l: gl.constexpr = gl.DotOperandLayout(0, scores_l, 2)
@@ -345,9 +345,9 @@ if gluon is not None:
             [
                 (_weigh, (
                     q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s,
-                    shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
-                    table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW, RANK, WIDTH,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, SPILL, PAGE, MASKED, RAGGED, LOG,
+                    shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity,
+                    pe_capacity, table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW,
+                    RANK, WIDTH, RANK_BLOCK, TOKENS, STAGES, LATE, SPILL, PAGE, MASKED, RAGGED, LOG,
                 )),
                 (_add_up, (
                     kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,

@@ -9,7 +9,12 @@
 - ``packed_rows``: the layout of cached rows whose latents are float8.
 - ``graphed_model``: model classes whose decode steps come from CUDA graphs.
 - ``decode_graphs``: which steps are captured, and when they are captured anew.
+- ``next_step``: what is checked before a step that follows a replayed one.
+- ``known_masks``: attention masks that need not be read from the GPU.
+- ``decode_request``: a step as the arguments of a model describe it.
 - ``graphable``: which models can be captured, and whether a model has changed.
+- ``fused_norms``, ``shared_frequencies``: fewer kernels in captured steps.
+- ``static_steps``: steps over static caches.
 - ``graph_recorder``: capture and replay.
 - ``step_cache``: cache and inputs of a step on fixed memory.
 - ``context_parallel``, ``split_cache``: several processes that share each cache, token by token.

@@ -2,8 +2,12 @@
 
 An uncompiled step launches one to three thousand kernels one by one. ``DecodeGraphs`` captures the step of one model on
 one GPU, and replays it: one graph for each cache, number of new tokens and kind of mask. The buffers of a
-``LatentLayer`` keep their addresses until they are full; then the step is captured anew. Every other step runs as it
-did before.
+``LatentLayer`` keep their addresses until they are full; then they grow, and the step is captured anew. Every other
+step runs as it did before.
+
+The GPU is idle from the moment when a token is known until the next replay. A step that follows a replayed one is
+therefore checked briefly before the replay (``NextStep``), and wholly while the GPU works. A replay changes nothing
+that counts: if the model turns out to have changed, the step runs again eagerly, on the same rows.
 """
 
 from __future__ import annotations
@@ -11,60 +15,35 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.decode_request import (
+    MOST_NEW,
+    Request,
+    latent_layers,
+    read_request,
+    refused_arguments,
+    width_for,
+)
 from transmla.runtime.graph_recorder import CudaRecorder, Recorder
-from transmla.runtime.graphable import Snapshot, refused_mode
-from transmla.runtime.latent_cache import LatentLayer
+from transmla.runtime.graphable import Snapshot, refused_config, refused_mode
+from transmla.runtime.known_masks import KnownMasks
+from transmla.runtime.latent_cache import LatentLayer, make_room
+from transmla.runtime.next_step import NextStep
 from transmla.runtime.split_cache import SplitLayer
+from transmla.runtime.static_steps import StaticRequest, StaticSteps, Way, static_request
 from transmla.runtime.step_cache import Step
 
-# Numbers of new tokens of captured steps. A step with another number takes the next larger graph: drafts have many
-# lengths, and a capture costs as much as an eager step.
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-MOST_NEW = WIDTHS[-1]
-# Runs of a step before its capture: they compile kernels, and their results count as any other step's.
-REHEARSALS = 1
-# Arguments of a model's ``forward`` that a step understands, besides the cache. Others must be None or False.
-UNDERSTOOD = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict")
 # Reason given for steps that are no decode steps.
 PREFILL = "the step is a prefill"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One decode step.
-
-    Attributes:
-        cache: the cache to extend.
-        tokens: token ids [B, n].
-        positions: positions [B, n] or [1, n], or None.
-        mask: attention mask [B, T + n] if it hides a cached row, else None.
-        keep: ``logits_to_keep``; 0 for all.
-    """
-
-    cache: DynamicCache
-    tokens: Tensor
-    positions: Tensor | None
-    mask: Tensor | None
-    keep: int
-
-    @property
-    def layers(self) -> list[LatentLayer]:
-        """Layers of the cache."""
-        return latent_layers(self.cache)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a captured step is specific to, besides the buffers of the cache."""
-        return len(self.tokens), width_for(self.tokens.shape[1]), self.mask is not None
 
 
 class DecodeGraphs:
@@ -74,6 +53,7 @@ class DecodeGraphs:
         replays: number of steps that were replayed.
         captures: number of steps that were captured.
         reason: why the last decode step that was not replayed ran eagerly; None if none did.
+        masks: attention masks that were read.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -82,16 +62,30 @@ class DecodeGraphs:
         self.reason: str | None = None
         self._recorder = recorder or CudaRecorder()
         self._snapshot: Snapshot | None = None
+        self._static = StaticSteps(self._recorder)
+        self.masks = KnownMasks()
         self._steps: WeakKeyDictionary[DynamicCache, dict[Any, Step]] = WeakKeyDictionary()
+        # The step that follows the last one of a cache, if that was replayed.
+        self._next: WeakKeyDictionary[DynamicCache, NextStep] = WeakKeyDictionary()
+        # Steps that ran before they were captured, which compiles kernels and allocates workspaces.
+        self._rehearsed: set[tuple[Any, ...]] = set()
         # Why a capture failed. Another one is tried once the model has changed.
         self._failure: str | None = None
         self._lock = threading.RLock()
 
     def forward(self, forward: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``forward(model, *args, **kwargs)``, from a graph if it is a decode step that can be captured."""
+        named = kwargs
+        if args:
+            named = inspect.signature(forward).bind(model, *args, **kwargs).arguments
+            named = {name: value for name, value in named.items() if value is not model}
+            named |= named.pop("kwargs", {})
         with self._lock:
-            request = self._read(forward, model, args, kwargs)
-            output = None if isinstance(request, str) else self._advance(forward, model, request)
+            request: Request | StaticRequest | str | None = self._continued(model, named)
+            following = request is not None
+            if request is None:
+                request = self._read(model, named)
+            output = None if isinstance(request, str) else self._advance(forward, model, request, following=following)
             if output is not None:
                 return output
             if isinstance(request, str) and request != PREFILL:
@@ -102,32 +96,50 @@ class DecodeGraphs:
         """Copy and pickle as graphs that are yet to be captured."""
         return DecodeGraphs, ()
 
-    def _read(self, forward: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | str:
+    def _continued(self, model: Any, kwargs: dict[str, Any]) -> Request | None:
+        """Return the decode step that the arguments describe if it follows a replayed one, else None."""
+        tokens: Any = kwargs.get("input_ids")
+        cache: Any = kwargs.get(CACHE_ARGUMENT)
+        following = self._next.pop(cache, None) if type(cache) is DynamicCache else None
+        if following is None or refused_arguments(kwargs) or not following.fits(cache, tokens):
+            return None
+        assert self._snapshot is not None
+        if self._recorder.refuses(tokens.device) or refused_mode(model) or not self._snapshot.in_place():
+            return None
+        request = read_request(cache, kwargs, self.masks)
+        if isinstance(request, str) or self._steps[cache].get(request.key) is not following.step:
+            return None
+        return request
+
+    def _read(self, model: Any, kwargs: dict[str, Any]) -> Request | StaticRequest | str:
         """Return the decode step that the arguments describe, or why it has to run eagerly."""
-        if args:
-            kwargs = inspect.signature(forward).bind(model, *args, **kwargs).arguments
-            kwargs = {name: value for name, value in kwargs.items() if value is not model}
-            kwargs |= kwargs.pop("kwargs", {})
         tokens, cache = kwargs.get("input_ids"), kwargs.get(CACHE_ARGUMENT)
         if tokens is None or cache is None or tokens.ndim != 2 or not 0 < tokens.shape[1] <= MOST_NEW:
             return PREFILL
-        if type(cache) is not DynamicCache:
+        if type(cache) not in (DynamicCache, StaticCache):
             return f"the cache is a {type(cache).__name__}"
-        if not cache.layers or not cache.get_seq_length():
+        if cache.offloading:
+            return "the cache is offloaded"
+        if type(cache) is DynamicCache and not (cache.layers and cache.get_seq_length()):
             return PREFILL
-        return (
+        refused = (
             self._recorder.refuses(tokens.device)
             or refused_arguments(kwargs)
             or refused_mode(model)
+            or refused_config(model)
             or self._refused_model(model)
-            or self._refused_cache(cache, tokens)
-            or self._request(cache, kwargs)
         )
+        if refused:
+            return refused
+        if isinstance(cache, StaticCache):
+            shared = self._snapshot is not None and self._snapshot.shared
+            return "processes cannot share a static cache" if shared else static_request(cache, kwargs)
+        return self._refused_cache(cache, tokens) or read_request(cache, kwargs, self.masks)
 
     def _refused_model(self, model: Any) -> str | None:
         """Return why ``model`` cannot be captured, or None. If the model changed, drop all graphs."""
         if self._snapshot is None or not self._snapshot.holds(model):
-            self._steps.clear()
+            self._forget()
             self._snapshot, self._failure = Snapshot(model), None
         return self._snapshot.refusal or self._failure
 
@@ -135,74 +147,100 @@ class DecodeGraphs:
         """Return why a step on ``cache`` cannot be captured, or None."""
         assert self._snapshot is not None
         batch, new = tokens.shape
-        if any(type(layer) not in (LatentLayer, SplitLayer) for layer in cache.layers):
+        if new > max(1, self._snapshot.most_new):
+            return "the expanded form costs less"
+        if any(type(layer) not in (LatentLayer, SplitLayer, DynamicLayer) for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
-        layers = latent_layers(cache)
-        if not all(layer.has_room(width_for(new)) for layer in layers):
-            # The step will make other buffers. The graphs would keep the memory of the present ones.
+        width, kind = width_for(new), SplitLayer if self._snapshot.shared else LatentLayer
+        if not all(type(layer) is kind and layer.has_room(width) for layer in cache.layers):
+            # Graphs would keep the memory of the present buffers.
             self._steps.pop(cache, None)
-            return "a buffer of the cache is full, or its rows were replaced"
+            if self._snapshot.shared or not make_room(cache, width, tokens.device):
+                return "the rows of the cache cannot be extended in place"
+        layers = latent_layers(cache)
         if len({layer.get_seq_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
             return "the layers hold different numbers of rows"
-        if new > 1 and layers[0].ranks.size > 1:
+        if new > 1 and self._snapshot.shared:
             # Which of its rows a process may show to each new token depends on the length of the cache.
             return "processes share the cache, and there are several new tokens"
-        return "the expanded form costs less" if new > max(1, self._snapshot.most_new) else None
+        return None
 
-    def _request(self, cache: DynamicCache, kwargs: dict[str, Any]) -> Request | str:
-        """Return the step with the tensors in ``kwargs``, or why they have to run eagerly."""
-        tokens, positions, mask = kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("attention_mask")
-        keep, (batch, new) = kwargs.get("logits_to_keep"), tokens.shape
-        if positions is not None and (positions.ndim != 2 or positions.shape[1] != new):
-            return f"position_ids of shape {list(positions.shape)}"
-        if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, cache.get_seq_length() + new)):
-            return f"an attention mask of shape {list(mask.shape)}"
-        if keep is not None and type(keep) is not int:
-            return "logits_to_keep is a tensor"
-        return Request(cache, tokens, positions, None if mask is None or bool(mask.all()) else mask, keep or 0)
+    def _advance(
+        self, forward: Callable[..., Any], model: Any, request: Request | StaticRequest, *, following: bool
+    ) -> Any:
+        """Run the step of ``request`` on fixed memory and return its output; None if this is impossible.
 
-    def _advance(self, forward: Callable[..., Any], model: Any, request: Request) -> Any:
-        """Run the step of ``request`` on fixed memory and return its output; None if this is impossible."""
+        ``following``: whether the step follows a replayed one, so that the model is yet to be compared.
+        """
         assert self._snapshot is not None
         assert self._snapshot.device is not None
+        try:
+            with self._recorder.turn(self._snapshot.device):
+                if isinstance(request, StaticRequest):
+                    return self._static_step(forward, model, request)
+                return self._step(forward, model, request, following=following)
+        except Exception as error:
+            if self._snapshot.shared and _may_be_alone(error):
+                raise
+            # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
+            self._failure = self.reason = f"the step cannot be captured: {error}"
+            self._forget()
+            return None
+
+    def _step(self, forward: Callable[..., Any], model: Any, request: Request, *, following: bool) -> Any:
+        """Run a step over a dynamic cache and return its output; None if the model has changed."""
+        assert self._snapshot is not None
         layers, new = request.layers, request.tokens.shape[1]
         steps = self._steps.setdefault(request.cache, {})
         if any(step.rows[i] is not layer.rows for step in steps.values() for i, layer in enumerate(layers)):
             steps.clear()
-        try:
-            with self._recorder.turn(self._snapshot.device):
-                step = steps.get(request.key)
-                if step is None:
-                    step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
-                    steps[request.key] = step
-                cached = layers[0].get_seq_length()
-                step.inputs.fill(request.tokens, request.positions, request.mask, cached)
-                self._run(step, forward, model)
-                output = step.result(request.cache, new, request.keep)
-        except Exception as error:
-            if layers[0].ranks.size > 1 and _may_be_alone(error):
-                raise
-            # A step on fixed memory changes nothing before ``advance``: the eager step writes the same rows again.
-            self._failure = self.reason = f"the step cannot be captured: {error}"
-            self._steps.clear()
+        step = steps.get(request.key)
+        if step is None:
+            step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
+            steps[request.key] = step
+        step.inputs.fill(request.tokens, request.positions, layers[0].get_seq_length())
+        if request.mask is not None and request.prompt is not None:
+            step.inputs.show(request.mask, request.prompt)
+        self._run(step, request.key, forward, model)
+        if following and (refused_config(model) or not self._snapshot.holds(model)):
+            self.reason = "the model has changed since the last step"
             return None
+        output = step.result(request.cache, new, request.keep)
         for layer in layers:
             layer.advance(new)
+        if step.replay is not None and not self._snapshot.shared:
+            self._next[request.cache] = NextStep(step, layers, new)
         return output
 
-    def _run(self, step: Step, forward: Callable[..., Any], model: Any) -> None:
+    def _static_step(self, forward: Callable[..., Any], model: Any, request: StaticRequest) -> Any:
+        """Run a step over a static cache and return its output."""
+        assert self._snapshot is not None
+        output, way = self._static.take(request, partial(forward, model), self._snapshot)
+        self.captures += way is Way.CAPTURED
+        self.replays += way is not Way.REHEARSED
+        return output
+
+    def _run(self, step: Step, key: tuple[Any, ...], forward: Callable[..., Any], model: Any) -> None:
         """Run ``step`` once: rehearse, capture or replay it."""
         assert self._snapshot is not None
         if step.replay is None:
-            with self._snapshot.norms.used():
-                if step.runs < REHEARSALS:
+            kind = *key, step.capacity
+            with self._snapshot.fewer_kernels():
+                if kind not in self._rehearsed:
                     self._recorder.rehearse(lambda: step.run(forward, model))
-                    step.runs += 1
+                    self._rehearsed.add(kind)
                     return
                 step.replay = self._recorder.record(lambda: step.run(forward, model))
             self.captures += 1
         step.replay()
         self.replays += 1
+
+    def _forget(self) -> None:
+        """Drop all graphs: the model has changed or a capture failed."""
+        self._steps.clear()
+        self._static.clear()
+        self._next.clear()
+        self._rehearsed.clear()
 
 
 def _may_be_alone(error: Exception) -> bool:
@@ -212,25 +250,3 @@ def _may_be_alone(error: Exception) -> bool:
     """
     lost = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
     return lost or isinstance(error, torch.OutOfMemoryError)
-
-
-def width_for(new: int) -> int:
-    """Return the number of tokens of the graph that takes ``new`` tokens."""
-    return next(width for width in WIDTHS if width >= new)
-
-
-def latent_layers(cache: DynamicCache) -> list[LatentLayer]:
-    """Return the layers of ``cache``, all of which are latent ones."""
-    layers: list[Any] = cache.layers
-    return layers
-
-
-def refused_arguments(kwargs: dict[str, Any]) -> str | None:
-    """Return which argument of a model's ``forward`` rules out a graph, or None."""
-    for name, value in kwargs.items():
-        if name not in UNDERSTOOD and name != CACHE_ARGUMENT and value is not None and value is not False:
-            return f"the argument {name}"
-    for name in ("use_cache", "return_dict"):
-        if kwargs.get(name) is False:
-            return f"{name} is False"
-    return None

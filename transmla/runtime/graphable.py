@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transmla.runtime.absorbed import PLAIN_WEIGHTS, crossover, reads_weight
 from transmla.runtime.fused_norms import FusedNorms
 from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention
+from transmla.runtime.shared_frequencies import SharedFrequencies
 
 # Packages whose modules compute with their tensors alone. Modules of others, such as adapters and quantised layers, may
 # have switches in Python, which a graph would ignore.
@@ -22,6 +25,8 @@ PACKAGES = ("torch", "transformers", "transmla")
 INTEGRATIONS = "transformers.integrations"
 # transformers installs hooks of this module at the first ``output_hidden_states``. Unless asked, they do nothing.
 IDLE_HOOKS = "transformers.utils.output_capturing"
+# Follows the last entry of two lists that are compared, so that their lengths are compared as well.
+END = object()
 
 
 class Snapshot:
@@ -31,7 +36,9 @@ class Snapshot:
         device: device of all tensors; None if there are several.
         refusal: why the model cannot be captured, or None.
         most_new: largest number of new tokens for which eager steps use the absorbed form too.
+        shared: whether several processes share the caches.
         norms: norms that a captured step computes by one kernel each.
+        frequencies: rotary frequencies whose angles a captured step computes once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -55,20 +62,34 @@ class Snapshot:
         self.refusal = self._refusal(model, modules, plain=len(tensors) == len(self._tensors))
         latent = [m for m in modules if isinstance(m, LatentAttention)]
         self.most_new = min((crossover(m) for m in latent), default=0)
+        self.shared = any(m.ranks.size > 1 for m in latent)
+        self.frequencies = SharedFrequencies([] if self.refusal else parts)
         self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
+
+    @contextmanager
+    def fewer_kernels(self) -> Iterator[None]:
+        """Return a context for one step, which gives the same results with fewer kernels."""
+        with self.norms.used(), self.frequencies.used():
+            yield
+
+    def in_place(self) -> bool:
+        """Return whether all tensors of the snapshot have their memory: else a graph would read freed memory.
+
+        The memory of a tensor that the model no longer has is not freed, because the snapshot has the tensor.
+        """
+        return [*map(Tensor.data_ptr, self._tensors)] == self._addresses
 
     def holds(self, model: Any) -> bool:
         """Return whether ``model`` is the same, and so are its modules, tensors, their memory and hooks.
 
-        A decode step waits for the answer, so that all loops run in C: 0.1 ms for a model of 8B.
+        All loops run in C: 0.1 ms for a model of 8B.
         """
-        held = [*chain.from_iterable(map(dict.values, self._tables))]
+        held = chain.from_iterable(map(dict.values, self._tables))
         hooked = [*chain.from_iterable(map(dict.values, filter(None, self._hooks)))]
         return (
             model is self._model()
-            and len(held) == len(self._held)
-            and all(map(operator.is_, held, self._held))
-            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and all(map(operator.is_, chain(held, (END,)), chain(self._held, (END,))))
+            and self.in_place()
             and len(hooked) == len(self._hooked)
             and all(map(operator.is_, hooked, self._hooked))
             and not any(map(dict.__contains__, self._attributes, repeat("forward")))
@@ -109,6 +130,11 @@ def refused_mode(model: Any) -> str | None:
         return "gradients are enabled"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
+    return None
+
+
+def refused_config(model: Any) -> str | None:
+    """Return what in the config of ``model`` rules out a graph, or None."""
     config = model.config.get_text_config()
     if any(one.output_hidden_states or one.output_attentions for one in (model.config, config)):
         return "the config asks for hidden states or attention weights"

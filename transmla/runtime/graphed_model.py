@@ -7,11 +7,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from transmla.runtime.decode_graphs import DecodeGraphs
 
 # Attribute that holds the graphs of a model.
 GRAPHS = "_decode_graphs"
+# Method by which ``generate()`` makes the mask of the next token: ones are appended to the last mask.
+CONTINUE = "_update_model_kwargs_for_generation"
 
 
 class GraphedModel:
@@ -42,6 +45,18 @@ def graphed_class(plain: Any) -> Any:
         return graphs.forward(plain.forward, self, args, kwargs)
 
     body = {"forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    if getattr(plain, CONTINUE, None) is getattr(GenerationMixin, CONTINUE):
+
+        @functools.wraps(getattr(plain, CONTINUE))
+        def update(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+            mask = model_kwargs.get("attention_mask")
+            updated: dict[str, Any] = getattr(plain, CONTINUE)(self, outputs, model_kwargs, *args, **kwargs)
+            graphs = graphs_of(self)
+            if graphs is not None and mask is not None:
+                graphs.masks.extend(mask, updated.get("attention_mask"))
+            return updated
+
+        body[CONTINUE] = update
     return type(plain.__name__, (GraphedModel, plain), body)
 
 

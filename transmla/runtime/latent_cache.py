@@ -118,6 +118,16 @@ class LatentLayer(DynamicLayer):
             and torch.is_inference_mode_enabled() == rows.is_inference()
         )
 
+    def reserve(self, new: int, device: torch.device) -> bool:
+        """Grow the buffer on ``device`` for ``new`` rows if it is full, and return whether it has room."""
+        cached = self.own_length()
+        if cached and not self.packed and not self.has_room(new):
+            keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+            if keys.device == device:
+                rows, rank = self._buffer(cached, cached + new, keys, values), keys.shape[-1]
+                self.keys, self.values = rows[..., :cached, :rank], rows[..., :cached, rank:]
+        return self.has_room(new)
+
     def buffer(self) -> Tensor:
         """Return ``rows``, which exist if ``has_room``."""
         return cast(Tensor, self.rows)
@@ -254,6 +264,16 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> L
             "cache_implementation, or load the model without cache_dtype"
         )
     return None
+
+
+def make_room(cache: Cache, new: int, device: torch.device) -> bool:
+    """Give every layer of a dynamic ``cache`` a buffer on ``device`` with room for ``new`` rows.
+
+    Returns:
+        Whether all layers have one.
+    """
+    layers = (grow_in_place(cache, i) for i in range(len(cache.layers)))
+    return all(layer is not None and layer.reserve(new, device) for layer in layers)
 
 
 def latent_bytes(cache: Cache) -> int:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.ranks import Ranks
+from transmla.runtime.known_masks import Prompt
 from transmla.runtime.latent_cache import LatentLayer
 
 
@@ -46,9 +47,10 @@ class StepInputs:
         self.visible = torch.ones(batch, 1, 1, capacity, dtype=torch.bool, device=device)
         self.masked = masked
         self._offsets = torch.arange(new, device=device)
+        self._shown: Prompt | None = None
         self._ranks = ranks
 
-    def fill(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, cached: int) -> None:
+    def fill(self, tokens: Tensor, positions: Tensor | None, cached: int) -> None:
         """Write the inputs of the next step.
 
         If there are m < n tokens, the last one is repeated. Tokens see the rows up to their own, so the repeated ones
@@ -57,7 +59,6 @@ class StepInputs:
         Args:
             tokens: token ids [B, m].
             positions: positions [B, m] or [1, m]; None: they follow the cached rows.
-            mask: the attention mask [B, cached + m], read if ``masked``.
             cached: number of cached tokens of each sequence.
         """
         new = tokens.shape[1]
@@ -65,12 +66,21 @@ class StepInputs:
             positions = (self._offsets[:new] + cached)[None]
         self.cached.fill_(cached)
         for kept, given in ((self.tokens, tokens), (self.positions, positions)):
-            kept[:, :new].copy_(given.expand(len(kept), -1))
-            if new < kept.shape[1]:
-                kept[:, new:].copy_(kept[:, new - 1 : new].expand(-1, kept.shape[1] - new))
-        if self.masked and mask is not None:
-            own = mask[:, self._ranks.rank :: self._ranks.size]
-            self.visible[:, 0, 0, : own.shape[1]].copy_(own)
+            if new == kept.shape[1]:
+                kept.copy_(given)
+                continue
+            kept[:, :new].copy_(given)
+            kept[:, new:].copy_(kept[:, new - 1 : new])
+
+    def show(self, mask: Tensor, prompt: Prompt) -> None:
+        """Write ``mask`` [B, T] to ``visible``, unless this holds a mask with the same ``prompt``: only ones follow."""
+        if prompt is self._shown:
+            return
+        self._shown = None
+        own = mask[:, None, None, self._ranks.rank :: self._ranks.size]
+        self.visible[..., : own.shape[-1]].copy_(own)
+        self.visible[..., own.shape[-1] :] = True
+        self._shown = prompt
 
     def locate(self) -> None:
         """Compute ``index`` and ``lengths`` from ``cached``, on the device."""
@@ -172,6 +182,11 @@ class Step:
         self.output: Any = None
         self.runs = 0
         self.replay: Any = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows of each sequence in the buffers."""
+        return self.rows[0].shape[2]
 
     def run(self, forward: Any, model: Any) -> None:
         """Run ``forward`` of ``model`` on the fixed memory."""

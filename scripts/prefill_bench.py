@@ -1,0 +1,182 @@
+"""Measure how long sources and their conversions take to read a prompt. All weights are random.
+
+    python scripts/prefill_bench.py llama-3-8b qwen3-8b --lengths 1024 4096 16384 32768
+    python scripts/prefill_bench.py tiny --shape 32+16 --layers 2 --lengths 64 --device cpu
+
+Models have the real sizes of a layer and a few layers. Every model has a process of its own, so that its first call
+selects and loads all its kernels. The source attends by each of --attention that transformers can use here; the fastest
+one, for each length, is what the conversion is compared with.
+
+Measured for each model and length, one sequence:
+    first s          first call with a prompt of this length; the shortest length comes first
+    s                median of the calls after it
+    slower %         the conversion: how much longer its median is than the fastest source's
+    compiling s      first call less the median
+    peak MiB         largest memory of a GPU during the calls, with weights
+
+``--kernels`` measures the attention of one layer alone: with the source's heads, and with the conversion's, whose
+queries and keys are wider than values. Fused kernels of PyTorch need one width ("padded"), except cuDNN's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_bench import MODELS, build
+from provenance import RESULTS, peak_bytes, reset_peak, write_result
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def seconds(call: Any, device: torch.device) -> float:
+    """Return the seconds that ``call()`` takes, on the GPU if ``device`` is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def measure(model: Any, lengths: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Return one row for each of ``lengths``: the first call and the median of ``repeats`` further ones."""
+    rows = []
+    for length in sorted(lengths):
+        tokens = torch.randint(model.config.vocab_size, (1, length), device=model.device)
+
+        def call(tokens: Tensor = tokens) -> None:
+            model(tokens, use_cache=True, logits_to_keep=1)
+
+        if model.device.type == "cuda":
+            reset_peak(model.device)
+        first, *others = [seconds(call, model.device) for _ in range(repeats + 1)]
+        median = statistics.median(others)
+        row = {"length": length, "first s": round(first, 4), "s": round(median, 5)}
+        rows.append(row | {"compiling s": round(first - median, 4)})
+        if model.device.type == "cuda":
+            rows[-1]["peak MiB"] = round(peak_bytes(model.device) / 2**20)
+    return rows
+
+
+@torch.no_grad()
+def attention_alone(name: str, shape: str, length: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return the seconds of one layer's causal attention, for each kernel and form of heads."""
+    settings = MODELS[name][1]
+    heads, width = settings["num_attention_heads"], settings.get("head_dim")
+    width = width or settings["hidden_size"] // heads
+    wide, dtype, rows = width + int(shape.split("+")[1]), torch.bfloat16, []
+    for form, shared, d_qk, d_v in (
+        ("source", settings["num_key_value_heads"], width, width),
+        ("padded", heads, wide, wide),
+        ("conversion", heads, wide, width),
+    ):
+        query, key, value = (
+            torch.randn(1, count, length, d, device=device, dtype=dtype)
+            for count, d in ((heads, d_qk), (shared, d_qk), (shared, width))
+        )
+        value = pad(value, (0, d_v - width))
+        for kernel in KERNELS:
+
+            def call(q: Tensor = query, k: Tensor = key, v: Tensor = value) -> Tensor:
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+            row = {"model": name, "form": form, "kernel": kernel.name, "length": length}
+            try:
+                with sdpa_kernel(kernel):
+                    times = [seconds(call, device) for _ in range(6)]
+                rows.append(row | {"first s": round(times[0], 4), "ms": round(statistics.median(times[1:]) * 1e3, 3)})
+            except RuntimeError as error:
+                rows.append(row | {"refused": str(error).splitlines()[0]})
+    return rows
+
+
+def run_one(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the model of ``arguments`` in this process."""
+    source, device = arguments.role == "source", torch.device(arguments.device)
+    (name,) = arguments.models
+    # The first call of any model in a process also starts the GPU's libraries.
+    square = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
+    seconds(lambda: square @ square, device)
+    role = "dynamic" if source else "growing"
+    model = build(name, role, arguments.shape, arguments.backend, arguments.device, arguments.layers)
+    way = arguments.attention[0] if source else "latent_attention"
+    if source:
+        model.set_attn_implementation(way)
+    fields = {"model": name, "layers": arguments.layers, "role": arguments.role, "attention": way}
+    return [fields | row for row in measure(model, arguments.lengths, arguments.repeats)]
+
+
+def run_apart(role: str, name: str, attention: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure one model in a process of its own; if the process fails, say why and return no rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        options = {"--role": role, "--attention": attention, "--result": str(result)}
+        kept = ("shape", "layers", "repeats", "backend", "device", "commit")
+        options |= {f"--{option}": str(getattr(arguments, option)) for option in kept if getattr(arguments, option)}
+        command = [sys.executable, __file__, name, *(part for pair in options.items() for part in pair)]
+        done = subprocess.run(
+            [*command, "--lengths", *map(str, arguments.lengths)], check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"{name} {role} {attention}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            return []
+        rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+        return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add ``slower %`` to the rows of conversions whose source was measured."""
+    for row in rows:
+        rivals = [
+            other["s"]
+            for other in rows
+            if other.get("role") == "source" and (other["model"], other["length"]) == (row["model"], row["length"])
+        ]
+        if row.get("role") == "export" and rivals:
+            row["slower %"] = round((row["s"] / min(rivals) - 1) * 100, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=MODELS, help="configs of the models before conversion")
+    parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim of the converted models")
+    parser.add_argument("--layers", type=int, default=4, help="layers of every model")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384, 32768], help="tokens of prompts")
+    parser.add_argument("--repeats", type=int, default=5, help="calls after the first one")
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "flash_attention_2"], help="of sources")
+    parser.add_argument("--kernels", action="store_true", help="also measure the attention of one layer alone")
+    parser.add_argument("--backend", default="auto", help="decode kernel of the conversions")
+    parser.add_argument("--role", choices=["source", "export"], help="measure one model in this process")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
+    parser.add_argument("--result", type=Path, default=RESULTS / "prefill_bench/result.json", help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = [] if arguments.role is None else run_one(arguments)
+    for name in arguments.models if arguments.role is None else []:
+        for role, way in (*(("source", way) for way in arguments.attention), ("export", "latent_attention")):
+            rows += run_apart(role, name, way, arguments)
+        if arguments.kernels:
+            device = torch.device(arguments.device)
+            rows += [row for n in arguments.lengths for row in attention_alone(name, arguments.shape, n, device)]
+        compare(rows)
+    for row in rows if arguments.role is None else []:
+        print(*(f"{key}={value}" for key, value in row.items()), flush=True)
+    write_result(arguments.result, rows, arguments.commit)
+
+
+if __name__ == "__main__":
+    main()
