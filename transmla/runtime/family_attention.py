@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.modeling import sdpa
 from transmla.runtime.prefix_cache import one_width
 
 # Arguments by which a family changes the scores: a bias, a soft-cap, and sinks (scores [H] of a key without a value).
@@ -36,10 +35,7 @@ def attend_expanded(
         return _by_eager(module, query, keys, values, mask, **kwargs)
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
-    if mask is None and not kwargs.get("dropout") and sdpa.cudnn_takes(query, keys, values):
-        with sdpa.only_cudnn():
-            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, None, **kwargs)[0]  # type: ignore[no-any-return]
-    # Other fused kernels need queries, keys and values of one width.
+    # Fused kernels need queries, keys and values of one width.
     query, keys, wide = one_width(query, keys, values)
     output: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, wide, mask, **kwargs)[0]
     return output[..., : values.shape[-1]]
