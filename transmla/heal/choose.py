@@ -168,6 +168,9 @@ def memory_bytes(plan: Plan, trainable: str, parts: int, *, half: bool) -> int:
     kept = spec.hidden_size if parts == MOST_PARTS else values
     activations = size * tokens * (spec.num_hidden_layers * kept + values)
     logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
+    if half and parts < MOST_PARTS:
+        # The CUDA graph of a pass keeps its memory, so evaluations need memory of their own.
+        logits *= 2
     # The head's gradient of all chunks together lies beside the weights' gradients.
     if trainable == "all":
         logits += 4 * spec.vocab_size * spec.hidden_size
