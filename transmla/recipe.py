@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -50,6 +51,9 @@ QUANTISATION = re.compile(r"[.-](?:(?:i|t)?q\d\w*|bf16|fp?16|f32|mxfp4\w*)$", re
 PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 HEAL_AUTO, HEAL_OFF = "auto", "off"
+# The value of ``cache_ratio`` that lets a conversion choose the smallest cache whose KL to the source is accepted, and
+# the KL that is accepted if the recipe does not say: about what half the cache costs (docs/choosing.md).
+CACHE_AUTO, DEFAULT_MAX_KL = "auto", 0.1
 
 
 def _off(value: Any) -> Any:
@@ -71,6 +75,21 @@ def _healing(value: Any) -> Any:
     return minutes
 
 
+def _ratio(value: Any) -> Any:
+    """Check a cache ratio: auto, or a number, which the command line gives as text."""
+    if value == CACHE_AUTO:
+        return value
+    try:
+        return _RATIO.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        number = not problem["type"].endswith("_parsing")
+        said = problem["msg"] if number else "it must be auto, or a share above 0"
+        raise PydanticCustomError("cache_ratio", said) from error
+
+
+_RATIO: TypeAdapter[float | None] = TypeAdapter(Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None)
+CacheRatio = Annotated[Literal["auto"] | float | None, BeforeValidator(_ratio)]
 Reconstruct = Annotated[Literal["auto", "off", "fast", "full"], BeforeValidator(_off)]
 Heal = Annotated[Literal["auto", "off"] | float, BeforeValidator(_healing)]
 
@@ -143,13 +162,19 @@ class Recipe(Strict):
     allow_pickle: bool = Field(
         False, json_schema_extra=SOURCE, description="open pickled (.bin) weights, which can run code"
     )
-    cache_ratio: float | None = Field(
+    cache_ratio: CacheRatio = Field(
+        None,
+        json_schema_extra=SHAPE,
+        description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5). "
+        "auto: the smallest cache that --max-kl allows, measured on text that is not calibrated on",
+    )
+    max_kl: float | None = Field(
         None,
         gt=0,
-        le=1000,
         allow_inf_nan=False,
         json_schema_extra=SHAPE,
-        description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5)",
+        description="with --cache-ratio auto: the largest KL to the source that is accepted, in nats per token, before "
+        "healing (default: 0.1, about that of half the cache). Formats that can store it get a width for each layer",
     )
     kv_lora_rank: PositiveInt | None = Field(
         None, json_schema_extra=SHAPE, description="width of the latent, instead of a cache ratio"
@@ -215,6 +240,37 @@ class Recipe(Strict):
         if "output" not in self.model_fields_set:
             object.__setattr__(self, "output", default_output(self.source))
         return self
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        """Check that ``max_kl`` and other settings of the cache fit together.
+
+        Raises:
+            TransmlaError: if two settings decide about the size of the cache.
+        """
+        if self.max_kl is not None and self.cache_ratio != CACHE_AUTO:
+            given = "no cache ratio" if self.cache_ratio is None else f"a cache ratio of {self.cache_ratio:g}"
+            raise TransmlaError(
+                f"--max-kl {self.max_kl:g} was given with {given}",
+                limit="a largest KL chooses the size of the cache, so nothing else may",
+                remedy="pass --cache-ratio auto, or leave --max-kl out",
+            )
+        fixed = [name for name in ("kv_lora_rank", "qk_rope_head_dim", "pad_for") if getattr(self, name) is not None]
+        if self.cache_ratio == CACHE_AUTO and fixed:
+            flag = "--" + fixed[0].replace("_", "-")
+            raise TransmlaError(
+                f"{flag} was given with --cache-ratio auto",
+                limit="--cache-ratio auto chooses the widths of latent and rotary key",
+                remedy="leave one of the two out",
+            )
+        return self
+
+    @property
+    def accepted_kl(self) -> float | None:
+        """The largest KL to the source, in nats per token, that chooses the cache; None if the recipe gives a size."""
+        if self.cache_ratio != CACHE_AUTO:
+            return None
+        return DEFAULT_MAX_KL if self.max_kl is None else self.max_kl
 
 
 def default_output(source: str) -> str:

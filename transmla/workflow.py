@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from transmla.convert.pipeline import check_disk, check_room, convert, output_folder
-from transmla.convert.prepare import Prepared, prepare
+from transmla.convert.prepare import Prepared, prepare, with_plan
 from transmla.convert.resume import refuse_other_run
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, UNFINISHED_SUFFIX
@@ -65,6 +65,9 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if not (resume and ranks.on_first(partial(_is_conversion_of, prepared, unhealed, report))):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
+    if recipe.accepted_kl is not None:
+        chosen = with_plan(prepared, Manifest.read(unhealed).plan)
+        settings, texts = ranks.on_first(partial(_healing_of, chosen, settings, texts, unhealed, output, ranks.size))
     # Pickled weights may be in memory, and healing loads its own.
     del prepared
     gc.collect()
@@ -137,6 +140,24 @@ def _open_healing(
             raise
         return None, None, f"not healed: {error}"
     return settings, texts, choice.reason
+
+
+def _healing_of(
+    chosen: Prepared, settings: Healing, texts: HealingTexts | None, unhealed: Path, output: Path, processes: int
+) -> tuple[Healing, HealingTexts | None]:
+    """Return the healing for the cache that the conversion has chosen: a small cache is healed longer.
+
+    Args:
+        chosen: the conversion, with the plan that it has chosen.
+        settings: the healing that was checked for the largest cache, which remains if the memory or the texts do not
+            suffice for another one.
+        texts: its texts.
+        unhealed: folder of the conversion.
+        output: folder of the healed export.
+        processes: number of processes.
+    """
+    again, more, _ = _open_healing(chosen, _divided(choice_for(chosen), processes), unhealed, output)
+    return (settings, texts) if again is None else (again, more)
 
 
 def choice_for(prepared: Prepared) -> Choice:

@@ -62,8 +62,8 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
             limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim",
             remedy="give one or the other",
         )
-    budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
-    ratio = recipe.cache_ratio or DEFAULT_CACHE_RATIO
+    ratio = recipe.cache_ratio if isinstance(recipe.cache_ratio, float) else DEFAULT_CACHE_RATIO
+    budget = int(spec.cache_values * ratio)
     d_r = recipe.qk_rope_head_dim or (
         VLLM_ROTARY if recipe.pad_for else _rotary_width(spec, ratio, budget, form, recipe)
     )
