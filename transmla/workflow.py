@@ -26,7 +26,8 @@ from transmla.heal.resume import Store
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.ranks import launched
-from transmla.recipe import HEAL_AUTO, Recipe
+from transmla.recipe import Recipe
+from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
 from transmla.source.memory import free_memory_of

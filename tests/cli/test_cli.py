@@ -201,7 +201,7 @@ def test_help_shows_types_choices_defaults_and_methods(run: Run, monkeypatch: py
     monkeypatch.setenv("COLUMNS", "160")
     out = run("convert", "--help")[1]
     assert re.search(r"--kv-lora-rank +<int>", out)
-    assert re.search(r"--cache-ratio +<float>", out)
+    assert re.search(r"--cache-ratio +<str>", out)
     assert re.search(r"--pad-for .*\(vllm\)", out)
     assert re.search(r"--dtype .*\(auto, bfloat16, float32\) \(default: auto\)", out)
     assert re.search(r"--seed .*\(default: 0\)", out)
@@ -383,6 +383,7 @@ def test_a_recipe_without_an_output_is_resumed(place: Path, run: Run) -> None:
 
 def test_a_loss_instead_of_a_size(place: Path, run: Run) -> None:
     """``plan`` says that the cache is still to be chosen; ``convert`` ends with what was promised and measured."""
+    (place / "text.txt").write_text((place / "text.txt").read_text() * 3)
     code, out, _ = run("plan", "source", "--cache-ratio", "auto", "--max-kl", "2", *CALIBRATION)
     text = " ".join(out.split())
     assert code == 0

@@ -157,6 +157,11 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
         f" {summary['device']} (reconstruction {summary['reconstruct']}; texts, samples and healing not counted)"
     )
+    if summary.get("choosing_seconds"):
+        say(
+            f"choosing the cache: at most about {duration(summary['choosing_seconds'])} more, for one pass that"
+            " measures what each size costs, and up to three trial conversions"
+        )
     healed = summary.get("healing_disk_bytes") or 0
     also = f"; {gigabytes(healed)} while it is healed, with the unhealed copy and the state of the training"
     say(

@@ -30,6 +30,7 @@ from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
 from transmla.formats.base import format_named
 from transmla.plan.allocate import Rung, falling_caches
+from transmla.plan.estimate_time import TRIALS
 from transmla.plan.shape_ladder import FINE_RATIOS, combined, ladder, may_keep_layers
 from transmla.ranks import Ranks
 from transmla.reporter import Reporter
@@ -37,8 +38,8 @@ from transmla.reporter import Reporter
 # Share of the closed form's KL that a fit is expected to leave, before a trial has measured it: SmolLM2-135M, 50 % to
 # 12 % of the cache (README.md).
 LEFT_BY_FIT = {"off": 1.0, "fast": 0.4, "full": 0.28}
-# Trials at most, and the share of the accepted KL above which a trial's result needs no other trial.
-TRIALS, CLOSE = 3, 0.93
+# Share of the accepted KL above which a trial's result needs no other trial.
+CLOSE = 0.93
 
 
 @dataclass(frozen=True)

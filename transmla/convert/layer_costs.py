@@ -102,14 +102,10 @@ def measure_costs(prepared: Prepared, plans: Sequence[Plan], rows: Rows, report:
         check_hidden(layer.place, {"source": exact} | {f"size {k}": hidden for k, hidden in enumerate(sizes)})
         report.advance(i + 1)
     head = OutputHead(source.model, source.checkpoint, source.family, prepared.device)
-    report.stage("comparing with the source", len(sizes) + len(single))
-    totals, alone = [], dict[int, float]()
-    for done, hidden in enumerate(sizes, start=1):
-        totals.append(head.divergence(exact, hidden))
-        report.advance(done)
-    for done, (i, hidden) in enumerate(single.items(), start=1 + len(sizes)):
-        alone[i] = head.divergence(exact, hidden)
-        report.advance(done)
+    report.stage("comparing with the source", 1)
+    found = head.divergences(exact, [*sizes, *single.values()])
+    report.advance(1)
+    totals, alone = found[: len(sizes)], dict(zip(single, found[len(sizes) :], strict=True))
     layers = {i: tuple(alone[i] * error / max(errors[i][middle], TINY) for error in errors[i]) for i in alone}
     return Costs(tuple(totals), layers)
 

@@ -15,7 +15,7 @@ from transmla.core.methods.base import method_named
 from transmla.errors import TransmlaError
 from transmla.formats.base import format_named
 from transmla.plan import estimate
-from transmla.plan.estimate_time import Rates, conversion_seconds, measure_rates
+from transmla.plan.estimate_time import Rates, choosing_seconds, conversion_seconds, measure_rates
 from transmla.plan.fit_settings import FITS, FitSettings, choose_fit, fit_settings
 from transmla.plan.make_plan import AUTO as AUTO_FORMAT
 from transmla.plan.make_plan import make_plan
@@ -195,5 +195,10 @@ def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
         reconstruct=recipe.reconstruct,
         sampled=sampled,
     )
-    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates or rates_of(prepared))
-    return summary | {"seconds": seconds, "device": str(prepared.device), "unsampled": unsampled}
+    rates = rates or rates_of(prepared)
+    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates)
+    choosing = None
+    if recipe.accepted_kl is not None:
+        choosing = choosing_seconds(conversion_seconds(prepared.plan, *amount, None, rates), seconds)
+    also = {"device": str(prepared.device), "unsampled": unsampled, "choosing_seconds": choosing}
+    return summary | {"seconds": seconds, **also}
