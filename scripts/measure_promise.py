@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from transmla.convert import choose_budget as chooser
-from transmla.convert.held_rows import HELD_TOKENS, Rows, held_rows
+from transmla.convert.held_rows import Rows, held_rows
 from transmla.convert.prepare import Prepared, plan_at, prepare, with_plan
 from transmla.plan.shape_ladder import FINE_RATIOS, ladder
 from transmla.recipe import parse_recipe
@@ -54,7 +54,7 @@ def main() -> None:
     held = held_rows(given.length)
     read = partial(load_blocks, tokenizer=tokenizer, length=given.length, column=None)
     text = read(given.calibrate, sequences=given.sequences + held, split=None)
-    checks = [read(name, sequences=max(held, HELD_TOKENS // given.length), split=None) for name in given.check]
+    checks = [read(name, sequences=held, split=None) for name in given.check]
     rows = Rows(text[:held], torch.cat(checks), text[held:])
     measure = chooser.measure_costs
     cached: dict[str, Any] = {}

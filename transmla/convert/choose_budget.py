@@ -12,10 +12,10 @@ The KL of single layers does not add up, and a fit lowers it: both are part of w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from transmla.artifacts import Plan
 from transmla.convert.held_rows import Rows
-from transmla.convert.layer_costs import Costs, measure_costs
+from transmla.convert.layer_costs import TINY, Costs, measure_costs
 from transmla.convert.layers import LayerConverter
 from transmla.convert.prepare import Prepared, plan_at, with_plan
 from transmla.convert.streams import Streams
@@ -38,6 +38,8 @@ from transmla.reporter import Reporter
 # Share of the closed form's KL that a fit is expected to leave, before a trial has measured it: SmolLM2-135M, 50 % to
 # 12 % of the cache (README.md).
 LEFT_BY_FIT = {"off": 1.0, "fast": 0.4, "full": 0.28}
+# The least that a fit may leave: a loss that even this does not reach is refused without a trial.
+BEST_FIT = {"off": 1.0, "fast": 0.2, "full": 0.14}
 # Share of the accepted KL above which a trial's result needs no other trial.
 CLOSE = 0.93
 
@@ -91,9 +93,12 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
     if by_layer:
         keeping = (True,) if may_keep_layers(prepared.plan) else (False, True)
         shelves = [_by_layer(prepared, plans, costs, keeping=keeps) for keeps in keeping]
-    scale, tried = LEFT_BY_FIT[prepared.recipe.reconstruct], dict[_Option, float]()
+    tried: dict[_Option, float] = {}
+    fit = prepared.recipe.reconstruct
     for trial in range(1, TRIALS + 1):
-        option = _smallest(shelves, accepted / scale)
+        option = _smallest(shelves, accepted, tried, fit)
+        if option is None and not tried and shelves[-1][0].predicted * BEST_FIT[fit] <= accepted:
+            option = shelves[-1][0]
         if option is None or option in tried:
             break
         chosen = with_choice(prepared, Choice(option.ratios, 0.0, 0))
@@ -104,13 +109,13 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
             f"trial {trial}: {chosen.plan.model_cache_values:,} values per token, KL {measured:.4f} on held-out text"
             f" (accepted: {accepted:g})"
         )
-        if CLOSE * accepted <= measured <= accepted or (measured <= accepted and option == shelves[0][-1]):
+        if CLOSE * accepted <= measured <= accepted:
             return Choice(option.ratios, measured, trial)
-        scale = measured / option.predicted
-    option = _smallest(shelves, accepted / scale)
+    option = _smallest(shelves, accepted, tried, fit)
     if option is None:
-        raise _unreachable(accepted, shelves[-1][0].predicted * scale, measured=bool(tried))
-    return Choice(option.ratios, tried.get(option, option.predicted * scale), len(tried))
+        reached = min(_corrected(option, tried, fit) for option in shelves[-1])
+        raise _unreachable(accepted, reached, measured=bool(tried))
+    return Choice(option.ratios, _corrected(option, tried, fit), len(tried))
 
 
 def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
@@ -118,7 +123,11 @@ def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
     ratios = sorted({ratio for ratio in choice.ratios if ratio is not None}, reverse=True)
     plans = [plan_at(prepared, ratio) for ratio in ratios]
     plan = combined(plans, [None if ratio is None else ratios.index(ratio) for ratio in choice.ratios])
-    return with_plan(prepared, plan)
+    note = (
+        f"the cache is the smallest whose KL to the source is at most {prepared.recipe.accepted_kl or 0:g} nats per"
+        " token before healing, on held-out text of the calibration mixture"
+    )
+    return with_plan(prepared, replace(plan, notes=(*plan.notes, note)))
 
 
 def describe(prepared: Prepared, choice: Choice) -> list[str]:
@@ -133,17 +142,28 @@ def describe(prepared: Prepared, choice: Choice) -> list[str]:
     return lines
 
 
-def _smallest(shelves: Sequence[Sequence[_Option]], accepted: float) -> _Option | None:
-    """Return the smallest cache whose predicted KL is accepted, of the first of ``shelves`` that has one.
+def _smallest(
+    shelves: Sequence[Sequence[_Option]], accepted: float, tried: Mapping[_Option, float], fit: str
+) -> _Option | None:
+    """Return the smallest cache whose KL is accepted, of the first of ``shelves`` that has one; None if none has.
 
-    Returns:
-        The last option of a shelf before the first that is not accepted; None if each shelf's first is not.
+    Args:
+        shelves: lists of options with falling cache.
+        accepted: largest KL.
+        tried: KL of the options that were converted.
+        fit: name of the fit.
     """
     for options in shelves:
-        chosen = list(takewhile(lambda option: option.predicted <= accepted, options))
-        if chosen:
-            return chosen[-1]
+        for option in reversed(options):
+            if _corrected(option, tried, fit) <= accepted:
+                return option
     return None
+
+
+def _corrected(option: _Option, tried: Mapping[_Option, float], fit: str) -> float:
+    """Return the KL of an option: as its trial measured it, or as predicted, times what the nearest trials found."""
+    points = sorted((math.log(other.predicted), measured / other.predicted) for other, measured in tried.items())
+    return option.predicted * (_interpolated(points, math.log(option.predicted)) if points else LEFT_BY_FIT[fit])
 
 
 def _uniform(prepared: Prepared, plans: dict[float, Plan], costs: Costs) -> list[_Option]:
@@ -172,7 +192,7 @@ def _by_layer(prepared: Prepared, plans: dict[float, Plan], costs: Costs, *, kee
             values = plan.at(i).shape.cache_values
             if not sizes[i] or values < sizes[i][-1][1].values:
                 sizes[i].append((ratio, Rung(values, cost)))
-    sums = [sum(layer[k] for layer in costs.layers.values()) for k in range(len(names))]
+    sums = [max(TINY, sum(layer[k] for layer in costs.layers.values())) for k in range(len(names))]
     # How much more all layers lose together than their single losses add up to, by the size of this sum.
     excess = [(math.log(alone), together / alone) for alone, together in zip(sums, costs.totals, strict=True)]
     options = []
@@ -180,7 +200,7 @@ def _by_layer(prepared: Prepared, plans: dict[float, Plan], costs: Costs, *, kee
         chosen = {i: layer[k] for (i, layer), k in zip(sizes.items(), division, strict=True)}
         ratios = tuple(chosen[i][0] if i in chosen else None for i in range(spec.num_hidden_layers))
         if any(ratio is not None for ratio in ratios):
-            alone = sum(rung.cost for _, rung in chosen.values())
+            alone = max(TINY, sum(rung.cost for _, rung in chosen.values()))
             options.append(_Option(ratios, alone * _interpolated(excess, math.log(alone))))
     return options
 

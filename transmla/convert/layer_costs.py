@@ -33,8 +33,8 @@ from transmla.source.output_head import OutputHead
 # Tokens of the rows that run through every variant. Of these rows there is one for every ROWS_PER times as many
 # calibration tokens, within limits: for 30 layers and 10 sizes, they cost about as much as one more pass over the text.
 VARIANT_LENGTH, ROWS_PER, FEWEST_ROWS, MOST_ROWS = 256, 12, 4, 12
-# Smallest divisor of a layer's error.
-TINY = 1e-12
+# Smallest divisor of an error, and smallest KL: rounding makes that of equal models negative.
+TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure_costs(prepared: Prepared, plans: Sequence[Plan], rows: Rows, report:
         report.advance(i + 1)
     head = OutputHead(source.model, source.checkpoint, source.family, prepared.device)
     report.stage("comparing with the source", 1)
-    found = head.divergences(exact, [*sizes, *single.values()])
+    found = [max(TINY, kl) for kl in head.divergences(exact, [*sizes, *single.values()])]
     report.advance(1)
     totals, alone = found[: len(sizes)], dict(zip(single, found[len(sizes) :], strict=True))
     layers = {i: tuple(alone[i] * error / max(errors[i][middle], TINY) for error in errors[i]) for i in alone}
