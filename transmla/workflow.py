@@ -68,7 +68,8 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
     if recipe.accepted_kl is not None:
         chosen = with_plan(prepared, Manifest.read(unhealed).plan)
-        settings, texts = ranks.on_first(partial(_healing_of, chosen, settings, texts, unhealed, output, ranks.size))
+        healing = partial(_healing_of, chosen, settings, texts, unhealed, output, ranks.size, report)
+        settings, texts = ranks.on_first(healing)
     # Pickled weights may be in memory, and healing loads its own.
     del prepared
     gc.collect()
@@ -144,7 +145,13 @@ def _open_healing(
 
 
 def _healing_of(
-    chosen: Prepared, settings: Healing, texts: HealingTexts | None, unhealed: Path, output: Path, processes: int
+    chosen: Prepared,
+    settings: Healing,
+    texts: HealingTexts | None,
+    unhealed: Path,
+    output: Path,
+    processes: int,
+    report: Reporter,
 ) -> tuple[Healing, HealingTexts | None]:
     """Return the healing for the cache that the conversion has chosen: a small cache is healed longer.
 
@@ -156,9 +163,13 @@ def _healing_of(
         unhealed: folder of the conversion.
         output: folder of the healed export.
         processes: number of processes.
+        report: receives one line if another healing is chosen.
     """
-    again, more, _ = _open_healing(chosen, _divided(choice_for(chosen), processes), unhealed, output)
-    return (settings, texts) if again is None else (again, more)
+    again, more, reason = _open_healing(chosen, _divided(choice_for(chosen), processes), unhealed, output)
+    if again is None or again == settings:
+        return settings, texts
+    report.message(reason)
+    return again, more
 
 
 def choice_for(prepared: Prepared) -> Choice:

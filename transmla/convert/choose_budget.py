@@ -87,7 +87,7 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
     assert accepted is not None
     plans = ladder(partial(plan_at, prepared))
     by_layer = format_named(prepared.plan.format).shapes_by_layer
-    costs = measure_costs(prepared, list(plans.values()), rows, report, by_layer=by_layer)
+    costs = measure_costs(prepared, list(plans.values()), rows, report, by_layer=by_layer, folder=folder)
     # Layers that keep their attention come last where a runtime would be lost with them.
     shelves = [_uniform(prepared, plans, costs)]
     if by_layer:

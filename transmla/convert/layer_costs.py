@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from transmla.convert.held_rows import Rows
 from transmla.convert.observe import observe
 from transmla.convert.prepare import Prepared
 from transmla.convert.source_layer import SourceLayer, steps
+from transmla.convert.streams import mapped
 from transmla.reporter import Reporter
 from transmla.source.checkpoint import check_finite
 from transmla.source.decoder_layer import embedded
@@ -51,7 +53,15 @@ class Costs:
     layers: dict[int, tuple[float, ...]]
 
 
-def measure_costs(prepared: Prepared, plans: Sequence[Plan], rows: Rows, report: Reporter, *, by_layer: bool) -> Costs:
+def measure_costs(
+    prepared: Prepared,
+    plans: Sequence[Plan],
+    rows: Rows,
+    report: Reporter,
+    *,
+    by_layer: bool,
+    folder: Path | None = None,
+) -> Costs:
     """Run the source once, and measure the closed form's cost of every size.
 
     Args:
@@ -60,6 +70,7 @@ def measure_costs(prepared: Prepared, plans: Sequence[Plan], rows: Rows, report:
         rows: the text; ``calibration`` and ``choosing`` are read.
         report: receives the progress.
         by_layer: whether to measure single layers as well.
+        folder: folder on the disk for the hidden states of the calibration text; None keeps them in memory.
 
     Raises:
         TransmlaError: if a number overflows.
@@ -71,10 +82,12 @@ def measure_costs(prepared: Prepared, plans: Sequence[Plan], rows: Rows, report:
         source.spec,
         prepared.device,
         half=runs_in_bfloat16(source, prepared.device),
+        folder=folder,
     )
     embedding = source.checkpoint.read(names["embed"])
     check_finite(names["embed"], embedding)
-    stream = embedded(source.model, rows.calibration, embedding)
+    into = None if folder is None else mapped((*rows.calibration.shape, embedding.shape[1]), folder)
+    stream = embedded(source.model, rows.calibration, embedding, into=into)
     exact = embedded(source.model, variant_rows(rows), embedding).to(prepared.device)
     del embedding
     sizes, single = [exact] * len(plans), dict[int, Tensor]()
