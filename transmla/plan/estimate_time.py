@@ -30,8 +30,9 @@ OBSERVING_SECONDS, TOKENS_PER_STEP = 7e-3, 4096
 # Seconds that a GPU's host needs for one expert of a layer, on one step of the text; and seconds for each byte of a
 # layer that is read, checked, hashed and written. From layers of Qwen3-30B-A3B, Mixtral-8x7B and gpt-oss-20b; an H200.
 EXPERT_SECONDS, BYTE_SECONDS = 2.5e-4, 2.6e-9
-# Time of the pass that measures what sizes of the cache cost, in conversions in closed form; trial conversions at most.
-MEASURING_PASSES, TRIALS = 3.0, 3
+# Time of the pass that measures what sizes of the cache cost, in conversions in closed form (SmolLM2-135M on one thread
+# of a CPU: four); trial conversions at most.
+MEASURING_PASSES, TRIALS = 4.0, 3
 # Of a healing: share of the rate of matrix products, bytes moved for each logit, seconds that the host takes for a step
 # of one layer, and seconds for compilation, evaluation and saving.
 HEALING_SHARE, LOGIT_BYTES, HOST_SECONDS, AROUND_HEALING = 0.9, 50, 2.6e-3, 25.0
