@@ -4,7 +4,7 @@ python scripts/measure_promise.py SOURCE --calibrate TEXT --check TEXT --check T
 
 For each accepted KL, the cache is chosen on held-out rows of the calibration text. The chosen conversion is then
 measured on rows of the other texts, and beside it the conversion with one width in all layers and about as much cache.
-All are closed forms (``--reconstruct off``). One line of JSON a result.
+All are closed forms unless ``--reconstruct`` names a fit. One line of JSON a result.
 """
 
 from __future__ import annotations
@@ -45,11 +45,18 @@ def main() -> None:
     parser.add_argument("--check", action="append", required=True)
     parser.add_argument("--accept", action="append", type=float, required=True)
     parser.add_argument("--format", default="auto")
+    parser.add_argument("--reconstruct", default="off")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     given = parser.parse_args()
     calibration = {"source": given.calibrate, "sequences": given.sequences, "length": given.length}
-    settings = {"source": given.source, "format": given.format, "reconstruct": "off", "heal": "off", "device": "cpu"}
+    settings = {
+        "source": given.source,
+        "format": given.format,
+        "reconstruct": given.reconstruct,
+        "heal": "off",
+        "device": "cpu",
+    }
     tokenizer = load_tokenizer(Path(given.source))
     held = held_rows(given.length)
     read = partial(load_blocks, tokenizer=tokenizer, length=given.length, column=None)
