@@ -35,8 +35,8 @@ from transmla.plan.shape_ladder import FINE_RATIOS, combined, ladder, may_keep_l
 from transmla.ranks import Ranks
 from transmla.reporter import Reporter
 
-# Share of the closed form's KL that a fit is expected to leave, before a trial has measured it. full: SmolLM2-135M, 50 %
-# to 12 % of the cache (README.md); fast: SmolLM2-135M at 39 %.
+# Share of the closed form's KL that a fit is expected to leave, before a trial has measured it. From SmolLM2-135M: full
+# at 12 to 50 % of the cache (README.md), fast at 39 %.
 LEFT_BY_FIT = {"off": 1.0, "fast": 0.48, "full": 0.28}
 # The least that a fit may leave: a loss that even this does not reach is refused without a trial.
 BEST_FIT = {"off": 1.0, "fast": 0.2, "full": 0.14}
