@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from transmla.errors import TransmlaError
-from transmla.recipe import parse_recipe
+from transmla.recipe import dump_recipe, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,39 @@ def test_the_default_output_of_the_working_folder_has_its_name(tmp_path: Path, m
         assert parse_recipe({"source": source}, "test").output == f"{tmp_path.name}-mla"
     assert parse_recipe({"source": ".."}, "test").output == f"{tmp_path.parent.name}-mla"
     assert parse_recipe({"source": "~"}, "test").output == f"{Path.home().name}-mla"
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio", "accepted"),
+    [
+        ({}, None, None),
+        ({"cache_ratio": "0.25"}, 0.25, None),
+        ({"cache_ratio": 1}, 1.0, None),
+        ({"cache_ratio": "auto"}, "auto", 0.1),
+        ({"cache_ratio": "auto", "max_kl": 0.3}, "auto", 0.3),
+    ],
+)
+def test_a_size_or_a_loss_chooses_the_cache(given: dict[str, Any], ratio: object, accepted: float | None) -> None:
+    recipe = parse_recipe({"source": "x", **given}, "test")
+    assert (recipe.cache_ratio, recipe.accepted_kl) == (ratio, accepted)
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "test")
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"max_kl": 0.1},
+            r"--max-kl 0.1 was given with no cache ratio; .* size of the cache.*; pass --cache-ratio auto",
+        ),
+        ({"max_kl": 0.1, "cache_ratio": 0.5}, "with a cache ratio of 0.5"),
+        ({"cache_ratio": "auto", "qk_rope_head_dim": 16}, "--qk-rope-head-dim was given with --cache-ratio auto"),
+        ({"cache_ratio": "auto", "max_kl": -1}, "max_kl: input should be greater than 0"),
+        ({"cache_ratio": "auto", "max_kl": float("inf")}, "max_kl: input should be a finite number"),
+        ({"cache_ratio": "most"}, "cache_ratio: it must be auto, or a share above 0"),
+    ],
+)
+def test_two_sizes_of_the_cache_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(TransmlaError, match=says):
+        parse_recipe({"source": "x", **given}, "test")

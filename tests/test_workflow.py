@@ -17,6 +17,7 @@ from transmla import workflow
 from transmla.convert.prepare import prepare
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
+from transmla.export.manifest import Manifest
 from transmla.heal import choose
 from transmla.heal import loop as loops
 from transmla.heal.choose import Choice, choose_healing
@@ -110,6 +111,27 @@ def test_a_killed_run_resumes_to_the_same_weights(
     weights = {name for name in files(expected) if name.endswith(".safetensors")}
     assert weights
     assert all(files(resumed)[name] == files(expected)[name] for name in weights)
+
+
+def test_a_cache_that_a_loss_chose_survives_healing_and_a_kill(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.model_copy(update={"cache_ratio": "auto", "max_kl": 2.5, "format": "transmla"})
+    expected = Manifest.read(convert_and_heal(recipe.model_copy(update={"output": str(tmp_path / "whole")})))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transmla.heal.loop.Loop._step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_and_heal(recipe)
+    with monkeypatch.context() as patch:  # neither chosen nor converted again
+        patch.setattr("transmla.workflow.convert", killed)
+        manifest = Manifest.read(convert_and_heal(recipe, resume=True))
+    assert manifest.healing
+    assert manifest.promise == expected.promise is not None
+    assert manifest.plan == expected.plan
 
 
 def test_a_resumed_run_refuses_the_conversion_of_another_recipe(

@@ -291,7 +291,8 @@ class Plan:
     ``kinds`` holds the shape and rotary slots of each of ``spec.kinds`` if there are several. ``kept`` lists the
     layers that keep the source's attention. ``rope_parameters`` are the rotary settings of the export's config.
     ``layer_slots`` holds the slots of every layer (none for a kept one) when they have been measured. A manifest's plan
-    is the one before the conversion; there, the layers' entries hold the measured slots.
+    is the one before the conversion; there, the layers' entries hold the measured slots. ``layer_shapes`` holds the
+    shape and rotary slots of every layer where layers have different widths; ``shape`` is then the widest of them.
     """
 
     spec: AttentionSpec
@@ -305,17 +306,21 @@ class Plan:
     kinds: tuple[tuple[MLAShape, RotaryPlan], ...] = field(default=())
     kept: tuple[int, ...] = field(default=())
     layer_slots: tuple[tuple[int, ...], ...] = field(default=())
+    layer_shapes: tuple[tuple[MLAShape, RotaryPlan], ...] = field(default=())
 
     @property
     def cache_ratio(self) -> float:
-        """Cache size of a converted layer, as a fraction of the source's."""
-        return self.shape.cache_values / self.spec.cache_values
+        """Cache size of a converted layer, as a fraction of the source's; the mean if layers have their own shapes."""
+        if not self.layer_shapes:
+            return self.shape.cache_values / self.spec.cache_values
+        widths = [shape.cache_values for i, (shape, _) in enumerate(self.layer_shapes) if i not in self.kept]
+        return sum(widths) / len(widths) / self.spec.cache_values
 
     @property
     def model_cache_values(self) -> int:
         """Cached values per token, summed over all layers."""
         kept, layers = len(self.kept), self.spec.num_hidden_layers
-        if not self.kinds:
+        if not self.kinds and not self.layer_shapes:
             return kept * self.spec.cache_values + (layers - kept) * self.shape.cache_values
         converted = [i for i in range(layers) if i not in self.kept]
         return kept * self.spec.cache_values + sum(self.at(i).shape.cache_values for i in converted)
@@ -324,9 +329,11 @@ class Plan:
         """Return the plan for one layer alone."""
         spec = self.spec.at(layer)
         shape, rotary = self.kinds[self.spec.layers[layer]] if self.kinds else (self.shape, self.rotary)
+        if self.layer_shapes:
+            shape, rotary = self.layer_shapes[layer]
         if self.layer_slots and self.layer_slots[layer]:
             rotary = replace(rotary, slots=self.layer_slots[layer])
-        return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=(), layer_slots=())
+        return replace(self, spec=spec, shape=shape, rotary=rotary, kinds=(), layer_slots=(), layer_shapes=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values that JSON can hold, with ``model_cache_values``."""

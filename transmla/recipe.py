@@ -6,26 +6,24 @@ makes its flags from these fields (``cli/options.py``).
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
+from transmla.recipe_values import CACHE_AUTO, DEFAULT_MAX_KL, CacheRatio, Heal, Reconstruct
 from transmla.shares import Mixture, Texts
 
 
@@ -48,31 +46,6 @@ QUANTISATION = re.compile(r"[.-](?:(?:i|t)?q\d\w*|bf16|fp?16|f32|mxfp4\w*)$", re
 
 # End of the name of one of several GGUF files of a model.
 PART = re.compile(r"-\d{5}-of-\d{5}$")
-
-HEAL_AUTO, HEAL_OFF = "auto", "off"
-
-
-def _off(value: Any) -> Any:
-    """Return what YAML means by a bare `off`, which it reads as false."""
-    return "off" if value is False else value
-
-
-def _healing(value: Any) -> Any:
-    """Check a request for healing: auto, off, or minutes."""
-    value = _off(value)
-    if value in (HEAL_AUTO, HEAL_OFF):
-        return value
-    try:
-        minutes = float(value)
-    except (TypeError, ValueError):
-        minutes = 0.0
-    if not 0 < minutes < math.inf or isinstance(value, bool):
-        raise PydanticCustomError("heal", "it must be auto, off, or minutes above 0")
-    return minutes
-
-
-Reconstruct = Annotated[Literal["auto", "off", "fast", "full"], BeforeValidator(_off)]
-Heal = Annotated[Literal["auto", "off"] | float, BeforeValidator(_healing)]
 
 
 class Calibration(Strict):
@@ -143,13 +116,19 @@ class Recipe(Strict):
     allow_pickle: bool = Field(
         False, json_schema_extra=SOURCE, description="open pickled (.bin) weights, which can run code"
     )
-    cache_ratio: float | None = Field(
+    cache_ratio: CacheRatio = Field(
+        None,
+        json_schema_extra=SHAPE,
+        description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5). "
+        "auto: the smallest cache that --max-kl allows, measured on text that is not calibrated on",
+    )
+    max_kl: float | None = Field(
         None,
         gt=0,
-        le=1000,
         allow_inf_nan=False,
         json_schema_extra=SHAPE,
-        description="cache of the export as a share of the source's; chooses latent and rotary width (default: 0.5)",
+        description="with --cache-ratio auto: the largest KL to the source that is accepted, in nats per token, before "
+        "healing (default: 0.1, about that of half the cache). Formats that can store it get a width for each layer",
     )
     kv_lora_rank: PositiveInt | None = Field(
         None, json_schema_extra=SHAPE, description="width of the latent, instead of a cache ratio"
@@ -215,6 +194,37 @@ class Recipe(Strict):
         if "output" not in self.model_fields_set:
             object.__setattr__(self, "output", default_output(self.source))
         return self
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        """Check that ``max_kl`` and other settings of the cache fit together.
+
+        Raises:
+            TransmlaError: if two settings decide about the size of the cache.
+        """
+        if self.max_kl is not None and self.cache_ratio != CACHE_AUTO:
+            given = "no cache ratio" if self.cache_ratio is None else f"a cache ratio of {self.cache_ratio:g}"
+            raise TransmlaError(
+                f"--max-kl {self.max_kl:g} was given with {given}",
+                limit="a largest KL chooses the size of the cache, so nothing else may",
+                remedy="pass --cache-ratio auto, or leave --max-kl out",
+            )
+        fixed = [name for name in ("kv_lora_rank", "qk_rope_head_dim", "pad_for") if getattr(self, name) is not None]
+        if self.cache_ratio == CACHE_AUTO and fixed:
+            flag = "--" + fixed[0].replace("_", "-")
+            raise TransmlaError(
+                f"{flag} was given with --cache-ratio auto",
+                limit="--cache-ratio auto chooses the widths of latent and rotary key",
+                remedy="leave one of the two out",
+            )
+        return self
+
+    @property
+    def accepted_kl(self) -> float | None:
+        """The largest KL to the source, in nats per token, that chooses the cache; None if the recipe gives a size."""
+        if self.cache_ratio != CACHE_AUTO:
+            return None
+        return DEFAULT_MAX_KL if self.max_kl is None else self.max_kl
 
 
 def default_output(source: str) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from transmla.convert.pipeline import check_disk, check_room, convert, output_folder
-from transmla.convert.prepare import Prepared, prepare
+from transmla.convert.prepare import Prepared, prepare, with_plan
 from transmla.convert.resume import refuse_other_run
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, UNFINISHED_SUFFIX
@@ -26,7 +26,8 @@ from transmla.heal.resume import Store
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.ranks import launched
-from transmla.recipe import HEAL_AUTO, Recipe
+from transmla.recipe import Recipe
+from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import load_tokenizer
 from transmla.source.memory import free_memory_of
@@ -65,6 +66,10 @@ def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter
     if not (resume and ranks.on_first(partial(_is_conversion_of, prepared, unhealed, report))):
         pool = settings.self_tokens
         convert(recipe, resume=resume, reporter=report, prepared=prepared, folder=unhealed, pool=pool, notes=notes)
+    if recipe.accepted_kl is not None:
+        chosen = with_plan(prepared, Manifest.read(unhealed).plan)
+        healing = partial(_healing_of, chosen, settings, texts, unhealed, output, ranks.size, report)
+        settings, texts = ranks.on_first(healing)
     # Pickled weights may be in memory, and healing loads its own.
     del prepared
     gc.collect()
@@ -137,6 +142,34 @@ def _open_healing(
             raise
         return None, None, f"not healed: {error}"
     return settings, texts, choice.reason
+
+
+def _healing_of(
+    chosen: Prepared,
+    settings: Healing,
+    texts: HealingTexts | None,
+    unhealed: Path,
+    output: Path,
+    processes: int,
+    report: Reporter,
+) -> tuple[Healing, HealingTexts | None]:
+    """Return the healing for the cache that the conversion has chosen: a small cache is healed longer.
+
+    Args:
+        chosen: the conversion, with the plan that it has chosen.
+        settings: the healing that was checked for the largest cache, which remains if the memory or the texts do not
+            suffice for another one.
+        texts: its texts.
+        unhealed: folder of the conversion.
+        output: folder of the healed export.
+        processes: number of processes.
+        report: receives one line if another healing is chosen.
+    """
+    again, more, reason = _open_healing(chosen, _divided(choice_for(chosen), processes), unhealed, output)
+    if again is None or again == settings:
+        return settings, texts
+    report.message(reason)
+    return again, more
 
 
 def choice_for(prepared: Prepared) -> Choice:

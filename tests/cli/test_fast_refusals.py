@@ -51,7 +51,12 @@ def test_help_is_fast(folder: Path, argv: str) -> None:
     [
         ("fly", "No such command 'fly'"),
         ("convert source --colour red", "No such option: --colour"),
-        ("convert source -o out --cache-ratio half", "'--cache-ratio'"),
+        ("convert source -o out --cache-ratio half", "cache_ratio: it must be auto, or a share above 0"),
+        ("convert source -o out --max-kl 0.1", "--max-kl 0.1 was given with no cache ratio"),
+        ("convert source -o out --max-kl 0.1 --cache-ratio 0.5", "with a cache ratio of 0.5; a largest KL chooses"),
+        ("convert source -o out --cache-ratio auto --max-kl 0", "max_kl: input should be greater than 0"),
+        ("plan source --cache-ratio auto --kv-lora-rank 8", "--kv-lora-rank was given with --cache-ratio auto"),
+        ("plan source --cache-ratio auto --pad-for vllm", "--pad-for was given with --cache-ratio auto"),
         ("convert source -o out --cache-ratio 0", "cache_ratio: input should be greater than 0"),
         ("convert source -o out --method magic", "unknown method 'magic'; supported: calibrated, care"),
         ("convert source -o out --format magic", "unknown format 'magic'; supported: native, transmla"),

@@ -131,7 +131,7 @@ BAD_OPTIONS: dict[str, tuple[str, str]] = {
     "budget": ("--cache-ratio 0.05", "cannot hold a rotary key of 2"),
     "no-ratio": ("--cache-ratio 0", "cache_ratio: input should be greater than 0"),
     "endless-ratio": ("--cache-ratio inf", "cache_ratio: input should be a finite number"),
-    "no-number": ("--cache-ratio half", "'--cache-ratio'"),
+    "no-number": ("--cache-ratio half", "cache_ratio: it must be auto, or a share above 0"),
     "ratio-and-rank": ("--cache-ratio 0.5 --kv-lora-rank 16", "both a cache ratio and explicit widths"),
     "kernel": ("--pad-for vllm --qk-rope-head-dim 16", "no fast vLLM kernel"),
     "pad-for": ("--pad-for tgi", "pad_for: input should be 'vllm'"),

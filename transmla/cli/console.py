@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transmla.evaluate.retrieval import Retrieval
     from transmla.evaluate.tasks import TaskScores
     from transmla.evaluate.verify import Check
+    from transmla.export.manifest import Promise
 
 out = Console(emoji=False)
 err = Console(file=cast(IO[str], Tolerant()), emoji=False)
@@ -156,6 +157,11 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
         f" {summary['device']} (reconstruction {summary['reconstruct']}; texts, samples and healing not counted)"
     )
+    if summary.get("choosing_seconds"):
+        say(
+            f"choosing the cache: at most about {duration(summary['choosing_seconds'])} more, for one pass that"
+            " measures what each size costs, and up to three trial conversions"
+        )
     healed = summary.get("healing_disk_bytes") or 0
     also = f"; {gigabytes(healed)} while it is healed, with the unhealed copy and the state of the training"
     say(
@@ -268,6 +274,23 @@ def show_times(stages: list[dict[str, Any]]) -> None:
         rows.append([stage["name"], f"{stage['seconds']:.1f}", f"{stage['seconds'] / max(total, 1e-9):.0%}"])
         rows += [[f"  {name}", f"{seconds:.1f}", ""] for name, seconds in stage["phases"].items()]
     table(f"{duration(total)} in all", ["stage", "seconds", ""], rows)
+
+
+def show_promise(plan: Plan, promise: Promise) -> None:
+    """Print the table that closes a conversion whose cache was chosen by the loss that is accepted."""
+    from transmla.export.card import cache_rows
+
+    share = plan.model_cache_values / (plan.spec.cache_values * plan.spec.num_hidden_layers)
+    table(
+        f"the smallest cache for a KL of {promise.accepted:g}: {share:.1%} of the source's",
+        ["", "source", "MLA"],
+        [
+            *map(list, cache_rows(plan)),
+            ["KL promised, nats per token, before healing", "–", f"{promise.accepted:.4f}"],
+            ["KL on the text that chose the cache", "–", f"{promise.expected:.4f}"],
+            ["KL measured on other text", "–", f"{promise.measured:.4f}"],
+        ],
+    )
 
 
 def show_before_after(plan: Plan, evaluation: dict[str, Any]) -> None:

@@ -135,6 +135,9 @@ def convert(
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
     several times, source and export are compared on these texts at the end. The last table says where the time went.
 
+    With --cache-ratio auto, give the loss that you accept (--max-kl) instead of a size. The smallest cache that keeps
+    to this loss is found by trial conversions, and the loss is measured again on text that chose nothing.
+
     On several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m transmla convert SOURCE …
 
     Example: transmla convert meta-llama/Llama-3.1-8B --output llama-mla --cache-ratio 0.25 --eval wikitext
@@ -166,11 +169,15 @@ def convert(
             return
         evaluation = evaluate_export(folder, recipe, timed) if recipe.eval else None
         stages = timed.finish()
+    manifest = Manifest.read(folder)
     if as_json:
-        print(json_text({"output": str(folder), "stages": stages, "evaluation": evaluation}))
+        promise = {} if manifest.promise is None else {"promise": vars(manifest.promise)}
+        print(json_text({"output": str(folder), "stages": stages, "evaluation": evaluation, **promise}))
         return
+    if manifest.promise:
+        console.show_promise(manifest.plan, manifest.promise)
     if evaluation:
-        console.show_before_after(Manifest.read(folder).plan, evaluation)
+        console.show_before_after(manifest.plan, evaluation)
     console.show_times(stages)
     console.say(f"wrote {folder}; next: transmla verify {shlex.quote(str(folder))}")
 

@@ -10,7 +10,7 @@ from transmla.convert.finite import check_tensors
 from transmla.convert.prepare import Prepared
 from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
-from transmla.export.manifest import FitRecord, Manifest, SourceRecord, recipe_hash, versions
+from transmla.export.manifest import FitRecord, Manifest, Promise, SourceRecord, recipe_hash, versions
 from transmla.export.tokenizer import write_tokenizer
 from transmla.export.travel import put_record, weights_fingerprint
 from transmla.export.workspace import Progress, Workspace
@@ -63,6 +63,7 @@ def write_rest(
         final_norm_correction=final_norm,
         hashes={},
         weights=weights_fingerprint(folder),
+        promise=_promise(prepared, progress),
     )
     write_json(folder / "config.json", form.config(source.config, manifest.converted_plan))
     write_tokenizer(
@@ -89,6 +90,14 @@ def _source_record(prepared: Prepared, fingerprint: str) -> SourceRecord:
     source, recipe = prepared.source, prepared.recipe
     name, commit = public_name(recipe.source), _hub_commit(source.path)
     return SourceRecord(name, recipe.revision, commit, fingerprint, source.card)
+
+
+def _promise(prepared: Prepared, progress: Progress) -> Promise | None:
+    """Return the loss that chose the cache, and what was measured; None if the recipe gave a size."""
+    accepted, measured = prepared.recipe.accepted_kl, progress.measured_kl
+    if accepted is None or measured is None:
+        return None
+    return Promise(accepted, progress.choice["expected"], measured)
 
 
 def _public_texts(texts: dict[str, float]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from transmla.plan.estimate import fit_bytes
 from transmla.ranks import Ranks
 from transmla.source.decoder_layer import embedded
 from transmla.source.open_source import runs_in_bfloat16
+from transmla.source.output_head import OutputHead
 
 # Copies of the streams that a GPU must hold, beside a fit, to keep them. Three are needed: before and after each layer
 # of a window, and as inputs of the fit.
@@ -104,8 +105,13 @@ class LayerConverter:
         self._ahead: dict[int, _OpenLayer] = {}
         self.phases = Phases(self.device)
 
-    def start(self, tokens: Tensor, embedding: Tensor) -> Streams:
-        """Return the streams [N, T, D] that enter the first layer, for ``tokens`` [N, T] and ``embedding`` [V, D].
+    def start(self, tokens: Tensor, embedding: Tensor, held: Tensor | None = None) -> Streams:
+        """Return the streams [N, T, D] that enter the first layer.
+
+        Args:
+            tokens: calibration tokens [N, T].
+            embedding: the source's embedding [V, D].
+            held: held-out tokens [n, T], which run through the source's and the export's layers; None without any.
 
         Raises:
             TransmlaError: if they overflow.
@@ -114,7 +120,11 @@ class LayerConverter:
         hidden = embedded(self.source.model, tokens, embedding, into=into)
         check_hidden("the embedding", {"source": hidden})
         first_pass = hidden if self.first_pass is not None else None
-        return self.place(Streams(hidden, first_pass, converted=hidden if self.fit is not None else None))
+        streams = Streams(hidden, first_pass, converted=hidden if self.fit is not None else None)
+        if held is not None and len(held):
+            outside = embedded(self.source.model, held, embedding)
+            streams = replace(streams, held_source=outside, held_export=outside.clone())
+        return self.place(streams)
 
     def place(self, streams: Streams) -> Streams:
         """Move ``streams`` to the GPU if its free memory holds STREAM_COPIES of them and the fit's own memory.
@@ -166,6 +176,13 @@ class LayerConverter:
             ratio.add(hidden.to(self.device))
         return ratio.correction
 
+    def divergence(self, streams: Streams) -> float:
+        """Return the KL to the source in nats per token on the held-out sequences, for ``streams`` after all layers."""
+        assert streams.held_source is not None
+        assert streams.held_export is not None
+        head = OutputHead(self.source.model, self.source.checkpoint, self.source.family, self.device)
+        return head.divergence(streams.held_source, streams.held_export)
+
     def _convert(self, index: int, streams: Streams) -> ConvertedLayer:
         """Convert layer ``index`` to latent attention."""
         window = self._window(index, streams)
@@ -184,6 +201,10 @@ class LayerConverter:
                 converted = current.layer.run_stream(converted, export.factors)[1]
             evaluated = streams.source[-held_out(len(streams.source)) :]
             error = relative_error(current.layer, export.factors, evaluated)
+            held_source, held_export = streams.held_source, streams.held_export
+            if held_source is not None and held_export is not None:
+                held_source = current.layer.run_stream(held_source, None)[1]
+                held_export = current.layer.run_stream(held_export, export.factors)[1]
         record: dict[str, Any] = {"layer": index, "relative_error": error, **export.record}
         if self.plan.at(index).rotary.measured:
             frequencies = torch.tensor(current.layer.spec.inv_freq, dtype=torch.float64)
@@ -201,7 +222,8 @@ class LayerConverter:
         prefix = self._prefix(index)
         tensors = {f"{prefix}self_attn.{name}": tensor for name, tensor in export.tensors.items()}
         tensors |= self._outside_attention(prefix, current.observations)
-        return ConvertedLayer(tensors, record, replace(current.leaving, converted=converted, ahead=ahead))
+        leaving = replace(current.leaving, converted=converted, held_source=held_source, held_export=held_export)
+        return ConvertedLayer(tensors, record, replace(leaving, ahead=ahead))
 
     def _fit(self, index: int, window: list[_OpenLayer], streams: Streams) -> Reconstruction | None:
         """Fit the layers of the ``window`` that begins at layer ``index``; None if layers are not fitted."""

@@ -18,8 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from transmla.convert.calibration_text import calibration_tokens, check_length, read_calibration
+from transmla.convert.choose_budget import Choice, choose_budget, describe, with_choice
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
+from transmla.convert.held_rows import Rows, split_rows, with_held_rows
 from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import check_memory, holds_streams
 from transmla.convert.prepare import Prepared, prepare
@@ -141,7 +143,7 @@ def _begin(
     if tokens is None and resume:
         tokens = workspace.tokens()
     if tokens is None and not complete:
-        text = read_calibration(recipe, source, tokenizer, report)
+        text = read_calibration(with_held_rows(recipe), source, tokenizer, report)
     report.stage("checking weights", len(source.checkpoint.shapes))
     fingerprint = source.checkpoint.fingerprint(lambda done, _: report.advance(done))
     if complete:
@@ -170,7 +172,10 @@ def _write(
         report: receives progress.
     """
     progress = ranks.on_first(lambda: _open(prepared, ranks.size, workspace, inputs, report))
-    final_norm = _convert_layers(prepared, ranks, workspace, progress, inputs.tokens, report)
+    rows = split_rows(prepared, inputs.tokens)
+    if prepared.recipe.accepted_kl is not None:
+        prepared = with_choice(prepared, ranks.on_first(partial(_chosen, prepared, workspace, progress, rows, report)))
+    final_norm = _convert_layers(prepared, ranks, workspace, progress, rows, report)
     ranks.on_first(lambda: write_rest(prepared, workspace, progress, final_norm, tokenizer, inputs.fingerprint, report))
     ranks.on_first(workspace.finish)
 
@@ -184,6 +189,21 @@ def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inp
     # Save the tokens last: a resumed run that finds them does not read the texts again.
     workspace.save_tokens(inputs.tokens)
     return progress
+
+
+def _chosen(prepared: Prepared, workspace: Workspace, progress: Progress, rows: Rows, report: Reporter) -> Choice:
+    """Return the sizes that this run has chosen before, or choose and save them.
+
+    Several processes wait for the first one, which measures alone.
+    """
+    if not progress.choice:
+        folder = None if holds_streams(prepared, rows.calibration.numel()) else workspace.folder
+        progress.choice = choose_budget(prepared, rows, folder, report).to_dict()
+        workspace.save_progress(progress)
+    choice = Choice(**progress.choice | {"ratios": tuple(progress.choice["ratios"])})
+    for line in describe(with_choice(prepared, choice), choice):
+        report.message(line)
+    return choice
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -227,11 +247,12 @@ def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
 
 
 def _convert_layers(
-    prepared: Prepared, ranks: Ranks, workspace: Workspace, progress: Progress, tokens: Tensor, report: Reporter
+    prepared: Prepared, ranks: Ranks, workspace: Workspace, progress: Progress, rows: Rows, report: Reporter
 ) -> float:
     """Write the shard of the embedding and one shard per layer; return the factor on the last norm's weight."""
     if progress.final_norm is not None:  # all layers are written, and the saved streams may be deleted
         return progress.final_norm
+    tokens = rows.calibration
     on_disk = not ranks.on_first(lambda: holds_streams(prepared, tokens.numel()))
     if on_disk:
         report.message("the memory does not hold the hidden states of the calibration text: they lie on the disk")
@@ -247,7 +268,7 @@ def _convert_layers(
         else:
             name = source.family.tensors["embed"]
             embedding = source.checkpoint.read(name)
-            streams = converter.start(tokens, embedding)
+            streams = converter.start(tokens, embedding, rows.checking)
             ranks.on_first(lambda: writer.embedding({name: converter.cast(embedding)}))
             del embedding
         report.stage("converting layers", layers)
@@ -264,5 +285,7 @@ def _convert_layers(
     for phase, seconds in converter.phases.seconds.items():
         report.spent(phase, seconds)
     progress.final_norm = converter.final_norm(streams)
+    if streams.held_export is not None:
+        progress.measured_kl = converter.divergence(streams)
     ranks.on_first(lambda: workspace.save_progress(progress))
     return progress.final_norm

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from transmla.artifacts import AttentionSpec, Plan
 from transmla.convert.calibration_text import longest_sequence, why_unsampled
 from transmla.core.methods.base import method_named
+from transmla.errors import TransmlaError
 from transmla.formats.base import format_named
 from transmla.plan import estimate
-from transmla.plan.estimate_time import Rates, conversion_seconds, measure_rates
+from transmla.plan.estimate_time import Rates, choosing_seconds, conversion_seconds, measure_rates
 from transmla.plan.fit_settings import FITS, FitSettings, choose_fit, fit_settings
 from transmla.plan.make_plan import AUTO as AUTO_FORMAT
 from transmla.plan.make_plan import make_plan
+from transmla.plan.shape_ladder import ladder
 from transmla.recipe import Recipe
 from transmla.shares import shares
 from transmla.source.device import pick_device
@@ -69,6 +72,12 @@ def prepare(recipe: Recipe, *, sequences: int | None = None, weights: bool = Tru
     """
     if recipe.format != AUTO_FORMAT:
         format_named(recipe.format)  # refuses a misspelt format before anything is downloaded
+    if recipe.accepted_kl is not None and method_named(recipe.method).first_pass is not None:
+        raise TransmlaError(
+            f"--cache-ratio auto was given with method {recipe.method}",
+            limit="the cost of a layer is measured for methods with one pass over the text",
+            remedy="give a ratio, or leave --method out",
+        )
     source = open_source(recipe, weights=weights)
     device = pick_device(recipe.device)
     recipe = _with_amounts(recipe, source.spec, device)
@@ -123,13 +132,38 @@ def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
 
 
 def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_because: str | None) -> Prepared:
-    """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved."""
-    plan = make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because)
-    spec = source.spec
-    fit = fit_settings(
-        recipe.reconstruct, plan.cache_ratio, layer_parameters=spec.layer_parameters, experts=bool(spec.experts)
+    """Make the plan and choose the fit's settings, for a recipe with ``reconstruct`` resolved.
+
+    For a recipe that gives a loss instead of a size, the plan is the largest that may be chosen.
+    """
+    prepared = Prepared(recipe, source, device, unfitted_because, None, None)  # type: ignore[arg-type]
+    if recipe.accepted_kl is None:
+        return with_plan(prepared, make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because))
+    plans = list(ladder(partial(plan_at, prepared)).values())
+    smallest = plans[-1].model_cache_values / plans[0].spec.num_hidden_layers
+    note = (
+        f"the cache is chosen while converting: the smallest whose KL to the source is at most {recipe.accepted_kl:g}"
+        f" nats per token before healing. The shape above is the largest that may be chosen; the smallest caches"
+        f" {smallest:.0f} values per token and layer"
     )
-    return Prepared(recipe, source, device, unfitted_because, fit, plan)
+    return with_plan(prepared, replace(plans[0], notes=(*plans[0].notes, note)))
+
+
+def plan_at(prepared: Prepared, ratio: float) -> Plan:
+    """Return the plan of the same conversion at a cache ratio; widths outside the cache remain the recipe's.
+
+    Raises:
+        TransmlaError: if no shape fits.
+    """
+    source, recipe = prepared.source, prepared.recipe.model_copy(update={"cache_ratio": ratio})
+    return make_plan(source.spec, recipe, source.dtype, unfitted_because=prepared.unfitted_because)
+
+
+def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
+    """Return the same conversion with another ``plan``, and with the fit that belongs to its cache."""
+    spec, name = plan.spec, prepared.recipe.reconstruct
+    fit = fit_settings(name, plan.cache_ratio, layer_parameters=spec.layer_parameters, experts=bool(spec.experts))
+    return replace(prepared, plan=plan, fit=fit)
 
 
 def rates_of(prepared: Prepared) -> Rates:
@@ -161,5 +195,10 @@ def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
         reconstruct=recipe.reconstruct,
         sampled=sampled,
     )
-    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates or rates_of(prepared))
-    return summary | {"seconds": seconds, "device": str(prepared.device), "unsampled": unsampled}
+    rates = rates or rates_of(prepared)
+    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates)
+    choosing = None
+    if recipe.accepted_kl is not None:
+        choosing = choosing_seconds(conversion_seconds(prepared.plan, *amount, None, rates), seconds)
+    also = {"device": str(prepared.device), "unsampled": unsampled, "choosing_seconds": choosing}
+    return summary | {"seconds": seconds, **also}

@@ -26,12 +26,16 @@ class Streams:
         source: hidden states computed by the source's layers.
         first_pass: hidden states computed by layers without RoPE; None if the method has no first pass.
         converted: hidden states computed by the converted layers; None if layers are not fitted.
+        held_source: hidden states [n, T, D] of held-out sequences, computed by the source's layers; None without any.
+        held_export: hidden states of the same sequences, computed by the layers as they are written.
         ahead: layer → name → tensor: factors that the last window fitted for layers that are not yet final.
     """
 
     source: Tensor
     first_pass: Tensor | None = None
     converted: Tensor | None = None
+    held_source: Tensor | None = None
+    held_export: Tensor | None = None
     ahead: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Streams:

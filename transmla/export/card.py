@@ -134,14 +134,25 @@ def cache_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """Return the card's rows on the cache. Each row is a label, the source's value and the export's value."""
     spec, width = plan.spec, value_bytes(plan.dtype)
     before, after = spec.cache_values, plan.shape.cache_values
+    values = f"{after} ({after / before:.1%})"
+    if plan.layer_shapes:
+        mean = plan.model_cache_values / spec.num_hidden_layers
+        values = f"{by_layer(plan, 'cache_values')}, mean {mean:.0f} ({mean / before:.1%})"
     return [
-        ("cache values per token and layer", f"{before}", f"{after} ({after / before:.1%})"),
+        ("cache values per token and layer", f"{before}", values),
         (
             "cache bytes per token",
             f"{before * spec.num_hidden_layers * width:,}",
             f"{plan.model_cache_values * width:,}",
         ),
     ]
+
+
+def by_layer(plan: Plan, width: str) -> str:
+    """Return a width of the converted layers, the name of an attribute of ``MLAShape``: "64", or "48 to 160"."""
+    layers = [i for i in range(plan.spec.num_hidden_layers) if i not in plan.kept]
+    widths = {getattr(plan.at(i).shape, width) for i in layers} if plan.layer_shapes else {getattr(plan.shape, width)}
+    return f"{min(widths)}" if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
 
 
 def attention_kind(spec: AttentionSpec) -> str:
@@ -270,11 +281,12 @@ def _texts(shares: dict[str, float]) -> str:
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    spec, shape = plan.spec, plan.shape
+    spec = plan.spec
+    latent, rotary = by_layer(plan, "kv_lora_rank"), by_layer(plan, "qk_rope_head_dim")
     attention = (
         "attention",
         f"{spec.num_attention_heads} query heads, {spec.num_key_value_heads} key/value heads, width {spec.head_dim}",
-        f"latent of width {shape.kv_lora_rank}, rotary key of width {shape.qk_rope_head_dim}",
+        f"latent of width {latent}, rotary key of width {rotary}",
     )
     return [*cache_rows(plan), attention]
 

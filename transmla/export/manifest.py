@@ -60,6 +60,21 @@ class FitRecord:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """The KL to the source that a conversion was asked to keep, in nats per token, before any healing.
+
+    Attributes:
+        accepted: the largest KL that the recipe accepts.
+        expected: KL on the held-out text on which the cache was chosen.
+        measured: KL of the written layers on other held-out text, which chose nothing.
+    """
+
+    accepted: float
+    expected: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The record of how an export was made.
 
@@ -80,6 +95,7 @@ class Manifest:
         weights: ``travel.weights_fingerprint`` of the export as transmla wrote it; empty in older exports.
         resaved: whether other software has written the files anew.
         weights_changed: whether it has changed the weights.
+        promise: the loss that chose the cache; None if the recipe gave a size.
     """
 
     format: str
@@ -98,6 +114,7 @@ class Manifest:
     weights: str = ""
     resaved: bool = False
     weights_changed: bool = False
+    promise: Promise | None = None
 
     @property
     def converted_plan(self) -> Plan:

@@ -36,6 +36,8 @@ class Progress:
         checksum: CRC-32 of the saved hidden states.
         final_norm: factor on the weight of the last norm; None until all layers are written.
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
+        choice: the sizes of all layers (``convert.choose_budget``), if the recipe gives a loss instead of a size.
+        measured_kl: KL to the source of the written layers, on text that chose nothing; None until all are written.
     """
 
     key: str
@@ -45,6 +47,8 @@ class Progress:
     checksum: int = 0
     final_norm: float | None = None
     texts: dict[str, float] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
+    measured_kl: float | None = None
 
 
 class Workspace:
@@ -133,7 +137,7 @@ class Workspace:
         remove_temporaries(self.folder)
         if damaged := first_damaged(self.folder, progress.hashes):
             tell(f"'{damaged}' is damaged or missing: starting again from the first layer")
-            progress = Progress(key, texts=progress.texts)
+            progress = Progress(key, texts=progress.texts, choice=progress.choice)
             self.save_progress(progress)
         return progress
 

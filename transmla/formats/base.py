@@ -56,6 +56,7 @@ class Format(ABC):
         signed: whether transformers builds the export's model, so that its layers can be run and signed.
         padded_by_runtimes: whether runtimes pad the export's tensors to their kernels' widths, so that ``--pad-for``
             only chooses widths, and the export has no zeros.
+        shapes_by_layer: whether layers may have different widths.
         carries_record: whether ``config.json`` may hold the manifest, for when transformers saves the export again.
     """
 
@@ -68,6 +69,7 @@ class Format(ABC):
     interleaved: bool = False
     signed: bool = False
     padded_by_runtimes: bool = False
+    shapes_by_layer: bool = False
     carries_record: bool = False
 
     # --- before a weight is read

@@ -37,6 +37,7 @@ class TransmlaFormat(Format):
     options = frozenset({"pad_for"})
     signed = True
     padded_by_runtimes = True
+    shapes_by_layer = True
     carries_record = True
 
     def lacks(self, spec: AttentionSpec, kept: tuple[int, ...]) -> str | None:

@@ -14,7 +14,8 @@ from transmla.formats.base import format_named
 from transmla.plan.estimate import export_bytes, parameters
 from transmla.plan.estimate_time import Rates, healing_seconds
 from transmla.plan.fit_settings import SMALL_CACHE
-from transmla.recipe import HEAL_AUTO, HEAL_OFF, Recipe
+from transmla.recipe import Recipe
+from transmla.recipe_values import HEAL_AUTO, HEAL_OFF
 
 # Tokens of the default healing of models up to LARGE weights; larger models get fewer, in proportion, so that a
 # healing takes minutes. An export that keeps less than SMALL_CACHE has more to learn, and gets SMALL_CACHE_TOKENS times

@@ -26,7 +26,10 @@ CPU = torch.device("cpu")
 def parameters(plan: Plan) -> int:
     """Return the number of weights in the export."""
     form = format_named(plan.format)
-    return plan.spec.num_hidden_layers * form.attention_parameters(plan) + form.other_parameters(plan)
+    layers = plan.spec.num_hidden_layers
+    if plan.layer_shapes:
+        return sum(form.attention_parameters(plan.at(i)) for i in range(layers)) + form.other_parameters(plan)
+    return layers * form.attention_parameters(plan) + form.other_parameters(plan)
 
 
 def source_parameters(plan: Plan) -> int:

@@ -30,6 +30,9 @@ OBSERVING_SECONDS, TOKENS_PER_STEP = 7e-3, 4096
 # Seconds that a GPU's host needs for one expert of a layer, on one step of the text; and seconds for each byte of a
 # layer that is read, checked, hashed and written. From layers of Qwen3-30B-A3B, Mixtral-8x7B and gpt-oss-20b; an H200.
 EXPERT_SECONDS, BYTE_SECONDS = 2.5e-4, 2.6e-9
+# Time of the pass that measures what sizes of the cache cost, in conversions in closed form (SmolLM2-135M on one thread
+# of a CPU: four); trial conversions at most.
+MEASURING_PASSES, TRIALS = 4.0, 3
 # Of a healing: share of the rate of matrix products, bytes moved for each logit, seconds that the host takes for a step
 # of one layer, and seconds for compilation, evaluation and saving.
 HEALING_SHARE, LOGIT_BYTES, HOST_SECONDS, AROUND_HEALING = 0.9, 50, 2.6e-3, 25.0
@@ -115,6 +118,16 @@ def conversion_seconds(plan: Plan, sequences: int, length: int, fit: FitSettings
         layer += passes * tokens / max(TOKENS_PER_STEP, length) * spec.experts * EXPERT_SECONDS
     layer += BYTE_SECONDS * value_bytes(plan.dtype) * (attention + spec.layer_parameters)
     return spec.num_hidden_layers * layer
+
+
+def choosing_seconds(closed: float, fitted: float) -> float:
+    """Return the longest estimated time of the choice of a cache by an accepted loss, in seconds.
+
+    Args:
+        closed: time of a conversion in closed form, in seconds.
+        fitted: time of the conversion that is run, in seconds; a trial takes as long.
+    """
+    return MEASURING_PASSES * closed + TRIALS * fitted
 
 
 def healing_seconds(weights: int, spec: AttentionSpec, tokens: int, batch: int, rates: Rates) -> float:

@@ -62,8 +62,9 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
             limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim",
             remedy="give one or the other",
         )
-    budget = int(spec.cache_values * (recipe.cache_ratio or DEFAULT_CACHE_RATIO))
-    ratio = recipe.cache_ratio or DEFAULT_CACHE_RATIO
+    given = recipe.cache_ratio
+    ratio = DEFAULT_CACHE_RATIO if given is None or isinstance(given, str) else given
+    budget = int(spec.cache_values * ratio)
     d_r = recipe.qk_rope_head_dim or (
         VLLM_ROTARY if recipe.pad_for else _rotary_width(spec, ratio, budget, form, recipe)
     )

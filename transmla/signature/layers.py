@@ -19,7 +19,7 @@ from transmla.core.exact_float64 import ExactFloat64
 from transmla.families.base import Family
 from transmla.signature.probe import NUMBERS, Projections, hidden_states, project, project_logits, tokens
 from transmla.source.checkpoint import Checkpoint
-from transmla.source.decoder_layer import ATTENTION, embedded, layer_with
+from transmla.source.decoder_layer import ATTENTION, Given, embedded, layer_with, opened
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class LayerByLayer:
     def _logits(self, head: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits [N, T, vocabulary] of ``hidden`` [N, T, D] after all layers, in its precision."""
         dtype = hidden.dtype
-        whole = _opened(self.model)
+        whole = opened(self.model)
         whole.lm_head = _Head(head)
-        whole.model = self._trunk([_Given(None, hidden) for _ in range(self.count)])
+        whole.model = self._trunk([Given(None, hidden) for _ in range(self.count)])
         norm = copy.deepcopy(self.model.model.norm)
         prefix = self.names["norm"].removesuffix("weight")
         weights = {name: tensor.to(dtype) for name, tensor in self.checkpoint.layer(prefix).items()}
@@ -148,15 +148,15 @@ class LayerByLayer:
 
     def _run(self, index: int, layer: Any, hidden: Tensor) -> Tensor:
         """Run ``layer`` on ``hidden`` [N, T, D] at its place in the model, and return its output [N, T, D]."""
-        given = _Given(layer, hidden)
-        trunk = self._trunk([given if i == index else _Given(None, None) for i in range(self.count)])
+        given = Given(layer, hidden)
+        trunk = self._trunk([given if i == index else Given(None, None) for i in range(self.count)])
         trunk.norm = nn.Identity()
         with ExactFloat64():
             return trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def _trunk(self, layers: list[nn.Module]) -> Any:
         """Return the model's decoder with other ``layers``."""
-        trunk = _opened(self.model.model)
+        trunk = opened(self.model.model)
         trunk.layers, trunk.rotary_emb = nn.ModuleList(layers), self.rotary
         return trunk
 
@@ -174,31 +174,9 @@ class _Head(nn.Module):
         return torch.cat([nn.functional.linear(hidden, block) for block in blocks], dim=-1)
 
 
-class _Given(nn.Module):
-    """Takes a decoder layer's place: runs ``layer`` on ``hidden``. Without one it hands on ``hidden``, or its input."""
-
-    def __init__(self, layer: Any, hidden: Tensor | None) -> None:
-        super().__init__()
-        self.layer, self.hidden = layer, hidden
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden = hidden_states if self.hidden is None else self.hidden
-        if self.layer is None:
-            return hidden
-        output = self.layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
 def _with_exact_experts(layer: Any) -> Any:
     """Let a layer's experts run in float64, which only their eager implementation has."""
     for module in layer.modules():
         if hasattr(module, "config"):
             module.config._experts_implementation = "eager"
     return layer
-
-
-def _opened(module: Any) -> Any:
-    """Return a shallow copy of ``module`` whose submodules can be replaced without changing ``module``."""
-    opened = copy.copy(module)
-    opened._modules = dict(module._modules)
-    return opened

@@ -29,6 +29,28 @@ class _Captured(Exception):
         self.value = value
 
 
+class Given(nn.Module):
+    """Takes a decoder layer's place: runs ``layer`` on ``hidden``. Without one it hands on ``hidden``, or its input."""
+
+    def __init__(self, layer: Any, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.hidden = layer, hidden
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states if self.hidden is None else self.hidden
+        if self.layer is None:
+            return hidden
+        output = self.layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def opened(module: Any) -> Any:
+    """Return a shallow copy of ``module`` whose submodules can be replaced without changing ``module``."""
+    opened = copy.copy(module)
+    opened._modules = dict(module._modules)
+    return opened
+
+
 def layer_with(model: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """Build one decoder layer with its weights.
 
