@@ -3,7 +3,7 @@
 - ``rows``: the cached rows, the score settings and ``Decode``, the signature of every backend.
 - ``reference``: plain PyTorch. It runs everywhere, and tests compare every kernel with it.
 - ``triton_decode``: split-KV flash decoding in Triton.
-- ``hopper``, ``hopper_kernel``: the kernel for H100 and H200, in Gluon, and its launch.
+- ``hopper``, ``hopper_kernel``, ``hopper_mask``: the kernel for H100 and H200, in Gluon, and its launch.
 - ``flashmla``, ``flashinfer``: adapters to two optional packages.
 - ``splits``: number of cache splits, and the kernel that merges their results (for Triton and Hopper).
 - ``custom_op``: wraps a backend as one operator for torch.compile.

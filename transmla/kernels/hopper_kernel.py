@@ -29,6 +29,8 @@ try:
 except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
+from transmla.kernels.hopper_mask import mask_bounds
+
 # Query rows (token, head) of one program.
 ROWS = 64
 
@@ -40,48 +42,6 @@ if gluon is not None:
     group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     # Kernels can read a global of this module only if it is a constexpr.
     HEIGHT = gl.constexpr(ROWS)
-
-    @gluon.jit
-    def _seen(row, at, mask_token, total, lane):
-        keys = at + lane
-        return gl.load(row + keys.to(gl.int64) * mask_token, mask=keys < total, other=0)
-
-    @gluon.jit
-    def _noted(shown, keys, begins, ends, counts):
-        seen = shown != 0
-        begins = gl.where(seen, gl.minimum(begins, keys), begins)
-        return begins, gl.where(seen, keys + 1, ends), counts + seen.to(gl.int32)
-
-    @gluon.jit
-    def _bounds(mask, batch, mask_batch, mask_query, mask_token, total, NEW: gl.constexpr):
-        """Ranges of a mask [NEW, total]: first, last, low, high.
-
-        Every token that some query attends to lies in [first, last). Every query attends to all of [low, high), which
-        may be empty.
-        """
-        CHUNK: gl.constexpr = 2048
-        layout: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
-        first, last, low, high, holes = total, 0, 0, total, 0
-        lane = gl.arange(0, CHUNK, layout=layout)
-        for query in range(NEW):
-            begins = total + lane * 0
-            ends = lane * 0
-            counts = lane * 0
-            row = mask + batch.to(gl.int64) * mask_batch + query * mask_query
-            for at in range(0, total, 4 * CHUNK):
-                # All four loads come before the first use, so that they share one memory latency.
-                one, two = _seen(row, at, mask_token, total, lane), _seen(row, at + CHUNK, mask_token, total, lane)
-                three = _seen(row, at + 2 * CHUNK, mask_token, total, lane)
-                four = _seen(row, at + 3 * CHUNK, mask_token, total, lane)
-                begins, ends, counts = _noted(one, at + lane, begins, ends, counts)
-                begins, ends, counts = _noted(two, at + CHUNK + lane, begins, ends, counts)
-                begins, ends, counts = _noted(three, at + 2 * CHUNK + lane, begins, ends, counts)
-                begins, ends, counts = _noted(four, at + 3 * CHUNK + lane, begins, ends, counts)
-            begin, end, count = gl.min(begins, 0), gl.max(ends, 0), gl.sum(counts, 0)
-            holes += gl.maximum(end - begin, 0) - count
-            first, last = gl.minimum(first, begin), gl.maximum(last, end)
-            low, high = gl.maximum(low, begin), gl.minimum(high, end)
-        return gl.minimum(first, last), last, low, gl.where(holes == 0, high, 0)
 
     @gluon.jit
     def _fetch(
@@ -307,7 +267,7 @@ if gluon is not None:
         begin, end, low = 0, length, 0
         high = length - NEW + 1 if RAGGED else length
         if MASKED:
-            begin, end, low, shown = _bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
+            begin, end, low, shown = mask_bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
             high = gl.minimum(high, shown) if RAGGED else shown
         begin = begin // TOKENS
         tiles = gl.maximum((end + TOKENS - 1) // TOKENS - begin, 0)
