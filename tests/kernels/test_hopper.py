@@ -39,8 +39,8 @@ def test_every_specialisation_fits_in_shared_memory_and_keeps_its_products_async
         assert "serialized" not in kernel["log"], (case, kernel["log"])
         assert "setmaxnreg" not in kernel["log"], (case, kernel["log"])
         spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["log"])[-1])
-        # Tiles of 64 wide rows fill all registers. Triton 3.6, which measured them, spills three words; Triton 3.9 spills
-        # eight, and up to 55 with a mask.
+        # Tiles of 64 wide rows fill all registers. Triton 3.6, which was measured, spills three words; Triton 3.9
+        # spills eight, and up to 55 with a mask.
         full = case["rank"] > 256 and case["queries"] > 32 and case["page"] % 64 == 0
         assert spilled <= ((224 if case["masked"] else 32) if full else 16), case
 

@@ -3,7 +3,11 @@
 pipeline            ``convert``: run a conversion from end to end, and resume one that was interrupted
 prepare             decide everything from the recipe before a weight is read
 calibration_text    read the mixture of texts, sample the model, check lengths
+choose_budget       the smallest cache that keeps to a loss
+layer_costs         what each size of a layer costs, for this choice
+held_rows           calibration text that chooses or checks instead of calibrating
 layers              convert one decoder layer after the other
+relative_error      the error of a layer's attention, for the manifest
 source_layer        run one source layer over the calibration text
 observe             measure its statistics meanwhile
 sensitivity_meter   how much an error on each key and value changes the attention's output

@@ -13,9 +13,9 @@ from transmla.convert.calibration_text import calibration_tokens, check_length, 
 from transmla.convert.factorize import factorize
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
 from transmla.convert.fit_layers import held_out
-from transmla.convert.layers import relative_error
 from transmla.convert.observe import Observations, observe
 from transmla.convert.prepare import Prepared, prepare, with_cache_ratio
+from transmla.convert.relative_error import relative_error
 from transmla.convert.source_layer import SourceLayer
 from transmla.core.spectrum import Spectrum, spectrum
 from transmla.errors import TransmlaError

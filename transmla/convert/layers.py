@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.artifacts import LayerFactors, LayerWeights
+from transmla.artifacts import LayerFactors
 from transmla.convert.eps_correction import NormRatio
 from transmla.convert.factorize import factorize, from_first
 from transmla.convert.finite import check_hidden, check_numbers, check_tensors, decompositions
@@ -18,9 +18,9 @@ from transmla.convert.fit_layers import Reconstruction, held_out, reconstruct
 from transmla.convert.observe import Observations, observe
 from transmla.convert.phases import Phases
 from transmla.convert.prepare import Prepared
+from transmla.convert.relative_error import relative_error
 from transmla.convert.source_layer import SourceLayer, steps
 from transmla.convert.streams import Streams, mapped
-from transmla.core.fused_attention import fused_attention, fused_source_attention
 from transmla.core.methods.base import method_named
 from transmla.core.rope import match_slots
 from transmla.errors import TransmlaError
@@ -320,29 +320,6 @@ class LayerConverter:
                     self.cast(tensor) if correction is None else (tensor.double() * correction).to(self.dtype)
                 )
         return tensors
-
-
-@torch.no_grad()
-def relative_error(layer: SourceLayer, factors: LayerFactors, stream: Tensor) -> float:
-    """Return ‖MLA − source‖² / ‖source‖² of a layer's attention output.
-
-    Args:
-        layer: the source layer, with its weights.
-        factors: the layer's MLA factors, float32.
-        stream: hidden states [n, T, D] of the source that enter the layer, a few sequences.
-    """
-    spec = layer.spec
-    weights: LayerWeights = layer.weights()
-    difference = energy = 0.0
-    for hidden in stream[layer.ranks.share(len(stream))]:
-        x = layer.features(hidden[None])
-        target = fused_source_attention(x, weights, layer.inv_freq, scaling=spec.scaling, gain=spec.attention_factor**2)
-        difference += float((fused_attention(x, factors) - target).square().sum())
-        energy += float(target.square().sum())
-    sums = torch.tensor([difference, energy], dtype=torch.float64, device=layer.device)
-    layer.ranks.add_up(sums)
-    difference, energy = sums.tolist()
-    return difference / max(energy, 1e-30)
 
 
 def _fitted_tensors(factors: LayerFactors) -> dict[str, Tensor]:
