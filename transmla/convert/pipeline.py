@@ -21,7 +21,7 @@ from transmla.convert.calibration_text import calibration_tokens, check_length, 
 from transmla.convert.choose_budget import Choice, choose_budget, describe, with_choice
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
-from transmla.convert.held_rows import Rows, split_rows, with_held_rows
+from transmla.convert.held_rows import Rows, check_rows, split_rows, with_held_rows
 from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import check_memory, holds_streams
 from transmla.convert.prepare import Prepared, prepare
@@ -138,6 +138,8 @@ def _begin(
     sequences, length = amount if calibration is None else calibration.shape
     check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     check_length(source.spec, length)
+    if calibration is not None:
+        check_rows(prepared, sequences)
     tokens, text = calibration, None
     complete = resume and is_complete(workspace.folder)
     if tokens is None and resume:
