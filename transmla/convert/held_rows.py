@@ -53,7 +53,7 @@ def check_rows(prepared: Prepared, count: int) -> None:
     if prepared.recipe.accepted_kl is not None and count < needed:
         raise TransmlaError(
             f"--cache-ratio auto was given {count} calibration sequences",
-            limit=f"at least {needed}: one that chooses the cache, one that checks the choice, and the rest to convert on",
+            limit=f"at least {needed}: one chooses the cache, one checks the choice, and the others are converted on",
             remedy="give more sequences, or a cache ratio",
         )
 
