@@ -197,6 +197,9 @@ def test_a_loss_that_no_cache_reaches_is_refused_with_the_one_that_is(
     assert not (tmp_path / "out").exists()
     # Refused after the first pass, before a trial.
     assert not [stage for stage in told.stages if stage.startswith(("trial", "converting"))]
+    # The remedy works at once.
+    assert not (tmp_path / "out.partial").exists()
+    assert convert(recipe.model_copy(update={"max_kl": 3.0})).exists()
 
 
 def test_a_refusal_names_no_format_that_the_export_has(make_source: MakeSource, make_recipe: MakeRecipe) -> None:

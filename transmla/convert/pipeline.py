@@ -197,10 +197,17 @@ def _chosen(prepared: Prepared, workspace: Workspace, progress: Progress, rows: 
     """Return the sizes that this run has chosen before, or choose and save them.
 
     Several processes wait for the first one, which measures alone.
+
+    Raises:
+        TransmlaError: as ``choose_budget``. There is then nothing to resume, and another loss can be tried at once.
     """
     if not progress.choice:
         folder = None if holds_streams(prepared, rows.calibration.numel()) else workspace.folder
-        progress.choice = choose_budget(prepared, rows, folder, report).to_dict()
+        try:
+            progress.choice = choose_budget(prepared, rows, folder, report).to_dict()
+        except TransmlaError:
+            workspace.discard()
+            raise
         workspace.save_progress(progress)
     choice = Choice(**progress.choice | {"ratios": tuple(progress.choice["ratios"])})
     for line in describe(with_choice(prepared, choice), choice):
