@@ -235,6 +235,17 @@ def test_too_few_sequences_are_refused_before_anything_is_written(
     assert not [*tmp_path.glob("out*")]
 
 
+def test_a_choice_that_no_trial_converted_is_not_called_measured(
+    make_source: MakeSource, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only trial loses too much, and the choice is another one."""
+    monkeypatch.setattr(chooser, "TRIALS", 1)
+    monkeypatch.setattr(chooser.LayerConverter, "divergence", lambda *_: 1.05)
+    told, source = Told(), make_source("qwen2", num_hidden_layers=3)
+    convert(make_recipe(source, cache_ratio="auto", max_kl=1.0), reporter=told)
+    assert any("KL to the source expected on held-out text" in line for line in told.lines)
+
+
 def test_a_fit_is_part_of_what_is_promised(make_source: MakeSource, make_recipe: MakeRecipe) -> None:
     source, told = make_source("qwen2", num_hidden_layers=3), Told()
     recipe = make_recipe(source, cache_ratio="auto", max_kl=0.8, reconstruct="fast", calibration={"sequences": 16})

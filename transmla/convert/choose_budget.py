@@ -53,7 +53,7 @@ class Choice:
     Attributes:
         ratios: cache ratio whose shape a layer gets, for every layer; None for a layer that keeps its attention.
         expected: KL to the source in nats per token, as the trials let expect it on held-out text.
-        trials: number of trials.
+        trials: number of trials; 0 if none of them converted this choice, so that ``expected`` is an estimate.
     """
 
     ratios: tuple[float | None, ...]
@@ -117,7 +117,7 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
     if option is None:
         reached = min(_corrected(option, tried, fit) for option in shelves[-1])
         raise _unreachable(prepared, accepted, reached, measured=bool(tried))
-    return Choice(option.ratios, _corrected(option, tried, fit), len(tried))
+    return Choice(option.ratios, _corrected(option, tried, fit), len(tried) if option in tried else 0)
 
 
 def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
