@@ -191,11 +191,59 @@ def test_a_loss_that_no_cache_reaches_is_refused_with_the_one_that_is(
     """Three key heads share one rotary key in the native format, so something is always lost."""
     told = Told()
     recipe = make_recipe(make_source(num_hidden_layers=3), cache_ratio="auto", max_kl=0.001)
-    with pytest.raises(TransmlaError, match=r"no cache .* at 0.001 .* is expected to lose \d\.\d+; pass --max-kl"):
+    expected = r"no cache .* at 0.001 .* is expected to lose \d\.\d+; pass --max-kl .* full, or --format transmla"
+    with pytest.raises(TransmlaError, match=expected):
         convert(recipe, reporter=told)
     assert not (tmp_path / "out").exists()
     # Refused after the first pass, before a trial.
     assert not [stage for stage in told.stages if stage.startswith(("trial", "converting"))]
+    # The remedy works at once.
+    assert not (tmp_path / "out.partial").exists()
+    assert convert(recipe.model_copy(update={"max_kl": 3.0})).exists()
+
+
+def test_a_refusal_names_no_format_that_the_export_has(make_source: MakeSource, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(make_source("qwen2", num_hidden_layers=3), cache_ratio="auto", max_kl=1e-9)
+    with pytest.raises(TransmlaError, match=r"pass --max-kl 0\.\d+ or more, or --reconstruct full$"):
+        convert(recipe)
+
+
+def test_a_trial_that_loses_nothing_says_nothing_of_other_sizes(
+    make_source: MakeSource, make_recipe: MakeRecipe
+) -> None:
+    """A layer without output costs 0 at any size; the logarithm of such a loss does not exist."""
+    from safetensors.torch import load_file, save_file
+
+    source = make_source("qwen2", num_hidden_layers=3)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    manifest = Manifest.read(convert(make_recipe(source, cache_ratio="auto", max_kl=0.01)))
+    assert manifest.plan.kept == (0, 2)
+    assert manifest.promise is not None
+    assert manifest.promise.measured < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "fit"), [(1, "off"), (2, "off"), (3, "fast")])
+def test_too_few_sequences_are_refused_before_anything_is_written(
+    rows: int, fit: str, make_source: MakeSource, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    source = make_source("qwen2", num_hidden_layers=3)
+    recipe = make_recipe(source, cache_ratio="auto", max_kl=1.0, reconstruct="off" if rows == 1 else fit)
+    with pytest.raises(TransmlaError, match=rf"auto was given {rows} calibration .*at least [34].*; give more"):
+        convert(recipe, calibration=torch.randint(3, 60, (rows, 32)))
+    assert not [*tmp_path.glob("out*")]
+
+
+def test_a_choice_that_no_trial_converted_is_not_called_measured(
+    make_source: MakeSource, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only trial loses too much, and the choice is another one."""
+    monkeypatch.setattr(chooser, "TRIALS", 1)
+    monkeypatch.setattr(chooser.LayerConverter, "divergence", lambda *_: 1.05)
+    told, source = Told(), make_source("qwen2", num_hidden_layers=3)
+    convert(make_recipe(source, cache_ratio="auto", max_kl=1.0), reporter=told)
+    assert any("KL to the source expected on held-out text" in line for line in told.lines)
 
 
 def test_a_fit_is_part_of_what_is_promised(make_source: MakeSource, make_recipe: MakeRecipe) -> None:

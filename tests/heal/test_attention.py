@@ -71,6 +71,12 @@ def test_windows_are_those_of_the_config() -> None:
     compare(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "glm4", "olmo2", "mistral", "qwen2", "phi3", "smollm3"])
+def test_a_window_counts_where_the_family_has_windows(family: str) -> None:
+    """A llama's config.json may have the entry too, for example in a checkpoint that was a Mistral's."""
+    compare(build_model(family, **four_layers(family), **{"sliding_window": 5}))
+
+
 def test_no_mask_is_made_and_the_device_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' check for packed sequences waits for the GPU."""
     model = build_model("llama", num_hidden_layers=3)

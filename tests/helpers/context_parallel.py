@@ -124,8 +124,10 @@ def refuse_mistakes(rank: int) -> None:
     """Call ``generate`` and ``load`` with mistakes, which both processes refuse; then without."""
     model = transmla.accelerate(tiny(), context_parallel=True)
     inputs = prompts(model.device)
-    with pytest.raises(TransmlaError, match=r"other tensors in process 1 than in process 0; .*; give the same"):
-        written(model, {name: t + rank for name, t in inputs.items()})
+    other_inputs = {name: t + rank for name, t in inputs.items()}
+    for given, settings in ((other_inputs, {}), (inputs, {"max_new_tokens": 30 + rank})):
+        with pytest.raises(TransmlaError, match=r"other arguments in process 1 than in process 0; .*; give the same"):
+            written(model, given, **settings)
     with pytest.raises(TransmlaError, match=r"max_time with context_parallel; .*; give max_new_tokens"):
         written(model, inputs, max_time=60.0)
     with pytest.raises(TransmlaError, match="cannot share a StaticLayer"):
@@ -134,7 +136,7 @@ def refuse_mistakes(rank: int) -> None:
         transmla.load("nowhere", context_parallel=True, device_map="cuda:1")
     with pytest.raises(TransmlaError, match=f"process {rank} lies on meta"):
         transmla.accelerate(tiny().to("meta"), context_parallel=True)
-    assert written(model, inputs).shape[0] == 2
+    assert written(model, inputs, pad_token_id=torch.tensor(1)).shape[0] == 2
     transmla.accelerate(model)
     assert "generate" not in model.__dict__
 

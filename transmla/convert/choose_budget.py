@@ -53,7 +53,7 @@ class Choice:
     Attributes:
         ratios: cache ratio whose shape a layer gets, for every layer; None for a layer that keeps its attention.
         expected: KL to the source in nats per token, as the trials let expect it on held-out text.
-        trials: number of trials.
+        trials: number of trials; 0 if none of them converted this choice, so that ``expected`` is an estimate.
     """
 
     ratios: tuple[float | None, ...]
@@ -106,7 +106,7 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
         chosen = with_choice(prepared, Choice(option.ratios, 0.0, 0))
         name = f"trial {trial} of at most {TRIALS}"
         converter, streams = convert_unwritten(chosen, rows.calibration, rows.choosing, folder, report, name)
-        measured = tried[option] = converter.divergence(streams)
+        measured = tried[option] = max(TINY, converter.divergence(streams))
         report.message(
             f"trial {trial}: {chosen.plan.model_cache_values:,} values per token, KL {measured:.4f} on held-out text"
             f" (accepted: {accepted:g})"
@@ -116,8 +116,8 @@ def choose_budget(prepared: Prepared, rows: Rows, folder: Path | None, report: R
     option = _smallest(shelves, AIM * accepted, tried, fit) or _smallest(shelves, accepted, tried, fit)
     if option is None:
         reached = min(_corrected(option, tried, fit) for option in shelves[-1])
-        raise _unreachable(accepted, reached, measured=bool(tried))
-    return Choice(option.ratios, _corrected(option, tried, fit), len(tried))
+        raise _unreachable(prepared, accepted, reached, measured=bool(tried))
+    return Choice(option.ratios, _corrected(option, tried, fit), len(tried) if option in tried else 0)
 
 
 def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
@@ -243,11 +243,15 @@ def convert_unwritten(
     return converter, streams
 
 
-def _unreachable(accepted: float, reached: float, *, measured: bool) -> TransmlaError:
+def _unreachable(prepared: Prepared, accepted: float, reached: float, *, measured: bool) -> TransmlaError:
     """Return the refusal of a KL that the largest cache does not reach."""
+    remedies = [f"--max-kl {reached * 1.1:.2g} or more"]
+    if prepared.recipe.reconstruct != "full":
+        remedies.append("--reconstruct full")
+    if not format_named(prepared.plan.format).shapes_by_layer:
+        remedies.append("--format transmla, in which layers may keep their attention")
     return TransmlaError(
         f"no cache smaller than the source's keeps the KL at {accepted:g} nats per token",
         limit=f"the largest that saves anything {'loses' if measured else 'is expected to lose'} {reached:.3g}",
-        remedy=f"pass --max-kl {math.ceil(reached * 110) / 100:g} or more, --reconstruct full, or --format transmla,"
-        " in which layers may keep their attention",
+        remedy="pass " + ", or ".join(remedies),
     )

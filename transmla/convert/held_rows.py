@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from transmla.convert.prepare import Prepared
+from transmla.errors import TransmlaError
 from transmla.recipe import Recipe
 
 # Tokens of each of the two held-out sets, and rows of a set at least and at most.
@@ -40,6 +41,21 @@ def with_held_rows(recipe: Recipe) -> Recipe:
     calibration = recipe.calibration
     rows = (calibration.sequences or 0) + 2 * held_rows(calibration.length or 1)
     return recipe.model_copy(update={"calibration": calibration.model_copy(update={"sequences": rows})})
+
+
+def check_rows(prepared: Prepared, count: int) -> None:
+    """Check that ``count`` sequences, which the caller of a conversion gives, suffice for the held-out sets.
+
+    Raises:
+        TransmlaError: if there are too few.
+    """
+    needed = 3 if prepared.fit is None else 4
+    if prepared.recipe.accepted_kl is not None and count < needed:
+        raise TransmlaError(
+            f"--cache-ratio auto was given {count} calibration sequences",
+            limit=f"at least {needed}: one chooses the cache, one checks the choice, and the others are converted on",
+            remedy="give more sequences, or a cache ratio",
+        )
 
 
 def split_rows(prepared: Prepared, tokens: Tensor) -> Rows:

@@ -21,7 +21,7 @@ from transmla.convert.calibration_text import calibration_tokens, check_length, 
 from transmla.convert.choose_budget import Choice, choose_budget, describe, with_choice
 from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
-from transmla.convert.held_rows import Rows, split_rows, with_held_rows
+from transmla.convert.held_rows import Rows, check_rows, split_rows, with_held_rows
 from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import check_memory, holds_streams
 from transmla.convert.prepare import Prepared, prepare
@@ -138,6 +138,8 @@ def _begin(
     sequences, length = amount if calibration is None else calibration.shape
     check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     check_length(source.spec, length)
+    if calibration is not None:
+        check_rows(prepared, sequences)
     tokens, text = calibration, None
     complete = resume and is_complete(workspace.folder)
     if tokens is None and resume:
@@ -195,10 +197,17 @@ def _chosen(prepared: Prepared, workspace: Workspace, progress: Progress, rows: 
     """Return the sizes that this run has chosen before, or choose and save them.
 
     Several processes wait for the first one, which measures alone.
+
+    Raises:
+        TransmlaError: as ``choose_budget``. There is then nothing to resume, and another loss can be tried at once.
     """
     if not progress.choice:
         folder = None if holds_streams(prepared, rows.calibration.numel()) else workspace.folder
-        progress.choice = choose_budget(prepared, rows, folder, report).to_dict()
+        try:
+            progress.choice = choose_budget(prepared, rows, folder, report).to_dict()
+        except TransmlaError:
+            workspace.discard()
+            raise
         workspace.save_progress(progress)
     choice = Choice(**progress.choice | {"ratios": tuple(progress.choice["ratios"])})
     for line in describe(with_choice(prepared, choice), choice):

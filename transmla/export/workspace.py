@@ -212,15 +212,24 @@ class Workspace:
         write_tensors(path, tensors)
         return file_sha256(path)
 
+    def discard(self) -> None:
+        """Delete the files of a run that has written no shard, and the folder if it is then empty."""
+        remove_temporaries(self.folder)
+        self._remove_state()
+        remove_if_empty(self.folder)
+
     def finish(self) -> None:
         """Delete the files that only a resume needs, and rename the folder to the output."""
+        self._remove_state()
+        if self.output.exists():
+            self.output.rmdir()
+        self.folder.replace(self.output)
+
+    def _remove_state(self) -> None:
         # The progress goes last: it tells a resumed run that the folder is a conversion's. Without it, a folder with a
         # complete export is one.
         for file in (*self.folder.glob("stream-*"), self.folder / CALIBRATION, self.folder / PROGRESS):
             file.unlink(missing_ok=True)
-        if self.output.exists():
-            self.output.rmdir()
-        self.folder.replace(self.output)
 
 
 def _checksum(streams: dict[str, Tensor]) -> int:

@@ -51,7 +51,10 @@ def _attend(
 
 def window_of(config: Any, layer: int) -> int | None:
     """Return how many tokens a layer's queries attend to, their own included; None if there is no limit."""
-    kinds = getattr(config, "layer_types", None)
+    # A config.json may hold entries that the family's class does not know, and ignores.
+    if not hasattr(type(config), "sliding_window"):
+        return None
+    kinds = getattr(config, "layer_types", None) if hasattr(type(config), "layer_types") else None
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)

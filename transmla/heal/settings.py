@@ -106,8 +106,8 @@ class Healing(Strict):
     compile: bool | None = Field(
         None,
         json_schema_extra=SPEED,
-        description="compile both models' layers and the loss, and replay each pass from a CUDA graph (default: on "
-        "GPUs, for a hundred steps or more)",
+        description="compile both models' layers and the loss, and replay each pass from a CUDA graph "
+        "(default: on GPUs, for a hundred steps or more)",
     )
 
     eval_every: PositiveInt = Field(

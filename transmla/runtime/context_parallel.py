@@ -127,7 +127,7 @@ class SplitGenerate:
         """Generate, as the model's class does.
 
         Raises:
-            TransmlaError: in all processes, if their tensors differ, or if each would stop by its own clock.
+            TransmlaError: in all processes, if their arguments differ, or if each would stop by its own clock.
         """
         model: Any = self.model()
         plain = type(model).generate
@@ -144,21 +144,24 @@ class SplitGenerate:
         return SplitGenerate, (self.model(), self.ranks)
 
     def _compare(self, given: dict[str, Any], device: torch.device) -> None:
-        """Raise a TransmlaError in all processes if the tensors among the arguments ``given`` differ."""
+        """Raise a TransmlaError in all processes if tensors, numbers or words among the arguments ``given`` differ."""
         digest = hashlib.sha256()
         for name, value in sorted(given.items()):
             if isinstance(value, Tensor):
                 value = value.cpu().contiguous()
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.view(torch.uint8).numpy().tobytes())
+                # torch cannot view a tensor without dimensions as bytes.
+                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+            elif isinstance(value, (int, float, str)):
+                digest.update(f"{name} {value!r}".encode())
         own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
         all_digests = self.ranks.gather(own)
         differs = (all_digests != all_digests[0]).any(-1).nonzero().flatten().tolist()
         if differs:
             raise TransmlaError(
-                f"generate() got other tensors in process {differs[0]} than in process 0",
+                f"generate() got other arguments in process {differs[0]} than in process 0",
                 limit="processes that share a cache write the same text",
-                remedy="give the same input_ids and attention_mask in every process",
+                remedy="give the same input_ids, attention_mask and settings in every process",
             )
 
     def _share_random_state(self, device: torch.device) -> None:
