@@ -211,7 +211,8 @@ def show_inspection(inspection: Inspection) -> None:
     )
     say(
         "r90, r99: latent width that holds 90 or 99 % of the energy of keys and values without position. one head,"
-        " shared: rotary energy held by one channel per frequency, taken from the best head or mixed from all. const: rotary"
+        " shared: rotary energy held by one channel per frequency, taken from the best"
+        " head or mixed from all. const: rotary"
         " energy held by a constant. Under each share of the cache: relative squared error of the attention's output"
     )
     some = len(inspection.layers) < inspection.count
