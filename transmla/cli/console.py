@@ -128,7 +128,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     (_, *values), (_, *size) = cache_rows(plan)
     table(
         f"{spec.family}, {spec.num_hidden_layers} layers → {summary['target']} ({plan.dtype}, {plan.method})",
-        ["", "source", "MLA"],
+        ["", "source", "MLA, at most" if summary.get("choosing_seconds") else "MLA"],
         [
             [
                 "attention",
@@ -206,13 +206,14 @@ def show_inspection(inspection: Inspection) -> None:
     shares = [f"{inspection.plans[budget].cache_ratio:.1%}" for budget in budgets]
     table(
         f"{inspection.source}: what a layer holds, and the closed form's error by share of the cache",
-        ["layer", "r 90 %", "r 99 %", "one head", "shared", "const", *shares],
+        ["layer", "r90", "r99", "one head", "shared", "const", *shares],
         rows,
     )
     say(
-        "r 90 %, r 99 %: latent width that holds this share of keys and values without position. one head, shared:"
-        " rotary energy held by one channel per frequency, taken from the best head or mixed from all. const: rotary"
-        " energy held by a constant"
+        "r90, r99: latent width that holds 90 or 99 % of the energy of keys and values without position. one head,"
+        " shared: rotary energy held by one channel per frequency, taken from the best"
+        " head or mixed from all. const: rotary"
+        " energy held by a constant. Under each share of the cache: relative squared error of the attention's output"
     )
     some = len(inspection.layers) < inspection.count
     table(

@@ -236,7 +236,7 @@ def convert_unwritten(
     """
     source, converter = prepared.source, LayerConverter(prepared, Ranks(), folder)
     streams = converter.start(calibration, source.checkpoint.read(source.family.tensors["embed"]), held)
-    report.stage(f"{name}: converting layers, nothing is written", source.spec.num_hidden_layers)
+    report.stage(f"{name}, not written", source.spec.num_hidden_layers)
     for i in range(source.spec.num_hidden_layers):
         streams = converter.convert(i, streams).streams
         report.advance(i + 1)

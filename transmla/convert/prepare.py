@@ -140,11 +140,11 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     if recipe.accepted_kl is None:
         return with_plan(prepared, make_plan(source.spec, recipe, source.dtype, unfitted_because=unfitted_because))
     plans = list(ladder(partial(plan_at, prepared)).values())
-    smallest = plans[-1].model_cache_values / plans[0].spec.num_hidden_layers
+    smallest, largest = (plans[i].model_cache_values / plans[0].spec.num_hidden_layers for i in (-1, 0))
     note = (
         f"the cache is chosen while converting: the smallest whose KL to the source is at most {recipe.accepted_kl:g}"
-        f" nats per token before healing. The shape above is the largest that may be chosen; the smallest caches"
-        f" {smallest:.0f} values per token and layer"
+        f" nats per token before healing. Between {smallest:.0f} and {largest:.0f} values per token and layer may be"
+        " cached; the widths in this output are the largest"
     )
     return with_plan(prepared, replace(plans[0], notes=(*plans[0].notes, note)))
 
