@@ -387,7 +387,7 @@ def test_a_loss_instead_of_a_size(place: Path, run: Run) -> None:
     code, out, _ = run("plan", "source", "--cache-ratio", "auto", "--max-kl", "2", *CALIBRATION)
     text = " ".join(out.split())
     assert code == 0
-    assert "the smallest whose KL to the source is at most 2 nats per token before healing" in text
+    assert "the smallest that should keep the KL to the source at 2 nats per token before healing" in text
     assert "choosing the cache: at most about" in text
     options = ("--cache-ratio", "auto", "--max-kl", "2", "--reconstruct", "off", "--heal", "off")
     code, out, err = run("convert", "source", "-o", "out", "--format", "transmla", *options, *CALIBRATION)

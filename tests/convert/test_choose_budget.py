@@ -88,6 +88,7 @@ def test_the_promise_is_kept_on_text_that_chose_nothing(
     assert promise is not None
     assert promise.accepted == accepted
     assert promise.expected <= accepted
+    assert f"it is {promise.measured:.4f} on text" in (folder / "README.md").read_text(encoding="utf-8")
     assert promise.measured <= 1.1 * accepted
     # The number is that of the written export, on exactly the rows that chose nothing.
     rows = split_rows(prepare(recipe), tokens)

@@ -126,8 +126,8 @@ def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
     plans = [plan_at(prepared, ratio) for ratio in ratios]
     plan = combined(plans, [None if ratio is None else ratios.index(ratio) for ratio in choice.ratios])
     note = (
-        f"the cache is the smallest whose KL to the source is at most {prepared.recipe.accepted_kl or 0:g} nats per"
-        " token before healing, on held-out text of the calibration mixture"
+        f"the cache is the smallest that is expected to keep the KL to the source at"
+        f" {prepared.recipe.accepted_kl or 0:g} nats per token before healing, on text like the calibration mixture"
     )
     return with_plan(prepared, replace(plan, notes=(*plan.notes, note)))
 

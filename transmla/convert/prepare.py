@@ -142,9 +142,9 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_becau
     plans = list(ladder(partial(plan_at, prepared)).values())
     smallest, largest = (plans[i].model_cache_values / plans[0].spec.num_hidden_layers for i in (-1, 0))
     note = (
-        f"the cache is chosen while converting: the smallest whose KL to the source is at most {recipe.accepted_kl:g}"
-        f" nats per token before healing. Between {smallest:.0f} and {largest:.0f} values per token and layer may be"
-        " cached; the widths in this output are the largest"
+        "the cache is chosen while converting: the smallest that should keep the KL to the source at"
+        f" {recipe.accepted_kl:g} nats per token before healing. Between {smallest:.0f} and {largest:.0f} values per"
+        " token and layer may be cached; the widths in this output are the largest"
     )
     return with_plan(prepared, replace(plans[0], notes=(*plans[0].notes, note)))
 

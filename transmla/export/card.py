@@ -75,7 +75,7 @@ Each layer was compared with the same layer of the source, on calibration text. 
 states.{texts} The relative squared error of the attention output is {mean_error:.3f} on average over the layers, and
 {max_error:.3f} in the worst layer. The file `transmla.json` lists the errors of every layer, the software versions and
 the hashes of the files.
-{healing}{changed}{notes}"""
+{promise}{healing}{changed}{notes}"""
 
 _NOT_EVALUATED = """
 What the conversion costs in quality was not evaluated: run `transmla eval {name} --baseline {source}`.
@@ -87,6 +87,11 @@ _EVALUATION = """
 {table}
 
 The baseline is the source. {caption} The file `evaluation.json` has more numbers, such as the KL by position.
+"""
+
+_PROMISE = """
+The cache is the smallest that was expected to keep the KL to the source at {accepted:g} nats per token. Before any
+healing, it is {measured:.4f} on text that neither calibrated the conversion nor chose the cache.
 """
 
 _HEALING = """
@@ -267,6 +272,7 @@ def write_card(
         texts=_texts(manifest.texts),
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
+        promise=_PROMISE.format(**vars(manifest.promise)) if manifest.promise else "",
         healing="".join(_healing(folder, record) for record in manifest.healing),
         changed=_CHANGED[manifest.weights_changed] if manifest.resaved or manifest.weights_changed else "",
         notes=f"\n## Notes\n{notes}\n" if notes else "",
