@@ -31,7 +31,7 @@ def test_the_caches_fall_and_all_save_something(prepared: Prepared) -> None:
 def test_the_plan_before_the_choice_is_the_largest_and_says_so(prepared: Prepared) -> None:
     largest = next(iter(ladder(partial(plan_at, prepared)).values()))
     assert prepared.plan.shape == largest.shape
-    assert "at most 0.1 nats per token before healing" in prepared.plan.notes[-1]
+    assert "keep the KL to the source at 0.1 nats per token before healing" in prepared.plan.notes[-1]
 
 
 def test_layers_of_one_shape_make_the_plan_of_this_shape(prepared: Prepared) -> None:
