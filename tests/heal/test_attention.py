@@ -12,7 +12,7 @@ from helpers.tiny_sources import build_model
 from transformers import AutoModelForCausalLM, masking_utils
 
 from transmla.convert.pipeline import convert
-from transmla.heal.attention import attend_to_whole_sequences, window_of
+from transmla.heal.attention import attend_to_whole_sequences
 from transmla.recipe import Recipe
 from transmla.registry import scan
 
@@ -67,8 +67,9 @@ def test_windows_are_those_of_the_config() -> None:
     model = build_model("gemma3_text", **four_layers("gemma3_text"), sliding_window=8)
     kinds = model.config.layer_types
     assert {"sliding_attention", "full_attention"} <= set(kinds)
-    assert [window_of(model.config, i) for i in range(4)] == [8 if k == "sliding_attention" else None for k in kinds]
     compare(model)
+    found = [layer.self_attn.window_of_whole_sequences for layer in model.model.layers]
+    assert found == [8 if kind == "sliding_attention" else None for kind in kinds]
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "glm4", "olmo2", "mistral", "qwen2", "phi3", "smollm3"])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transmla.modeling.modeling_transmla import window_of
+
 # Name of this attention in transformers, which builds no masks for names that it has none for.
 NAME = "transmla_whole_sequences"
 
@@ -29,7 +31,7 @@ def attend_to_whole_sequences(model: Any) -> bool:
     model.set_attn_implementation(NAME)
     for index, layer in enumerate(model.model.layers):
         # Not read from ``layer_idx`` later: a compiled layer would then be compiled anew for each layer.
-        layer.self_attn.window_of_whole_sequences = window_of(model.config, index)
+        layer.self_attn.window_of_whole_sequences = window_of(layer.self_attn, model.config, index)
     return True
 
 
@@ -47,14 +49,3 @@ def _attend(
         mask = ((distance >= 0) & (distance < window))[None, None]
     result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
     return result
-
-
-def window_of(config: Any, layer: int) -> int | None:
-    """Return how many tokens a layer's queries attend to, their own included; None if there is no limit."""
-    # A config.json may hold entries that the family's class does not know, and ignores.
-    if not hasattr(type(config), "sliding_window"):
-        return None
-    kinds = getattr(config, "layer_types", None) if hasattr(type(config), "layer_types") else None
-    if kinds is not None and kinds[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
