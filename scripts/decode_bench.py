@@ -122,7 +122,16 @@ AttentionInterface.register("whole_cache", whole_cache)
 AttentionMaskInterface.register("whole_cache", lambda *_, **__: None)
 
 
-def build(name: str, role: str, shape: str, backend: str, device: str, layers: int | None = None) -> Any:
+def build(
+    name: str,
+    role: str,
+    shape: str,
+    backend: str,
+    device: str,
+    layers: int | None = None,
+    *,
+    cache_dtype: str | None = None,
+) -> Any:
     """Return a model with random weights in bfloat16, set up for its role.
 
     Args:
@@ -132,6 +141,7 @@ def build(name: str, role: str, shape: str, backend: str, device: str, layers: i
         backend: decode kernel of ``MLA_ROLES``.
         device: where to create the model.
         layers: number of layers; None for all.
+        cache_dtype: dtype of the cached latents of ``MLA_ROLES``; None for that of the model.
     """
     family, settings = MODELS[name]
     settings = settings if layers is None else settings | {"num_hidden_layers": layers}
@@ -154,8 +164,8 @@ def build(name: str, role: str, shape: str, backend: str, device: str, layers: i
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if role in MLA_ROLES:
-        shares = role in SHARED_ROLES
-        accelerate(model, backend=backend, cuda_graphs=role == "growing", context_parallel=shares)
+        graphs, shares = role == "growing", role in SHARED_ROLES
+        accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=graphs, context_parallel=shares)
     if role == "source":
         model.set_attn_implementation("whole_cache")
     return model
@@ -169,6 +179,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=[32], help="sequences, one number per point")
     parser.add_argument("--context", nargs="*", type=int, default=[16384], help="tokens, one number per point")
     parser.add_argument("--backend", default="hopper", help="decode kernel of ours, growing and eager")
+    parser.add_argument("--cache-dtype", help="dtype of cached latents of ours, growing and eager")
     parser.add_argument("--new-tokens", nargs="*", type=int, default=[1], help="tokens of a step, per sequence")
     parser.add_argument("--generate", type=int, help="also time generate() of this many tokens, in plain roles")
     parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
@@ -181,7 +192,8 @@ def main() -> None:
         parser.error(f"several processes share caches only in the roles {' and '.join(SHARED_ROLES)}")
     rows: list[dict[str, Any]] = []
     for role in arguments.roles:
-        model = build(arguments.model, role, arguments.shape, arguments.backend, arguments.device)
+        how = arguments.shape, arguments.backend, arguments.device
+        model = build(arguments.model, role, *how, cache_dtype=arguments.cache_dtype)
         sizes, static = zip(arguments.batch, arguments.context, strict=True), role not in PLAIN_ROLES
         prefill = {context: prefill_seconds(model, context) for context in {*arguments.context}}
         for (batch, context), new in product(sizes, arguments.new_tokens):
@@ -193,6 +205,7 @@ def main() -> None:
                     "weights": "random",
                     "role": role,
                     "shape": "source" if role in ("source", "dynamic") else arguments.shape,
+                    **({} if arguments.cache_dtype is None else {"cache dtype": arguments.cache_dtype}),
                     "batch": batch,
                     "context": context,
                     "new tokens": new,

@@ -109,8 +109,9 @@ def _filled(model: Any, batch: int, context: int) -> Any:
     """A cache of ``context`` random rows, in the buffers that reading a prompt would have made."""
     cache: Any = DynamicCache(config=model.config)
     fill_cache(model, cache, batch, context)
-    if any(isinstance(module, LatentAttention) and module.ranks.size == 1 for module in model.modules()):
-        make_room(cache, 1, model.device)
+    latent = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    if latent and latent[0].ranks.size == 1:
+        make_room(cache, 1, model.device, packed=latent[0].packed)
     return cache
 
 

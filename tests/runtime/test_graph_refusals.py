@@ -51,7 +51,6 @@ MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "attention": (lambda model: model.set_attn_implementation("sdpa"), "the attention is 'sdpa'"),
     "dropout": (lambda model: model.train(), "the model is in training mode"),
     "config": (lambda model: setattr(model.config, "output_hidden_states", True), "the config asks for hidden states"),
-    "float8": (lambda model: transmla.accelerate(model, cache_dtype="float8_e4m3fn"), "latents are cached as float8"),
 }
 
 

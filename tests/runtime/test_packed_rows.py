@@ -10,7 +10,8 @@ from helpers.mla_models import FAMILIES, prompt, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 import transmla
 from transmla.errors import TransmlaError
@@ -114,9 +115,11 @@ def test_rows_behind_a_shared_prefix_are_packed() -> None:
     assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
 
 
-def test_unknown_dtypes_and_static_caches_are_refused() -> None:
+def test_unknown_dtypes_and_sliding_caches_are_refused() -> None:
     with pytest.raises(TransmlaError, match="unknown cache_dtype 'int4'"):
         transmla.accelerate(tiny(), cache_dtype="int4")
     model = transmla.accelerate(tiny(), cache_dtype=FLOAT8)
+    cache = StaticCache(model.config, 64)
+    cache.layers = [StaticSlidingWindowLayer(64, sliding_window=32) for _ in cache.layers]
     with pytest.raises(ValueError, match="cannot hold float8 rows"):
-        model.generate(**prompt(), max_new_tokens=2, cache_implementation="static")
+        model.generate(**prompt(), max_new_tokens=2, past_key_values=cache)

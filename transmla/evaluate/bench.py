@@ -234,15 +234,17 @@ def fill_cache(model: Any, cache: Any, batch: int, length: int) -> None:
 
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
     from transmla.runtime.context_parallel import share_cache
+    from transmla.runtime.latent_attention import LatentAttention, cached_rows
 
     share_cache(model, cache)
     probe: Any = DynamicCache(config=model.config)
     model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_ARGUMENT: probe})
+    latent = {module.layer_idx: module for module in model.modules() if isinstance(module, LatentAttention)}
     for i, layer in enumerate(probe.layers):
-        rows = [
-            torch.randn(batch, t.shape[1], length, t.shape[-1], dtype=t.dtype, device=t.device) / 8
-            for t in (layer.keys, layer.values)
-        ]
+        parts = [layer.keys, layer.values]
+        if i in latent and latent[i].packed:
+            parts = [part[:, None] for part in cached_rows(latent[i], layer.keys, layer.values, layer).full()]
+        rows = [torch.randn(batch, t.shape[1], length, t.shape[-1], dtype=t.dtype, device=t.device) / 8 for t in parts]
         cache.update(*rows, i)
 
 

@@ -155,7 +155,8 @@ class DecodeGraphs:
         if not all(type(layer) is kind and layer.has_room(width) for layer in cache.layers):
             # Graphs would keep the memory of the present buffers.
             self._steps.pop(cache, None)
-            if self._snapshot.shared or not make_room(cache, width, tokens.device):
+            shared, packed = self._snapshot.shared, self._snapshot.packed
+            if shared or not make_room(cache, width, tokens.device, packed=packed):
                 return "the rows of the cache cannot be extended in place"
         layers = latent_layers(cache)
         if len({layer.get_seq_length() for layer in layers}) > 1 or layers[0].buffer().shape[0] != batch:
@@ -224,7 +225,7 @@ class DecodeGraphs:
         """Run ``step`` once: rehearse, capture or replay it."""
         assert self._snapshot is not None
         if step.replay is None:
-            kind = *key, step.capacity
+            kind = *key, step.capacity, step.rows[0].dtype
             with self._snapshot.fewer_kernels():
                 if kind not in self._rehearsed:
                     self._recorder.rehearse(lambda: step.run(forward, model))

@@ -37,6 +37,7 @@ class Snapshot:
         refusal: why the model cannot be captured, or None.
         most_new: largest number of new tokens for which eager steps use the absorbed form too.
         shared: whether several processes share the caches.
+        packed: whether latents are cached as float8.
         norms: norms that a captured step computes by one kernel each.
         frequencies: rotary frequencies whose angles a captured step computes once.
     """
@@ -63,6 +64,7 @@ class Snapshot:
         latent = [m for m in modules if isinstance(m, LatentAttention)]
         self.most_new = min((crossover(m) for m in latent), default=0)
         self.shared = any(m.ranks.size > 1 for m in latent)
+        self.packed = any(m.packed for m in latent)
         self.frequencies = SharedFrequencies([] if self.refusal else parts)
         self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
 
@@ -114,8 +116,6 @@ class Snapshot:
         depth = model.config.get_text_config().num_hidden_layers
         if len(layers) != depth:
             return f"{depth - len(layers)} layers kept the source's attention"
-        if any(layer.packed for layer in layers):
-            return "latents are cached as float8"
         for layer in layers:
             if not reads_weight(layer.kv_b_proj, layer.kv_b_proj.weight.dtype, self.device):
                 return "kv_b_proj is quantised, adapted or hooked"

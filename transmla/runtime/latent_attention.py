@@ -38,6 +38,7 @@ from transmla.runtime.absorbed import (
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
+from transmla.runtime.packed_static import PackedStaticLayer
 from transmla.runtime.prefix_cache import PrefixLayer
 from transmla.runtime.split_cache import SplitLayer, grow_cache, merge_shares
 from transmla.runtime.step_cache import StepCache, StepLayer
@@ -85,7 +86,7 @@ class LatentAttention(nn.Module):
     qk_rope_head_dim: int
     packed: bool = False
     ranks: Ranks = Ranks()
-    cached: LatentLayer | None = None
+    cached: LatentLayer | PackedStaticLayer | None = None
     step: tuple[int, Any] | None = None
     warns: bool = False
     checked_for: torch.dtype | None = None
@@ -138,7 +139,7 @@ class LatentAttention(nn.Module):
         """
         if self.config._attn_implementation == LATENT_ATTENTION:
             return kv_nope, k_rot
-        rows, holder = cached_rows(self, kv_nope, k_rot), self.prefix or self.split
+        rows, holder = cached_rows(self, kv_nope, k_rot, self.cached), self.prefix or self.split
         return self.expanded(rows if holder is None else holder.whole(rows))
 
     def expanded(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -194,8 +195,9 @@ def latent_attention(
         module.warns = False
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     if module.step is not None and module.step[0] == get_ident():
-        return _attend_in_step(module, module.step[1], query, Rows(key[:, 0], value[:, 0]), extras), None
-    rows, prefix, split = cached_rows(module, key, value), module.prefix, module.split
+        layer = module.step[1]
+        return _attend_in_step(module, layer, query, cached_rows(module, key, value, layer), extras), None
+    rows, prefix, split = cached_rows(module, key, value, module.cached), module.prefix, module.split
     total = key.shape[2] if split is None else split.get_seq_length()
     absorbable = can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
@@ -223,16 +225,17 @@ def _attend_in_step(module: Any, layer: StepLayer, query: Tensor, rows: Rows, ex
     return with_sinks(output, lse, extras)
 
 
-def cached_rows(module: Any, key: Tensor, value: Tensor) -> Rows:
-    """Return the rows that a cache layer returned as ``key`` and ``value``.
+def cached_rows(module: Any, key: Tensor, value: Tensor, layer: Any) -> Rows:
+    """Return the rows that the cache ``layer`` returned as ``key`` and ``value``.
 
     Args:
         module: the attention layer.
         key: latents [B, 1, T, r], or packed rows [B, 1, T, row_bytes].
-        value: rotary keys [B, 1, T, d_r].
+        value: rotary keys [B, 1, T, d_r], or [B, 1, T, 0].
+        layer: the layer; read for packed rows only.
     """
     if key.dtype == torch.uint8:
-        return unpack(key[:, 0], module.kv_lora_rank, module.qk_rope_head_dim, module.cached.pe_dtype)
+        return unpack(key[:, 0], module.kv_lora_rank, module.qk_rope_head_dim, layer.pe_dtype)
     return Rows(key[:, 0], value[:, 0])
 
 

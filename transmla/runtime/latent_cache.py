@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from transmla.ranks import Ranks
 from transmla.runtime.packed_rows import pack, unpack
+from transmla.runtime.packed_static import PackedStaticLayer
 
 # Growth of a full buffer, in tokens of each sequence: the largest of STEP, an eighth of the cached rows, and BATCH_STEP
 # divided by the number of sequences; rounded up to pages of PAGE tokens. Some kernels read only whole pages. A CUDA
@@ -110,9 +111,9 @@ class LatentLayer(DynamicLayer):
         return (
             rows is not None
             and keys is not None
-            and not self.packed
             and keys.data_ptr() == rows.data_ptr()
             and keys.dtype == rows.dtype
+            and self.packed == (keys.dtype == torch.uint8)
             and keys.shape[0] == rows.shape[0]
             and 0 < self.own_length() <= rows.shape[2] - new
             and torch.is_inference_mode_enabled() == rows.is_inference()
@@ -121,9 +122,9 @@ class LatentLayer(DynamicLayer):
     def reserve(self, new: int, device: torch.device) -> bool:
         """Grow the buffer on ``device`` for ``new`` rows if it is full, and return whether it has room."""
         cached = self.own_length()
-        if cached and not self.packed and not self.has_room(new):
+        if cached and not self.has_room(new):
             keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
-            if keys.device == device:
+            if keys.device == device and self.packed == (keys.dtype == torch.uint8):
                 rows, rank = self._buffer(cached, cached + new, keys, values), keys.shape[-1]
                 self.keys, self.values = rows[..., :cached, :rank], rows[..., :cached, rank:]
         return self.has_room(new)
@@ -226,10 +227,10 @@ def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
     return wide == dtype or torch.promote_types(wide, dtype) == wide
 
 
-def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> LatentLayer | None:
+def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> LatentLayer | PackedStaticLayer | None:
     """Replace one layer of a dynamic ``cache`` by a ``LatentLayer`` with the same rows.
 
-    Layers of other classes (static, sliding-window) are not changed.
+    If rows are to be packed, a layer of a static cache is replaced as well. Other layers are not changed.
 
     Args:
         cache: the cache of a model, or None.
@@ -237,7 +238,7 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> L
         packed: whether the layer stores latents as float8.
 
     Returns:
-        The ``LatentLayer`` with index ``layer``, or None if the layer has another class or is yet to be made.
+        The layer of ``runtime`` with index ``layer``, or None if it has another class or is yet to be made.
 
     Raises:
         ValueError: if ``packed`` and the layer has a class that cannot store float8 latents.
@@ -246,7 +247,7 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> L
     if layer >= len(layers):
         return None
     current = layers[layer]
-    if isinstance(current, LatentLayer):
+    if isinstance(current, LatentLayer | PackedStaticLayer):
         return current
     if type(current) is DynamicLayer:
         keys, values = cast(Tensor, current.keys), cast(Tensor, current.values)
@@ -258,22 +259,25 @@ def grow_in_place(cache: Cache | None, layer: int, *, packed: bool = False) -> L
             latent.keys, latent.values = keys, values
         layers[layer] = latent
         return latent
+    if packed and type(current) is StaticLayer:
+        layers[layer] = static = PackedStaticLayer.of(current)
+        return static
     if packed:
         raise ValueError(
-            f"a {type(current).__name__} cannot hold float8 rows, only a dynamic cache can; leave out "
+            f"a {type(current).__name__} cannot hold float8 rows, only dynamic and static caches can; leave out "
             "cache_implementation, or load the model without cache_dtype"
         )
     return None
 
 
-def make_room(cache: Cache, new: int, device: torch.device) -> bool:
-    """Give every layer of a dynamic ``cache`` a buffer on ``device`` with room for ``new`` rows.
+def make_room(cache: Cache, new: int, device: torch.device, *, packed: bool = False) -> bool:
+    """Give every layer of a dynamic ``cache`` a buffer on ``device`` with room for ``new`` rows, ``packed`` or plain.
 
     Returns:
         Whether all layers have one.
     """
-    layers = (grow_in_place(cache, i) for i in range(len(cache.layers)))
-    return all(layer is not None and layer.reserve(new, device) for layer in layers)
+    layers = (grow_in_place(cache, i, packed=packed) for i in range(len(cache.layers)))
+    return all(isinstance(layer, LatentLayer) and layer.reserve(new, device) for layer in layers)
 
 
 def latent_bytes(cache: Cache) -> int:

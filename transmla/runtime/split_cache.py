@@ -19,6 +19,7 @@ from transmla.errors import TransmlaError
 from transmla.kernels.rows import Rows
 from transmla.ranks import Ranks
 from transmla.runtime.latent_cache import LatentLayer, grow_in_place
+from transmla.runtime.packed_static import PackedStaticLayer
 
 
 class SplitLayer(LatentLayer):
@@ -140,7 +141,9 @@ class SplitLayer(LatentLayer):
         return super()._buffer(cached, self.most_rows(), kv_c, k_pe)
 
 
-def grow_cache(cache: Cache | None, layer: int, ranks: Ranks, *, packed: bool = False) -> LatentLayer | None:
+def grow_cache(
+    cache: Cache | None, layer: int, ranks: Ranks, *, packed: bool = False
+) -> LatentLayer | PackedStaticLayer | None:
     """Replace one layer of a dynamic ``cache`` by one of ``runtime`` with the same rows.
 
     Layers with sliding windows are short and stay whole in every process.

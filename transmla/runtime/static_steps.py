@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.graph_recorder import Recorder
 from transmla.runtime.graphable import Snapshot
+from transmla.runtime.packed_static import PackedStaticLayer
 
 # Key of the only mask of a model whose layers share one.
 ONLY = ""
@@ -168,7 +169,7 @@ class StaticSteps:
 def static_request(cache: StaticCache, kwargs: dict[str, Any]) -> StaticRequest | str:
     """Return the step that the arguments of a model's ``forward`` describe, or why it has to run eagerly."""
     layers: list[Any] = cache.layers
-    if any(type(layer) is not StaticLayer for layer in layers):
+    if any(type(layer) not in (StaticLayer, PackedStaticLayer) for layer in layers):
         return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in layers}))}"
     if not all(layer.is_initialized for layer in layers):
         return "the static cache is empty"

@@ -17,6 +17,7 @@ from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.ranks import Ranks
 from transmla.runtime.known_masks import Prompt
 from transmla.runtime.latent_cache import LatentLayer
+from transmla.runtime.packed_rows import pack
 
 
 class StepInputs:
@@ -104,21 +105,28 @@ class StepLayer(CacheLayerMixin):
         lengths: number of valid rows of each sequence during the step, [B].
         mask: boolean [B, 1, 1, capacity]; None if no cached row is hidden.
         ranks: the processes that share the rows.
+        pe_dtype: dtype of the rotary keys in packed rows; None if rows are plain.
     """
 
     is_sliding = False
 
-    def __init__(self, rows: Tensor, inputs: StepInputs, ranks: Ranks) -> None:
+    def __init__(self, layer: LatentLayer, inputs: StepInputs) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.ranks = layer.buffer(), layer.ranks
+        self.pe_dtype = layer.pe_dtype if layer.packed else None
         self.lengths = inputs.lengths
         self.mask = inputs.visible if inputs.masked else None
         self.is_initialized = True
-        self.ranks = ranks
         self._index = inputs.index
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write latents [B, 1, n, r] and rotary keys [B, 1, n, d_r], and return both parts of the whole buffer."""
+        """Write latents [B, 1, n, r] and rotary keys [B, 1, n, d_r], and return both parts of the whole buffer.
+
+        Packed rows are one part, and the other part has no columns.
+        """
+        if self.pe_dtype is not None:
+            key_states = pack(key_states, value_states.to(self.pe_dtype))
+            value_states = key_states[..., :0]
         latents, rotary = self.rows.split([key_states.shape[-1], value_states.shape[-1]], -1)
         latents.index_copy_(2, self._index, key_states.to(latents.dtype))
         rotary.index_copy_(2, self._index, value_states.to(rotary.dtype))
@@ -144,7 +152,7 @@ class StepCache(Cache):
     """Cache of one step: the buffers of ``layers``, and ``inputs`` that locate the new rows in them."""
 
     def __init__(self, layers: list[LatentLayer], inputs: StepInputs) -> None:
-        super().__init__(layers=[StepLayer(layer.buffer(), inputs, layer.ranks) for layer in layers])
+        super().__init__(layers=[StepLayer(layer, inputs) for layer in layers])
 
 
 class Step:
