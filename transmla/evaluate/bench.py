@@ -235,6 +235,7 @@ def fill_cache(model: Any, cache: Any, batch: int, length: int) -> None:
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
     from transmla.runtime.context_parallel import share_cache
     from transmla.runtime.latent_attention import LatentAttention, cached_rows
+    from transmla.runtime.split_cache import grow_cache
 
     share_cache(model, cache)
     probe: Any = DynamicCache(config=model.config)
@@ -246,6 +247,8 @@ def fill_cache(model: Any, cache: Any, batch: int, length: int) -> None:
             parts = [part[:, None] for part in cached_rows(latent[i], layer.keys, layer.values, layer).full()]
         rows = [torch.randn(batch, t.shape[1], length, t.shape[-1], dtype=t.dtype, device=t.device) / 8 for t in parts]
         cache.update(*rows, i)
+        if i in latent and latent[i].packed:
+            grow_cache(cache, i, latent[i].ranks, packed=True)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -8,6 +8,8 @@ One row is one line of bytes, [kv_c | scale | k_pe], with each part aligned to 1
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,12 @@ def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
     rank, width = kv_c.shape[-1], k_pe.shape[-1]
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 2**10) / LARGEST
     rows = kv_c.new_zeros(*kv_c.shape[:-1], row_bytes(rank, width, k_pe.dtype), dtype=torch.uint8)
-    if not rows.numel():
-        # torch cannot view an empty scale as bytes.
-        return rows
-    at = _aligned(rank)
-    rows[..., :rank] = (kv_c / scale).to(FLOAT8).view(torch.uint8)
-    rows[..., at : at + 4] = scale.view(torch.uint8)
-    at += ALIGNED
-    rows[..., at : at + width * k_pe.element_size()] = k_pe.contiguous().view(torch.uint8)
+    if rows.numel():
+        # torch cannot view an empty part as another dtype.
+        parts = unpack(rows, rank, width, k_pe.dtype)
+        parts.kv_c.copy_(kv_c / scale)
+        cast(Tensor, parts.scale).copy_(scale[..., 0])
+        parts.k_pe.copy_(k_pe)
     return rows
 
 
@@ -49,13 +49,13 @@ def unpack(rows: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:
     """Return views of the parts of packed rows.
 
     Args:
-        rows: packed rows [B, T, row_bytes] (uint8).
+        rows: packed rows [..., row_bytes] (uint8).
         rank: r.
         width: d_r.
         dtype: dtype of the rotary keys.
 
     Returns:
-        Rows with kv_c [B, T, r] (float8), k_pe [B, T, d_r] and scale [B, T] (float32).
+        Rows with kv_c [..., r] (float8), k_pe [..., d_r] and scale [...] (float32).
     """
     at = _aligned(rank)
     end = at + ALIGNED + width * dtype.itemsize
