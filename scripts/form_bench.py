@@ -202,7 +202,7 @@ def microseconds(run: Callable[[], Any], device: torch.device) -> float:
 def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield one row for each call at each point of the shape called ``name``."""
     shape, stop = SHAPES[name], time.perf_counter() + arguments.seconds / len(arguments.shapes)
-    layer = build(shape, torch.bfloat16, device)
+    layer = build(shape, getattr(torch, arguments.dtype), device)
     for context, batch, new in product(arguments.context, arguments.batch, arguments.new):
         if time.perf_counter() > stop:
             print(f"{name}: no time for batch {batch}, context {context}, {new} new tokens and the points after it")
@@ -225,7 +225,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> I
                 yield row | {"refused": str(error).strip().splitlines()[0]}
                 continue
             products = shape.products(call.form, new) * batch * context
-            yield row | {"microseconds": round(time_us, 1), "TFLOP/s": round(2 * products / time_us / 1e6, 2)}
+            yield row | {"microseconds": round(time_us, 1), "TFLOP/s": round(2 * products / time_us / 1e6, 4)}
         del expected
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -251,7 +251,7 @@ def rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if form != "rebuilt" and batch * context >= FULL_TOKENS and queries >= FULL_QUERIES:
                 full.setdefault((name, form), []).append(row["TFLOP/s"])
     return [
-        {"shape": name, "rate of": form, "TFLOP/s": round(statistics.median(found), 2), "points": len(found)}
+        {"shape": name, "rate of": form, "TFLOP/s": round(statistics.median(found), 4), "points": len(found)}
         for (name, form), found in full.items()
     ]
 
@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[16384, 1024], help="cached tokens, the new included")
     parser.add_argument("--new", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="new tokens of a sequence")
     parser.add_argument("--seconds", type=float, default=44, help="time in which points of all shapes begin")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--result", type=Path, default=RESULTS / "form_bench/result.json", help="JSON file to write")
     parser.add_argument("--commit", help="commit to record, for a copy of the tree without git history")
