@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transmla
 from transmla.evaluate.bench import copy_bandwidth
 from transmla.kernels.splits import best_splits
-from transmla.runtime.absorbed import crossover
+from transmla.runtime.forms import crossover
 from transmla.runtime.graphed_model import graphs_of
 from transmla.runtime.packed_rows import pack
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.bench import Bench, Point, bench, copy_bandwidth, measure
 from transmla.recipe import Recipe
 from transmla.reporter import Silent
+from transmla.runtime.forms import RATES
 
 
 def test_cache_bytes_are_those_of_the_latents() -> None:
@@ -60,6 +62,29 @@ def test_a_point_says_how_its_steps_ran() -> None:
     assert measure(model, 1, 16, 2, 0.0).way == "graph"
     assert graphs.replays > 2
     assert measure(model, 1, 16, 2, 0.0, static=True).way == "compiled"
+
+
+def test_a_point_says_which_form_its_steps_took(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RATES, "cpu", replace(RATES["cpu"], most=3))
+    model = transmla.accelerate(tiny())
+    with_graphs(model)
+    result = bench(model, batches=[1], contexts=[16], new_tokens=[1, 3, 4], steps=2, reporter=Silent())
+    assert [p["form"] for p in result.to_dict()["points"]] == ["absorbed", "absorbed", "expanded"]
+    show_bench({"model": result})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 tokens a step, absorbed form" in shown
+    assert "4 tokens a step, expanded form" in shown
+    # Points of one table have a column only if they differ.
+    first, _, last = result.points
+    show_bench({"model": replace(result, points=[first, replace(last, new_tokens=1, way="graph")])})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "absorbed form" not in shown
+    assert "absorbed" in shown
+    assert "expanded" in shown
+    assert measure(model, 1, 16, 2, 0.0, static=True).form == "absorbed"
+    assert measure(tiny(), 1, 16, 2, 0.0).form is None
 
 
 def test_a_step_that_grows_the_cache_does_not_change_the_way() -> None:

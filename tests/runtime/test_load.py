@@ -21,7 +21,6 @@ from transmla.errors import TransmlaError
 from transmla.kernels import DecodeShape, backends, choose_backend
 from transmla.kernels.custom_op import Compilable
 from transmla.recipe import Recipe
-from transmla.runtime.absorbed import crossover
 from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.latent_cache import LatentLayer, latent_bytes
 
@@ -140,15 +139,6 @@ def test_gradients_flow_through_a_cache_that_is_kept() -> None:
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for ours, theirs in zip(*gradients[::-1], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-def test_the_expanded_form_begins_where_it_costs_less() -> None:
-    class Shape:
-        kv_lora_rank, qk_nope_head_dim, v_head_dim = 512, 128, 128
-
-    assert round(crossover(Shape)) == 171  # shape of DeepSeek-V3
-    Shape.kv_lora_rank = 128
-    assert crossover(Shape) == float("inf")
 
 
 def test_a_model_without_mla_is_refused(make_source: Callable[..., Path]) -> None:

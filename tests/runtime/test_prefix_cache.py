@@ -13,9 +13,8 @@ from transformers import DynamicCache
 
 import transmla
 from transmla.errors import TransmlaError
-from transmla.runtime import absorbed
-from transmla.runtime import prefix_cache as prefix
-from transmla.runtime.prefix_cache import attend, expanding_is_cheaper, merge, share
+from transmla.runtime import absorbed, forms
+from transmla.runtime.prefix_cache import attend, merge, share
 
 # Tokens of the prefix, and of each continuation.
 SHARED, OWN = 11, 4
@@ -24,7 +23,7 @@ SHARED, OWN = 11, 4
 @pytest.fixture(params=["expanded", "absorbed"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force either form of attention to the prefix, whichever is faster."""
-    monkeypatch.setattr(prefix, "PRODUCTS_PER_VALUE", float("-inf") if request.param == "expanded" else float("inf"))
+    monkeypatch.setattr(forms, "PRODUCTS_PER_VALUE", float("-inf") if request.param == "expanded" else float("inf"))
     return str(request.param)
 
 
@@ -120,16 +119,6 @@ def test_merging_two_parts_is_attention_to_both() -> None:
     whole, _ = attend(q, k, v, 0.3)
     assert torch.allclose(merge(left, left_lse, right, right_lse), whole, atol=1e-12)
     assert torch.allclose(whole, (q @ k.mT * 0.3).softmax(-1) @ v, atol=1e-12)
-
-
-def test_few_queries_attend_to_the_prefix_in_absorbed_form() -> None:
-    class Shape:
-        kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 512, 128, 64, 128
-
-    assert not expanding_is_cheaper(Shape, 32)
-    assert expanding_is_cheaper(Shape, 64)
-    Shape.kv_lora_rank = 96  # the expanded form saves no product
-    assert not expanding_is_cheaper(Shape, 10**6)
 
 
 def test_invalid_prefixes_are_refused() -> None:

@@ -28,7 +28,8 @@ def show_bench(results: dict[str, Bench]) -> None:
 
 def _show_points(ours: Bench, points: list[Point], before: dict[Any, Point] | None) -> None:
     """Print ``points``, measured in one way, beside those of a baseline with the same keys ``what``."""
-    rows = []
+    rows, forms = [], [point.form for point in points]
+    differ = len({*forms}) > 1
     for point in points:
         row = [f"{point.batch}", f"{point.context:,}", f"{point.tokens_per_second:,.1f}"]
         other = None if before is None else before.get(point.what)
@@ -43,12 +44,23 @@ def _show_points(ours: Bench, points: list[Point], before: dict[Any, Point] | No
             gigabytes(point.cache_bytes),
             f"{point.bytes_per_second / ours.copy_bytes_per_second:.0%}",
         ]
-        rows.append(row)
+        rows.append([*row, point.form or "–"] if differ else row)
     ways = " and ".join(WAYS[way] for way in sorted({point.way for point in points}))
     several = f", {points[0].new_tokens} tokens a step" if points[0].new_tokens > 1 else ""
+    form = "" if differ or forms[0] is None else f", {forms[0]} form"
     compared = [] if before is None else ["base", "ratio"]
     table(
-        f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}, {ways}{several}",
-        ["batch", "tokens", "tok/s", *compared, "step ms", "prompt s", "cache", "of copy"],
+        f"decoding on {ours.device}, {ours.dtype}, backend {ours.backend}, {ways}{several}{form}",
+        [
+            "batch",
+            "tokens",
+            "tok/s",
+            *compared,
+            "step ms",
+            "prompt s",
+            "cache",
+            "of copy",
+            *(["form"] if differ else []),
+        ],
         rows,
     )

@@ -44,6 +44,8 @@ class Point:
         new_tokens: tokens that a step decodes, per sequence.
         way: how the steps ran: ``compiled`` over a static cache; as in plain ``generate()`` from a CUDA ``graph``; or
             as in plain ``generate()``, but ``eager``.
+        form: how the steps attended to latents: ``absorbed`` or ``expanded``, or both if layers differ; None without
+            latents.
         reason: why no graph could be captured, if the model is on a GPU and uses graphs, and ``way`` is ``eager``.
     """
 
@@ -55,6 +57,7 @@ class Point:
     bytes_per_second: float
     new_tokens: int = 1
     way: str = "eager"
+    form: str | None = None
     reason: str | None = None
 
     @property
@@ -187,6 +190,7 @@ def measure(
     from transformers import CompileConfig, DynamicCache, StaticCache
 
     from transmla.modeling.transformers_api import CACHE_ARGUMENT
+    from transmla.runtime.latent_attention import LatentAttention
 
     device = model.device
     compiled = device.type == "cuda" if static is None else static
@@ -212,7 +216,9 @@ def measure(
     replayed = 2 * (replays[-1] - replays[WARM_UP]) > steps
     way = "compiled" if compiled else "graph" if replayed else "eager"
     reason = graphs.reason if graphs is not None and way == "eager" and device.type == "cuda" else None
-    return Point(batch, context, prefill, seconds, cache_bytes, read / seconds, new, way, reason)
+    forms = {module.form for module in model.modules() if isinstance(module, LatentAttention) and module.form}
+    form = ", ".join(sorted(forms)) or None
+    return Point(batch, context, prefill, seconds, cache_bytes, read / seconds, new, way, form, reason)
 
 
 def _weight_bytes_read(model: Any, tokens: int) -> float:

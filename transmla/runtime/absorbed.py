@@ -13,32 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.kernels.rows import Rows, Scores
-from transmla.runtime.prefix_cache import PrefixLayer, attend, expanding_is_cheaper, merge, one_width
+from transmla.runtime.forms import expanding_is_cheaper
+from transmla.runtime.prefix_cache import PrefixLayer, attend, merge, one_width
 from transmla.runtime.split_cache import SplitLayer, merge_shares
 
-# Largest number of new tokens per sequence for the absorbed form. Decode kernels are built for few new tokens.
-MAX_NEW_TOKENS = 128
 # Largest number of new tokens in one kernel call. A kernel is compiled for each number of new tokens.
 PIECE = 32
 # Classes of weights that hold their values themselves. Quantised and sharded weights are other subclasses of Tensor.
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
-
-
-def crossover(module: Any) -> float:
-    """Return the number n of new tokens above which the expanded form costs less than the absorbed form.
-
-    Multiplications on a long cache, per cached token and head: r(d_n + d_v) to rebuild keys and values, then
-    n(d_n + d_r + d_v) to attend to them; n(2r + d_r) to attend to the latent.
-    """
-    rebuilt = module.qk_nope_head_dim + module.v_head_dim
-    saved = 2 * module.kv_lora_rank - rebuilt
-    return module.kv_lora_rank * rebuilt / saved if saved > 0 else float("inf")
-
-
-def absorbing_is_cheaper(module: Any, query: Tensor, total: int, mask: Tensor | None) -> bool:
-    """Return whether the absorbed form costs less than the expanded form, for ``total`` cached rows."""
-    new = query.shape[2]
-    return new == 1 or (new < total and mask is not None and new <= min(crossover(module), MAX_NEW_TOKENS))
 
 
 def can_absorb(module: Any, query: Tensor, rows: Rows, mask: Tensor | None, extras: dict[str, Any]) -> bool:

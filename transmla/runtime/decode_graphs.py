@@ -147,7 +147,7 @@ class DecodeGraphs:
         """Return why a step on ``cache`` cannot be captured, or None."""
         assert self._snapshot is not None
         batch, new = tokens.shape
-        if new > max(1, self._snapshot.most_new):
+        if new > self._snapshot.most_new:
             return "the expanded form costs less"
         if any(type(layer) not in (LatentLayer, SplitLayer, DynamicLayer) for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from transmla.runtime.absorbed import PLAIN_WEIGHTS, crossover, reads_weight
+from transmla.runtime.absorbed import PLAIN_WEIGHTS, reads_weight
+from transmla.runtime.forms import most_absorbed
 from transmla.runtime.fused_norms import FusedNorms
 from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention
 from transmla.runtime.shared_frequencies import SharedFrequencies
@@ -62,7 +63,8 @@ class Snapshot:
         self.device = devices.pop() if len(devices) == 1 else None
         self.refusal = self._refusal(model, modules, plain=len(tensors) == len(self._tensors))
         latent = [m for m in modules if isinstance(m, LatentAttention)]
-        self.most_new = min((crossover(m) for m in latent), default=0)
+        kind = "cpu" if self.device is None else self.device.type
+        self.most_new = min((most_absorbed(m, kind) for m in latent), default=1)
         self.shared = any(m.ranks.size > 1 for m in latent)
         self.packed = any(m.packed for m in latent)
         self.frequencies = SharedFrequencies([] if self.refusal else parts)

@@ -28,7 +28,6 @@ from transmla.modeling.modeling_transmla import TransmlaAttention, attention_cla
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.ranks import Ranks
 from transmla.runtime.absorbed import (
-    absorbing_is_cheaper,
     attend_to_latent,
     attend_with_others,
     attend_with_prefix,
@@ -36,6 +35,7 @@ from transmla.runtime.absorbed import (
     with_sinks,
 )
 from transmla.runtime.family_attention import attend_expanded
+from transmla.runtime.forms import ABSORBED, EXPANDED, absorbing_is_cheaper
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
 from transmla.runtime.packed_static import PackedStaticLayer
@@ -73,6 +73,7 @@ class LatentAttention(nn.Module):
         step: thread and ``StepLayer`` of the running ``forward``, if it is a step on fixed memory. One thread at a time
             runs such a step; others may run steps on caches meanwhile.
         warns: whether this layer is the one that is to warn of missing attention weights.
+        form: the form in which the layer last attended to its latents, ``absorbed`` or ``expanded``; None before that.
         checked_for: precision in which the latents are known not to underflow; None before the first check.
     """
 
@@ -89,6 +90,7 @@ class LatentAttention(nn.Module):
     cached: LatentLayer | PackedStaticLayer | None = None
     step: tuple[int, Any] | None = None
     warns: bool = False
+    form: str | None = None
     checked_for: torch.dtype | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,14 +205,17 @@ def latent_attention(
     if prefix is not None:
         _refuse_hidden_prefix(prefix, query, attention_mask)
         if absorbable and prefix.prefix[0].dtype == query.dtype:
+            module.form = ABSORBED
             return with_sinks(*attend_with_prefix(module, prefix, query, rows, attention_mask, extras), extras), None
         rows = prefix.whole(rows)
     elif absorbable and absorbing_is_cheaper(module, query, total, attention_mask):
+        module.form = ABSORBED
         if split is not None:
             return with_sinks(*attend_with_others(module, split, query, rows, attention_mask, extras), extras), None
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
     elif split is not None:
         rows = split.whole(rows)
+    module.form = EXPANDED
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 
@@ -219,6 +224,7 @@ def _attend_in_step(module: Any, layer: StepLayer, query: Tensor, rows: Rows, ex
     rows = replace(rows, lengths=layer.lengths)
     if not can_absorb(module, query, rows, layer.mask, extras):
         raise RuntimeError("a layer needs expanded keys")
+    module.form = ABSORBED
     output, lse = attend_to_latent(module, query, rows, layer.mask, extras)
     if layer.ranks.size > 1:
         output, lse = merge_shares(output, lse, layer.ranks)

@@ -18,11 +18,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transmla.kernels.rows import Rows
 from transmla.runtime.latent_cache import LatentLayer
 
-# Products that a GPU computes in the time in which it reads one value. The expanded form is faster if the products that
-# it saves take longer than reading its wider rows. Chosen on an H200 with rows of 512 + 64 and 32 heads of 128, where
-# the expanded form is faster from about 42 queries on (scripts/results/kernel_bench/prefix.json).
-PRODUCTS_PER_VALUE = 100
-
 
 class PrefixLayer(LatentLayer):
     """Shared prefix of one layer, and the rows that each sequence has behind the prefix.
@@ -128,13 +123,6 @@ def share(cache: Cache, *, packed: bool = False) -> PrefixCache:
     if any(keys is None or values is None or keys.shape[0] != 1 for keys, values in parts):
         raise ValueError("a shared prefix is made from the cache of one sequence")
     return PrefixCache([PrefixLayer(keys, values, packed=packed) for keys, values in parts])
-
-
-def expanding_is_cheaper(module: Any, queries: int) -> bool:
-    """Return whether ``queries`` new tokens, summed over all sequences, attend to a prefix faster in expanded form."""
-    expanded = module.qk_nope_head_dim + module.qk_rope_head_dim + module.v_head_dim
-    absorbed = 2 * module.kv_lora_rank + module.qk_rope_head_dim
-    return queries * (absorbed - expanded) > PRODUCTS_PER_VALUE * expanded
 
 
 def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
