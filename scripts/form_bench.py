@@ -12,7 +12,7 @@ Forms:
     rebuild, attend: the two parts of "rebuilt", each alone
 
 Every point is one batch, context and number of new tokens per sequence. The new tokens are the last of the context.
-Times are medians of replays of a CUDA graph, or of single calls where a call takes longer than GRAPH_SECONDS. A call
+Times are medians of replays of a CUDA graph, or of calls on a CPU. A call
 that is repeated finds a small cache in the GPU's L2 cache, from which other layers would have removed it in a model.
 
 Each row of the result has microseconds, the products of the form in TFLOP/s, the cache bytes of a token, the kernel,
@@ -49,9 +49,9 @@ from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.load import accelerate
 from transmla.runtime.prefix_cache import attend, merge, one_width
 
-# Calls that take longer than this are timed one by one. Memory of their graphs would be held for nothing.
+# A graph holds one call of those that take longer than this, in seconds.
 GRAPH_SECONDS = 0.001
-# Calls in one CUDA graph, and timed replays or single calls.
+# Shorter calls in one CUDA graph, and timed replays; on a CPU, timed calls.
 GRAPH_CALLS, REPEATS = 5, 3
 # Keys of a row that name its point.
 POINT = ("shape", "batch", "context", "new")
@@ -194,8 +194,9 @@ def group_cache(weight: Tensor, shape: Shape, rows: Rows) -> tuple[Tensor, Tenso
 def microseconds(run: Callable[[], Any], device: torch.device) -> float:
     """Return the median time of ``run()``, after one run that compiles kernels."""
     times = [seconds(run, device) for _ in range(REPEATS + 1)][1:]
-    if device.type == "cuda" and times[-1] < GRAPH_SECONDS:
-        return replay_seconds(run, GRAPH_CALLS, REPEATS) * 1e6
+    if device.type == "cuda":
+        # A call on its own would be bound by the host, which takes a millisecond to launch its kernels.
+        return replay_seconds(run, GRAPH_CALLS if times[-1] < GRAPH_SECONDS else 1, REPEATS) * 1e6
     return statistics.median(times) * 1e6
 
 
