@@ -13,7 +13,8 @@
 - ``known_masks``: attention masks that need not be read from the GPU.
 - ``decode_request``: a step as the arguments of a model describe it.
 - ``graphable``: which models can be captured, and whether a model has changed.
-- ``fused_norms``, ``shared_frequencies``: fewer kernels in captured steps.
+- ``fused_norms``: norms in one kernel each.
+- ``shared_frequencies``: rotary angles that captured steps compute once.
 - ``static_steps``: steps over static caches.
 - ``graph_recorder``: capture and replay.
 - ``step_cache``: cache and inputs of a step on fixed memory.
