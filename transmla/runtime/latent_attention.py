@@ -35,6 +35,7 @@ from transmla.runtime.absorbed import (
     can_absorb,
     with_sinks,
 )
+from transmla.runtime.expansion import can_expand, expand, may_overwrite
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
@@ -142,12 +143,25 @@ class LatentAttention(nn.Module):
         return self.expanded(rows if holder is None else holder.whole(rows))
 
     def expanded(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Expand the latents of ``rows`` for all heads with the family's ``expand_kv``.
+        """Expand the latents of ``rows`` for all heads, with the family's ``expand_kv`` where ``expand`` cannot.
 
         Returns:
             Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v].
         """
+        if self.config._attn_implementation == LATENT_ATTENTION and can_expand(self, rows):
+            return expand(self, rows)
         return super().expand_kv(*(part[:, None] for part in rows.full()))  # type: ignore[misc,no-any-return]
+
+    def with_rotated(self, query: Tensor, q_pe: Tensor) -> Tensor:
+        """Do the same as ``TransmlaAttention.with_rotated``, in the memory of ``query`` where nothing else reads it.
+
+        The attention's output then has the layout [B, T, H, d_v], so that ``o_proj`` reads it without a copy.
+        """
+        if not may_overwrite(self, query):
+            return super().with_rotated(query, q_pe)  # type: ignore[misc,no-any-return]
+        query = query.transpose(1, 2)
+        query[..., self.qk_nope_head_dim :] = q_pe
+        return query
 
 
 @cache
@@ -209,6 +223,9 @@ def latent_attention(
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
     elif split is not None:
         rows = split.whole(rows)
+    elif attention_mask is None and query.shape[2] > 1:
+        # Without a mask, tokens read the rows up to their own. Those behind are unwritten rows of a static cache.
+        rows = rows.first(query.shape[2])
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 
 
