@@ -40,14 +40,17 @@ def expand(module: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     """
     d_n, d_r, d_v = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
     kv_c, k_pe = rows.full()
-    weight = module.kv_b_proj.weight.unflatten(0, (-1, d_n + d_v))
-    buffer = kv_c.new_empty(*kv_c.shape[:2], len(weight), d_n + d_r + d_v)
-    latents = kv_c.flatten(0, 1).expand(len(weight), -1, -1)
-    by_head = buffer.flatten(0, 1).transpose(0, 1)
-    torch.bmm(latents, weight[:, :d_n].mT, out=by_head[..., :d_n])
-    torch.bmm(latents, weight[:, d_n:].mT, out=by_head[..., d_n + d_r :])
-    buffer[..., d_n : d_n + d_r] = k_pe[:, :, None]
-    keys, values = buffer.transpose(1, 2).split([d_n + d_r, d_v], -1)
+    batch, tokens, rank = kv_c.shape
+    weight = module.kv_b_proj.weight.view(-1, d_n + d_v, rank)
+    heads = len(weight)
+    buffer = kv_c.new_empty(batch * tokens, heads, d_n + d_r + d_v)
+    nope, rotary, value = buffer.transpose(0, 1).split_with_sizes([d_n, d_r, d_v], -1)
+    latents = kv_c.reshape(1, -1, rank).expand(heads, -1, -1)
+    torch.bmm(latents, weight[:, :d_n].mT, out=nope)
+    torch.bmm(latents, weight[:, d_n:].mT, out=value)
+    rotary.copy_(k_pe.reshape(1, -1, d_r))
+    heads_first = buffer.view(batch, tokens, heads, -1).transpose(1, 2)
+    keys, values = heads_first.split_with_sizes([d_n + d_r, d_v], -1)
     return keys, values
 
 
