@@ -84,16 +84,17 @@ def uses_kernel(module: Any, hidden_states: Tensor) -> bool:
     """Return whether the kernel may compute the norm ``module`` of ``hidden_states`` [..., D]."""
     weight = module.weight
     return (
-        on_gpu(hidden_states)
+        not torch.compiler.is_compiling()
+        and on_gpu(hidden_states)
         and kernel.triton is not None
         and module.fused_config._attn_implementation == LATENT_ATTENTION
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(hidden_states) is Tensor
         and type(weight) in PLAIN_WEIGHTS
         and hidden_states.dtype == weight.dtype
         and hidden_states.device == weight.device
+        and hidden_states.shape[-1:] == weight.shape
         and agrees(module)
     )
 
