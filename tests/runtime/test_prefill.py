@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import transmla
 from transmla.kernels.rows import Rows
 from transmla.modeling import sdpa
+from transmla.modeling.modeling_transmla import TransmlaAttention
 from transmla.runtime import expansion, family_attention, latent_attention
 from transmla.runtime.head_widths import one_width
 from transmla.runtime.load import mla_layers
 
 ROUNDING = 2e-5
 # Joined tensors of a layer, for each of ``MODELS``. The model joins its own rotary angles once.
-JOINED = {"deepseek_v3": 3, "llama": 2, "qwen3": 3}
+JOINED = {"deepseek_v3": 3, "llama": 1, "qwen3": 2}
 
 
 class Operations(TorchDispatchMode):
@@ -79,6 +80,19 @@ def test_gradients_adapters_and_hooks_keep_the_family_s_expansion(tmp_path: Path
         assert not expansion.can_expand(layer, rows)
         hook.remove()
         assert expansion.can_expand(layer, rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_equals_the_model_s(dtype: torch.dtype, tmp_path: Path) -> None:
+    layer = mla_layers(plain_model("llama", tmp_path))[0]
+    positions = torch.arange(40, 45)[None].expand(2, -1)
+    rows = torch.randn(2, 5, 5, layer.qk_rope_head_dim).to(dtype).transpose(1, 2)
+    before = rows.clone()
+    found, expected = layer._rotate(positions, rows), TransmlaAttention._rotate(layer, positions, rows)
+    assert found.dtype == dtype
+    assert torch.equal(rows, before)
+    assert torch.allclose(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_values_are_widened_without_a_copy() -> None:

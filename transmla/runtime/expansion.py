@@ -54,6 +54,25 @@ def expand(module: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``rows`` [B, ·, T, d_r], in which (i, i + d_r / 2) are pairs.
+
+    Args:
+        rows: rotary parts of queries and keys.
+        cos: cosines [B, 1, T, d_r / 2] in float32.
+        sin: sines [B, 1, T, d_r / 2] in float32.
+
+    Returns:
+        [B, ·, T, d_r] in the dtype of ``rows``.
+    """
+    wide = rows.float()
+    turned = torch.empty_like(wide)
+    (real, imaginary), (turned_real, turned_imaginary) = wide.chunk(2, -1), turned.chunk(2, -1)
+    torch.mul(real, cos, out=turned_real).addcmul_(imaginary, sin, value=-1)
+    torch.mul(imaginary, cos, out=turned_imaginary).addcmul_(real, sin)
+    return turned.to(rows.dtype)
+
+
 def may_overwrite(module: Any, query: Tensor) -> bool:
     """Return whether only the attention ``module`` of the transmla format reads its projected ``query``."""
     projection = module.q_proj if module.q_b_proj is None else module.q_b_proj

@@ -35,7 +35,7 @@ from transmla.runtime.absorbed import (
     can_absorb,
     with_sinks,
 )
-from transmla.runtime.expansion import can_expand, expand, may_overwrite
+from transmla.runtime.expansion import can_expand, expand, may_overwrite, rotate
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import unpack
@@ -63,6 +63,7 @@ class LatentAttention(nn.Module):
         choose: sets ``decode`` and ``placed_for`` from the dtype and device of the weights.
         placed_for: dtype and device for which ``decode`` was chosen; None before the choice.
         config: the model's config.
+        frequencies: returns cosines and sines of positions, in the transmla format.
         kv_b_proj: the projection from latents to keys and values.
         layer_idx: index of the layer.
         kv_lora_rank: width r of a latent.
@@ -80,6 +81,7 @@ class LatentAttention(nn.Module):
     choose: Callable[[LatentAttention], None]
     placed_for: tuple[torch.dtype, torch.device] | None
     config: Any
+    frequencies: Any
     kv_b_proj: Any
     layer_idx: int
     kv_lora_rank: int
@@ -152,6 +154,12 @@ class LatentAttention(nn.Module):
             return expand(self, rows)
         return super().expand_kv(*(part[:, None] for part in rows.full()))  # type: ignore[misc,no-any-return]
 
+    def _rotate(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """Do the same as ``TransmlaAttention._rotate``, with fewer kernels where no gradient is needed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super()._rotate(positions, rows)  # type: ignore[misc,no-any-return]
+        return rotate(rows, *self.frequencies(positions))
+
     def with_rotated(self, query: Tensor, q_pe: Tensor) -> Tensor:
         """Do the same as ``TransmlaAttention.with_rotated``, in the memory of ``query`` where nothing else reads it.
 
@@ -211,13 +219,14 @@ def latent_attention(
         return _attend_in_step(module, module.step[1], query, Rows(key[:, 0], value[:, 0]), extras), None
     rows, prefix, split = cached_rows(module, key, value), module.prefix, module.split
     total = key.shape[2] if split is None else split.get_seq_length()
-    absorbable = can_absorb(module, query, rows, attention_mask, extras)
+    wanted = prefix is not None or absorbing_is_cheaper(module, query, total, attention_mask)
+    absorbable = wanted and can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
         _refuse_hidden_prefix(prefix, query, attention_mask)
         if absorbable and prefix.prefix[0].dtype == query.dtype:
             return with_sinks(*attend_with_prefix(module, prefix, query, rows, attention_mask, extras), extras), None
         rows = prefix.whole(rows)
-    elif absorbable and absorbing_is_cheaper(module, query, total, attention_mask):
+    elif absorbable:
         if split is not None:
             return with_sinks(*attend_with_others(module, split, query, rows, attention_mask, extras), extras), None
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
