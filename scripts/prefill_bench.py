@@ -105,7 +105,7 @@ def parts(call: Any, device: torch.device) -> dict[str, Any]:
         times: Counter[str] = Counter()
         for event in kernels:
             part = next(part for part, words in PARTS.items() if re.search(words, event.name, re.IGNORECASE))
-            times[part] += event.device_time
+            times[part] += event.time_range.elapsed_us()
         row |= {part: round(times[part] / 1e3, 3) for part in PARTS} | {"kernels": len(kernels)}
     return row
 

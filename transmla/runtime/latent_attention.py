@@ -5,8 +5,8 @@ transformers' MLA layers cache the latent, but rebuild the keys and values of al
 expanded form rebuilds keys and values (prefill, training). The absorbed form folds W_UK into the queries and W_UV into
 the output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 
-Projections, norms and rotary embedding are still computed by the family's code. Every family whose attention has
-``expand_kv`` is therefore supported.
+Projections, norms and rotary embedding are still those of the family, some of them in fewer kernels (``fused_norms``,
+``expansion``). Every family whose attention has ``expand_kv`` is therefore supported.
 """
 
 from __future__ import annotations
