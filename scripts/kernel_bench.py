@@ -30,7 +30,8 @@ from transmla.evaluate.bench import copy_bandwidth
 from transmla.kernels import Backend, DecodeShape, backends, choose_backend, flashinfer
 from transmla.kernels import reference as plain
 from transmla.kernels.rows import Rows, Scores
-from transmla.runtime.prefix_cache import attend, merge, one_width
+from transmla.runtime.head_widths import one_width
+from transmla.runtime.prefix_cache import attend, merge
 
 # (batch, context) of the points.
 GRID = [(128, 8192), (32, 16384), (32, 8192), (8, 32768), (128, 1024), (1, 65536), (1, 1024)]

@@ -17,11 +17,11 @@ MAX_WIDTH = 16384
 if triton is not None:
 
     @triton.jit
-    def _normalise(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    def _normalise(x, weight, out, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         """Normalise one row."""
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         inside = column < WIDTH
-        values = tl.load(x + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
         # transformers rounds before it multiplies by the weight.
         rounded = (values * scale).to(x.dtype.element_ty).to(tl.float32)
@@ -38,12 +38,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        [..., D], in the dtype of ``x``.
+        [..., D], in the dtype of ``x``, contiguous.
     """
-    rows, width = x.contiguous(), x.shape[-1]
-    out = torch.empty_like(rows)
+    width = x.shape[-1]
+    # Rows may lie apart, as the latents of a projection [latent | rotary key] do.
+    rows = x.reshape(-1, width)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    count = rows.numel() // width
-    if count:
-        _normalise[(count,)](rows, weight, out, eps, WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    if len(rows):
+        warps = min(16, max(1, block // 512))
+        _normalise[(len(rows),)](rows, weight, out, rows.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=warps)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -48,6 +48,13 @@ class Rows:
             return self.kv_c, self.k_pe
         wide = torch.promote_types(self.k_pe.dtype, torch.float32)
         return (self.kv_c.to(wide) * self.scale[..., None]).to(self.k_pe.dtype), self.k_pe
+
+    def first(self, count: int) -> Rows:
+        """Return the first ``count`` rows of each sequence, or all if there are fewer; for rows without pages."""
+        if self.total <= count:
+            return self
+        scale = None if self.scale is None else self.scale[:, :count]
+        return replace(self, kv_c=self.kv_c[:, :count], k_pe=self.k_pe[:, :count], scale=scale)
 
     def __post_init__(self) -> None:
         if self.block_table is not None and self.lengths is None:

@@ -187,7 +187,7 @@ class TransmlaAttention(nn.Module):
                 "call the model, which passes position_ids, or pass them to the layer"
             )
         query, cached = self._project(hidden_states)
-        q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+        q_pe = query.transpose(1, 2)[..., self.qk_nope_head_dim :]
         kv_c, k_pe = cached[:, None].split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         kv_c = self.kv_a_layernorm(kv_c)
         # Queries and key are rotated together: a decode step is bound by the number of kernel launches.
@@ -201,7 +201,7 @@ class TransmlaAttention(nn.Module):
         extras = {argument: getattr(self, attribute) for attribute, argument in SCORE_EXTRAS.items()}
         output, weights = attend(
             self,
-            torch.cat([q_nope, q_pe], -1),
+            self.with_rotated(query, q_pe),
             key,
             value,
             attention_mask,
@@ -222,6 +222,10 @@ class TransmlaAttention(nn.Module):
         expanded = self.kv_b_proj(kv_c[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
         return torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], -1), value
+
+    def with_rotated(self, query: Tensor, q_pe: Tensor) -> Tensor:
+        """Return ``query`` [B, T, H, d_n + d_r] as [B, H, T, d_n + d_r], with ``q_pe`` [B, H, T, d_r] at the end."""
+        return torch.cat([query.transpose(1, 2)[..., : self.qk_nope_head_dim], q_pe], -1)
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``attention_class`` creates at run time."""

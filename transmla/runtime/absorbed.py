@@ -14,7 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.kernels.rows import Rows, Scores
 from transmla.runtime.forms import expanding_is_cheaper
-from transmla.runtime.prefix_cache import PrefixLayer, attend, merge, one_width
+from transmla.runtime.head_widths import one_width
+from transmla.runtime.prefix_cache import PrefixLayer, attend, merge
 from transmla.runtime.split_cache import SplitLayer, merge_shares
 
 # Largest number of new tokens in one kernel call. A kernel is compiled for each number of new tokens.
@@ -135,7 +136,7 @@ def attend_with_prefix(
     together = query.transpose(0, 1).reshape(1, heads, batch * new, width)
     if extras.get("softcap") is None and expanding_is_cheaper(module, batch * new):
         output, lse = attend(together, *_expanded_prefix(module, layer), scaling=extras["scaling"] or module.scaling)
-        left, left_lse = output[..., : module.v_head_dim].transpose(1, 2), lse.transpose(1, 2)
+        left, left_lse = output[..., -module.v_head_dim :].transpose(1, 2), lse.transpose(1, 2)
     else:
         left, left_lse = attend_to_latent(module, together, layer.shared_rows, None, extras)
     left, left_lse = left.view(batch, new, heads, -1), left_lse.reshape(batch, new, heads)

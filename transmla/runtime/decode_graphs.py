@@ -226,7 +226,7 @@ class DecodeGraphs:
         assert self._snapshot is not None
         if step.replay is None:
             kind = *key, step.capacity, step.rows[0].dtype
-            with self._snapshot.fewer_kernels():
+            with self._snapshot.frequencies.used():
                 if kind not in self._rehearsed:
                     self._recorder.rehearse(lambda: step.run(forward, model))
                     self._rehearsed.add(kind)

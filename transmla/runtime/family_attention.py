@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.runtime.prefix_cache import one_width
+from transmla.modeling.sdpa import takes_two_widths
+from transmla.runtime.head_widths import one_width
 
 # Arguments by which a family changes the scores: a bias, a soft-cap, and sinks (scores [H] of a key without a value).
 CHANGES_SCORES = ("position_bias", "softcap", "s_aux")
@@ -35,10 +36,11 @@ def attend_expanded(
         return _by_eager(module, query, keys, values, mask, **kwargs)
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
-    # Fused kernels need queries, keys and values of one width.
-    query, keys, wide = one_width(query, keys, values)
-    output: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, wide, mask, **kwargs)[0]
-    return output[..., : values.shape[-1]]
+    width = values.shape[-1]
+    if kwargs.get("dropout") or not takes_two_widths(query, keys, values, mask):
+        query, keys, values = one_width(query, keys, values)
+    output: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, mask, **kwargs)[0]
+    return output[..., -width:]
 
 
 def _by_eager(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:

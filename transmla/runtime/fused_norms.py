@@ -1,20 +1,20 @@
-"""Norms of a captured step in one kernel each: a small kernel takes longer to start than to run."""
+"""Norms in one kernel each: transformers' eager code launches eight, and moves nine times the bytes."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from transmla.kernels import rms_norm as kernel
 from transmla.kernels.custom_op import current_device
+from transmla.runtime.absorbed import PLAIN_WEIGHTS
+from transmla.runtime.latent_attention import LATENT_ATTENTION
 
 _log = logging.getLogger(__name__)
 
@@ -22,37 +22,54 @@ _log = logging.getLogger(__name__)
 ROWS, ROUNDINGS = 4, 2
 
 
-class FusedNorms:
-    """The norms of a model that one kernel computes as well.
+class FusedNorm(nn.Module):
+    """Mixin placed before a family's norm class by ``fused_class``.
 
-    A norm counts if its class has the ``forward`` of Llama's, line by line, and if the kernel gives its results.
+    Attributes:
+        weight: [D].
+        variance_epsilon: added to the mean square.
+        fused_config: config of the model. The kernel is used while its attention is ``latent_attention``.
     """
 
-    def __init__(self, modules: list[Any], device: torch.device) -> None:
-        """Find the norms among ``modules`` on ``device``."""
-        usable = device.type == "cuda" and kernel.triton is not None
-        self.modules = [module for module in modules if usable and agrees(module)]
+    weight: Tensor
+    variance_epsilon: float
+    fused_config: Any
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Return a context in which the norms are computed by the kernel."""
-        for module in self.modules:
-            module.forward = partial(fused, module)
-        try:
-            yield
-        finally:
-            for module in self.modules:
-                del module.forward
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Compute the norm of ``hidden_states`` [..., D], by the kernel where that is possible."""
+        if uses_kernel(self, hidden_states):
+            with current_device(hidden_states.device):
+                return kernel.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
+
+    def __reduce__(self) -> Any:
+        """Pickle the family's class instead of this one, which ``fused_class`` creates at run time."""
+        return _bare, (type(self).__mro__[2],), self.__dict__
 
 
-def fused(module: Any, hidden_states: Tensor) -> Tensor:
-    """Compute the norm ``module`` of ``hidden_states`` [..., D] by the kernel.
+def fuse_norms(model: Any, config: Any) -> None:
+    """Make the norms of ``model`` with the code of Llama's compute by the kernel, as long as ``config`` asks for it."""
+    for module in model.modules():
+        plain: Any = type(module)
+        if is_llama_norm(plain):
+            module.__class__ = fused_class(plain)
+            module.fused_config = config
 
-    Another thread may call this meanwhile with other inputs, which its own ``forward`` computes.
+
+@cache
+def fused_class(plain: Any) -> Any:
+    """Return a subclass of the norm class ``plain`` that computes by the kernel.
+
+    Name and module are those of ``plain``, because transformers finds norms by the names of their classes.
     """
-    if torch.is_grad_enabled() or hidden_states.dtype != module.weight.dtype or not hidden_states.is_cuda:
-        return type(module).forward(module, hidden_states)  # type: ignore[no-any-return]
-    return kernel.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (FusedNorm, plain), body)
+
+
+def _bare(plain: Any) -> Any:
+    """An instance without state, for unpickling."""
+    made = fused_class(plain)
+    return made.__new__(made)
 
 
 @cache
@@ -63,25 +80,46 @@ def is_llama_norm(norm: Any) -> bool:
     return inspect.getsource(norm.forward) == inspect.getsource(LlamaRMSNorm.forward)  # type: ignore[attr-defined]
 
 
+def uses_kernel(module: Any, hidden_states: Tensor) -> bool:
+    """Return whether the kernel may compute the norm ``module`` of ``hidden_states`` [..., D]."""
+    weight = module.weight
+    return (
+        not torch.compiler.is_compiling()
+        and on_gpu(hidden_states)
+        and kernel.triton is not None
+        and module.fused_config._attn_implementation == LATENT_ATTENTION
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and type(hidden_states) is Tensor
+        and type(weight) in PLAIN_WEIGHTS
+        and hidden_states.dtype == weight.dtype
+        and hidden_states.device == weight.device
+        and hidden_states.shape[-1:] == weight.shape
+        and agrees(module)
+    )
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Return whether ``x`` lies on a GPU for which Triton compiles."""
+    return x.is_cuda
+
+
 def agrees(module: Any) -> bool:
-    """Return whether ``module`` is a norm whose results the kernel gives."""
-    norm: Any = type(module)
-    if not is_llama_norm(norm):
-        return False
+    """Return whether the kernel gives the results of ``module``, which has a class of ``fused_class``."""
     weight = module.weight
     if weight.dim() != 1 or len(weight) > kernel.MAX_WIDTH or not weight.is_contiguous():
         return False
-    return _agrees(norm, weight.shape, weight.dtype, weight.device, module.variance_epsilon)
+    return _agrees(type(module).__mro__[2], len(weight), weight.dtype, weight.device, module.variance_epsilon)
 
 
 @cache
 @torch.no_grad()
-def _agrees(norm: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, eps: float) -> bool:
+def _agrees(norm: Any, width: int, dtype: torch.dtype, device: torch.device, eps: float) -> bool:
     """Compare the kernel with a norm of random weights."""
-    module = norm(*shape, eps=eps).to(device, dtype)
+    module = norm(width, eps=eps).to(device, dtype)
     generator = torch.Generator(device).manual_seed(0)
-    module.weight.data = torch.randn(shape, generator=generator, device=device).to(dtype)
-    x = torch.randn(ROWS, *shape, generator=generator, device=device).to(dtype)
+    module.weight.data = torch.randn(width, generator=generator, device=device).to(dtype)
+    x = torch.randn(ROWS, width, generator=generator, device=device).to(dtype)
     try:
         with current_device(device):
             found, expected = kernel.rms_norm(x, module.weight, eps), module(x)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.runtime.absorbed import PLAIN_WEIGHTS, reads_weight
 from transmla.runtime.forms import most_absorbed
-from transmla.runtime.fused_norms import FusedNorms
 from transmla.runtime.latent_attention import LATENT_ATTENTION, LatentAttention
 from transmla.runtime.shared_frequencies import SharedFrequencies
 
@@ -39,7 +36,6 @@ class Snapshot:
         most_new: largest number of new tokens for which eager steps use the absorbed form too.
         shared: whether several processes share the caches.
         packed: whether latents are cached as float8.
-        norms: norms that a captured step computes by one kernel each.
         frequencies: rotary frequencies whose angles a captured step computes once.
     """
 
@@ -68,13 +64,6 @@ class Snapshot:
         self.shared = any(m.ranks.size > 1 for m in latent)
         self.packed = any(m.packed for m in latent)
         self.frequencies = SharedFrequencies([] if self.refusal else parts)
-        self.norms = FusedNorms([] if self.refusal else parts, self.device or torch.device("cpu"))
-
-    @contextmanager
-    def fewer_kernels(self) -> Iterator[None]:
-        """Return a context for one step, which gives the same results with fewer kernels."""
-        with self.norms.used(), self.frequencies.used():
-            yield
 
     def in_place(self) -> bool:
         """Return whether all tensors of the snapshot have their memory: else a graph would read freed memory.

@@ -5,8 +5,8 @@ transformers' MLA layers cache the latent, but rebuild the keys and values of al
 expanded form rebuilds keys and values (prefill, training). The absorbed form folds W_UK into the queries and W_UV into
 the output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 
-Projections, norms and rotary embedding are still computed by the family's code. Every family whose attention has
-``expand_kv`` is therefore supported.
+Projections, norms and rotary embedding are still those of the family, some of them in fewer kernels (``fused_norms``,
+``expansion``). Every family whose attention has ``expand_kv`` is therefore supported.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from transmla.runtime.absorbed import (
     can_absorb,
     with_sinks,
 )
+from transmla.runtime.expansion import can_expand, expand, may_overwrite, rotate
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.forms import ABSORBED, EXPANDED, absorbing_is_cheaper
 from transmla.runtime.latent_cache import LatentLayer
@@ -63,6 +64,7 @@ class LatentAttention(nn.Module):
         choose: sets ``decode`` and ``placed_for`` from the dtype and device of the weights.
         placed_for: dtype and device for which ``decode`` was chosen; None before the choice.
         config: the model's config.
+        frequencies: returns cosines and sines of positions, in the transmla format.
         kv_b_proj: the projection from latents to keys and values.
         layer_idx: index of the layer.
         kv_lora_rank: width r of a latent.
@@ -81,6 +83,7 @@ class LatentAttention(nn.Module):
     choose: Callable[[LatentAttention], None]
     placed_for: tuple[torch.dtype, torch.device] | None
     config: Any
+    frequencies: Any
     kv_b_proj: Any
     layer_idx: int
     kv_lora_rank: int
@@ -145,12 +148,31 @@ class LatentAttention(nn.Module):
         return self.expanded(rows if holder is None else holder.whole(rows))
 
     def expanded(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Expand the latents of ``rows`` for all heads with the family's ``expand_kv``.
+        """Expand the latents of ``rows`` for all heads, with the family's ``expand_kv`` where ``expand`` cannot.
 
         Returns:
             Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v].
         """
+        if self.config._attn_implementation == LATENT_ATTENTION and can_expand(self, rows):
+            return expand(self, rows)
         return super().expand_kv(*(part[:, None] for part in rows.full()))  # type: ignore[misc,no-any-return]
+
+    def _rotate(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """Do the same as ``TransmlaAttention._rotate``, with fewer kernels where no gradient is needed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super()._rotate(positions, rows)  # type: ignore[misc,no-any-return]
+        return rotate(rows, *self.frequencies(positions))
+
+    def with_rotated(self, query: Tensor, q_pe: Tensor) -> Tensor:
+        """Do the same as ``TransmlaAttention.with_rotated``, in the memory of ``query`` where nothing else reads it.
+
+        The attention's output then has the layout [B, T, H, d_v], so that ``o_proj`` reads it without a copy.
+        """
+        if not may_overwrite(self, query):
+            return super().with_rotated(query, q_pe)  # type: ignore[misc,no-any-return]
+        query = query.transpose(1, 2)
+        query[..., self.qk_nope_head_dim :] = q_pe
+        return query
 
 
 @cache
@@ -201,20 +223,24 @@ def latent_attention(
         return _attend_in_step(module, layer, query, cached_rows(module, key, value, layer), extras), None
     rows, prefix, split = cached_rows(module, key, value, module.cached), module.prefix, module.split
     total = key.shape[2] if split is None else split.get_seq_length()
-    absorbable = can_absorb(module, query, rows, attention_mask, extras)
+    wanted = prefix is not None or absorbing_is_cheaper(module, query, total, attention_mask)
+    absorbable = wanted and can_absorb(module, query, rows, attention_mask, extras)
     if prefix is not None:
         _refuse_hidden_prefix(prefix, query, attention_mask)
         if absorbable and prefix.prefix[0].dtype == query.dtype:
             module.form = ABSORBED
             return with_sinks(*attend_with_prefix(module, prefix, query, rows, attention_mask, extras), extras), None
         rows = prefix.whole(rows)
-    elif absorbable and absorbing_is_cheaper(module, query, total, attention_mask):
+    elif absorbable:
         module.form = ABSORBED
         if split is not None:
             return with_sinks(*attend_with_others(module, split, query, rows, attention_mask, extras), extras), None
         return with_sinks(*attend_to_latent(module, query, rows, attention_mask, extras), extras), None
     elif split is not None:
         rows = split.whole(rows)
+    elif attention_mask is None and query.shape[2] > 1:
+        # Without a mask, tokens read the rows up to their own. Those behind are unwritten rows of a static cache.
+        rows = rows.first(query.shape[2])
     module.form = EXPANDED
     return attend_expanded(module, query, *module.expanded(rows), attention_mask, **extras), None
 

@@ -95,7 +95,7 @@ def accelerate(
 ) -> Any:
     """Change a loaded model in place so that it decodes over its latent cache.
 
-    The model and each of its MLA layers become instances of subclasses of their classes. The weights, the state dict
+    The model, its MLA layers and its norms become instances of subclasses of their classes. The weights, the state dict
     and the files that ``save_pretrained`` writes do not change. ``model.set_attn_implementation("eager")`` (or
     ``"sdpa"``, …) turns the layers back into transformers' own, and ``"latent_attention"`` into fast ones again.
 
@@ -116,6 +116,7 @@ def accelerate(
     """
     from transmla.runtime.context_parallel import connect, generate_together
     from transmla.runtime.decode_graphs import DecodeGraphs
+    from transmla.runtime.fused_norms import fuse_norms
     from transmla.runtime.graphed_model import use_graphs
     from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
     from transmla.runtime.underflow import refuse_underflow
@@ -135,6 +136,7 @@ def accelerate(
         layer.warns = layer is layers[0]
         layer.choose = partial(_choose, backend)
         layer.placed_for = None
+    fuse_norms(model, layers[0].config)
     _log_backends(layers)
     model.set_attn_implementation(LATENT_ATTENTION)
     use_graphs(model, DecodeGraphs() if cuda_graphs else None)

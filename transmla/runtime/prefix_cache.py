@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
 from transmla.kernels.rows import Rows
+from transmla.runtime.head_widths import one_width
 from transmla.runtime.latent_cache import LatentLayer
 
 
@@ -125,18 +125,12 @@ def share(cache: Cache, *, packed: bool = False) -> PrefixCache:
     return PrefixCache([PrefixLayer(keys, values, packed=packed) for keys, values in parts])
 
 
-def one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Pad the last dimension of all tensors with zeros to the largest width, as flash attention requires."""
-    width = max(t.shape[-1] for t in tensors)
-    return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Attend to all keys, without a mask. A GPU in half precision uses flash attention.
 
     Args:
         q: queries [1, H, M, d].
-        k: keys [1, H, P, d]; columns behind d are ignored.
+        k: keys [1, H, P, d]; columns in front of the last d are ignored.
         v: values [1, H, P, d_v].
         scaling: factor on the scores.
 
@@ -147,8 +141,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Ten
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and width <= 256:
         wide = one_width(q, k, v)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention(*wide, scale=scaling)[:2]
-        return output[..., : v.shape[-1]], lse
-    scores = (q @ k[..., : q.shape[-1]].mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+        return output[..., -v.shape[-1] :], lse
+    scores = (q @ k[..., -q.shape[-1] :].mT).to(torch.promote_types(q.dtype, torch.float32)) * scaling
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 

@@ -141,14 +141,14 @@ class StaticSteps:
         step = steps.get(request.key)
         if step is None:
             step = StaticStep(request)
-            with snapshot.fewer_kernels():
+            with snapshot.frequencies.used():
                 self._rehearse(step, request, forward)
             steps[request.key] = step
             return step.result(request), Way.REHEARSED
         step.fill(request)
         way = Way.REPLAYED
         if step.replay is None:
-            with snapshot.fewer_kernels():
+            with snapshot.frequencies.used():
                 step.replay = self._recorder.record(partial(step.run, forward, request.cache))
             way = Way.CAPTURED
         step.replay()
