@@ -46,8 +46,9 @@ from transmla.kernels.rows import Rows
 from transmla.runtime.absorbed import attend_to_latent
 from transmla.runtime.decode_request import MOST_NEW
 from transmla.runtime.family_attention import attend_expanded
+from transmla.runtime.head_widths import one_width
 from transmla.runtime.load import accelerate
-from transmla.runtime.prefix_cache import attend, merge, one_width
+from transmla.runtime.prefix_cache import attend, merge
 
 # A graph holds one call of those that take longer than this, in seconds.
 GRAPH_SECONDS = 0.001
@@ -130,11 +131,11 @@ def groups_as_rows(kernel: Callable[..., Any], query: Tensor, keys: Tensor, valu
     output, lse = kernel(rows, keys[:, :, :old], values[:, :, :old], scaling)
     if new > 1:
         hidden = torch.ones(new, new, dtype=torch.bool, device=query.device).triu(1)
-        scores = (rows @ keys[:, :, old:, :width].mT).float() * scaling
+        scores = (rows @ keys[:, :, old:, -width:].mT).float() * scaling
         scores = scores.view(*scores.shape[:2], -1, new, new).masked_fill(hidden, float("-inf")).view_as(scores)
         own_lse = scores.logsumexp(-1)
         own = (scores - own_lse[..., None]).exp().to(values.dtype) @ values[:, :, old:]
-        output = merge(output[..., : own.shape[-1]], lse, own, own_lse)
+        output = merge(output[..., -own.shape[-1] :], lse, own, own_lse)
     return output.reshape(batch, heads, new, -1)
 
 
@@ -177,7 +178,7 @@ def calls(layer: Any, shape: Shape, batch: int, context: int, new: int) -> Itera
         held = values if name == "rows of cuDNN" else one_width(keys, values)[1]
 
         def run(kernel: Callable[..., Tensor] = kernel, held: Tensor = held) -> Tensor:
-            return kernel(query, keys, held, layer.scaling)[..., : shape.value].transpose(1, 2)
+            return kernel(query, keys, held, layer.scaling)[..., -shape.value :].transpose(1, 2)
 
         size = (keys.shape[-1] + held.shape[-1]) * shape.groups * weight.element_size()
         yield Call("groups", name, size, run)

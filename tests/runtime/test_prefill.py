@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.behaviour import ALL_FAMILIES, CACHES, DEPTH, PADDINGS, logits_by_step, relative, stock_model
 from helpers.graph_models import LONG, MODELS, longer, plain_model, prompts, written
+from helpers.mla_models import tiny
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
@@ -245,6 +246,28 @@ def test_a_gpu_attends_to_heads_of_two_widths(length: int, masked: bool) -> None
     for parts in ((query, keys, values), one_width(query, keys, values)):
         found = scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=not masked)[..., -128:]
         assert relative(found, exact) < 0.01
+
+
+@pytest.mark.parametrize(("widths", "aligned"), [((16, 8, 16), True), ((16, 8, 12), False), ((12, 8, 16), False)])
+def test_a_gpu_gets_one_buffer_only_if_its_kernels_can_read_it(widths: tuple[int, int, int], aligned: bool) -> None:
+    names = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+    module = SimpleNamespace(**dict(zip(names, widths, strict=True)))
+    assert expansion._kernels_read(module, torch.zeros(1, dtype=torch.float32))
+    assert not expansion._kernels_read(module, torch.zeros(1, dtype=torch.bfloat16))
+    k_pe: Any = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    assert expansion._kernels_read(module, k_pe) == aligned
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels of a GPU")
+@torch.no_grad()
+def test_a_gpu_expands_native_layers_into_one_buffer() -> None:
+    model: Any = transmla.accelerate(tiny(num_hidden_layers=4, first_k_dense_replace=4, v_head_dim=16).to("cuda"))
+    tokens = longer(model, 3 * LONG)
+    exact = model(tokens).logits
+    found = model.to(torch.bfloat16)(tokens).logits
+    model.set_attn_implementation("sdpa")
+    half = model(tokens).logits
+    assert relative(found, exact) < 1.5 * relative(half, exact) + 1e-3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels of a GPU")

@@ -12,6 +12,9 @@ from transmla.kernels.rows import Rows
 from transmla.modeling.modeling_transmla import PerHead
 from transmla.runtime.absorbed import reads_weight
 
+# Alignment of keys and of values in their buffer that the kernels of a GPU assume, in bytes.
+ALIGNED = 16
+
 
 def can_expand(module: Any, rows: Rows) -> bool:
     """Return whether ``expand`` gives what the family's ``expand_kv`` gives for ``rows``, up to rounding."""
@@ -20,8 +23,7 @@ def can_expand(module: Any, rows: Rows) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(rows.k_pe.device.type)
         and (rows.scale is not None or rows.kv_c.dtype == rows.k_pe.dtype)
-        # On CPUs, oneDNN computes products in half precision, and copies outputs that are not contiguous.
-        and (rows.k_pe.is_cuda or rows.k_pe.element_size() >= 4)
+        and _kernels_read(module, rows.k_pe)
         and reads_weight(module.kv_b_proj, rows.k_pe.dtype, rows.k_pe.device)
     )
 
@@ -38,7 +40,7 @@ def expand(module: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     Returns:
         Keys [B, H, T, d_n + d_r] and values [B, H, T, d_v], views of the buffer.
     """
-    d_n, d_r, d_v = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+    d_n, d_r, d_v = _widths(module)
     kv_c, k_pe = rows.full()
     batch, tokens, rank = kv_c.shape
     weight = module.kv_b_proj.weight.view(-1, d_n + d_v, rank)
@@ -71,6 +73,19 @@ def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(real, cos, out=turned_real).addcmul_(imaginary, sin, value=-1)
     torch.mul(imaginary, cos, out=turned_imaginary).addcmul_(real, sin)
     return turned.to(rows.dtype)
+
+
+def _kernels_read(module: Any, k_pe: Tensor) -> bool:
+    """Whether kernels read keys and values of ``module`` from one buffer, for rotary keys ``k_pe``."""
+    if k_pe.is_cuda:
+        return all(width * k_pe.element_size() % ALIGNED == 0 for width in _widths(module))
+    # oneDNN computes products in half precision, and copies outputs that are not contiguous.
+    return k_pe.element_size() >= 4
+
+
+def _widths(module: Any) -> tuple[int, int, int]:
+    """d_n, d_r and d_v of ``module``."""
+    return module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
 
 
 def may_overwrite(module: Any, query: Tensor) -> bool:
