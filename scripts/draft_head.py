@@ -10,7 +10,8 @@
 
 ``measure`` writes behind prompts from the test splits of the texts, and from the edits of code that
 ``scripts/speculation.py`` uses. A step verifies the whole draft. Measured for each model, text and draft length:
-    tokens/s        new tokens in a second, after the first token
+    tokens/s        new tokens in a second, after the first token; on a CPU, in a second that the process computes,
+                    summed over its threads
     tokens a step   new tokens for each step of the model; one of them is its own, the others were drafted
     changed         new tokens that differ from those of ``generate`` without drafts
     gap             smallest distance of the two best logits where a text first differs; None if none does

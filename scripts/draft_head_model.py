@@ -188,7 +188,7 @@ def write_drafted(
         drafted: tokens of a draft; 0 decodes plainly.
 
     Returns:
-        New tokens [n], steps of the target after the prompt's, and their seconds.
+        New tokens [n], steps of the target after the prompt's, and their seconds (see ``_now``).
     """
     ends, cache, drafts = _ends(model), DynamicCache(config=model.config), DynamicCache()
     given: dict[str, Any] = {"use_cache": True, "output_hidden_states": drafted > 0, CACHE_ARGUMENT: cache}
@@ -223,7 +223,11 @@ def _ends(model: Any) -> set[int]:
 
 
 def _now(model: Any) -> float:
-    """Return the time in seconds when the device of ``model`` has finished its work."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    """Return the time in seconds when the device of ``model`` has finished its work.
+
+    On a CPU, return the time that this process has computed, which other programs change little.
+    """
+    if model.device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
