@@ -190,7 +190,6 @@ def parse() -> argparse.Namespace:
     measuring.add_argument("export", help="its export")
     measuring.add_argument("head", type=Path, help="head that was trained on the source")
     measuring.add_argument("--adapted", type=Path, help="head that was trained further on the export")
-    measuring.add_argument("--only", choices=("source", "export"), help="measure this model alone")
     measuring.add_argument("--prompts", type=int, default=6, help="prompts of each text")
     measuring.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     measuring.add_argument("--drafted", type=int, nargs="+", default=[1, 2, 3, 4], help="tokens of a draft")
@@ -218,8 +217,6 @@ def main() -> None:
         runs += [("export", arguments.export, arguments.adapted)] if arguments.adapted else []
         rows: list[dict[str, Any]] = []
         for role, name, folder in runs:
-            if arguments.only not in (None, role):
-                continue
             load = AutoModelForCausalLM.from_pretrained if role == "source" else transmla.load
             model, head = load(name, **kind).to(device).eval(), DraftHead.from_pretrained(folder, **kind)
             print(role, name, folder)
