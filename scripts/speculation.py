@@ -88,7 +88,15 @@ def gap(model: Any, prompt: Tensor, new: Tensor, at: int) -> float:
     return float(best[0] - best[1])
 
 
-def measure(model: Any, texts: list[Tensor], plain: list[Tensor], tokens: int, **settings: Any) -> dict[str, Any]:
+def measure(
+    model: Any,
+    texts: list[Tensor],
+    plain: list[Tensor],
+    tokens: int,
+    *,
+    write: Callable[..., tuple[Tensor, int, float]] = write,
+    **settings: Any,
+) -> dict[str, Any]:
     """Measure one way.
 
     Args:
@@ -96,7 +104,8 @@ def measure(model: Any, texts: list[Tensor], plain: list[Tensor], tokens: int, *
         texts: the prompts [1, T].
         plain: receives the new tokens of each prompt if it is empty; else they are compared with the new ones.
         tokens: largest number of new tokens.
-        settings: arguments of ``generate`` that choose the way.
+        write: decodes as the function ``write`` above does.
+        settings: arguments of ``write`` that choose the way, by default of ``generate``.
     """
     write(model, texts[0], 16, **settings)
     runs = [write(model, text, tokens, **settings) for text in texts]

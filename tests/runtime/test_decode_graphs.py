@@ -54,8 +54,14 @@ WAYS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "beams": ({"num_beams": 3}, 2, 5, TOKENS - 2),
     "static cache": ({"cache_implementation": "static", "disable_compile": True}, 2, 5, TOKENS - 2),
     "static cache with beams": ({"cache_implementation": "static", "disable_compile": True, "num_beams": 3}, 2, 5, 0),
+    "static cache with hidden states": (
+        {"cache_implementation": "static", "disable_compile": True, "output_hidden_states": True},
+        2,
+        5,
+        0,
+    ),
     "no cache": ({"use_cache": False}, 2, 5, 0),
-    "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, 2, 5, 0),
+    "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, 2, 5, TOKENS - 2),
 }
 
 
@@ -107,6 +113,31 @@ def test_several_new_tokens_are_read_from_graphs(model: Any, padded: int) -> Non
         assert ours.get_seq_length() == theirs.get_seq_length() == tokens.shape[1]
         assert relative(ours.keys[:, :, padded:], theirs.keys[:, :, padded:]) < ROUNDING
         assert relative(ours.values[:, :, padded:], theirs.values[:, :, padded:]) < ROUNDING
+
+
+@torch.no_grad()
+def test_hidden_states_are_read_from_graphs(model: Any) -> None:
+    """Steps with and without hidden states alternate on one cache, and rejected drafts are cropped."""
+    tokens, found = longer(model, LONG + 40), []
+    for graphed in (False, True):
+        graphs = with_graphs(model) if graphed else None
+        cache: Any = DynamicCache(config=model.config)
+        model(tokens[:, :LONG], use_cache=True, **{CACHE_ARGUMENT: cache})
+        outputs = []
+        for i, width in enumerate([4, 3, 4, 1, 3, 4, 3, 4, 1, 4]):
+            given = tokens[:, cache.get_seq_length() :][:, :width]
+            states = {"output_hidden_states": True} if i % 3 else {}
+            outputs.append(model(given, use_cache=True, **{CACHE_ARGUMENT: cache}, **states))
+            cache.crop(-(width // 2))
+        found.append(outputs)
+    assert graphs is not None
+    # Six kinds of steps are rehearsed at their first use.
+    assert (graphs.reason, graphs.replays) == (None, 4)
+    for ours, theirs in zip(*found[::-1], strict=True):
+        assert relative(ours.logits, theirs.logits) < ROUNDING
+        assert (ours.hidden_states is None) == (theirs.hidden_states is None)
+        for one, other in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
+            assert relative(one, other) < ROUNDING
 
 
 def test_a_full_buffer_grows_and_is_captured_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_a_buffer_that_an_eager_step_replaced_is_captured_again(
             model(tokens[:, :LONG], use_cache=True, **{CACHE_ARGUMENT: cache})
             for i in range(LONG, LONG + 60):
                 # The buffer is full within the steps that cannot be captured.
-                given = {"output_hidden_states": LONG + 30 < i < LONG + 50}
+                given = {"output_hidden_states": [0] if LONG + 30 < i < LONG + 50 else None}
                 parts.append(model(tokens[:, i : i + 1], use_cache=True, **{CACHE_ARGUMENT: cache}, **given).logits)
                 buffers.add(id(cache.layers[0].rows))
         found.append(torch.cat(parts, 1))

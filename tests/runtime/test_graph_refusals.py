@@ -87,7 +87,7 @@ def test_layers_with_the_sources_attention_rule_graphs_out(tmp_path: Path) -> No
 
 # A way to call the model and the reason that it gives.
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "hidden states": ({"output_hidden_states": True}, "the argument output_hidden_states"),
+    "some hidden states": ({"output_hidden_states": [0]}, "the argument output_hidden_states"),
     "tuple": ({"return_dict": False}, "return_dict is False"),
     "some logits": ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep is a tensor"),
     "short mask": ({"attention_mask": torch.ones(2, 3)}, "an attention mask of shape [2, 3]"),

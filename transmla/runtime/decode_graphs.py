@@ -197,7 +197,8 @@ class DecodeGraphs:
             steps.clear()
         step = steps.get(request.key)
         if step is None:
-            step = Step(layers, len(request.tokens), width_for(new), masked=request.mask is not None)
+            kind = {"masked": request.mask is not None, "states": request.states}
+            step = Step(layers, len(request.tokens), width_for(new), **kind)
             steps[request.key] = step
         step.inputs.fill(request.tokens, request.positions, layers[0].get_seq_length())
         if request.mask is not None and request.prompt is not None:

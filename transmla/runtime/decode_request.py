@@ -18,6 +18,8 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_NEW = WIDTHS[-1]
 # Arguments of a model's ``forward`` that a step understands, besides the cache. Others must be None or False.
 UNDERSTOOD = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict")
+# Argument that a step understands if it is True. transformers 5.24 takes lists of layers as well.
+STATES = "output_hidden_states"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Request:
         mask: attention mask [B, T + n] if it hides a cached row, else None.
         prompt: what is known of the mask; None if there is none.
         keep: ``logits_to_keep``; 0 for all.
+        states: whether the step returns the hidden states of all layers.
     """
 
     cache: DynamicCache
@@ -39,6 +42,7 @@ class Request:
     mask: Tensor | None
     prompt: Prompt | None
     keep: int
+    states: bool
 
     @property
     def layers(self) -> list[LatentLayer]:
@@ -48,7 +52,7 @@ class Request:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a captured step is specific to, besides the buffers of the cache."""
-        return len(self.tokens), width_for(self.tokens.shape[1]), self.mask is not None
+        return len(self.tokens), width_for(self.tokens.shape[1]), self.mask is not None, self.states
 
 
 def read_request(cache: DynamicCache, kwargs: dict[str, Any], masks: KnownMasks) -> Request | str:
@@ -63,7 +67,7 @@ def read_request(cache: DynamicCache, kwargs: dict[str, Any], masks: KnownMasks)
         return "logits_to_keep is a tensor"
     prompt = None if mask is None else masks.read(mask)
     hides = prompt is not None and prompt.hides
-    return Request(cache, tokens, positions, mask if hides else None, prompt, keep or 0)
+    return Request(cache, tokens, positions, mask if hides else None, prompt, keep or 0, bool(kwargs.get(STATES)))
 
 
 def width_for(new: int) -> int:
@@ -80,6 +84,8 @@ def latent_layers(cache: DynamicCache) -> list[LatentLayer]:
 def refused_arguments(kwargs: dict[str, Any]) -> str | None:
     """Return which argument of a model's ``forward`` rules out a graph, or None."""
     for name, value in kwargs.items():
+        if name == STATES and value is True:
+            continue
         if name not in UNDERSTOOD and name != CACHE_ARGUMENT and value is not None and value is not False:
             return f"the argument {name}"
     for name in ("use_cache", "return_dict"):

@@ -19,6 +19,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.decode_request import STATES
 from transmla.runtime.graph_recorder import Recorder
 from transmla.runtime.graphable import Snapshot
 from transmla.runtime.packed_static import PackedStaticLayer
@@ -181,6 +182,8 @@ def static_request(cache: StaticCache, kwargs: dict[str, Any]) -> StaticRequest 
         return "a step over a static cache without a mask of four dimensions"
     if keep is not None and type(keep) is not int:
         return "logits_to_keep is a tensor"
+    if kwargs.get(STATES):
+        return f"a step over a static cache with {STATES}"
     inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, **masks}
     if any(given.device != tokens.device for given in inputs.values()):
         return "inputs are on several devices"

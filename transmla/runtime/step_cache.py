@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.ranks import Ranks
+from transmla.runtime.decode_request import STATES
 from transmla.runtime.known_masks import Prompt
 from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.packed_rows import pack
@@ -166,7 +167,7 @@ class Step:
         replay: repeats the step; None before the capture.
     """
 
-    def __init__(self, layers: list[LatentLayer], batch: int, new: int, *, masked: bool) -> None:
+    def __init__(self, layers: list[LatentLayer], batch: int, new: int, *, masked: bool, states: bool = False) -> None:
         """Prepare a step for ``batch`` sequences with ``new`` tokens each.
 
         Args:
@@ -174,6 +175,7 @@ class Step:
             batch: B.
             new: n.
             masked: whether the attention mask hides a cached row.
+            states: whether the output has the hidden states of all layers.
         """
         self.rows = [layer.buffer() for layer in layers]
         buffer, ranks = self.rows[0], layers[0].ranks
@@ -187,6 +189,8 @@ class Step:
             "return_dict": True,
             CACHE_ARGUMENT: StepCache(layers, self.inputs),
         }
+        if states:
+            self._arguments[STATES] = True
         self.output: Any = None
         self.runs = 0
         self.replay: Any = None
@@ -218,7 +222,10 @@ class Step:
             if name == CACHE_ARGUMENT:
                 fields[name] = cache
                 continue
-            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != width:
+            parts = value if name == "hidden_states" else (value,)
+            if not all(isinstance(part, Tensor) and part.ndim == 3 and part.shape[1] == width for part in parts):
                 raise TypeError(f"the model's output has {name}")
-            fields[name] = value[:, :new][:, -keep if name == "logits" else 0 :].clone()
+            first = -keep if name == "logits" else 0
+            copies = tuple(part[:, :new][:, first:].clone() for part in parts)
+            fields[name] = copies if name == "hidden_states" else copies[0]
         return type(self.output)(**fields)
