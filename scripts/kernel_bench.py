@@ -2,7 +2,7 @@
 
     python scripts/kernel_bench.py
     python scripts/kernel_bench.py --shape 96+32 --heads 32
-    python scripts/kernel_bench.py --ragged --result scripts/results/kernel_bench/ragged.json
+    python scripts/kernel_bench.py --ragged --heads 16 128 --result ragged.json
 
 Every time is the median over replays of a CUDA graph of several calls. A time includes everything that a call needs,
 such as the merge of splits in this project's kernels. The plans of FlashMLA and FlashInfer are made outside the timing,
