@@ -2,6 +2,7 @@
 
     python scripts/kernel_bench.py
     python scripts/kernel_bench.py --shape 96+32 --heads 32
+    python scripts/kernel_bench.py --ragged --heads 16 128 --result ragged.json
 
 Every time is the median over replays of a CUDA graph of several calls. A time includes everything that a call needs,
 such as the merge of splits in this project's kernels. The plans of FlashMLA and FlashInfer are made outside the timing,
@@ -40,6 +41,8 @@ SCALING = 0.1
 PREFIX, SUFFIX, HEAD = 8192, 256, 128
 # Batches of --prefix.
 BATCHES = (16, 32, 64, 128, 256)
+# With --ragged: sequences of a batch, and tokens of the shortest and of the longest one.
+SEQUENCES, SHORTEST, LONGEST = 32, 1024, 131072
 
 
 def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
@@ -190,6 +193,67 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
         }
 
 
+def measure_ragged(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
+    """Yield one row for lengths and one for left padding: a ragged batch, and a uniform one with as many cached tokens.
+
+    The lengths of the ragged batch are spread geometrically. The uniform batch is measured twice: with lengths that
+    are known to be equal, and with the same lengths as values on the device. The ratio compares with the former.
+
+    Args:
+        arguments: the command line.
+        heads: number of query heads.
+        buffer: random values that all caches are views of.
+    """
+    rank, width = arguments.shape
+    decode = choose_backend("hopper", DecodeShape(heads, rank, width, buffer.dtype, buffer.device)).decode
+    growth = (LONGEST / SHORTEST) ** (1 / (SEQUENCES - 1))
+    spread = [round(SHORTEST * growth**i) for i in range(SEQUENCES)]
+    mean = sum(spread) // SEQUENCES
+    queries = torch.randn(SEQUENCES, 1, heads, rank + width, dtype=buffer.dtype, device=buffer.device) / 8
+    q_latent, q_pe = (part.contiguous() for part in queries.split([rank, width], -1))
+
+    def measured(lengths: Tensor, masked: bool) -> tuple[float, float]:
+        """Return seconds, and the largest error among the shortest and the longest sequence."""
+        total = int(lengths.max())
+        cache = buffer[: SEQUENCES * total * (rank + width)].view(SEQUENCES, total, rank + width)
+        rows, mask = Rows(*cache.split([rank, width], -1), lengths=None if masked else lengths), None
+        if masked:
+            padding = total - (lengths[:1] if lengths.stride(0) == 0 else lengths)
+            keys = torch.arange(total, device=buffer.device)
+            mask = keys >= padding[:, None, None, None]
+
+        def call() -> Any:
+            return decode(q_latent, q_pe, rows, Scores(SCALING, mask))
+
+        out, errors = call()[0], []
+        for b in (0, SEQUENCES - 1):
+            visible = cache[b : b + 1, total - int(lengths[b]) :] if masked else cache[b : b + 1, : int(lengths[b])]
+            own = Rows(*visible.float().split([rank, width], -1))
+            expected = plain.decode(q_latent[b : b + 1].float(), q_pe[b : b + 1].float(), own, Scores(SCALING))[0]
+            errors.append(float((out[b : b + 1].float() - expected).abs().max() / expected.abs().max()))
+        return replay_seconds(call, 5), max(errors)
+
+    for masked in (False, True):
+        ragged_lengths = torch.tensor(spread, dtype=torch.int32, device=buffer.device)
+        equal = torch.full((SEQUENCES,), mean, dtype=torch.int32, device=buffer.device)
+        uniform, _ = measured(equal[:1].expand(SEQUENCES), masked)
+        unknown, _ = measured(equal, masked)
+        ragged, error = measured(ragged_lengths, masked)
+        size = (rank + width) * buffer.element_size() / 1e9
+        yield {
+            "heads": heads,
+            "shape": f"{rank}+{width}",
+            "masked": masked,
+            "tokens": sum(spread),
+            "uniform GB/s": round(mean * SEQUENCES * size / uniform),
+            "uniform, lengths unknown GB/s": round(mean * SEQUENCES * size / unknown),
+            "ragged GB/s": round(sum(spread) * size / ragged),
+            "ragged microseconds": round(ragged * 1e6, 1),
+            "ratio": round(sum(spread) / ragged / (mean * SEQUENCES / uniform), 3),
+            "error": round(error, 5),
+        }
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print GB/s (and microseconds) by point, one line for each backend and number of heads."""
     table = Table("backend", "heads", *(f"{batch} x {context}" for batch, context in GRID), "error")
@@ -207,6 +271,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128], help="numbers of query heads")
     parser.add_argument("--masked", action="store_true", help="pass the mask of a static cache instead of lengths")
     parser.add_argument("--prefix", action="store_true", help="measure a shared prefix instead of the grid")
+    parser.add_argument("--ragged", action="store_true", help="measure batches of different lengths, Hopper kernel")
     parser.add_argument(
         "--backends", nargs="*", default=["hopper", "triton", "flashmla", "flashinfer"], help="kernels to measure"
     )
@@ -221,15 +286,18 @@ def main() -> None:
     tokens = max(batch * context for batch, context in GRID)
     if arguments.prefix:
         tokens = max(BATCHES) * (PREFIX + SUFFIX)
+    if arguments.ragged:
+        tokens = SEQUENCES * LONGEST
     buffer = torch.randn(tokens * sum(arguments.shape), dtype=torch.bfloat16, device="cuda")
     copied = copy_bandwidth(buffer.device) / 1e9
     read = buffer.nbytes / replay_seconds(lambda: buffer.view(torch.float32).sum(), 3) / 1e9
     print(f"the device copies {copied:.0f} GB/s and reads {read:.0f} GB/s")
-    if arguments.prefix:
-        prefix_rows = [row for heads in arguments.heads for row in measure_prefix(arguments, heads, buffer)]
-        for row in prefix_rows:
+    if arguments.prefix or arguments.ragged:
+        measure_special = measure_prefix if arguments.prefix else measure_ragged
+        special = [row for heads in arguments.heads for row in measure_special(arguments, heads, buffer)]
+        for row in special:
             print(*(f"{key}={value}" for key, value in row.items()))
-        write_result(arguments.result, prefix_rows, arguments.commit)
+        write_result(arguments.result, special, arguments.commit)
         return
     rows: list[dict[str, Any]] = [{"copy GB/s": round(copied), "read GB/s": round(read)}]
     for heads in arguments.heads:

@@ -19,7 +19,11 @@ from transmla.kernels import hopper
 from transmla.kernels.hopper_kernel import attend
 
 # Triton types of the kernel's pointer and 32-bit integer arguments.
-POINTERS = {"mask": "*i8", "lengths": "*i32", "table": "*i32", "parts": "*fp32", "part_lse": "*fp32"}
+POINTERS = {
+    "mask": "*i8",
+    **dict.fromkeys(("lengths", "table", "slots", "bounds"), "*i32"),
+    **dict.fromkeys(("lse", "parts", "part_lse"), "*fp32"),
+}
 NUMBERS = [
     "heads",
     "rows",
@@ -27,6 +31,7 @@ NUMBERS = [
     "splits",
     "capacity",
     "pe_capacity",
+    "lengths_batch",
     "mask_batch",
     "mask_query",
     "mask_token",
@@ -35,13 +40,13 @@ NUMBERS = [
 
 
 def compile_kernel(
-    rank: int, width: int, dtype: str, queries: int, new: int, page: int, masked: bool
+    rank: int, width: int, dtype: str, queries: int, new: int, page: int, masked: bool, divided: bool = False
 ) -> dict[str, Any]:
     """Return the shared memory in bytes (``shared``) and the assembler's log (``log``) of one specialisation."""
     columns, tokens, stages = hopper.choose_tiles(rank, queries, page)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     types = {
-        **dict.fromkeys(("q_latent", "q_pe"), f"*{dtype}"),
+        **dict.fromkeys(("q_latent", "q_pe", "out"), f"*{dtype}"),
         "kv": f"tensordesc<{dtype}[{tokens},{columns}],{layout}>",
         "pe": f"tensordesc<{dtype}[{tokens},{hopper.ROPE}],{layout}>",
         **POINTERS,
@@ -50,8 +55,8 @@ def compile_kernel(
     }
     constants = {
         "NEW": new, "RANK": rank, "WIDTH": width, "RANK_BLOCK": columns, "TOKENS": tokens, "STAGES": stages,
-        "SPILL": columns * tokens == hopper.SPILLING, "PAGE": page, "MASKED": masked, "RAGGED": not masked, "LOG": 1.0,
-        "REGISTERS": hopper.VALUE_REGISTERS,
+        "SPILL": columns * tokens == hopper.SPILLING, "PAGE": page, "MASKED": masked, "RAGGED": not masked,
+        "DIVIDED": divided, "LOG": 1.0, "REGISTERS": hopper.VALUE_REGISTERS,
     }  # fmt: skip
     names = attend.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "scale"}

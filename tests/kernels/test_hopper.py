@@ -26,6 +26,8 @@ CASES = [
     {"rank": 96, "width": 32, "dtype": "bf16", "queries": 16, "new": 1, "page": 0, "masked": True},
     {"rank": 16, "width": 8, "dtype": "bf16", "queries": 16, "new": 2, "page": 0, "masked": False},
 ]
+# The same kernel for batches whose sequences have different lengths.
+CASES += [case | {"divided": True} for case in (CASES[0], CASES[1], CASES[3], CASES[5])]
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")
@@ -43,6 +45,16 @@ def test_every_specialisation_fits_in_shared_memory_and_keeps_its_products_async
         # spills eight, and up to 55 with a mask.
         full = case["rank"] > 256 and case["queries"] > 32 and case["page"] % 64 == 0
         assert spilled <= ((224 if case["masked"] else 32) if full else 16), case
+
+
+@pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")
+def test_the_kernels_of_a_division_compile_and_hardly_spill() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "compile_division.py")]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    spills = json.loads(process.stdout.splitlines()[-1])
+    assert all(size <= 32 for size in spills.values()), spills
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")

@@ -3,9 +3,11 @@
 - ``rows``: the cached rows, the score settings and ``Decode``, the signature of every backend.
 - ``reference``: plain PyTorch. It runs everywhere, and tests compare every kernel with it.
 - ``triton_decode``: split-KV flash decoding in Triton.
-- ``hopper``, ``hopper_kernel``, ``hopper_mask``: the kernel for H100 and H200, in Gluon, and its launch.
+- ``hopper``, ``hopper_kernel``, ``hopper_tiles``, ``hopper_mask``: the kernel for H100 and H200, in Gluon, and its
+  launch.
 - ``flashmla``, ``flashinfer``: adapters to two optional packages.
 - ``splits``: number of cache splits, and the kernel that merges their results (for Triton and Hopper).
+- ``ragged``: division of a batch whose sequences have different lengths (for Hopper).
 - ``custom_op``: wraps a backend as one operator for torch.compile.
 
 To add a backend, put one file into this folder. The file defines ``decode`` and ``refuses`` and binds a ``Backend``
@@ -71,6 +73,11 @@ class Backend:
 def as_int32(values: Tensor | None) -> Tensor | None:
     """Return ``values`` (lengths [B] or a block table [B, pages]) as contiguous int32, which kernels read."""
     return values if values is None else values.to(torch.int32).contiguous()
+
+
+def int32_lengths(lengths: Tensor | None) -> Tensor | None:
+    """Return ``lengths`` [B] as int32, for kernels that take their stride. A stride of 0 is kept: all are equal."""
+    return lengths if lengths is None else lengths.to(torch.int32)
 
 
 def backends() -> dict[str, Backend]:

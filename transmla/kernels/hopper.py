@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape, as_int32, triton_decode
+from transmla.kernels import Backend, DecodeShape, as_int32, int32_lengths, ragged, triton_decode
 from transmla.kernels.hopper_kernel import ROWS, gluon
+from transmla.kernels.hopper_mask import BOUND_WARPS, find_bounds
 from transmla.kernels.rows import Rows, Scores
-from transmla.kernels.splits import allocate_results, best_splits, merge_splits
+from transmla.kernels.splits import allocate_results, best_splits, longest_queue, merge_pieces, merge_splits
 
 if gluon is not None:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -30,6 +31,9 @@ ROPE = 64
 SPILLING = 512 * 64
 # Registers per thread of the warps that add up values. The other registers go to the warps that compute weights.
 VALUE_REGISTERS = 160
+# Tiles that a multiprocessor reads, one after another, from which on a division of the batch is worth its time of
+# about ten microseconds and its launches.
+LONG_QUEUE = 32
 
 
 def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -39,26 +43,39 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
     Any other layout, float8 latents and soft-capped scores go to the Triton backend.
     """
     kv_c, k_pe, page, total = rows.kv_c, rows.k_pe, rows.page, rows.total
-    lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
-    rank_block, tokens, stages = choose_tiles(rank, new * heads, page)
+    queries, width = new * heads, q_pe.shape[-1]
+    rank_block, tokens, stages = choose_tiles(rank, queries, page)
     fetchable = _fetchable(kv_c, tokens, page) and _fetchable(k_pe, tokens, page)
     if not fetchable or total == 0 or rows.scale is not None or scores.softcap is not None:
         return triton_decode.decode(q_latent, q_pe, rows, scores)
-    queries, width = new * heads, q_pe.shape[-1]
+    lengths, block_table = int32_lengths(rows.lengths), as_int32(rows.block_table)
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
-    blocks = math.ceil(queries / ROWS)
-    splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
-    out, lse, parts, part_lse = allocate_results(q_latent, splits)
-    mask = q_latent if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
-    attend[(blocks, splits, batch)](
+    mask = None if scores.mask is None else scores.mask.expand(batch, 1, new, total).view(torch.int8)
+    blocks, tiles = math.ceil(queries / ROWS), math.ceil(total / tokens)
+    splits = best_splits(batch * blocks, tiles, q_latent.device)
+    grid = blocks, splits, batch
+    bounds = division = None
+    if (
+        ragged.differ(batch, lengths, mask)
+        and longest_queue(batch * blocks, tiles, splits, q_latent.device) >= LONG_QUEUE
+    ):
+        bounds = None if mask is None else _bounds(mask, lengths)
+        division = ragged.divide(batch, blocks, tokens, total, lengths, bounds)
+        grid = blocks, len(division.slots), 1
+    out, lse, parts, part_lse = allocate_results(q_latent, splits, None if division is None else division.parts)
+    attend[grid](
         q_latent=q_latent,
         q_pe=q_pe,
         kv=_descriptor(kv_c, tokens, rank_block),
         pe=_descriptor(k_pe, tokens, ROPE),
-        mask=mask,
+        mask=q_latent if mask is None else mask,
         lengths=q_latent if lengths is None else lengths,
         table=q_latent if block_table is None else block_table,
+        slots=q_latent if division is None else division.slots,
+        bounds=q_latent if bounds is None else bounds,
+        out=out,
+        lse=lse,
         parts=parts,
         part_lse=part_lse,
         scale=scores.scaling * math.log2(math.e),
@@ -68,9 +85,10 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         splits=splits,
         capacity=kv_c.stride(0) // kv_c.stride(1),
         pe_capacity=k_pe.stride(0) // k_pe.stride(1),
-        mask_batch=mask.stride(0),
-        mask_query=mask.stride(2),
-        mask_token=mask.stride(3),
+        lengths_batch=0 if lengths is None else lengths.stride(0),
+        mask_batch=0 if mask is None else mask.stride(0),
+        mask_query=0 if mask is None else mask.stride(2),
+        mask_token=0 if mask is None else mask.stride(3),
         table_batch=0 if block_table is None else block_table.stride(0),
         NEW=new,
         RANK=rank,
@@ -80,15 +98,38 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         STAGES=stages,
         SPILL=rank_block * tokens == SPILLING,
         PAGE=page,
-        MASKED=scores.mask is not None,
+        MASKED=mask is not None,
         RAGGED=lengths is not None,
-        LOG=math.log(2) if splits == 1 else 1.0,
+        DIVIDED=division is not None,
+        LOG=math.log(2) if splits == 1 or division is not None else 1.0,
         REGISTERS=VALUE_REGISTERS,
         num_warps=4,
     )
-    if splits > 1:
+    if division is not None:
+        merge_pieces(parts, part_lse, division.pieces, out, lse)
+    elif splits > 1:
         merge_splits(parts, part_lse, out, lse)
     return out, lse
+
+
+def _bounds(mask: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the bounds of each sequence's ``mask`` [B, 1, n, T] as ``find_bounds`` writes them, [B, 4] in int32."""
+    batch, _, new, total = mask.shape
+    bounds = torch.empty(batch, 4, dtype=torch.int32, device=mask.device)
+    find_bounds[(batch,)](
+        mask=mask,
+        lengths=mask if lengths is None else lengths,
+        bounds=bounds,
+        total=total,
+        lengths_batch=0 if lengths is None else lengths.stride(0),
+        mask_batch=mask.stride(0),
+        mask_query=mask.stride(2),
+        mask_token=mask.stride(3),
+        NEW=new,
+        RAGGED=lengths is not None,
+        num_warps=BOUND_WARPS,
+    )
+    return bounds
 
 
 def choose_tiles(rank: int, queries: int, page: int) -> tuple[int, int, int]:

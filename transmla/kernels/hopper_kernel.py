@@ -22,57 +22,33 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
-        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
 except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
-from transmla.kernels.hopper_mask import mask_bounds
+from transmla.kernels.hopper_mask import assignment
+from transmla.kernels.hopper_tiles import clear, fetch, group_barrier, keep, stage
 
 # Query rows (token, head) of one program.
 ROWS = 64
 
 if gluon is not None:
-    # Triton 3.6 and 3.9 use different names for these functions.
-    tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    # Triton 3.6 and 3.9 use different names for this method.
     buffer = gl.shared_memory_descriptor
     reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
-    group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     # Kernels can read a global of this module only if it is a constexpr.
     HEIGHT = gl.constexpr(ROWS)
 
     @gluon.jit
-    def _fetch(
-        kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile, last,
-        TOKENS: gl.constexpr, PAGE: gl.constexpr,
-    ):  # fmt: skip
-        """Start to load tile ``tile``, if it is before ``last``; the barrier ``full`` completes on its arrival."""
-        wanted = tile < last
-        token = tile * TOKENS
-        row, pe_row = batch * capacity + token, batch * pe_capacity + token
-        if PAGE:
-            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
-            pe_row = row
-        bar = full.index(slot)
-        mbarrier.expect(bar, kv.block_type.nbytes + pe.block_type.nbytes, wanted)
-        tma_load(kv, [row, 0], bar, kv_s.index(slot), wanted)
-        tma_load(pe, [pe_row, 0], bar, pe_s.index(slot), wanted)
-
-    @gluon.jit
-    def _stage(source, rows_at, held, columns, LIMIT: gl.constexpr):
-        inside = held & (columns < LIMIT)[None, :]
-        return gl.load(source + rows_at[:, None] * LIMIT + columns[None, :], mask=inside, other=0.0)
-
-    @gluon.jit
     def _weigh(
-        q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s, shrink_s,
-        leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity, table_batch,
-        mask_batch, mask_query, mask_token, length, low, high, first, last, NEW: gl.constexpr, RANK: gl.constexpr,
-        WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
-        LOG: gl.constexpr,
+        q_latent, q_pe, kv, pe, table, mask, lse, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s,
+        shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity, pe_capacity,
+        table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW: gl.constexpr,
+        RANK: gl.constexpr, WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr,
+        STAGES: gl.constexpr, LATE: gl.constexpr, SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr,
+        RAGGED: gl.constexpr, DIVIDED: gl.constexpr, LOG: gl.constexpr,
     ):  # fmt: skip
         """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT].
 
@@ -90,11 +66,11 @@ if gluon is not None:
         stage_s = queries_s.index(STAGES * TOKENS // HEIGHT - 1)
         rank = gl.arange(0, RANK_BLOCK, layout=gl.SliceLayout(0, wide_l))
         width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
-        stage_s.store(_stage(q_latent, rows_at, held, rank, RANK))
-        q_pe_s.store(_stage(q_pe, rows_at, held, width, WIDTH))
+        stage_s.store(stage(q_latent, rows_at, held, rank, RANK))
+        q_pe_s.store(stage(q_pe, rows_at, held, width, WIDTH))
         if SPILL:
             rest = 496 + gl.arange(0, 16, layout=gl.SliceLayout(0, wide_l))
-            q_rest_s.store(_stage(q_latent, rows_at, held, rest, RANK))
+            q_rest_s.store(stage(q_latent, rows_at, held, rest, RANK))
         group_barrier()
         if SPILL:
             # Tensors have powers of two of columns.
@@ -106,7 +82,7 @@ if gluon is not None:
         fence_async_shared()
         group_barrier()
         for slot in gl.static_range(STAGES - LATE, STAGES):
-            _fetch(
+            fetch(
                 kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot, last,
                 TOKENS, PAGE,
             )  # fmt: skip
@@ -164,8 +140,11 @@ if gluon is not None:
         group_barrier()
         mbarrier.arrive(ready.index(_previous(slot, STAGES)), count=1, pred=last > first)
         mbarrier.arrive(done.index(0), count=1)
-        found = gl.where(some, (best + gl.log2(total)) * LOG, float("-inf"))
-        gl.store(part_lse + unit * rows + row, found, mask=row < rows)
+        found = gl.where(some, best + gl.log2(total), float("-inf"))
+        if DIVIDED and unit < 0:
+            gl.store(lse + batch * rows + row, found * LOG, mask=row < rows)
+        else:
+            gl.store(part_lse + unit * rows + row, found * (1.0 if DIVIDED else LOG), mask=row < rows)
 
     @gluon.jit
     def _score(queries, keys, START: gl.constexpr, COLUMNS: gl.constexpr, scores, ADD: gl.constexpr):
@@ -186,10 +165,10 @@ if gluon is not None:
 
     @gluon.jit
     def _add_up(
-        kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done, rows,
+        kv, pe, table, out, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done, rows,
         block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, SECOND: gl.constexpr,
         RANK: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        LATE: gl.constexpr, PAGE: gl.constexpr,
+        LATE: gl.constexpr, PAGE: gl.constexpr, DIVIDED: gl.constexpr,
     ):  # fmt: skip
         """Second and third warp group: add up weights times values [HEIGHT, HALF] for one half of the rank.
 
@@ -200,7 +179,7 @@ if gluon is not None:
         values_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
         if SECOND:
             for slot in gl.static_range(STAGES - LATE):
-                _fetch(
+                fetch(
                     kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot,
                     last, TOKENS, PAGE,
                 )  # fmt: skip
@@ -212,14 +191,14 @@ if gluon is not None:
             if gl.max(leaps_s.index(slot).load(gl.BlockedLayout([4], [32], [4], [0])), 0) > 0:
                 mixed = mixed * shrink_s.index(slot).load(gl.SliceLayout(1, values_l)).to(gl.float32)[:, None]
             if tile * TOKENS + TOKENS > length:
-                _clear(values, tile * TOKENS, length, HALF, TOKENS)
+                clear(values, tile * TOKENS, length, HALF, TOKENS)
             mixed = warpgroup_mma(weights_s.index(slot), values, mixed, is_async=True)
             mixed = warpgroup_mma_wait(0, deps=[mixed])
             group_barrier()
             if SECOND:
                 # Once both groups are done with the tile, its buffer can take another tile.
                 mbarrier.wait(empty.index(slot), phase)
-                _fetch(
+                fetch(
                     kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile + STAGES,
                     last, TOKENS, PAGE,
                 )  # fmt: skip
@@ -230,49 +209,31 @@ if gluon is not None:
         mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
         row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, values_l))
         rank = START + gl.arange(0, HALF, layout=gl.SliceLayout(0, values_l))
-        held = (row < rows)[:, None]
-        if RANK < RANK_BLOCK:
-            held = held & (rank < RANK)[None, :]
-        out = parts + unit.to(gl.int64) * rows * RANK
-        gl.store(out + row[:, None] * RANK + rank[None, :], mixed.to(parts.dtype.element_ty), mask=held)
-
-    @gluon.jit
-    def _clear(values, at, length, HALF: gl.constexpr, TOKENS: gl.constexpr):
-        """Zero the rows behind the end of the sequence: they may hold NaN, and zero times NaN is not zero."""
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        CHUNK: gl.constexpr = 64 if HALF > 64 else HALF
-        for down in gl.static_range(TOKENS // 16):
-            token = at + down * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-            for across in gl.static_range(HALF // CHUNK):
-                piece = values.slice(down * 16, 16, dim=0).slice(across * CHUNK, CHUNK, dim=1)
-                piece.store(gl.where((token < length)[:, None], piece.load(layout), 0.0))
-        fence_async_shared()
-        group_barrier()
+        whole = 0
+        if DIVIDED:
+            # A piece without a partial result is a whole sequence.
+            whole = gl.where(unit < 0, rows, 0)
+            keep(out + batch.to(gl.int64) * rows * RANK, row, rank, whole, mixed, RANK, RANK_BLOCK)
+        keep(parts + unit.to(gl.int64) * rows * RANK, row, rank, rows - whole, mixed, RANK, RANK_BLOCK)
 
     # These arguments change while a cache grows, and must not trigger recompilation.
     @gluon.jit(do_not_specialize=["total", "splits", "capacity", "pe_capacity"])
     def attend(
-        q_latent, q_pe, kv, pe, mask, lengths, table, parts, part_lse, scale, heads, rows, total, splits, capacity,
-        pe_capacity, mask_batch, mask_query, mask_token, table_batch, NEW: gl.constexpr, RANK: gl.constexpr,
-        WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-        SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
-        LOG: gl.constexpr, REGISTERS: gl.constexpr,
+        q_latent, q_pe, kv, pe, mask, lengths, table, slots, bounds, out, lse, parts, part_lse, scale, heads, rows,
+        total, splits, capacity, pe_capacity, lengths_batch, mask_batch, mask_query, mask_token, table_batch,
+        NEW: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr, RANK_BLOCK: gl.constexpr, TOKENS: gl.constexpr,
+        STAGES: gl.constexpr, SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, RAGGED: gl.constexpr,
+        DIVIDED: gl.constexpr, LOG: gl.constexpr, REGISTERS: gl.constexpr,
     ):  # fmt: skip
-        """Attend with one block of query rows (token, head) of one sequence to one split of its cache."""
-        block, split, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-        unit = batch * splits + split
-        length = total
-        if RAGGED:
-            length = gl.load(lengths + batch)
-        begin, end, low = 0, length, 0
-        high = length - NEW + 1 if RAGGED else length
-        if MASKED:
-            begin, end, low, shown = mask_bounds(mask, batch, mask_batch, mask_query, mask_token, length, NEW)
-            high = gl.minimum(high, shown) if RAGGED else shown
-        begin = begin // TOKENS
-        tiles = gl.maximum((end + TOKENS - 1) // TOKENS - begin, 0)
-        first = begin + split * tiles // splits
-        last = begin + (split + 1) * tiles // splits
+        """Attend with one block of query rows (token, head) of one sequence to one piece of its cache.
+
+        The pieces are equal splits, or those of a division (``DIVIDED``).
+        """
+        block = gl.program_id(0)
+        batch, unit, rows, length, first, last, low, high = assignment(
+            mask, lengths, slots, bounds, rows, total, splits, lengths_batch, mask_batch, mask_query, mask_token, NEW,
+            TOKENS, MASKED, RAGGED, DIVIDED,
+        )  # fmt: skip
 
         dtype: gl.constexpr = kv.dtype
         flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -304,20 +265,21 @@ if gluon is not None:
         gl.warp_specialize(
             [
                 (_weigh, (
-                    q_latent, q_pe, kv, pe, table, mask, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s, weights_s,
-                    shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit, capacity,
-                    pe_capacity, table_batch, mask_batch, mask_query, mask_token, length, low, high, first, last, NEW,
-                    RANK, WIDTH, RANK_BLOCK, TOKENS, STAGES, LATE, SPILL, PAGE, MASKED, RAGGED, LOG,
+                    q_latent, q_pe, kv, pe, table, mask, lse, part_lse, kv_s, pe_s, queries_s, q_pe_s, q_rest_s,
+                    weights_s, shrink_s, leaps_s, total_s, full, ready, done, scale, rows, heads, block, batch, unit,
+                    capacity, pe_capacity, table_batch, mask_batch, mask_query, mask_token, length, low, high, first,
+                    last, NEW, RANK, WIDTH, RANK_BLOCK, TOKENS, STAGES, LATE, SPILL, PAGE, MASKED, RAGGED, DIVIDED,
+                    LOG,
                 )),
                 (_add_up, (
-                    kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,
-                    rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, False, RANK,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE,
+                    kv, pe, table, out, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty,
+                    done, rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, False,
+                    RANK, RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, DIVIDED,
                 )),
                 (_add_up, (
-                    kv, pe, table, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty, done,
-                    rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, True, RANK,
-                    RANK_BLOCK, TOKENS, STAGES, LATE, PAGE,
+                    kv, pe, table, out, parts, kv_s, pe_s, weights_s, shrink_s, leaps_s, total_s, full, ready, empty,
+                    done, rows, block, batch, unit, capacity, pe_capacity, table_batch, length, first, last, True,
+                    RANK, RANK_BLOCK, TOKENS, STAGES, LATE, PAGE, DIVIDED,
                 )),
             ],
             [4, 4],

@@ -19,7 +19,8 @@ class Rows:
         kv_c: latents [B, T, r]; with a block table [all pages, page, r].
         k_pe: rotary keys [B, T, d_r]; with a block table [all pages, page, d_r].
         scale: factor of each latent, [B, T] or [all pages, page]; then ``kv_c`` is float8 e4m3. None: no factor.
-        lengths: number of valid rows of each sequence [B], at most T. None: all T rows are valid.
+        lengths: number of valid rows of each sequence [B], at most T. None: all T rows are valid. Lengths with stride
+            0 are known to be equal, which saves the Hopper kernel a division of the batch.
         block_table: page numbers [B, pages]; page j of sequence b is ``block_table[b, j]``. None: no pages.
 
     Raises:

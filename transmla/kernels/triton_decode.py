@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from transmla.kernels import Backend, DecodeShape, as_int32
+from transmla.kernels import Backend, DecodeShape, as_int32, int32_lengths
 from transmla.kernels import reference as plain
 from transmla.kernels.rows import Rows, Scores
 from transmla.kernels.splits import allocate_results, best_splits, merge_splits
@@ -62,6 +62,7 @@ if triton is not None:
         scale_batch,
         scale_page,
         scale_token,
+        lengths_batch,
         mask_batch,
         mask_query,
         mask_token,
@@ -91,7 +92,7 @@ if triton is not None:
         token = row // heads
         length = total
         if RAGGED:
-            length = tl.load(lengths + batch)
+            length = tl.load(lengths + batch * lengths_batch)
         # Every split has whole tiles, so that only the last tile of a sequence can be partly empty.
         share = tl.cdiv(tl.cdiv(length, TOKENS), splits) * TOKENS
         start = split * share
@@ -175,7 +176,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
     if rows.scale is not None and q_latent.is_cuda and torch.cuda.get_device_capability(q_latent.device) < FLOAT8_FROM:
         return plain.decode(q_latent, q_pe, rows, scores)
     kv_c, k_pe, page, total = _dense(rows.kv_c), _dense(rows.k_pe), rows.page, rows.total
-    lengths, block_table = as_int32(rows.lengths), as_int32(rows.block_table)
+    lengths, block_table = int32_lengths(rows.lengths), as_int32(rows.block_table)
     batch, new, heads, rank = q_latent.shape
     width, queries = q_pe.shape[-1], new * heads
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
@@ -211,6 +212,7 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
         scale_batch=0 if page else units.stride(0),
         scale_page=units.stride(0),
         scale_token=units.stride(1),
+        lengths_batch=0 if lengths is None else lengths.stride(0),
         mask_batch=seen.stride(0),
         mask_query=seen.stride(2),
         mask_token=seen.stride(3),

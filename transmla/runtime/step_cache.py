@@ -29,7 +29,8 @@ class StepInputs:
         positions: positions [B, n].
         cached: number of cached tokens of each sequence before the step, [1].
         index: rows that the step writes, [n].
-        lengths: number of rows of each sequence after the step, [B]; of this process, if several share the rows.
+        lengths: number of rows of each sequence after the step, [B] with stride 0: all are equal. If several processes
+            share the rows, those of this process.
         visible: whether a row may be attended to, boolean [B, 1, 1, capacity].
         masked: whether ``visible`` hides any cached row.
     """
@@ -45,7 +46,7 @@ class StepInputs:
         self.positions = torch.zeros_like(self.tokens)
         self.cached = torch.zeros(1, dtype=torch.int64, device=device)
         self.index = torch.zeros(new, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(1, dtype=torch.int32, device=device).expand(batch)
         self.visible = torch.ones(batch, 1, 1, capacity, dtype=torch.bool, device=device)
         self.masked = masked
         self._offsets = torch.arange(new, device=device)
@@ -93,7 +94,7 @@ class StepInputs:
             own = self.index % size == rank
             self.index.copy_(torch.where(own, self.index // size, self.visible.shape[-1] - 1))
             total = (total + size - 1 - rank) // size
-        self.lengths.copy_(total.expand_as(self.lengths))
+        self.lengths[:1].copy_(total)
 
 
 class StepLayer(CacheLayerMixin):

@@ -1,0 +1,67 @@
+"""Tiles of the Hopper kernel: loads of the cache and of the queries, rows to clear, and results to store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+except ImportError:  # Triton is missing or older than 3.6
+    gluon = None
+
+clear: Any = None
+fetch: Any = None
+group_barrier: Any = None
+keep: Any = None
+stage: Any = None
+
+if gluon is not None:
+    # Triton 3.6 and 3.9 use different names for these functions.
+    tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+    @gluon.jit
+    def fetch(
+        kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile, last,
+        TOKENS: gl.constexpr, PAGE: gl.constexpr,
+    ):  # fmt: skip
+        """Start to load tile ``tile``, if it is before ``last``; the barrier ``full`` completes on its arrival."""
+        wanted = tile < last
+        token = tile * TOKENS
+        row, pe_row = batch * capacity + token, batch * pe_capacity + token
+        if PAGE:
+            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
+            pe_row = row
+        bar = full.index(slot)
+        mbarrier.expect(bar, kv.block_type.nbytes + pe.block_type.nbytes, wanted)
+        tma_load(kv, [row, 0], bar, kv_s.index(slot), wanted)
+        tma_load(pe, [pe_row, 0], bar, pe_s.index(slot), wanted)
+
+    @gluon.jit
+    def stage(source, rows_at, held, columns, LIMIT: gl.constexpr):
+        """Load the ``held`` rows of the queries, up to column LIMIT; zeros elsewhere."""
+        inside = held & (columns < LIMIT)[None, :]
+        return gl.load(source + rows_at[:, None] * LIMIT + columns[None, :], mask=inside, other=0.0)
+
+    @gluon.jit
+    def clear(values, at, length, HALF: gl.constexpr, TOKENS: gl.constexpr):
+        """Zero the rows behind the end of the sequence: they may hold NaN, and zero times NaN is not zero."""
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        CHUNK: gl.constexpr = 64 if HALF > 64 else HALF
+        for down in gl.static_range(TOKENS // 16):
+            token = at + down * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+            for across in gl.static_range(HALF // CHUNK):
+                piece = values.slice(down * 16, 16, dim=0).slice(across * CHUNK, CHUNK, dim=1)
+                piece.store(gl.where((token < length)[:, None], piece.load(layout), 0.0))
+        fence_async_shared()
+        group_barrier()
+
+    @gluon.jit
+    def keep(target, row, rank, rows, mixed, RANK: gl.constexpr, RANK_BLOCK: gl.constexpr):
+        """Store the first ``rows`` rows and RANK columns of ``mixed``."""
+        held = (row < rows)[:, None]
+        if RANK < RANK_BLOCK:
+            held = held & (rank < RANK)[None, :]
+        gl.store(target + row[:, None] * RANK + rank[None, :], mixed.to(target.dtype.element_ty), mask=held)
