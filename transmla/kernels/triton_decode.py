@@ -30,6 +30,9 @@ MAX_RANK = 512
 # Shared memory, in bytes, of a program with 64 query rows at r = MAX_RANK: 112 KiB. Ada and consumer Ampere have
 # 99 KiB.
 WIDE_BYTES = 114688
+# The same for tiles of 64 float8 latents: 176.25 KiB. On an H200, with 512 + 64 and 32 × 16,384 tokens, these tiles take 477
+# instead of 494 µs for 16 heads, 475 instead of 719 µs for 32, and 924 instead of 1,337 µs for 128.
+FLOAT8_BYTES = 180480
 # Lowest compute capability whose kernels read float8 latents (Ada).
 FLOAT8_FROM = (8, 9)
 
@@ -180,7 +183,8 @@ def decode(q_latent: Tensor, q_pe: Tensor, rows: Rows, scores: Scores) -> tuple[
     batch, new, heads, rank = q_latent.shape
     width, queries = q_pe.shape[-1], new * heads
     q_latent, q_pe = q_latent.contiguous(), q_pe.contiguous()
-    block, tokens, warps, stages = _tiles(queries, rank, q_latent.dtype, _shared_bytes(q_latent.device))
+    shared = _shared_bytes(q_latent.device)
+    block, tokens, warps, stages = _tiles(queries, rank, q_latent.dtype, shared, float8=rows.scale is not None)
     blocks = math.ceil(queries / block)
     splits = best_splits(batch * blocks, math.ceil(total / tokens), q_latent.device)
     out, lse, parts, part_lse = allocate_results(q_latent, splits)
@@ -243,12 +247,16 @@ def _dense(part: Tensor) -> Tensor:
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
-def _tiles(queries: int, rank: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
+def _tiles(
+    queries: int, rank: int, dtype: torch.dtype, shared: int, *, float8: bool = False
+) -> tuple[int, int, int, int]:
     """Query rows and tokens of a tile, warps and pipeline stages, for ``shared`` bytes of shared memory."""
     block = min(64, max(16, triton.next_power_of_2(queries)))
     wide = rank > 256
     if dtype == torch.float32:
         return min(block, 16), 16 if wide else 32, 4, 1
+    if wide and float8 and shared >= FLOAT8_BYTES:
+        return 64, 64, 8, 2
     if wide and shared < WIDE_BYTES:
         block = min(block, 32)
     return block, 32 if wide else 64, 8 if block == 64 else 4, 2
