@@ -30,8 +30,8 @@ MAX_RANK = 512
 # Shared memory, in bytes, of a program with 64 query rows at r = MAX_RANK: 112 KiB. Ada and consumer Ampere have
 # 99 KiB.
 WIDE_BYTES = 114688
-# The same for tiles of 64 float8 latents: 176.25 KiB. On an H200, with 512 + 64 and 32 × 16,384 tokens, these tiles take
-# 477 instead of 494 µs for 16 heads, 475 instead of 719 µs for 32, and 924 instead of 1,337 µs for 128.
+# The same for tiles of 64 float8 latents: 176.25 KiB. With 512 + 64 and 32 × 16,384 tokens on an H200, they take 477
+# instead of 494 µs for 16 heads, 475 instead of 719 µs for 32, and 924 instead of 1,337 µs for 128.
 FLOAT8_BYTES = 180480
 # Lowest compute capability whose kernels read float8 latents (Ada).
 FLOAT8_FROM = (8, 9)

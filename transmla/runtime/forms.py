@@ -34,10 +34,12 @@ class Rates:
 
 # Rates by type of device. Other devices have those of the CPU. Equal rates choose the form with fewer products.
 # CPU: the chosen form is the faster one, or at most 15 % slower, at every point of scripts/results/form_bench/cpu.json.
-# GPU: not measured yet; see the rows "rate of" of scripts/form_bench.py. Until then, products are counted.
+# GPU: at 8 × 16,384 tokens on an H200, the forms take equally long with about 360 new tokens for 512 + 64 and 32 heads
+# (extrapolated), and with about 160 for 96 + 32 and 14 heads. These rates give 303 and 170
+# (scripts/results/form_bench/h200.json).
 RATES = {
     "cpu": Rates(absorbed=1.0, rebuild=1.0, attend=1.0, most=128),
-    "cuda": Rates(absorbed=1.0, rebuild=1.0, attend=1.0, most=128),
+    "cuda": Rates(absorbed=1.0, rebuild=0.45, attend=2.5, most=256),
 }
 # Products that a GPU computes in the time in which it reads one value. The expanded form is faster if the products that
 # it saves take longer than reading its wider rows. Chosen on an H200 with rows of 512 + 64 and 32 heads of 128, where
