@@ -19,6 +19,7 @@ from rich.console import Console
 from transmla import cli
 from transmla.artifacts import AttentionSpec
 from transmla.cli import console
+from transmla.cli.bars import Bars
 from transmla.cli.options import overrides
 from transmla.evaluate.verify import Check
 from transmla.export.card import attention_kind, public_name
@@ -213,7 +214,7 @@ def test_brackets_in_what_is_shown_are_text(capsys: pytest.CaptureFixture[str]) 
     console.show_check(Check(odd, False, odd))
     console.say(odd)
     console.table(odd, ["", "value"], [[odd, odd]])
-    with console.Bars() as bars:
+    with Bars() as bars:
         bars.message(odd)
         bars.stage("work", 1)
         bars.advance(1, odd)
@@ -224,7 +225,7 @@ def test_brackets_in_what_is_shown_are_text(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_bar_keeps_its_times_at_80_columns() -> None:
-    bars = console.Bars()
+    bars = Bars()
     drawn = Console(width=80, record=True, file=io.StringIO())
     bars.stage("converting layers", 126)
     bars.advance(9, "layer 8: attention error 0.123")

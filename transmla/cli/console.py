@@ -1,4 +1,4 @@
-"""Progress bars and tables of the command line."""
+"""Lines and tables of the command line."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
+from rich.table import Table
 
 from transmla.cli.streams import Tolerant
 from transmla.errors import printable
@@ -32,58 +23,16 @@ if TYPE_CHECKING:
 
 out = Console(emoji=False)
 err = Console(file=cast(IO[str], Tolerant()), emoji=False)
-# Width of the note on a progress bar, in characters.
-NOTE_WIDTH = 20
-
-
-class Bars:
-    """A ``Reporter`` that draws one progress bar per stage on standard error."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            # On a narrow screen only the bar shrinks.
-            BarColumn(),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("left"),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, max_width=NOTE_WIDTH)),
-            console=err,
-        )
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> Bars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        # Off a terminal the bars are printed once, here. After a failure the error's line should stand alone.
-        self.progress.live.transient = kind is not None and not err.is_terminal
-        self.progress.live.stop()
-        if not err.is_terminal and not self.progress.live.transient and self.progress.tasks:
-            err.line()  # rich ends the last bar with a new line on terminals only
-
-    def stage(self, name: str, total: int) -> None:
-        """Start a new bar of ``total`` steps."""
-        self.task = self.progress.add_task(name, total=total, note="")
-
-    def advance(self, done: int, note: str | int = "") -> None:
-        """Move the bar to ``done`` steps; show ``note`` behind it."""
-        if self.task is not None:
-            self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
-
-    def spent(self, phase: str, seconds: float) -> None:
-        """Show nothing: the table of times comes at the end."""
-
-    def message(self, text: str) -> None:
-        """Print one line above the bars."""
-        note(text)
 
 
 def say(text: str) -> None:
     """Print one line of plain text on standard output; brackets are not markup."""
     out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def plain_line(text: str) -> None:
+    """Print one line of plain text on standard error."""
+    err.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -100,9 +100,10 @@ def inspect(
         figures.check_picture(report)
     load_libraries()
     from transmla.cli import console, inspect_report
+    from transmla.cli.bars import Bars
     from transmla.convert.inspect import inspect_source
 
-    with console.Bars() as bars:
+    with Bars() as bars:
         inspection = inspect_source(recipe, bars)
     if as_json:
         print(json_text(inspection.to_dict()))
@@ -149,6 +150,7 @@ def convert(
     if recipe.eval:
         check_texts(recipe.eval)
     from transmla.cli import console
+    from transmla.cli.bars import Bars
 
     load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
@@ -161,7 +163,7 @@ def convert(
     ranks.first_then_others(lambda: check_evaluation(recipe))
     if ranks.first and "output" not in recipe.model_fields_set:
         console.note(f"no --output: writing {recipe.output}")
-    with console.Bars() as bars:
+    with Bars() as bars:
         timed = Timed(bars)
         folder = convert_and_heal(recipe, resume=resume, reporter=timed)
         leave()

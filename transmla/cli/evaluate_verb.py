@@ -66,6 +66,7 @@ def evaluate(
         check_texts(for_texts)
     load_libraries()
     from transmla.cli import console, eval_report
+    from transmla.cli.bars import Bars
     from transmla.cli.report import Section
     from transmla.evaluate import harness, retrieval, score_report, tasks
     from transmla.evaluate.compare import evaluate_models
@@ -77,7 +78,7 @@ def evaluate(
     found: dict[str, Any] = {}
     sections: list[Section] = []
     shown = []
-    with console.Bars() as bars:
+    with Bars() as bars:
         if by_text:
             found = evaluate_models(model, baseline, for_texts, **run, reporter=bars)
             shown.append(lambda: console.show_evaluation(found))

@@ -115,10 +115,11 @@ def bench(
         figures.check_picture(plot, (".png",))
     load_libraries()
     from transmla.cli import console
+    from transmla.cli.bars import Bars
     from transmla.cli.bench_report import show_bench
     from transmla.evaluate.compare import bench_models
 
-    with console.Bars() as bars:
+    with Bars() as bars:
         results = bench_models(
             model,
             baseline,
@@ -173,10 +174,11 @@ def heal(
     from accelerate import PartialState
 
     from transmla.cli import console
+    from transmla.cli.bars import Bars
     from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
 
-    with console.Bars() as bars:
+    with Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)
     if not PartialState().is_main_process:
         return

@@ -34,9 +34,10 @@ def gguf(
     refuse_unfinished(folder)
     load_libraries()
     from transmla.cli import console
+    from transmla.cli.bars import Bars
     from transmla.serve.gguf_file import write_gguf
 
-    with console.Bars() as bars:
+    with Bars() as bars:
         written = write_gguf(folder, output, file_type, check=check, reporter=bars)
     kinds = ", ".join(f"{count} {kind}" for kind, count in written.types.items())
     console.say(f"wrote {written.path}, {console.gigabytes(written.size)}: {kinds}")

@@ -3,12 +3,13 @@
 - ``load``: ``load`` and ``accelerate``, which give a model's MLA layers a decode backend from ``transmla.kernels``.
 - ``latent_attention``: the attention function that these layers call.
 - ``absorbed``: attention to latents, and when it gives the same result as expanded keys and values.
+- ``forms``: whether absorbed or expanded attention costs less.
 - ``expansion``: keys and values of all heads from latents.
 - ``family_attention``: attention to expanded keys and values, as the family computes it.
 - ``head_widths``: one width for queries, keys and values.
 - ``underflow``: refusal of float16 for latents that it cannot represent.
 - ``latent_cache``: a cache layer that grows without copying.
-- ``packed_rows``: the layout of cached rows whose latents are float8.
+- ``packed_rows``, ``packed_static``: the layout of cached rows whose latents are float8, and static caches of them.
 - ``graphed_model``: model classes whose decode steps come from CUDA graphs.
 - ``decode_graphs``: which steps are captured, and when they are captured anew.
 - ``next_step``: what is checked before a step that follows a replayed one.

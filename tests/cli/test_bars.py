@@ -1,0 +1,50 @@
+"""Progress where nobody watches a terminal."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from transmla.cli import bars as module
+from transmla.cli.bars import Bars
+
+
+def test_a_line_a_minute_is_printed_off_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with Bars() as bars:
+        bars.stage("healing", 610)
+        bars.advance(1, "KL [x] 1.25")
+        assert capsys.readouterr().err == ""
+        for done in (100, 101, 200):
+            now += 40
+            bars.advance(done, f"KL [x] {done / 100}")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert re.fullmatch(r"healing 101/610, \d+ s(, \d+ \w+ left)?: KL \[x\] 1\.01", lines[0])
+        now += 40
+        bars.stage("writing", 3)
+        bars.advance(1)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(r"writing 1/3, \d+ s(, \d+ \w+ left)?", line)
+    # The bars of all stages stand at the end.
+    last = capsys.readouterr().err
+    assert "healing" in last
+    assert "200/610" in last
+    assert "1/3" in last
+
+
+def test_a_terminal_has_bars_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    printed: list[str] = []
+    monkeypatch.setattr(module, "plain_line", printed.append)
+    bars = Bars()
+    bars.stage("healing", 3)
+    bars.advance(1)
+    assert len(printed) == 1
+    monkeypatch.setattr(module.err, "_force_terminal", True)
+    bars.advance(2)
+    assert len(printed) == 1
