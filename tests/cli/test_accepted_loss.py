@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from helpers.command_line import CALIBRATION, Run
+from helpers.random_layer import make_spec, uncut
+
+from transmla.cli import console
+from transmla.export.manifest import Promise
 
 
 def test_a_loss_instead_of_a_size(place: Path, run: Run) -> None:
@@ -26,3 +31,14 @@ def test_a_loss_instead_of_a_size(place: Path, run: Run) -> None:
     promise = json.loads((place / "out" / "transmla.json").read_text())["promise"]
     assert promise["accepted"] == 2
     assert promise["measured"] <= 2.2
+
+
+@pytest.mark.parametrize(("measured", "said"), [(0.31, False), (0.33, False), (0.36, True)])
+def test_a_missed_promise_is_said_with_its_remedy(
+    measured: float, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = uncut(make_spec("gqa"), "mla")
+    console.show_promise(plan, Promise(accepted=0.3, expected=0.29, measured=measured))
+    err = capsys.readouterr().err
+    assert ("missed by 20% on other text" in err) == said
+    assert ("--max-kl 0.25" in err) == said
