@@ -19,7 +19,7 @@ from helpers.graph_models import DEVICES, LONG, MODELS, TOKENS, longer, plain_mo
 from torch import Tensor
 from transformers import DynamicCache
 
-from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.modeling.transformers_api import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT
 from transmla.runtime.decode_graphs import MOST_NEW, DecodeGraphs
 from transmla.runtime.graphed_model import GraphedModel, graphs_of, use_graphs
 
@@ -251,3 +251,16 @@ def test_a_model_is_freed_at_once(tmp_path: Path) -> None:
     freed = weakref.ref(model)
     del model, graphs
     assert freed() is None
+
+
+def test_a_cache_may_have_its_old_name(model: Any) -> None:
+    """As transformers takes it, with a warning from 5.24 on."""
+    tokens, found = longer(model, LONG + 6), []
+    for name in (CACHE_ARGUMENT, OLD_CACHE_ARGUMENT):
+        cache, graphs = DynamicCache(config=model.config), with_graphs(model)
+        with torch.no_grad():
+            model(tokens[:, :LONG], **{name: cache})
+            steps = [model(tokens[:, at : at + 1], **{name: cache}).logits for at in range(LONG, LONG + 6)]
+        assert graphs.replays == 5, graphs.reason
+        found.append(torch.cat(steps, 1))
+    assert torch.equal(*found)

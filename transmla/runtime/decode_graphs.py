@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.modeling.transformers_api import CACHE_ARGUMENT, OLD_CACHE_ARGUMENT
 from transmla.runtime.decode_request import (
     MOST_NEW,
     Request,
@@ -80,6 +80,8 @@ class DecodeGraphs:
             named = inspect.signature(forward).bind(model, *args, **kwargs).arguments
             named = {name: value for name, value in named.items() if value is not model}
             named |= named.pop("kwargs", {})
+        if OLD_CACHE_ARGUMENT != CACHE_ARGUMENT and named.get(OLD_CACHE_ARGUMENT) is not None:
+            named = named | {CACHE_ARGUMENT: named[OLD_CACHE_ARGUMENT], OLD_CACHE_ARGUMENT: None}
         with self._lock:
             request: Request | StaticRequest | str | None = self._continued(model, named)
             following = request is not None
