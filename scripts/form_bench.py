@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kernel_bench import replay_seconds
 from prefill_bench import seconds
 from provenance import RESULTS, write_result
+from replay_time import replay_seconds
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

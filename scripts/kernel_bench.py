@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from provenance import RESULTS, write_result
+from ragged_batches import LONGEST, SEQUENCES, measure_ragged
+from replay_time import replay_seconds
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,29 +42,6 @@ SCALING = 0.1
 PREFIX, SUFFIX, HEAD = 8192, 256, 128
 # Batches of --prefix.
 BATCHES = (16, 32, 64, 128, 256)
-# With --ragged: sequences of a batch, and tokens of the shortest and of the longest one.
-SEQUENCES, SHORTEST, LONGEST = 32, 1024, 131072
-
-
-def replay_seconds(call: Callable[[], Any], calls: int, replays: int = 7) -> float:
-    """Return the median seconds of one call, over ``replays`` of a CUDA graph of ``calls`` calls."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / calls)
-    return statistics.median(times)
 
 
 def flashmla_call(q_latent: Tensor, q_pe: Tensor, rows: Rows) -> Callable[[], Any]:
@@ -190,67 +168,6 @@ def measure_prefix(arguments: argparse.Namespace, heads: int, buffer: Tensor) ->
         }
         yield {"heads": heads, "batch": batch, "prefix": PREFIX, "suffix": SUFFIX} | {
             name: round(seconds * 1e6, 1) for name, seconds in times.items()
-        }
-
-
-def measure_ragged(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterator[dict[str, Any]]:
-    """Yield one row for lengths and one for left padding: a ragged batch, and a uniform one with as many cached tokens.
-
-    The lengths of the ragged batch are spread geometrically. The uniform batch is measured twice: with lengths that
-    are known to be equal, and with the same lengths as values on the device. The ratio compares with the former.
-
-    Args:
-        arguments: the command line.
-        heads: number of query heads.
-        buffer: random values that all caches are views of.
-    """
-    rank, width = arguments.shape
-    decode = choose_backend("hopper", DecodeShape(heads, rank, width, buffer.dtype, buffer.device)).decode
-    growth = (LONGEST / SHORTEST) ** (1 / (SEQUENCES - 1))
-    spread = [round(SHORTEST * growth**i) for i in range(SEQUENCES)]
-    mean = sum(spread) // SEQUENCES
-    queries = torch.randn(SEQUENCES, 1, heads, rank + width, dtype=buffer.dtype, device=buffer.device) / 8
-    q_latent, q_pe = (part.contiguous() for part in queries.split([rank, width], -1))
-
-    def measured(lengths: Tensor, masked: bool) -> tuple[float, float]:
-        """Return seconds, and the largest error among the shortest and the longest sequence."""
-        total = int(lengths.max())
-        cache = buffer[: SEQUENCES * total * (rank + width)].view(SEQUENCES, total, rank + width)
-        rows, mask = Rows(*cache.split([rank, width], -1), lengths=None if masked else lengths), None
-        if masked:
-            padding = total - (lengths[:1] if lengths.stride(0) == 0 else lengths)
-            keys = torch.arange(total, device=buffer.device)
-            mask = keys >= padding[:, None, None, None]
-
-        def call() -> Any:
-            return decode(q_latent, q_pe, rows, Scores(SCALING, mask))
-
-        out, errors = call()[0], []
-        for b in (0, SEQUENCES - 1):
-            visible = cache[b : b + 1, total - int(lengths[b]) :] if masked else cache[b : b + 1, : int(lengths[b])]
-            own = Rows(*visible.float().split([rank, width], -1))
-            expected = plain.decode(q_latent[b : b + 1].float(), q_pe[b : b + 1].float(), own, Scores(SCALING))[0]
-            errors.append(float((out[b : b + 1].float() - expected).abs().max() / expected.abs().max()))
-        return replay_seconds(call, 5), max(errors)
-
-    for masked in (False, True):
-        ragged_lengths = torch.tensor(spread, dtype=torch.int32, device=buffer.device)
-        equal = torch.full((SEQUENCES,), mean, dtype=torch.int32, device=buffer.device)
-        uniform, _ = measured(equal[:1].expand(SEQUENCES), masked)
-        unknown, _ = measured(equal, masked)
-        ragged, error = measured(ragged_lengths, masked)
-        size = (rank + width) * buffer.element_size() / 1e9
-        yield {
-            "heads": heads,
-            "shape": f"{rank}+{width}",
-            "masked": masked,
-            "tokens": sum(spread),
-            "uniform GB/s": round(mean * SEQUENCES * size / uniform),
-            "uniform, lengths unknown GB/s": round(mean * SEQUENCES * size / unknown),
-            "ragged GB/s": round(sum(spread) * size / ragged),
-            "ragged microseconds": round(ragged * 1e6, 1),
-            "ratio": round(sum(spread) / ragged / (mean * SEQUENCES / uniform), 3),
-            "error": round(error, 5),
         }
 
 
