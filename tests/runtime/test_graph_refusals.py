@@ -202,3 +202,12 @@ def test_graphs_can_be_switched_off(tmp_path: Path) -> None:
     assert graphs_of(model) is not None
     transmla.accelerate(model, cuda_graphs=False)
     assert graphs_of(model) is None
+
+
+@pytest.mark.parametrize("family", ["mistral", "olmo3", "gemma3_text"])
+def test_windows_are_kept_over_a_cache_that_does_not_know_them(family: str, tmp_path: Path) -> None:
+    model = plain_model(family, tmp_path)
+    expected = steps(model, DynamicCache())
+    graphs = with_graphs(model)
+    assert relative(steps(model, DynamicCache()), expected) < 1e-6
+    assert (graphs.replays, graphs.reason) == (0, "layers have sliding windows")

@@ -153,6 +153,9 @@ class DecodeGraphs:
             return "the expanded form costs less"
         if any(type(layer) not in (LatentLayer, SplitLayer, DynamicLayer) for layer in cache.layers):
             return f"cache layers are {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
+        if self._snapshot.windows:
+            # A step attends to all rows of its buffers.
+            return "layers have sliding windows"
         width, kind = width_for(new), SplitLayer if self._snapshot.shared else LatentLayer
         if not all(type(layer) is kind and layer.has_room(width) for layer in cache.layers):
             # Graphs would keep the memory of the present buffers.

@@ -36,6 +36,7 @@ class Snapshot:
         most_new: largest number of new tokens for which eager steps use the absorbed form too.
         shared: whether several processes share the caches.
         packed: whether latents are cached as float8.
+        windows: whether a layer has a sliding window.
         frequencies: rotary frequencies whose angles a captured step computes once.
     """
 
@@ -63,6 +64,7 @@ class Snapshot:
         self.most_new = min((most_absorbed(m, kind) for m in latent), default=1)
         self.shared = any(m.ranks.size > 1 for m in latent)
         self.packed = any(m.packed for m in latent)
+        self.windows = any(getattr(m, "sliding_window", None) for m in latent)
         self.frequencies = SharedFrequencies([] if self.refusal else parts)
 
     def in_place(self) -> bool:
