@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers.behaviour import relative
 from helpers.graph_models import LONG, longer, plain_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -100,6 +101,23 @@ def test_the_family_computes_what_the_kernel_may_not(calls: list[Tensor]) -> Non
         norm.fused_config._attn_implementation = LATENT_ATTENTION
         norm(x)
         assert calls
+
+
+class Doubled(nn.Module):
+    """Weights that are twice their parameter."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@torch.no_grad()
+def test_a_norm_whose_weight_is_computed(calls: list[Tensor]) -> None:
+    norm, x = fused_norm(LlamaRMSNorm(8).to(DEVICE)), torch.randn(2, 8, device=DEVICE)
+    expected = 2 * norm(x)
+    register_parametrization(norm, "weight", Doubled())
+    calls.clear()
+    assert torch.allclose(norm(x), expected)
+    assert calls
 
 
 @torch.no_grad()

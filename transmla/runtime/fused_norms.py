@@ -44,7 +44,7 @@ class FusedNorm(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``fused_class`` creates at run time."""
-        return _bare, (type(self).__mro__[2],), self.__dict__
+        return _bare, (plain_class(self),), self.__dict__
 
 
 def fuse_norms(model: Any, config: Any) -> None:
@@ -64,6 +64,12 @@ def fused_class(plain: Any) -> Any:
     """
     body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, (FusedNorm, plain), body)
+
+
+def plain_class(module: FusedNorm) -> Any:
+    """Return the family's class of ``module``, also where torch subclassed the fused one (parametrised, sharded)."""
+    mro = type(module).__mro__
+    return mro[mro.index(FusedNorm) + 1]
 
 
 def _bare(plain: Any) -> Any:
@@ -105,11 +111,11 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def agrees(module: Any) -> bool:
-    """Return whether the kernel gives the results of ``module``, which has a class of ``fused_class``."""
+    """Return whether the kernel gives the results of ``module``, a fused norm."""
     weight = module.weight
     if weight.dim() != 1 or len(weight) > kernel.MAX_WIDTH or not weight.is_contiguous():
         return False
-    return _agrees(type(module).__mro__[2], len(weight), weight.dtype, weight.device, module.variance_epsilon)
+    return _agrees(plain_class(module), len(weight), weight.dtype, weight.device, module.variance_epsilon)
 
 
 @cache
