@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,24 @@ def test_a_hook_sees_the_queries_that_the_projection_gave(family: str, tmp_path:
         projection = layer.q_b_proj or layer.q_proj
         projection.register_forward_hook(lambda *call: seen.append((call[2], call[2].clone())) or None)
     assert torch.allclose(model(tokens).logits, expected, atol=1e-5)
+    assert len(seen) == DEPTH
+    assert all(torch.equal(kept, copied) for kept, copied in seen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_replaced_forward_keeps_the_queries_that_it_gave(family: str, tmp_path: Path) -> None:
+    model, seen = plain_model(family, tmp_path), []
+
+    def recorded(forward: Any, x: Tensor) -> Tensor:
+        query = forward(x)
+        seen.append((query, query.clone()))
+        return query
+
+    for layer in mla_layers(model):
+        projection = layer.q_b_proj or layer.q_proj
+        projection.forward = partial(recorded, projection.forward)
+    model(longer(model, LONG))
     assert len(seen) == DEPTH
     assert all(torch.equal(kept, copied) for kept, copied in seen)
 

@@ -63,15 +63,16 @@ def reads_weight(projection: nn.Module, dtype: torch.dtype, device: torch.device
         and not projection._forward_hooks
         and not projection._forward_pre_hooks
         and not _has_any_global_hook()
-        and ("forward" not in projection.__dict__ or _only_moves_tensors(projection))
+        and keeps_forward(projection)
     )
 
 
-def _only_moves_tensors(projection: nn.Linear) -> bool:
-    """Whether the ``forward`` of ``projection`` was replaced by accelerate, which moves inputs between devices."""
+def keeps_forward(projection: nn.Module) -> bool:
+    """Return whether ``projection`` has the ``forward`` of its class, or accelerate's, which only moves tensors."""
     hook = getattr(projection, "_hf_hook", None)
     before = getattr(projection, "_old_forward", None)
-    return type(hook).__name__ == "AlignDevicesHook" and getattr(before, "__func__", None) is nn.Linear.forward
+    moves = type(hook).__name__ == "AlignDevicesHook" and getattr(before, "__func__", None) is type(projection).forward
+    return moves or "forward" not in projection.__dict__
 
 
 def with_sinks(output: Tensor, lse: Tensor, extras: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.kernels.rows import Rows
 from transmla.modeling.modeling_transmla import PerHead
-from transmla.runtime.absorbed import reads_weight
+from transmla.runtime.absorbed import keeps_forward, reads_weight
 
 # Alignment of keys and of values in their buffer that the kernels of a GPU assume, in bytes.
 ALIGNED = 16
@@ -98,4 +98,5 @@ def may_overwrite(module: Any, query: Tensor) -> bool:
         and type(projection) in (nn.Linear, PerHead)
         and not projection._forward_hooks
         and not _has_any_global_hook()
+        and keeps_forward(projection)
     )
