@@ -8,6 +8,7 @@ import pytest
 
 from transmla.cli import bars as module
 from transmla.cli.bars import Bars
+from transmla.errors import printable
 
 
 def test_a_line_a_minute_is_printed_off_a_terminal(
@@ -48,3 +49,11 @@ def test_a_terminal_has_bars_alone(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(module.err, "_force_terminal", True)
     bars.advance(2)
     assert len(printed) == 1
+
+
+@pytest.mark.parametrize("name", ["wiki[en].txt", "wiki[/en].txt", "wiki\x1b[31m.txt"])
+def test_a_stage_has_the_name_that_it_was_given(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars() as bars:
+        bars.stage(f"reading {name}", 1)
+        bars.advance(1)
+    assert printable(name) in capsys.readouterr().err

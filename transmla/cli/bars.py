@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Column
 
 from transmla.cli.console import duration, err, note, plain_line
+from transmla.errors import printable
 
 # Width of the note on a progress bar, in characters.
 NOTE_WIDTH = 20
@@ -28,7 +29,7 @@ class Bars:
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             # On a narrow screen only the bar shrinks.
             BarColumn(),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -54,7 +55,7 @@ class Bars:
 
     def stage(self, name: str, total: int) -> None:
         """Start a new bar of ``total`` steps."""
-        self.task = self.progress.add_task(name, total=total, note="")
+        self.task = self.progress.add_task(printable(name), total=total, note="")
 
     def advance(self, done: int, note: str | int = "") -> None:
         """Move the bar to ``done`` steps; show ``note`` behind it."""
