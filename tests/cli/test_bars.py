@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -57,3 +58,20 @@ def test_a_stage_has_the_name_that_it_was_given(name: str, capsys: pytest.Captur
         bars.stage(f"reading {name}", 1)
         bars.advance(1)
     assert printable(name) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_dumb_terminal_gets_lines(
+    term: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    monkeypatch.setattr(module.err, "_force_terminal", True)
+    monkeypatch.setattr(module.err, "_environ", {"TERM": term})
+    with contextlib.suppress(KeyboardInterrupt), Bars() as bars:
+        bars.stage("healing", 3)
+        bars.advance(1)
+        raise KeyboardInterrupt
+    lines = capsys.readouterr().err.split("\n")
+    assert any(line.startswith("healing 1/3, 0 s") for line in lines) == (term == "dumb")
+    # After a failure, its line should stand alone.
+    assert any("━" in line for line in lines) == (term == "xterm")

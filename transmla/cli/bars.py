@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: bars on a terminal, elsewhere a line a minute."""
+"""Progress of long work on standard error: bars on a terminal, elsewhere and on a dumb terminal a line a minute."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from transmla.errors import printable
 NOTE_WIDTH = 20
 # Seconds between two lines off a terminal. The bars of all stages are printed there once, at the end.
 EVERY = 60.0
+
+
+def draws() -> bool:
+    """Return whether standard error is a terminal that can redraw a bar."""
+    return err.is_terminal and not err.is_dumb_terminal
 
 
 class Bars:
@@ -48,7 +53,7 @@ class Bars:
 
     def __exit__(self, kind: object, *_: object) -> None:
         # Off a terminal the bars are printed once, here. After a failure the error's line should stand alone.
-        self.progress.live.transient = kind is not None and not err.is_terminal
+        self.progress.live.transient = kind is not None and not draws()
         self.progress.live.stop()
         if not err.is_terminal and not self.progress.live.transient and self.progress.tasks:
             err.line()  # rich ends the last bar with a new line on terminals only
@@ -62,7 +67,7 @@ class Bars:
         if self.task is None:
             return
         self.progress.update(self.task, completed=done, note=note if isinstance(note, str) else "")
-        if not err.is_terminal and time.monotonic() - self._printed >= EVERY:
+        if not draws() and time.monotonic() - self._printed >= EVERY:
             self._printed = time.monotonic()
             plain_line(self._line())
 
