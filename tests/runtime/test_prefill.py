@@ -119,6 +119,17 @@ def test_values_are_widened_without_a_copy() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_reads_prompts_of_other_lengths(tmp_path: Path) -> None:
+    model = plain_model("deepseek_v3", tmp_path).requires_grad_(False)
+    traced = torch.jit.trace(
+        lambda tokens: model(tokens, use_cache=False).logits, longer(model, LONG), check_trace=False
+    )
+    tokens = longer(model, 2 * LONG)
+    assert relative(traced(tokens), model(tokens).logits) < ROUNDING
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", MODELS)
 def test_a_prompt_is_not_padded_copied_or_joined(family: str, tmp_path: Path) -> None:
     model = plain_model(family, tmp_path)

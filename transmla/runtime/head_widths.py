@@ -31,8 +31,11 @@ def _window(keys: Tensor, values: Tensor) -> Tensor | None:
 
     The view begins with the last columns of the keys, and costs no copy.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A trace would keep these strides for prompts of other lengths.
+        return None
     missing = keys.shape[-1] - values.shape[-1]
-    if torch.compiler.is_compiling() or missing <= 0 or not keys.numel() or keys.stride() != values.stride():
+    if missing <= 0 or not keys.numel() or keys.stride() != values.stride():
         return None
     if keys.stride(-1) != 1 or values.data_ptr() != keys.data_ptr() + keys.shape[-1] * keys.element_size():
         return None
