@@ -47,10 +47,10 @@ def refuse_underflow(layer: Any, dtype: torch.dtype | None = None) -> None:
 def precision(layer: Any) -> torch.dtype | None:
     """Return the precision in which an MLA ``layer`` makes its latents: that of autocast, or of its weights.
 
-    The result is None if the weights cannot be read, such as some quantised ones.
+    The result is None if the weights cannot be read, such as offloaded and some quantised ones.
     """
     weight = getattr(getattr(layer, PROJECTION, None), "weight", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor) or weight.is_meta:
         return None
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
