@@ -103,6 +103,16 @@ def test_the_family_computes_what_the_kernel_may_not(calls: list[Tensor]) -> Non
         assert calls
 
 
+@torch.no_grad()
+def test_a_norm_on_one_of_several_devices(calls: list[Tensor]) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    norm, x = LlamaRMSNorm(8).to(DEVICE), torch.randn(2, 8, device=DEVICE)
+    expected = norm(x)
+    fused_norm(hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(io_same_device=True)))
+    assert torch.allclose(norm(x), expected)
+    assert calls
+
+
 class Doubled(nn.Module):
     """Weights that are twice their parameter."""
 

@@ -1,6 +1,7 @@
 """Fast decoding for loaded MLA models: ``transmla.load`` and the latent cache.
 
 - ``load``: ``load`` and ``accelerate``, which give a model's MLA layers a decode backend from ``transmla.kernels``.
+- ``class_swap``: modules that become instances of subclasses, also on several devices.
 - ``latent_attention``: the attention function that these layers call.
 - ``absorbed``: attention to latents, and when it gives the same result as expanded keys and values.
 - ``forms``: whether absorbed or expanded attention costs less.

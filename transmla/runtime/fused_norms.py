@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transmla.kernels import rms_norm as kernel
 from transmla.kernels.custom_op import current_device
 from transmla.runtime.absorbed import PLAIN_WEIGHTS
+from transmla.runtime.class_swap import turn_into
 from transmla.runtime.latent_attention import LATENT_ATTENTION
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def fuse_norms(model: Any, config: Any) -> None:
     for module in model.modules():
         plain: Any = type(module)
         if is_llama_norm(plain):
-            module.__class__ = fused_class(plain)
+            turn_into(module, fused_class(plain))
             module.fused_config = config
 
 

@@ -114,6 +114,7 @@ def accelerate(
             ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, if the latents
             underflow in float16, or if processes cannot share the caches of the model as it was loaded.
     """
+    from transmla.runtime.class_swap import turn_into
     from transmla.runtime.context_parallel import connect, generate_together
     from transmla.runtime.decode_graphs import DecodeGraphs
     from transmla.runtime.fused_norms import fuse_norms
@@ -130,7 +131,7 @@ def accelerate(
     for layer in layers:
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
-            layer.__class__ = latent_class(plain)
+            turn_into(layer, latent_class(plain))
         layer.packed = cache_dtype is not None
         layer.ranks = ranks
         layer.warns = layer is layers[0]
