@@ -71,7 +71,7 @@ class LatentAttention(nn.Module):
         qk_rope_head_dim: width d_r of a rotary key.
         packed: whether latents are cached as float8.
         ranks: the processes that share the cached tokens.
-        cached: the cache layer of the running ``forward``, if it is one of ``runtime``.
+        running: the cache layer of each thread that runs ``forward``; None for a layer that is not of ``runtime``.
         step: thread and ``StepLayer`` of the running ``forward``, if it is a step on fixed memory. One thread at a time
             runs such a step; others may run steps on caches meanwhile.
         warns: whether this layer is the one that is to warn of missing attention weights.
@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
     qk_rope_head_dim: int
     packed: bool = False
     ranks: Ranks = Ranks()
-    cached: LatentLayer | PackedStaticLayer | None = None
+    running: dict[int, LatentLayer | PackedStaticLayer | None]
     step: tuple[int, Any] | None = None
     warns: bool = False
     form: str | None = None
@@ -114,11 +114,17 @@ class LatentAttention(nn.Module):
                 return super().forward(*args, **kwargs)
             finally:
                 self.step = None
-        self.cached = grow_cache(cache, self.layer_idx, self.ranks, packed=self.packed)
+        thread = _thread()
+        self.running[thread] = grow_cache(cache, self.layer_idx, self.ranks, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self.cached = None
+            del self.running[thread]
+
+    @property
+    def cached(self) -> LatentLayer | PackedStaticLayer | None:
+        """The cache layer of this thread's running ``forward``, if it is one of ``runtime``."""
+        return self.running.get(_thread())
 
     @property
     def prefix(self) -> PrefixLayer | None:
@@ -173,6 +179,11 @@ class LatentAttention(nn.Module):
         query = query.transpose(1, 2)
         query[..., self.qk_nope_head_dim :] = q_pe
         return query
+
+
+def _thread() -> int:
+    """Number of the running thread. Compiled code stores nothing for it, and gets one number for all threads."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 @cache

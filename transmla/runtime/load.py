@@ -132,6 +132,7 @@ def accelerate(
         if not isinstance(layer, LatentAttention):
             plain: Any = type(layer)
             turn_into(layer, latent_class(plain))
+        layer.running = {}
         layer.packed = cache_dtype is not None
         layer.ranks = ranks
         layer.warns = layer is layers[0]

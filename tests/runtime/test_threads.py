@@ -1,0 +1,54 @@
+"""Threads share a model: what one of them runs meanwhile changes nothing for the others."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.behaviour import relative, stock_model
+from helpers.graph_models import LONG, longer
+from torch import Tensor
+from transformers import DynamicCache
+
+import transmla
+from transmla.modeling.transformers_api import CACHE_ARGUMENT
+from transmla.runtime.load import mla_layers
+
+
+def interrupt(model: Any, call: Any) -> None:
+    """Let another thread run ``call`` once while the second layer of ``model`` projects its rows."""
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(call).result()
+
+    handle = mla_layers(model)[1].kv_a_proj_with_mqa.register_forward_hook(hook)
+
+
+@torch.no_grad()
+def read(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """Return the logits of ``tokens``, read behind the rows of ``cache``."""
+    logits: Tensor = model(tokens, use_cache=True, **{CACHE_ARGUMENT: cache}).logits
+    return logits
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["dynamic", "prefix"])
+def test_another_thread_reads_meanwhile(kind: str, cache_dtype: str | None, tmp_path: Path) -> None:
+    model = transmla.accelerate(stock_model("llama", tmp_path, keep=()), cache_dtype=cache_dtype)
+    tokens = longer(model, LONG)
+
+    def run() -> Tensor:
+        cache = transmla.shared_prefix(model, tokens[:1, :7]) if kind == "prefix" else DynamicCache(config=model.config)
+        if meanwhile:
+            interrupt(model, lambda: read(model, tokens[:, 5:9], DynamicCache(config=model.config)))
+        return read(model, tokens, cache)
+
+    meanwhile = False
+    expected = run()
+    meanwhile = True
+    assert relative(run(), expected) < 1e-6
