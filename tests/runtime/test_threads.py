@@ -52,3 +52,15 @@ def test_another_thread_reads_meanwhile(kind: str, cache_dtype: str | None, tmp_
     expected = run()
     meanwhile = True
     assert relative(run(), expected) < 1e-6
+
+
+def test_a_prefix_is_made_meanwhile(tmp_path: Path) -> None:
+    """The rows of the other thread stay float8, although those of a prefix are not."""
+    model = transmla.accelerate(stock_model("llama", tmp_path, keep=()), cache_dtype="float8_e4m3fn")
+    tokens = longer(model, LONG)
+    alone, meanwhile = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    read(model, tokens, alone)
+    interrupt(model, lambda: read(model, tokens, meanwhile))
+    transmla.shared_prefix(model, tokens[:1, :7])
+    for expected, found in zip(alone.layers, meanwhile.layers, strict=True):
+        assert torch.equal(found.keys, expected.keys)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transmla.errors import TransmlaError
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.latent_attention import LatentAttention
+from transmla.runtime.latent_cache import LatentLayer
 from transmla.runtime.prefix_cache import PrefixCache, share
 
 # Largest relative difference of logits that two runs of the same step may have, if the dtype's rounding is smaller.
@@ -40,25 +41,19 @@ def shared_prefix(model: Any, input_ids: Tensor) -> PrefixCache:
     """
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
     _check_shareable(model, input_ids, len(layers))
-    packed = layers[0].packed
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise TransmlaError(
             f"{type(model).__name__} has sliding windows",
             limit="every token attends to a whole shared prefix, at any distance",
             remedy="give generate() the whole prompts",
         )
+    # The prefix is cached once for all sequences, so packing it would save little.
+    cache.layers = [LatentLayer() for _ in layers]
     prompt = input_ids.to(model.device)
-    try:
-        # The prefix is cached once for all sequences, so packing it would save little.
-        for layer in layers:
-            layer.packed = False
-        with torch.no_grad():
-            model(prompt, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
-    finally:
-        for layer in layers:
-            layer.packed = packed
-    prefix = share(cache, packed=packed)
+    with torch.no_grad():
+        model(prompt, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+    prefix = share(cache, packed=layers[0].packed)
     prefix.prompt, prefix.signature = prompt.clone(), _signature(model, prompt, prefix)
     prefix.placed = model.dtype, model.device
     if not isinstance(model.generate, CheckedGenerate):
