@@ -13,6 +13,7 @@ import torch
 from helpers.behaviour import relative
 from helpers.graph_models import LONG, longer, plain_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -94,6 +95,10 @@ def test_the_family_computes_what_the_kernel_may_not(calls: list[Tensor]) -> Non
     norm(x).sum().backward()
     assert x.grad is not None
     with torch.no_grad():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), torch.ones(2, 8, device=DEVICE))
+            assert forward_ad.unpack_dual(norm(dual)).tangent is not None
+        assert torch.vmap(norm)(x).shape == x.shape
         norm(x.double())
         norm.fused_config._attn_implementation = "sdpa"
         norm(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from helpers.behaviour import ALL_FAMILIES, CACHES, DEPTH, PADDINGS, logits_by_s
 from helpers.graph_models import LONG, MODELS, longer, plain_model, prompts, written
 from helpers.mla_models import tiny
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,6 +129,32 @@ def test_a_traced_model_reads_prompts_of_other_lengths(tmp_path: Path) -> None:
     )
     tokens = longer(model, 2 * LONG)
     assert relative(traced(tokens), model(tokens).logits) < ROUNDING
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("family", MODELS)
+def test_models_are_mapped_and_differentiated_forwards(family: str, tmp_path: Path) -> None:
+    model = plain_model(family, tmp_path)
+    other, tokens = copy.deepcopy(model), longer(model, LONG)
+    for parameter in other.parameters():
+        parameter *= 1.1
+    states = torch.func.stack_module_state([model, other])
+
+    def logits(parameters: Any, buffers: Any) -> Tensor:
+        given = (tokens,), {"use_cache": False}
+        found: Tensor = torch.func.functional_call(model, (parameters, buffers), *given).logits
+        return found
+
+    assert relative(torch.vmap(logits)(*states)[1], other(tokens).logits) < ROUNDING
+    embedded = model.get_input_embeddings()(tokens)
+    tangents = []
+    for implementation in ("latent_attention", "eager"):
+        model.set_attn_implementation(implementation)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = forward_ad.make_dual(embedded, torch.ones_like(embedded))
+            tangents.append(forward_ad.unpack_dual(model(inputs_embeds=dual, use_cache=False).logits).tangent)
+    assert relative(*tangents) < 10 * ROUNDING
 
 
 @torch.no_grad()

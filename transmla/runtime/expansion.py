@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from transmla.kernels.rows import Rows
@@ -16,11 +17,20 @@ from transmla.runtime.absorbed import keeps_forward, reads_weight
 ALIGNED = 16
 
 
+def may_write() -> bool:
+    """Return whether results may be written into given memory: nothing differentiates, compiles or maps the call."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def can_expand(module: Any, rows: Rows) -> bool:
     """Return whether ``expand`` gives what the family's ``expand_kv`` gives for ``rows``, up to rounding."""
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        may_write()
         and not torch.is_autocast_enabled(rows.k_pe.device.type)
         and (rows.scale is not None or rows.kv_c.dtype == rows.k_pe.dtype)
         and _kernels_read(module, rows.k_pe)
@@ -92,9 +102,8 @@ def may_overwrite(module: Any, query: Tensor) -> bool:
     """Return whether only the attention ``module`` of the transmla format reads its projected ``query``."""
     projection = module.q_proj if module.q_b_proj is None else module.q_b_proj
     return (
-        not torch.is_grad_enabled()
+        may_write()
         and not query.requires_grad
-        and not torch.compiler.is_compiling()
         and type(projection) in (nn.Linear, PerHead)
         and not projection._forward_hooks
         and not _has_any_global_hook()

@@ -15,6 +15,7 @@ from transmla.kernels import rms_norm as kernel
 from transmla.kernels.custom_op import current_device
 from transmla.runtime.absorbed import PLAIN_WEIGHTS
 from transmla.runtime.class_swap import turn_into
+from transmla.runtime.expansion import may_write
 from transmla.runtime.latent_attention import LATENT_ATTENTION
 
 _log = logging.getLogger(__name__)
@@ -91,11 +92,10 @@ def uses_kernel(module: Any, hidden_states: Tensor) -> bool:
     """Return whether the kernel may compute the norm ``module`` of ``hidden_states`` [..., D]."""
     weight = module.weight
     return (
-        not torch.compiler.is_compiling()
+        may_write()
         and on_gpu(hidden_states)
         and kernel.triton is not None
         and module.fused_config._attn_implementation == LATENT_ATTENTION
-        and not torch.is_grad_enabled()
         and not torch.jit.is_tracing()
         and type(hidden_states) is Tensor
         and type(weight) in PLAIN_WEIGHTS

@@ -34,7 +34,7 @@ from transmla.runtime.absorbed import (
     can_absorb,
     with_sinks,
 )
-from transmla.runtime.expansion import can_expand, expand, may_overwrite, rotate
+from transmla.runtime.expansion import can_expand, expand, may_overwrite, may_write, rotate
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.forms import ABSORBED, EXPANDED, absorbing_is_cheaper
 from transmla.runtime.latent_cache import LatentLayer
@@ -165,7 +165,7 @@ class LatentAttention(nn.Module):
 
     def _rotate(self, positions: Tensor, rows: Tensor) -> Tensor:
         """Do the same as ``TransmlaAttention._rotate``, with fewer kernels where no gradient is needed."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not may_write():
             return super()._rotate(positions, rows)  # type: ignore[misc,no-any-return]
         return rotate(rows, *self.frequencies(positions))
 
