@@ -2,6 +2,7 @@
 
     python scripts/kernel_bench.py
     python scripts/kernel_bench.py --shape 96+32 --heads 32
+    python scripts/kernel_bench.py --float8 --backends hopper triton --result float8.json
     python scripts/kernel_bench.py --ragged --heads 16 128 --result ragged.json
 
 Every time is the median over replays of a CUDA graph of several calls. A time includes everything that a call needs,
@@ -33,6 +34,7 @@ from transmla.kernels import Backend, DecodeShape, backends, choose_backend, fla
 from transmla.kernels import reference as plain
 from transmla.kernels.rows import Rows, Scores
 from transmla.runtime.head_widths import one_width
+from transmla.runtime.packed_rows import pack, unpack
 from transmla.runtime.prefix_cache import attend, merge
 
 # (batch, context) of the points.
@@ -80,8 +82,8 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
     for name in arguments.backends:
         backend: Backend = backends()[name]
         reason = backend.refuses(shape)
-        if reason is None and arguments.masked and name in VENDORS:
-            reason = f"{name} takes no mask"
+        if reason is None and (arguments.masked or arguments.float8) and name in VENDORS:
+            reason = f"{name} is measured without a mask and with rows in 16 bits"
         if reason is not None:
             yield {"backend": name, "heads": heads, "refused": reason}
             continue
@@ -92,8 +94,12 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
                 batch, 1, heads, rank + width, dtype=buffer.dtype, device=buffer.device, generator=generator
             )
             q_latent, q_pe = (part.contiguous() for part in (queries / 8).split([rank, width], -1))
-            lengths = torch.full((batch,), context, dtype=torch.int32, device=buffer.device)
+            # Lengths that are known to be equal, as decode steps pass them.
+            lengths = torch.tensor([context], dtype=torch.int32, device=buffer.device).expand(batch)
             rows, mask = Rows(*cache.split([rank, width], -1), lengths=lengths), None
+            if arguments.float8:
+                cache = pack(rows.kv_c, rows.k_pe)
+                rows = replace(unpack(cache, rank, width, buffer.dtype), lengths=lengths)
             if arguments.masked:
                 rows = replace(rows, lengths=None)
                 mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=buffer.device)
@@ -104,7 +110,8 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
 
             if name in VENDORS:
                 call = VENDORS[name](q_latent, q_pe, Rows(rows.kv_c, rows.k_pe))
-            first = Rows(*(part.float() for part in cache[:1].split([rank, width], -1)))
+            one = Rows(rows.kv_c[:1], rows.k_pe[:1], None if rows.scale is None else rows.scale[:1])
+            first = Rows(*(part.float() for part in one.full()))
             expected = plain.decode(q_latent[:1].float(), q_pe[:1].float(), first, Scores(SCALING))[0]
             error = (call()[0][:1].float() - expected).abs().max() / expected.abs().max()
             seconds = replay_seconds(call, 5 if batch * context >= 2**20 else 20)
@@ -113,6 +120,7 @@ def measure(arguments: argparse.Namespace, heads: int, buffer: Tensor) -> Iterat
                 "heads": heads,
                 "shape": f"{rank}+{width}",
                 "masked": arguments.masked,
+                "float8": arguments.float8,
                 "batch": batch,
                 "context": context,
                 "microseconds": round(seconds * 1e6, 2),
@@ -187,6 +195,7 @@ def main() -> None:
     parser.add_argument("--shape", default="512+64", help="kv_lora_rank+qk_rope_head_dim")
     parser.add_argument("--heads", nargs="*", type=int, default=[16, 32, 64, 128], help="numbers of query heads")
     parser.add_argument("--masked", action="store_true", help="pass the mask of a static cache instead of lengths")
+    parser.add_argument("--float8", action="store_true", help="rows with float8 latents, as cache_dtype packs them")
     parser.add_argument("--prefix", action="store_true", help="measure a shared prefix instead of the grid")
     parser.add_argument("--ragged", action="store_true", help="measure batches of different lengths, Hopper kernel")
     parser.add_argument(

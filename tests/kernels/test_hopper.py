@@ -26,8 +26,10 @@ CASES = [
     {"rank": 96, "width": 32, "dtype": "bf16", "queries": 16, "new": 1, "page": 0, "masked": True},
     {"rank": 16, "width": 8, "dtype": "bf16", "queries": 16, "new": 2, "page": 0, "masked": False},
 ]
+# Float8 latents.
+FLOAT8 = [case | {"float8": True} for case in (CASES[1], CASES[3], CASES[4])]
 # The same kernel for batches whose sequences have different lengths.
-CASES += [case | {"divided": True} for case in (CASES[0], CASES[1], CASES[3], CASES[5])]
+CASES += FLOAT8 + [case | {"divided": True} for case in (CASES[0], CASES[1], CASES[3], CASES[5], FLOAT8[1])]
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")
@@ -41,10 +43,12 @@ def test_every_specialisation_fits_in_shared_memory_and_keeps_its_products_async
         assert "serialized" not in kernel["log"], (case, kernel["log"])
         assert "setmaxnreg" not in kernel["log"], (case, kernel["log"])
         spilled = int(re.findall(r"(\d+) bytes spill stores", kernel["log"])[-1])
-        # Tiles of 64 wide rows fill all registers. Triton 3.6, which was measured, spills three words; Triton 3.9
-        # spills eight, and up to 55 with a mask.
-        full = case["rank"] > 256 and case["queries"] > 32 and case["page"] % 64 == 0
-        assert spilled <= ((224 if case["masked"] else 32) if full else 16), case
+        # Tiles of 64 wide rows fill all registers. Triton 3.6, which was measured, spills three words at most; Triton
+        # 3.9 spills eight, eleven with float8 latents, and up to 55 with a mask.
+        float8 = case.get("float8", False)
+        full = case["rank"] > 256 and (float8 or (case["queries"] > 32 and case["page"] % 64 == 0))
+        limit = 224 if case["masked"] else 48 if float8 else 32
+        assert spilled <= (limit if full else 16), case
 
 
 @pytest.mark.skipif(hopper.gluon is None, reason="needs triton >= 3.6")

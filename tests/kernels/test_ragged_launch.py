@@ -12,7 +12,7 @@ import torch
 from helpers.decode_cases import DEVICE, GPU, case, compare
 from torch import Tensor
 
-from transmla.kernels import hopper
+from transmla.kernels import hopper, hopper_kernel
 
 if hopper.gluon is None or GPU:
     pytest.skip("needs triton >= 3.6, and no GPU: there the kernels themselves are tested", allow_module_level=True)
@@ -72,8 +72,8 @@ def attend(grid: tuple[int, ...], a: SimpleNamespace) -> None:
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, run in (("attend", attend), ("find_bounds", find_bounds)):
-        monkeypatch.setattr(hopper, name, Kernel(run))
+    for module, name, run in ((hopper_kernel, "attend", attend), (hopper, "find_bounds", find_bounds)):
+        monkeypatch.setattr(module, name, Kernel(run))
     monkeypatch.setattr(hopper, "LONG_QUEUE", 0)
 
 

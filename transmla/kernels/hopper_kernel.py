@@ -19,27 +19,15 @@ from __future__ import annotations
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
 from transmla.kernels.hopper_mask import assignment
-from transmla.kernels.hopper_tiles import clear, fetch, group_barrier, keep, stage
-
-# Query rows (token, head) of one program.
-ROWS = 64
+from transmla.kernels.hopper_tiles import HEIGHT, clear, fetch, following, group_barrier, keep, previous, reinterpret
+from transmla.kernels.hopper_weights import hide, multiply, soften, stage_queries, store_lse
 
 if gluon is not None:
-    # Triton 3.6 and 3.9 use different names for this method.
-    buffer = gl.shared_memory_descriptor
-    reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
-    # Kernels can read a global of this module only if it is a constexpr.
-    HEIGHT = gl.constexpr(ROWS)
 
     @gluon.jit
     def _weigh(
@@ -50,37 +38,14 @@ if gluon is not None:
         STAGES: gl.constexpr, LATE: gl.constexpr, SPILL: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr,
         RAGGED: gl.constexpr, DIVIDED: gl.constexpr, LOG: gl.constexpr,
     ):  # fmt: skip
-        """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT].
-
-        With ``SPILL``, for 512 columns and tiles of 64 tokens, the last 16 columns of the queries stay in shared
-        memory: registers hold 496 columns beside the scores.
-        """
+        """First warp group: compute the weights [HEIGHT, TOKENS] of every tile and the log-sum-exp [HEIGHT]."""
         scores_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-        query_l: gl.constexpr = gl.DotOperandLayout(0, scores_l, 2)
-        wide_l: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, wide_l))
-        held = (row < rows)[:, None]
-        rows_at = batch.to(gl.int64) * rows + row
         # The last LATE buffers stage the queries on their way to registers. The tiles of these buffers are therefore
         # loaded below, after the queries.
-        stage_s = queries_s.index(STAGES * TOKENS // HEIGHT - 1)
-        rank = gl.arange(0, RANK_BLOCK, layout=gl.SliceLayout(0, wide_l))
-        width = gl.arange(0, 64, layout=gl.SliceLayout(0, wide_l))
-        stage_s.store(stage(q_latent, rows_at, held, rank, RANK))
-        q_pe_s.store(stage(q_pe, rows_at, held, width, WIDTH))
-        if SPILL:
-            rest = 496 + gl.arange(0, 16, layout=gl.SliceLayout(0, wide_l))
-            q_rest_s.store(stage(q_latent, rows_at, held, rest, RANK))
-        group_barrier()
-        if SPILL:
-            # Tensors have powers of two of columns.
-            queries = stage_s.slice(0, 256, dim=1).load(query_l)
-            more = stage_s.slice(256, 128, dim=1).load(query_l), stage_s.slice(384, 64, dim=1).load(query_l)
-            last_ones = stage_s.slice(448, 32, dim=1).load(query_l), stage_s.slice(480, 16, dim=1).load(query_l)
-        else:
-            queries = stage_s.load(query_l)
-        fence_async_shared()
-        group_barrier()
+        queries = stage_queries(
+            q_latent, q_pe, queries_s.index(STAGES * TOKENS // HEIGHT - 1), q_pe_s, q_rest_s, rows, block, batch, RANK,
+            WIDTH, RANK_BLOCK, SPILL, gl.DotOperandLayout(0, scores_l, 2),
+        )  # fmt: skip
         for slot in gl.static_range(STAGES - LATE, STAGES):
             fetch(
                 kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, first + slot, last,
@@ -94,74 +59,29 @@ if gluon is not None:
         for tile in range(first, last):
             mbarrier.wait(full.index(slot), phase)
             scores = gl.zeros([HEIGHT, TOKENS], gl.float32, layout=scores_l)
-            keys = kv_s.index(slot)
-            if SPILL:
-                scores = _score(queries, keys, 0, 256, scores, False)
-                scores = _score(more[0], keys, 256, 128, scores, True)
-                scores = _score(more[1], keys, 384, 64, scores, True)
-                scores = _score(last_ones[0], keys, 448, 32, scores, True)
-                scores = _score(last_ones[1], keys, 480, 16, scores, True)
-                scores = _score(q_rest_s, keys, 496, 16, scores, True)
-            else:
-                scores = _score(queries, keys, 0, RANK_BLOCK, scores, False)
-            scores = _score(q_pe_s, pe_s.index(slot), 0, 64, scores, True)
+            scores = multiply(queries, q_rest_s, kv_s.index(slot), scores, RANK_BLOCK, SPILL)
+            scores = warpgroup_mma(q_pe_s, pe_s.index(slot).permute((1, 0)), scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             # All warps must be done with the rotary keys before the weights overwrite them, and with the weights of the
             # previous tile before its values start.
             group_barrier()
-            mbarrier.arrive(ready.index(_previous(slot, STAGES)), count=1, pred=tile > first)
+            mbarrier.arrive(ready.index(previous(slot, STAGES)), count=1, pred=tile > first)
             if (tile * TOKENS < low) | (tile * TOKENS + TOKENS > high):
-                key = tile * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores_l))
-                # With lengths, a new token attends to the rows up to itself. Without lengths, the mask alone decides.
-                end = length - NEW + 1 + row // heads if RAGGED else length + row * 0
-                seen = key[None, :] < end[:, None]
-                if MASKED:
-                    at = (row // heads * mask_query)[:, None] + (key.to(gl.int64) * mask_token)[None, :]
-                    inside = (row < rows)[:, None] & (key < length)[None, :]
-                    shown = gl.load(mask + batch.to(gl.int64) * mask_batch + at, mask=inside, other=0) != 0
-                    seen = seen & shown if RAGGED else shown
-                scores = gl.where(seen, scores, float("-inf"))
-            # The reference maximum is raised only when the scores exceed it by 8 (base 2: a factor of 256). Most
-            # tiles therefore need no rescaling of the sums. As it is an integer, bfloat16 holds the factor exactly.
-            higher = gl.max(scores, 1) * scale
-            higher = gl.where(higher > best + 8, higher.to(gl.int32).to(gl.float32) + 1, best)
-            shrink = gl.exp2(best - higher)
-            shrink_s.index(slot).store(shrink.to(gl.bfloat16))
-            leaps_s.index(slot).store(gl.max((higher - best).reshape([4, HEIGHT // 4]), 1))
-            weights = gl.exp2(scores * scale - higher[:, None])
-            total = total * shrink + gl.sum(weights, 1)
-            best = higher
-            weights_s.index(slot).store(weights.to(kv.dtype))
-            fence_async_shared()
-            slot, phase = _next(slot, phase, STAGES)
+                scores = hide(
+                    scores, mask, row, tile, batch, length, rows, heads, mask_batch, mask_query, mask_token, NEW,
+                    TOKENS, MASKED, RAGGED, scores_l,
+                )  # fmt: skip
+            best, total = soften(
+                scores, best, total, scale, shrink_s.index(slot), leaps_s.index(slot), weights_s.index(slot)
+            )  # fmt: skip
+            slot, phase = following(slot, phase, STAGES)
         some = total > 0
         total = gl.where(some, total, 1.0)
         total_s.store(total)
         group_barrier()
-        mbarrier.arrive(ready.index(_previous(slot, STAGES)), count=1, pred=last > first)
+        mbarrier.arrive(ready.index(previous(slot, STAGES)), count=1, pred=last > first)
         mbarrier.arrive(done.index(0), count=1)
-        found = gl.where(some, best + gl.log2(total), float("-inf"))
-        if DIVIDED and unit < 0:
-            gl.store(lse + batch * rows + row, found * LOG, mask=row < rows)
-        else:
-            gl.store(part_lse + unit * rows + row, found * (1.0 if DIVIDED else LOG), mask=row < rows)
-
-    @gluon.jit
-    def _score(queries, keys, START: gl.constexpr, COLUMNS: gl.constexpr, scores, ADD: gl.constexpr):
-        """Start to multiply ``queries`` with some columns of ``keys`` [TOKENS, ...], and to ADD to the ``scores``."""
-        keys = keys.slice(START, COLUMNS, dim=1).permute((1, 0))
-        return warpgroup_mma(queries, keys, scores, use_acc=ADD, is_async=True)
-
-    @gluon.jit
-    def _next(slot, phase, SLOTS: gl.constexpr):
-        """Return the next buffer of the ring and the parity of its barrier, which flips with every round."""
-        around = slot == SLOTS - 1
-        return gl.where(around, 0, slot + 1), gl.where(around, phase ^ 1, phase)
-
-    @gluon.jit
-    def _previous(slot, SLOTS: gl.constexpr):
-        """Return the buffer before ``slot`` in the ring."""
-        return gl.where(slot == 0, SLOTS - 1, slot - 1)
+        store_lse(lse, part_lse, best, total, some, row, rows, batch, unit, DIVIDED, LOG)
 
     @gluon.jit
     def _add_up(
@@ -194,17 +114,19 @@ if gluon is not None:
                 clear(values, tile * TOKENS, length, HALF, TOKENS)
             mixed = warpgroup_mma(weights_s.index(slot), values, mixed, is_async=True)
             mixed = warpgroup_mma_wait(0, deps=[mixed])
+            if SECOND:
+                # Once both groups are done with the tile, its buffer can take another tile. All warps must see that
+                # before the buffer is loaded: a warp that looked two rounds later would wait for ever.
+                mbarrier.wait(empty.index(slot), phase)
             group_barrier()
             if SECOND:
-                # Once both groups are done with the tile, its buffer can take another tile.
-                mbarrier.wait(empty.index(slot), phase)
                 fetch(
                     kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile + STAGES,
                     last, TOKENS, PAGE,
                 )  # fmt: skip
             else:
                 mbarrier.arrive(empty.index(slot), count=1)
-            slot, phase = _next(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
         mbarrier.wait(done.index(0), 0)
         mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
         row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, values_l))

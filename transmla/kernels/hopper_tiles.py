@@ -11,16 +11,38 @@ try:
 except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
+# Query rows (token, head) of one program.
+ROWS = 64
+
+HEIGHT: Any = None
 clear: Any = None
 fetch: Any = None
+following: Any = None
 group_barrier: Any = None
 keep: Any = None
+previous: Any = None
+reinterpret: Any = None
 stage: Any = None
 
 if gluon is not None:
+    # Kernels can read a global of a module only if it is a constexpr.
+    HEIGHT = gl.constexpr(ROWS)
     # Triton 3.6 and 3.9 use different names for these functions.
+    buffer = gl.shared_memory_descriptor
+    reinterpret = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
     tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+    @gluon.jit
+    def following(slot, phase, SLOTS: gl.constexpr):
+        """Return the next buffer of a ring and the parity of its barrier, which flips with every round."""
+        around = slot == SLOTS - 1
+        return gl.where(around, 0, slot + 1), gl.where(around, phase ^ 1, phase)
+
+    @gluon.jit
+    def previous(slot, SLOTS: gl.constexpr):
+        """Return the buffer before ``slot`` in a ring."""
+        return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
     @gluon.jit
     def fetch(

@@ -13,11 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from transmla.kernels.pack_rows import pack_into, packs
 from transmla.kernels.rows import Rows
 
 FLOAT8 = torch.float8_e4m3fn
 # Largest float8 value.
 LARGEST = torch.finfo(FLOAT8).max
+# A largest latent below this counts as this, so that a scale is a normal number.
+LEAST = torch.finfo(torch.float32).tiny * 2**10
 # Alignment of each part, in bytes.
 ALIGNED = 16
 
@@ -32,17 +35,39 @@ def row_bytes(rank: int, width: int, dtype: torch.dtype) -> int:
 
 
 def pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
-    """Pack latents ``kv_c`` [..., r] and rotary keys ``k_pe`` [..., d_r] into rows [..., row_bytes] (uint8)."""
-    rank, width = kv_c.shape[-1], k_pe.shape[-1]
-    scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 2**10) / LARGEST
-    rows = kv_c.new_zeros(*kv_c.shape[:-1], row_bytes(rank, width, k_pe.dtype), dtype=torch.uint8)
-    if rows.numel():
+    """Pack latents ``kv_c`` [..., r] and rotary keys ``k_pe`` [..., d_r] into rows [..., row_bytes] (uint8).
+
+    Compiled code calls one operator: torch 2.11 does not compile a view of bytes as wider numbers for every stride.
+    """
+    return _operator(kv_c, k_pe) if torch.compiler.is_compiling() else _pack(kv_c, k_pe)
+
+
+def _pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
+    rows = _unwritten(kv_c, k_pe).zero_()
+    if not rows.numel():
         # torch cannot view an empty part as another dtype.
-        parts = unpack(rows, rank, width, k_pe.dtype)
-        parts.kv_c.copy_(kv_c / scale)
-        cast(Tensor, parts.scale).copy_(scale[..., 0])
-        parts.k_pe.copy_(k_pe)
+        return rows
+    parts = unpack(rows, kv_c.shape[-1], k_pe.shape[-1], k_pe.dtype)
+    if packs(kv_c, k_pe):
+        pack_into(parts, kv_c, k_pe, LEAST, LARGEST)
+        return rows
+    scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(LEAST) / LARGEST
+    parts.kv_c.copy_(kv_c / scale)
+    cast(Tensor, parts.scale).copy_(scale[..., 0])
+    parts.k_pe.copy_(k_pe)
     return rows
+
+
+def _unwritten(kv_c: Tensor, k_pe: Tensor) -> Tensor:
+    """Return memory for the packed rows."""
+    size = row_bytes(kv_c.shape[-1], k_pe.shape[-1], k_pe.dtype)
+    return kv_c.new_empty(*kv_c.shape[:-1], size, dtype=torch.uint8)
+
+
+_operator = torch.library.custom_op(
+    "transmla::pack_rows", _pack, mutates_args=(), schema="(Tensor kv_c, Tensor k_pe) -> Tensor"
+)
+_operator.register_fake(_unwritten)
 
 
 def unpack(rows: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:

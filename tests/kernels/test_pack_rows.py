@@ -1,0 +1,82 @@
+"""The kernel that packs rows writes the bytes of the plain code, and compiled code packs the same rows.
+
+Without a GPU, the kernel runs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from transmla.kernels.pack_rows import pack_into, triton
+from transmla.runtime.packed_rows import FLOAT8, LARGEST, LEAST, pack, row_bytes, unpack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter rounds bfloat16 towards zero.
+HALF = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
+
+
+def plain(kv_c: Tensor, k_pe: Tensor) -> Tensor:
+    """Pack on the CPU, where no kernel is used."""
+    return pack(kv_c.cpu(), k_pe.cpu())
+
+
+def packed(kv_c: Tensor, k_pe: Tensor) -> Tensor:
+    """Pack with the kernel, into memory that holds zeros."""
+    rank, width = kv_c.shape[-1], k_pe.shape[-1]
+    rows = torch.zeros(*kv_c.shape[:-1], row_bytes(rank, width, k_pe.dtype), dtype=torch.uint8, device=kv_c.device)
+    pack_into(unpack(rows, rank, width, k_pe.dtype), kv_c, k_pe, LEAST, LARGEST)
+    return rows.cpu()
+
+
+@pytest.mark.skipif(triton is None, reason="needs triton")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shape", [(1, 1, 512, 64), (3, 2, 96, 32), (2, 5, 40, 8), (7, 1, 9, 2), (2, 3, 4, 448, 64)])
+def test_the_kernel_writes_the_same_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    *lead, rank, width = shape
+    joined = torch.randn(*lead, rank + width) * torch.exp2(torch.randint(-9, 3, (*lead, 1)))
+    if DEVICE == "cpu":
+        # Triton's interpreter loses carries when it rounds to float8: float8 numbers, of which the largest is 448.
+        joined[..., 0] = 448 * 2.0**-9
+        joined = joined.mul(2**9).clamp(-448, 448).to(FLOAT8).float() / 2**9
+    joined = joined.to(DEVICE, dtype)
+    joined[..., 0, :rank] = 0
+    kv_c, k_pe = joined.split([rank, width], -1)
+    for latents, keys in ((kv_c, k_pe), (kv_c.contiguous(), k_pe.contiguous())):
+        rows, expected = packed(latents, keys), plain(latents, keys)
+        assert torch.equal(rows, expected) or _apart(rows, expected, rank) <= 0.001
+
+
+def _apart(rows: Tensor, expected: Tensor, rank: int) -> float:
+    """Return the share of different bytes; only float8 numbers may differ, by one unit in their last place."""
+    assert torch.equal(rows[..., rank:], expected[..., rank:])
+    distance = (rows[..., :rank].int() - expected[..., :rank].int()).abs()
+    assert distance.max() <= 1
+    return float((distance > 0).float().mean())
+
+
+@pytest.mark.skipif(triton is None, reason="needs triton")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_latents_stay_broken(value: float) -> None:
+    kv_c, k_pe = torch.ones(1, 2, 16, device=DEVICE), torch.ones(1, 2, 4, device=DEVICE)
+    kv_c[0, 1, 3] = value
+    read = unpack(packed(kv_c, k_pe), 16, 4, torch.float32).full()[0]
+    assert torch.equal(read[0, 0], torch.ones(16))
+    assert not torch.isfinite(read[0, 1, 3])
+
+
+@pytest.mark.parametrize("lead", [(4, 1), (1, 3), (2, 1, 1)])
+def test_compiled_code_packs_the_same_rows(lead: tuple[int, ...]) -> None:
+    """Code before the packing gives its inputs other strides."""
+
+    def step(x: Tensor) -> Tensor:
+        y = (x * 2).transpose(0, 1).contiguous().transpose(0, 1)
+        return pack(y[..., :40], y[..., 40:])
+
+    x = torch.randn(*lead, 56, device=DEVICE)
+    compiled = torch.compile(step, fullgraph=True)(x)
+    assert compiled.dtype == torch.uint8
+    assert torch.equal(compiled, step(x))
+    assert unpack(compiled, 40, 16, torch.float32).kv_c.dtype == FLOAT8
