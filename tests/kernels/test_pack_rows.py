@@ -60,10 +60,10 @@ def _apart(rows: Tensor, expected: Tensor, rank: int) -> float:
 @pytest.mark.skipif(triton is None, reason="needs triton")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_latents_stay_broken(value: float) -> None:
-    kv_c, k_pe = torch.ones(1, 2, 16, device=DEVICE), torch.ones(1, 2, 4, device=DEVICE)
+    kv_c, k_pe = torch.full((1, 2, 16), LARGEST, device=DEVICE), torch.ones(1, 2, 4, device=DEVICE)
     kv_c[0, 1, 3] = value
     read = unpack(packed(kv_c, k_pe), 16, 4, torch.float32).full()[0]
-    assert torch.equal(read[0, 0], torch.ones(16))
+    assert torch.equal(read[0, 0], torch.full((16,), LARGEST))
     assert not torch.isfinite(read[0, 1, 3])
 
 

@@ -41,6 +41,15 @@ def test_packing_keeps_rotary_keys_and_nearly_keeps_latents(
     assert (error <= kv_c.float().abs() * 2**-4 * 1.1 + largest * 2**-16).all()
 
 
+def test_scales_are_bfloat16_numbers_that_no_latent_exceeds() -> None:
+    kv_c = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 64)[:, None]
+    scale = unpack(pack(kv_c, torch.ones(64, 4)), 40, 4, torch.float32).scale
+    assert scale is not None
+    assert torch.equal(scale.bfloat16().float(), scale)
+    least = kv_c.abs().amax(-1) / 448
+    assert ((least <= scale) & (scale <= least * (1 + 2**-7))).all()
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     rows = pack(torch.zeros(1, 2, 8), torch.ones(1, 2, 4))
     assert torch.equal(unpack(rows, 8, 4, torch.float32).full()[0], torch.zeros(1, 2, 8))

@@ -139,14 +139,16 @@ def test_models_are_mapped_and_differentiated_forwards(family: str, tmp_path: Pa
     other, tokens = copy.deepcopy(model), longer(model, LONG)
     for parameter in other.parameters():
         parameter *= 1.1
-    states = torch.func.stack_module_state([model, other])
+    # torch 2.11 cannot map the view of bits in which the buffer of frequencies is read, so buffers are shared.
+    parameters, buffers = torch.func.stack_module_state([model, other])[0], dict(model.named_buffers())
 
     def logits(parameters: Any, buffers: Any) -> Tensor:
         given = (tokens,), {"use_cache": False}
         found: Tensor = torch.func.functional_call(model, (parameters, buffers), *given).logits
         return found
 
-    assert relative(torch.vmap(logits)(*states)[1], other(tokens).logits) < ROUNDING
+    mapped = torch.vmap(logits, in_dims=(0, None))(parameters, buffers)
+    assert relative(mapped[1], other(tokens).logits) < ROUNDING
     embedded = model.get_input_embeddings()(tokens)
     tangents = []
     for implementation in ("latent_attention", "eager"):

@@ -31,6 +31,8 @@ if triton is not None:
         # A maximum passes over NaN. A row with NaN gets NaN as its scale.
         broken = tl.max((values != values).to(tl.int32), 0) > 0
         scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 0), least), largest)
+        # Rounded up to bfloat16, whose bits are the upper half of a float32's.
+        scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
         scale = tl.where(broken, float("nan"), scale)
         tl.store(scales + row * scales_stride, scale)
         scaled = tl.div_rn(values, tl.broadcast_to(scale, [RANK_BLOCK])).to(latents.dtype.element_ty)

@@ -1,6 +1,7 @@
 """Packed rows of a latent cache: kv_c as float8 e4m3 with one scale per token, k_pe in its original dtype.
 
 Rotary keys stay in their dtype because they lose too much in 8 bits. DeepSeek-V3 is served with rows of this kind.
+Scales are bfloat16 numbers, stored as float32: kernels that multiply in bfloat16 then apply them without rounding.
 
 One row is one line of bytes, [kv_c | scale | k_pe], with each part aligned to 16 bytes. Every cache operation on rows
 (selecting, repeating, cropping) therefore applies to all three parts at once.
@@ -52,6 +53,8 @@ def _pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
         pack_into(parts, kv_c, k_pe, LEAST, LARGEST)
         return rows
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(LEAST) / LARGEST
+    # Rounded up to bfloat16, whose bits are the upper half of a float32's.
+    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
     parts.kv_c.copy_(kv_c / scale)
     cast(Tensor, parts.scale).copy_(scale[..., 0])
     parts.k_pe.copy_(k_pe)
