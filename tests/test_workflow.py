@@ -18,9 +18,10 @@ from transmla.convert.prepare import prepare
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export.manifest import Manifest
-from transmla.heal import choose
+from transmla.heal import choose, memory
 from transmla.heal import loop as loops
 from transmla.heal.choose import Choice, choose_healing
+from transmla.heal.memory import Load, memory_bytes
 from transmla.plan.estimate import parameters
 from transmla.plan.fit_settings import SMALL_CACHE
 from transmla.recipe import Recipe, parse_recipe
@@ -178,7 +179,8 @@ def test_low_rank_updates_need_peft(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(make_recipe(make_source()))
-    needed = choose.memory_bytes(prepared.plan, "lora", choose.MOST_PARTS, half=True) / choose.USABLE + 1
+    smallest = Load("lora", choose.BATCH * choose.LENGTH // choose.MOST_PARTS, checkpointing=True, half=True)
+    needed = memory_bytes(prepared.plan, smallest) / choose.USABLE + 1
     chosen = choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings
     assert chosen is not None
     assert chosen["trainable"] == "lora"
@@ -226,7 +228,8 @@ def test_less_memory_means_more_parts_then_fewer_weights_then_none(
 ) -> None:
     prepared = prepare(make_recipe(make_source()))
     # The shape of Llama-3.1-8B at 512 + 64.
-    monkeypatch.setattr(choose, "parameters", lambda _: 8_000_000_000)
+    for module in (choose, memory):
+        monkeypatch.setattr(module, "parameters", lambda _: 8_000_000_000)
     spec = replace(
         prepared.plan.spec, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256
     )
@@ -247,7 +250,7 @@ def test_a_healing_in_float32_needs_more_memory(
 ) -> None:
     """On a CPU, teacher, frozen weights and activations are float32."""
     plan = prepare(make_recipe(make_source())).plan
-    half, full = (choose.memory_bytes(plan, trainable, 8, half=half) for half in (True, False))
+    half, full = (memory_bytes(plan, Load(trainable, 2048, checkpointing=True, half=half)) for half in (True, False))
     assert full - half > (2 if trainable == "all" else 3) * parameters(plan)
 
 

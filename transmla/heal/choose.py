@@ -10,7 +10,7 @@ import torch
 
 from transmla.artifacts import Plan
 from transmla.core.methods.base import method_named
-from transmla.formats.base import format_named
+from transmla.heal.memory import USABLE, Load, memory_bytes, trained_weights
 from transmla.plan.estimate import export_bytes, parameters
 from transmla.plan.estimate_time import Rates, healing_seconds
 from transmla.plan.fit_settings import SMALL_CACHE
@@ -30,17 +30,8 @@ SAMPLED_TOKENS = 940_000
 LENGTH, BATCH = 1024, 16
 # Steps between two evaluations on held-out text, and between two saved states. Each copies all weights.
 EVAL_EVERY, SAVE_EVERY = 100, 1000
-# Bytes per trained weight: the float32 weight, its gradient, and Adam's two moments.
-TRAINED_BYTES = 16
-# Share of the device's free memory that a healing may plan with; the allocator and kernels' workspaces need the rest.
-USABLE = 0.85
 # Most parts that a batch is computed in.
 MOST_PARTS = 8
-# Activation values per token, layer and unit of width that a backward pass keeps: residual stream, norms, projections,
-# attention and MLP.
-ACTIVATIONS = 34
-# Bytes of the logits of one chunk and of their gradients (``losses.CHUNK_VALUES``).
-LOGITS_BYTES = 6 * 2**30
 # Passes over a text at most if minutes limit the healing, so that a short text is no reason to refuse one.
 MOST_EPOCHS = 1000
 HOW = "transmla heal OUTPUT --teacher SOURCE"
@@ -85,14 +76,19 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
         if (trainable == "all" and plan.spec.experts) or (trainable == "lora" and not find_spec("peft")):
             continue
         for parts in (1, 2, 4, MOST_PARTS):
-            if memory_bytes(plan, trainable, parts, half=half) <= USABLE * free:
+            if memory_bytes(plan, _load(trainable, parts, half=half)) <= USABLE * free:
                 return _chosen(recipe, plan, trainable, parts)
-    least = memory_bytes(plan, "lora" if find_spec("peft") else "attention", MOST_PARTS, half=half)
+    least = memory_bytes(plan, _load("lora" if find_spec("peft") else "attention", MOST_PARTS, half=half))
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
         f"on several GPUs: accelerate launch -m {HOW}",
     )
+
+
+def _load(trainable: str, parts: int, *, half: bool) -> Load:
+    """Return the load of a healing with batches in ``parts`` parts; with MOST_PARTS, activations are recomputed."""
+    return Load(trainable, BATCH * LENGTH // parts, parts == MOST_PARTS, half)
 
 
 def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
@@ -127,13 +123,6 @@ def estimated_seconds(choice: Choice, plan: Plan, rates: Rates) -> float | None:
     return healing_seconds(parameters(plan), plan.spec, choice.settings["max_tokens"], batch, rates)
 
 
-def _trained(plan: Plan, trainable: str) -> int:
-    """Return the number of weights that a healing trains."""
-    weights = parameters(plan)
-    attention = plan.spec.num_hidden_layers * format_named(plan.format).attention_parameters(plan)
-    return {"all": weights, "attention": attention, "lora": attention // 16}[trainable]
-
-
 def disk_bytes(plan: Plan, trainable: str) -> int:
     """Return the estimated peak size of all folders of a healing in bytes.
 
@@ -145,45 +134,5 @@ def disk_bytes(plan: Plan, trainable: str) -> int:
         plan: plan of the export.
         trainable: ``all``, ``attention`` or ``lora``.
     """
-    trained = _trained(plan, trainable)
+    trained = trained_weights(plan, trainable)
     return export_bytes(plan) + 2 * (4 * parameters(plan) + 8 * trained + 4 * trained)
-
-
-def memory_bytes(plan: Plan, trainable: str, parts: int, *, half: bool) -> int:
-    """Return the estimated peak memory of a healing in bytes.
-
-    Args:
-        plan: plan of the export.
-        trainable: ``all``, ``attention`` or ``lora``.
-        parts: parts that a batch is computed in; with MOST_PARTS, activations are recomputed.
-        half: whether it runs in bfloat16, except for the trained weights; otherwise all is float32.
-    """
-    spec = plan.spec
-    weights = parameters(plan)
-    trained = _trained(plan, trainable)
-    size = 2 if half else 4
-    teacher = size * weights
-    tokens = BATCH * LENGTH // parts
-    # The MLP's inner width counts three times: gate, up and their product.
-    values = ACTIVATIONS * spec.hidden_size + 3 * spec.intermediate_size
-    kept = spec.hidden_size if parts == MOST_PARTS else values
-    activations = size * tokens * (spec.num_hidden_layers * kept + values)
-    logits = min(LOGITS_BYTES, 6 * 4 * tokens * spec.vocab_size)
-    if half and parts < MOST_PARTS:
-        # The CUDA graph of a pass keeps its memory, so evaluations need memory of their own.
-        logits *= 2
-    # The head's gradient of all chunks together lies beside the weights' gradients.
-    if trainable == "all":
-        logits += 4 * spec.vocab_size * spec.hidden_size
-    student = _student_bytes(plan, trainable) if half else 4 * weights
-    return student + (TRAINED_BYTES - 4) * trained + teacher + activations + logits
-
-
-def _student_bytes(plan: Plan, trainable: str) -> int:
-    """Return the bytes of a student whose frozen linear layers are bfloat16, and the rest float32."""
-    spec, weights = plan.spec, parameters(plan)
-    # Experts' weights are no linear layers.
-    if trainable == "all" or spec.experts:
-        return 4 * weights
-    wide = spec.vocab_size * spec.hidden_size + (_trained(plan, trainable) if trainable == "attention" else 0)
-    return 2 * weights + 2 * wide

@@ -26,6 +26,7 @@ from transmla.heal.checks import check_models, check_same_texts, check_settings,
 from transmla.heal.distributed import configure, from_main, kind, make_accelerator, shards
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
+from transmla.heal.memory import check_memory
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser, store_frozen_in_half
 from transmla.heal.passes import Passes, Sharded, Whole
 from transmla.heal.resume import FILE, State, Store, run_key, summary
@@ -82,6 +83,7 @@ def heal(
     manifest = Manifest.read(student)
     accelerator = accelerator or make_accelerator(settings, output)
     check_settings(settings, accelerator)
+    check_memory(settings, manifest.plan, accelerator)
     configure(accelerator, settings)
     with Workspace(output, shards=0) as workspace:
         store = Store(workspace.folder)
