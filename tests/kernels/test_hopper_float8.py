@@ -124,6 +124,14 @@ def test_large_small_and_subnormal_latents() -> None:
     assert (actual - expected).norm() <= TOLERANCE[torch.bfloat16] * expected.norm()
 
 
+@pytest.mark.parametrize("size", [1e-3, 3e-4])
+def test_small_latents_in_float16(size: float) -> None:
+    """In float16, the factors of such rows are subnormal numbers."""
+    c = batch_of((512, 64, 16), torch.float16)
+    c = Case((c.q_latent.float() / size).half(), c.q_pe, (c.kv_c.float() * size).half(), c.k_pe)
+    compare(c, packed(c))
+
+
 def test_nan_in_a_row_reaches_the_result() -> None:
     c = batch_of((512, 64, 16), torch.bfloat16)
     latents = c.kv_c.clone()

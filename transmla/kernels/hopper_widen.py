@@ -22,8 +22,9 @@ widen: Any = None
 if gluon is not None:
     # The bits of a float8 (e4m3) number, moved to the place of a wider format, are the number times a power of two
     # (2^-120 for bfloat16, 2^-8 for float16), subnormal numbers included. Four numbers at a time: two pairs of bytes
-    # move to the high bytes of two words; sign bits stay, all others move right. Two products undo the power of two and
-    # apply the factor of the row; as one number, both could exceed the format.
+    # move to the high bytes of two words; sign bits stay, all others move right. Products undo the power of two and
+    # apply the factor of the row: two in bfloat16, where one number for both could exceed the format, and one in
+    # float16, where the factor of small latents alone would be a subnormal number, which has few digits.
     _BYTES = "{ .reg .b32 a, b, c, d, k; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; "
     _SIGNS = "lop3.b32 a, a, 0x80008000, c, 0xEA; lop3.b32 b, b, 0x80008000, d, 0xEA; "
     TO_BFLOAT16 = gl.constexpr(
@@ -33,9 +34,10 @@ if gluon is not None:
     )  # fmt: skip
     TO_FLOAT16 = gl.constexpr(
         _BYTES + "shr.u32 c, a, 1; shr.u32 d, b, 1; and.b32 c, c, 0x3F803F80; and.b32 d, d, 0x3F803F80; " + _SIGNS +
-        "mov.b32 k, 0x5C005C00; mul.rn.f16x2 a, a, k; mul.rn.f16x2 b, b, k; "
         "mul.rn.f16x2 $0, a, $3; mul.rn.f16x2 $1, b, $4; }"
     )  # fmt: skip
+    # The power of two that TO_FLOAT16 takes in the factor of the row.
+    _FLOAT16_UNIT = gl.constexpr(2.0**8)
 
     @gluon.jit
     def _row(table, batch, table_batch, capacity, token, wanted, PAGE: gl.constexpr):
@@ -85,6 +87,8 @@ if gluon is not None:
         for down in gl.static_range(FROM, TO, DOWN):
             numbers = raw.slice(down, DOWN, dim=0).load(layout)
             factor = factors.slice(down, DOWN, dim=0).load(gl.SliceLayout(1, layout))
+            if wide.dtype == gl.float16:
+                factor = factor * _FLOAT16_UNIT
             factor, _ = gl.broadcast(factor.to(wide.dtype)[:, None], numbers)
             if wide.dtype == gl.bfloat16:
                 numbers = gl.inline_asm_elementwise(
