@@ -37,7 +37,7 @@ def test_too_little_memory(run: Run) -> None:
 def test_too_little_disk(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(place)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    says = "the export needs about"
+    says = "the conversion needs about"
     assert f"convert refuses this here: {says}" in " ".join(run("plan", "source", *OFF)[1].split())
     refuses(run, "convert", "source", "-o", "out", *OFF, says=says)
 

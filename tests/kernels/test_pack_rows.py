@@ -5,11 +5,17 @@ Without a GPU, the kernel runs in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transmla.kernels import pack_rows
 from transmla.kernels.pack_rows import pack_into, triton
+from transmla.runtime import packed_rows
 from transmla.runtime.packed_rows import FLOAT8, LARGEST, LEAST, pack, row_bytes, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +71,42 @@ def test_broken_latents_stay_broken(value: float) -> None:
     read = unpack(packed(kv_c, k_pe), 16, 4, torch.float32).full()[0]
     assert torch.equal(read[0, 0], torch.full((16,), LARGEST))
     assert not torch.isfinite(read[0, 1, 3])
+
+
+@pytest.mark.skipif(triton is None, reason="needs triton")
+def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may lie on several GPUs, of which one is the current one."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.clear()
+
+    monkeypatch.setattr(packed_rows, "packs", lambda *_: True)
+    monkeypatch.setattr(packed_rows, "pack_into", lambda parts, kv_c, *_: seen.append(current == [kv_c.device]))
+    monkeypatch.setattr(packed_rows, "current_device", recorded, raising=False)
+    seen: list[bool] = []
+    pack(torch.ones(1, 2, 16, device=DEVICE), torch.ones(1, 2, 4, device=DEVICE))
+    assert seen == [True]
+
+
+def test_the_plain_code_packs_what_the_kernel_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped tensors, and tensors without memory."""
+    launched: list[int] = []
+    monkeypatch.setattr(pack_rows, "on_gpu", lambda x: True, raising=False)
+    monkeypatch.setattr(packed_rows, "pack_into", lambda *_: launched.append(1))
+    kv_c, k_pe = torch.randn(3, 2, 16, device=DEVICE), torch.randn(3, 2, 4, device=DEVICE)
+    mapped = torch.vmap(pack)(kv_c, k_pe)
+    assert not launched
+    assert torch.equal(mapped.cpu(), plain(kv_c, k_pe))
+    with FakeTensorMode() as mode:
+        pack(mode.from_tensor(kv_c), mode.from_tensor(k_pe))
+    assert not launched
+    if triton is not None:
+        pack(kv_c, k_pe)
+        assert launched
 
 
 @pytest.mark.parametrize("lead", [(4, 1), (1, 3), (2, 1, 1)])

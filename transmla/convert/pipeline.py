@@ -247,7 +247,7 @@ def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
     parent = check_writable(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
-        what, or_else = ("healing", "leave it out (--heal off), ") if healing else ("export", "")
+        what, or_else = ("healing", "leave it out (--heal off), ") if healing else ("conversion", "")
         raise TransmlaError(
             f"the {what} needs about {needed / 1e9:.1f} GB of disk",
             limit=f"'{parent}' has {free / 1e9:.1f} GB free",

@@ -43,10 +43,16 @@ if triton is not None:
 
 
 def packs(kv_c: Tensor, k_pe: Tensor) -> bool:
-    """Whether ``pack_into`` can pack latents ``kv_c`` and rotary keys ``k_pe`` on their device."""
-    if triton is None or kv_c.device.type != "cuda" or not k_pe.shape[-1]:
+    """Whether ``pack_into`` can pack latents ``kv_c`` and rotary keys ``k_pe``: plain tensors on a device for it."""
+    if triton is None or kv_c.dtype not in DTYPES or not k_pe.shape[-1]:
         return False
-    return kv_c.dtype in DTYPES and torch.cuda.get_device_capability(kv_c.device) >= FLOAT8_FROM
+    mapped = torch._C._are_functorch_transforms_active()
+    return not mapped and type(kv_c) is Tensor and type(k_pe) is Tensor and on_gpu(kv_c)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` lies on a GPU whose kernels write float8 numbers."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= FLOAT8_FROM
 
 
 def pack_into(parts: Rows, kv_c: Tensor, k_pe: Tensor, least: float, largest: float) -> None:

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from transmla.kernels.custom_op import current_device
 from transmla.kernels.pack_rows import pack_into, packs
 from transmla.kernels.rows import Rows
 
@@ -50,7 +51,8 @@ def _pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
         return rows
     parts = unpack(rows, kv_c.shape[-1], k_pe.shape[-1], k_pe.dtype)
     if packs(kv_c, k_pe):
-        pack_into(parts, kv_c, k_pe, LEAST, LARGEST)
+        with current_device(kv_c.device):
+            pack_into(parts, kv_c, k_pe, LEAST, LARGEST)
         return rows
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(LEAST) / LARGEST
     # Rounded up to bfloat16, whose bits are the upper half of a float32's.
