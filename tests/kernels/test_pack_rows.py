@@ -86,7 +86,7 @@ def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest
 
     monkeypatch.setattr(packed_rows, "packs", lambda *_: True)
     monkeypatch.setattr(packed_rows, "pack_into", lambda parts, kv_c, *_: seen.append(current == [kv_c.device]))
-    monkeypatch.setattr(packed_rows, "current_device", recorded, raising=False)
+    monkeypatch.setattr(packed_rows, "current_device", recorded)
     seen: list[bool] = []
     pack(torch.ones(1, 2, 16, device=DEVICE), torch.ones(1, 2, 4, device=DEVICE))
     assert seen == [True]
@@ -95,12 +95,13 @@ def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest
 def test_the_plain_code_packs_what_the_kernel_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mapped tensors, and tensors without memory."""
     launched: list[int] = []
-    monkeypatch.setattr(pack_rows, "on_gpu", lambda x: True, raising=False)
-    monkeypatch.setattr(packed_rows, "pack_into", lambda *_: launched.append(1))
     kv_c, k_pe = torch.randn(3, 2, 16, device=DEVICE), torch.randn(3, 2, 4, device=DEVICE)
+    expected = plain(kv_c, k_pe)
+    monkeypatch.setattr(pack_rows, "on_gpu", lambda x: True)
+    monkeypatch.setattr(packed_rows, "pack_into", lambda *_: launched.append(1))
     mapped = torch.vmap(pack)(kv_c, k_pe)
     assert not launched
-    assert torch.equal(mapped.cpu(), plain(kv_c, k_pe))
+    assert torch.equal(mapped.cpu(), expected)
     with FakeTensorMode() as mode:
         pack(mode.from_tensor(kv_c), mode.from_tensor(k_pe))
     assert not launched
