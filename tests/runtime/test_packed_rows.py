@@ -50,6 +50,15 @@ def test_scales_are_bfloat16_numbers_that_no_latent_exceeds() -> None:
     assert ((least <= scale) & (scale <= least * (1 + 2**-7))).all()
 
 
+def test_every_nan_stays_nan() -> None:
+    bits = torch.tensor([0x7E00, 0x7FFF, 0x7C01, -1, -512], dtype=torch.int32).to(torch.int16)
+    kv_c = torch.ones(5, 1, 16, dtype=torch.float16)
+    kv_c[:, 0, 3] = bits.view(torch.float16)
+    rows = unpack(pack(kv_c, torch.ones(5, 1, 4, dtype=torch.float16)), 16, 4, torch.float16)
+    assert torch.isnan(rows.scale).all()
+    assert torch.isnan(rows.full()[0]).all()
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     rows = pack(torch.zeros(1, 2, 8), torch.ones(1, 2, 4))
     assert torch.equal(unpack(rows, 8, 4, torch.float32).full()[0], torch.zeros(1, 2, 8))

@@ -186,7 +186,7 @@ def choose_float8_tiles(rank: int) -> Tiles:
     """Return the sizes of the tiles of float8 latents with width r = ``rank``."""
     if rank > 256:
         return Tiles(512, 64, stages=2, raws=2, wides=2)
-    return Tiles(256, 64, stages=4, raws=4, wides=2)
+    return Tiles(256, 64, stages=4, raws=4, wides=3)
 
 
 def _fetchable(rows: Rows, tiles: Tiles) -> bool:

@@ -55,8 +55,8 @@ def _pack(kv_c: Tensor, k_pe: Tensor) -> Tensor:
             pack_into(parts, kv_c, k_pe, LEAST, LARGEST)
         return rows
     scale = kv_c.abs().amax(-1, keepdim=True).float().clamp_min(LEAST) / LARGEST
-    # Rounded up to bfloat16, whose bits are the upper half of a float32's.
-    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    # Rounded up to bfloat16, whose bits are the upper half of a float32's. The largest bits of a NaN would wrap around.
+    scale = ((scale.view(torch.int32).clamp_max(0x7FFF0000) + 0xFFFF) & -0x10000).view(torch.float32)
     parts.kv_c.copy_(kv_c / scale)
     cast(Tensor, parts.scale).copy_(scale[..., 0])
     parts.k_pe.copy_(k_pe)
