@@ -1,4 +1,4 @@
-"""Threads share a model: what one of them runs meanwhile changes nothing for the others."""
+"""Threads share a model: what one of them runs meanwhile changes nothing for the others. Nor does what a hook runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.load import mla_layers
 
 
-def interrupt(model: Any, call: Any) -> None:
-    """Let another thread run ``call`` once while the second layer of ``model`` projects its rows."""
+def interrupt(model: Any, call: Any, *, same_thread: bool = False) -> None:
+    """Let another thread, or the same, run ``call`` once while the second layer of ``model`` projects its rows."""
 
     def hook(*_: Any) -> None:
         handle.remove()
+        if same_thread:
+            call()
+            return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(call).result()
 
@@ -36,16 +39,18 @@ def read(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     return logits
 
 
+@pytest.mark.parametrize("same_thread", [False, True])
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("kind", ["dynamic", "prefix"])
-def test_another_thread_reads_meanwhile(kind: str, cache_dtype: str | None, tmp_path: Path) -> None:
+def test_other_rows_are_read_meanwhile(kind: str, cache_dtype: str | None, same_thread: bool, tmp_path: Path) -> None:
     model = transmla.accelerate(stock_model("llama", tmp_path, keep=()), cache_dtype=cache_dtype)
     tokens = longer(model, LONG)
 
     def run() -> Tensor:
         cache = transmla.shared_prefix(model, tokens[:1, :7]) if kind == "prefix" else DynamicCache(config=model.config)
         if meanwhile:
-            interrupt(model, lambda: read(model, tokens[:, 5:9], DynamicCache(config=model.config)))
+            other = DynamicCache(config=model.config)
+            interrupt(model, lambda: read(model, tokens[:, 5:9], other), same_thread=same_thread)
         return read(model, tokens, cache)
 
     meanwhile = False

@@ -21,7 +21,7 @@ except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
 from transmla.kernels.hopper_mask import assignment
-from transmla.kernels.hopper_tiles import HEIGHT, following, group_barrier, keep, previous, reinterpret
+from transmla.kernels.hopper_tiles import HEIGHT, following, group_barrier, keep_sums, previous, reinterpret
 from transmla.kernels.hopper_weights import hide, multiply, soften, stage_queries, store_lse
 from transmla.kernels.hopper_widen import fetch_part, hand_on, load_scales, receive, widen
 
@@ -122,10 +122,9 @@ if gluon is not None:
         raw_at, raw_phase, coming_at, wide_at, slot, phase = 0, 0, 0, 0, 0, 0
         for ahead in gl.static_range(AHEAD):
             coming = first + ahead
-            receive(scales, factors, arrived, raw_at, raw_phase, coming < last)
-            scales = load_scales(
-                kv_scale, table, batch, table_batch, capacity, scale_token, coming + 1, last, length, lane_l, TOKENS,
-                PAGE,
+            scales = receive(
+                scales, factors, arrived, raw_at, raw_phase, kv_scale, table, batch, table_batch, capacity,
+                scale_token, coming, last, length, lane_l, TOKENS, PAGE,
             )  # fmt: skip
             raw = raw_s.index(raw_at).slice(START, HALF, dim=1)
             widen(raw, wide_s.index(coming_at).slice(START, HALF, dim=1), factors, 0, TOKENS, HALF)
@@ -140,10 +139,9 @@ if gluon is not None:
         for tile in range(first, last):
             # Behind the last tile, an old tile is widened again and is not used: without a branch, products continue.
             coming = tile + AHEAD
-            receive(scales, factors, arrived, raw_at, raw_phase, coming < last)
-            scales = load_scales(
-                kv_scale, table, batch, table_batch, capacity, scale_token, coming + 1, last, length, lane_l, TOKENS,
-                PAGE,
+            scales = receive(
+                scales, factors, arrived, raw_at, raw_phase, kv_scale, table, batch, table_batch, capacity,
+                scale_token, coming, last, length, lane_l, TOKENS, PAGE,
             )  # fmt: skip
             raw = raw_s.index(raw_at).slice(START, HALF, dim=1)
             widened = wide_s.index(coming_at).slice(START, HALF, dim=1)
@@ -175,15 +173,9 @@ if gluon is not None:
             wide_at, _ = following(wide_at, 0, WIDES)
             coming_at, _ = following(coming_at, 0, WIDES)
         mbarrier.wait(done.index(0), 0)
-        mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, values_l))
-        rank = START + gl.arange(0, HALF, layout=gl.SliceLayout(0, values_l))
-        whole = 0
-        if DIVIDED:
-            # A piece without a partial result is a whole sequence.
-            whole = gl.where(unit < 0, rows, 0)
-            keep(out + batch.to(gl.int64) * rows * RANK, row, rank, whole, mixed, RANK, RANK_BLOCK)
-        keep(parts + unit.to(gl.int64) * rows * RANK, row, rank, rows - whole, mixed, RANK, RANK_BLOCK)
+        keep_sums(
+            out, parts, mixed, total_s, rows, block, batch, unit, RANK, RANK_BLOCK, START, values_l, DIVIDED
+        )  # fmt: skip
 
     # These arguments change while a cache grows, and must not trigger recompilation.
     @gluon.jit(do_not_specialize=["total", "splits", "capacity", "pe_capacity"])

@@ -24,7 +24,16 @@ except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
 from transmla.kernels.hopper_mask import assignment
-from transmla.kernels.hopper_tiles import HEIGHT, clear, fetch, following, group_barrier, keep, previous, reinterpret
+from transmla.kernels.hopper_tiles import (
+    HEIGHT,
+    clear,
+    fetch,
+    following,
+    group_barrier,
+    keep_sums,
+    previous,
+    reinterpret,
+)
 from transmla.kernels.hopper_weights import hide, multiply, soften, stage_queries, store_lse
 
 if gluon is not None:
@@ -128,15 +137,9 @@ if gluon is not None:
                 mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = following(slot, phase, STAGES)
         mbarrier.wait(done.index(0), 0)
-        mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, values_l)))[:, None]
-        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, values_l))
-        rank = START + gl.arange(0, HALF, layout=gl.SliceLayout(0, values_l))
-        whole = 0
-        if DIVIDED:
-            # A piece without a partial result is a whole sequence.
-            whole = gl.where(unit < 0, rows, 0)
-            keep(out + batch.to(gl.int64) * rows * RANK, row, rank, whole, mixed, RANK, RANK_BLOCK)
-        keep(parts + unit.to(gl.int64) * rows * RANK, row, rank, rows - whole, mixed, RANK, RANK_BLOCK)
+        keep_sums(
+            out, parts, mixed, total_s, rows, block, batch, unit, RANK, RANK_BLOCK, START, values_l, DIVIDED
+        )  # fmt: skip
 
     # These arguments change while a cache grows, and must not trigger recompilation.
     @gluon.jit(do_not_specialize=["total", "splits", "capacity", "pe_capacity"])

@@ -17,9 +17,10 @@ ROWS = 64
 HEIGHT: Any = None
 clear: Any = None
 fetch: Any = None
+first_row: Any = None
 following: Any = None
 group_barrier: Any = None
-keep: Any = None
+keep_sums: Any = None
 previous: Any = None
 reinterpret: Any = None
 stage: Any = None
@@ -45,6 +46,14 @@ if gluon is not None:
         return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
     @gluon.jit
+    def first_row(table, batch, table_batch, capacity, token, wanted, PAGE: gl.constexpr):
+        """Return the row of ``token`` of a sequence in the matrix with the rows of all sequences or pages."""
+        row = batch * capacity + token
+        if PAGE:
+            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
+        return row
+
+    @gluon.jit
     def fetch(
         kv, pe, kv_s, pe_s, full, slot, table, batch, table_batch, capacity, pe_capacity, tile, last,
         TOKENS: gl.constexpr, PAGE: gl.constexpr,
@@ -52,10 +61,8 @@ if gluon is not None:
         """Start to load tile ``tile``, if it is before ``last``; the barrier ``full`` completes on its arrival."""
         wanted = tile < last
         token = tile * TOKENS
-        row, pe_row = batch * capacity + token, batch * pe_capacity + token
-        if PAGE:
-            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
-            pe_row = row
+        row = first_row(table, batch, table_batch, capacity, token, wanted, PAGE)
+        pe_row = row if PAGE else batch * pe_capacity + token
         bar = full.index(slot)
         mbarrier.expect(bar, kv.block_type.nbytes + pe.block_type.nbytes, wanted)
         tma_load(kv, [row, 0], bar, kv_s.index(slot), wanted)
@@ -81,7 +88,23 @@ if gluon is not None:
         group_barrier()
 
     @gluon.jit
-    def keep(target, row, rank, rows, mixed, RANK: gl.constexpr, RANK_BLOCK: gl.constexpr):
+    def keep_sums(
+        out, parts, mixed, total_s, rows, block, batch, unit, RANK: gl.constexpr, RANK_BLOCK: gl.constexpr,
+        START: gl.constexpr, LAYOUT: gl.constexpr, DIVIDED: gl.constexpr,
+    ):  # fmt: skip
+        """Divide the sums ``mixed`` [HEIGHT, HALF] by those of the weights, and store them from column START on."""
+        mixed = mixed * (1 / total_s.load(gl.SliceLayout(1, LAYOUT)))[:, None]
+        row = block * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, LAYOUT))
+        rank = START + gl.arange(0, mixed.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        whole = 0
+        if DIVIDED:
+            # A piece without a partial result is a whole sequence.
+            whole = gl.where(unit < 0, rows, 0)
+            _keep(out + batch.to(gl.int64) * rows * RANK, row, rank, whole, mixed, RANK, RANK_BLOCK)
+        _keep(parts + unit.to(gl.int64) * rows * RANK, row, rank, rows - whole, mixed, RANK, RANK_BLOCK)
+
+    @gluon.jit
+    def _keep(target, row, rank, rows, mixed, RANK: gl.constexpr, RANK_BLOCK: gl.constexpr):
         """Store the first ``rows`` rows and RANK columns of ``mixed``."""
         held = (row < rows)[:, None]
         if RANK < RANK_BLOCK:

@@ -11,7 +11,7 @@ try:
 except ImportError:  # Triton is missing or older than 3.6
     gluon = None
 
-from transmla.kernels.hopper_tiles import group_barrier, tma_load
+from transmla.kernels.hopper_tiles import first_row, group_barrier, tma_load
 
 fetch_part: Any = None
 hand_on: Any = None
@@ -40,21 +40,13 @@ if gluon is not None:
     _FLOAT16_UNIT = gl.constexpr(2.0**8)
 
     @gluon.jit
-    def _row(table, batch, table_batch, capacity, token, wanted, PAGE: gl.constexpr):
-        """Return the first row of the tile at ``token``: in the matrix of all sequences or pages."""
-        row = batch * capacity + token
-        if PAGE:
-            row = gl.load(table + batch * table_batch + token // PAGE, mask=wanted, other=0) * PAGE + token % PAGE
-        return row
-
-    @gluon.jit
     def fetch_part(
         source, ring, arrived, slot, table, batch, table_batch, capacity, tile, last, TOKENS: gl.constexpr,
         PAGE: gl.constexpr,
     ):  # fmt: skip
         """Start to load tile ``tile`` of ``source``, if it is before ``last``."""
         wanted = tile < last
-        row = _row(table, batch, table_batch, capacity, tile * TOKENS, wanted, PAGE)
+        row = first_row(table, batch, table_batch, capacity, tile * TOKENS, wanted, PAGE)
         bar = arrived.index(slot)
         mbarrier.expect(bar, source.block_type.nbytes, wanted)
         tma_load(source, [row, 0], bar, ring.index(slot), wanted)
@@ -66,7 +58,7 @@ if gluon is not None:
     ):  # fmt: skip
         """Load the scales [TOKENS] of a tile; zeros behind the end of the sequence, where memory may hold NaN."""
         wanted = tile < last
-        row = _row(table, batch, table_batch, capacity, tile * TOKENS, wanted, PAGE)
+        row = first_row(table, batch, table_batch, capacity, tile * TOKENS, wanted, PAGE)
         lane = gl.arange(0, TOKENS, layout=layout)
         inside = wanted & (tile * TOKENS + lane < length)
         return gl.load(kv_scale + (row + lane).to(gl.int64) * scale_token, mask=inside, other=0.0)
@@ -101,11 +93,21 @@ if gluon is not None:
             wide.slice(down, DOWN, dim=0).store(numbers)
 
     @gluon.jit
-    def receive(scales, factors, arrived, raw_at, raw_phase, wanted):
-        """Put the ``scales`` [TOKENS] of a raw tile in shared memory, and wait for the tile if it is ``wanted``."""
+    def receive(
+        scales, factors, arrived, raw_at, raw_phase, kv_scale, table, batch, table_batch, capacity, scale_token, coming,
+        last, length, layout: gl.constexpr, TOKENS: gl.constexpr, PAGE: gl.constexpr,
+    ):  # fmt: skip
+        """Wait for the raw tile ``coming``, if it is before ``last``, and put its ``scales`` in shared memory.
+
+        Returns:
+            The scales of the tile behind it [TOKENS], whose loads take as long as a tile.
+        """
         factors.store(scales)
         group_barrier()
-        mbarrier.wait(arrived.index(raw_at), raw_phase, pred=wanted)
+        mbarrier.wait(arrived.index(raw_at), raw_phase, pred=coming < last)
+        return load_scales(
+            kv_scale, table, batch, table_batch, capacity, scale_token, coming + 1, last, length, layout, TOKENS, PAGE
+        )  # fmt: skip
 
     @gluon.jit
     def hand_on(

@@ -115,11 +115,15 @@ class LatentAttention(nn.Module):
             finally:
                 self.step = None
         thread = _thread()
+        # A hook may run the model again within this call.
+        outer = self.running.get(thread)
         self.running[thread] = grow_cache(cache, self.layer_idx, self.ranks, packed=self.packed)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del self.running[thread]
+            self.running[thread] = outer
+            if outer is None:
+                self.running.pop(thread)
 
     @property
     def cached(self) -> LatentLayer | PackedStaticLayer | None:
