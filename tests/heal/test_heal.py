@@ -209,24 +209,31 @@ def test_trackers_log_the_held_out_curve(make_healing: Callable[..., Healing], t
     }
 
 
-def test_a_nan_loss_rolls_back_at_half_the_rate(
-    make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_rolls_back_at_half_the_rate(
+    what: str, make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original_step, calls = loops.Loop._step, 0
 
     def step_with_nan(self: Any, rows: Tensor) -> float:
         nonlocal calls
         calls += 1
-        if calls == 7:
+        if calls == 7 and what == "loss":
             with torch.no_grad():
                 self.parameters[0].fill_(math.nan)
-        return original_step(self, rows)
+        factor = math.nan if calls == 7 and what == "gradient" else 1.0
+        hook = self.parameters[0].register_hook(lambda gradient: gradient * factor)
+        loss = original_step(self, rows)
+        hook.remove()
+        assert math.isnan(loss) == (calls == 7)
+        return loss
 
     monkeypatch.setattr(loops.Loop, "_step", step_with_nan)
     healed = heal(make_healing())
     record = json.loads((healed / "transmla.json").read_text())["healing"][-1]
     assert record["rollbacks"] == 1
     assert [point["step"] for point in record["curve"]] == [0, 3, 6, 9, 12]
+    assert record["held_out_kl"]["after"] < record["held_out_kl"]["before"]
     assert all(bool(t.isfinite().all()) for t in load(healed).state_dict().values())
 
 

@@ -119,8 +119,11 @@ class Loop:
     def _step(self, rows: Tensor) -> float:
         """Train one step on this process's part of ``rows`` [batch, length].
 
+        A step whose loss or gradient is not finite ruins the weights, which a rollback then loads again. So the host
+        launches the whole step before it waits for the loss.
+
         Returns:
-            The mean loss over all processes; NaN, with no optimiser step, if the loss or gradient is not finite.
+            The mean loss over all processes; NaN if the loss or gradient is not finite.
         """
         accelerator = self.accelerator
         size = len(rows) // accelerator.num_processes
@@ -128,15 +131,10 @@ class Loop:
         self.model.train()
         total = self.passes.gradients(local_rows.to(accelerator.device), self.settings.accumulate)
         norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
-        mean_loss = float(accelerator.reduce(total, "mean"))
-        # A NaN gradient would ruin the weights even when the loss is finite. (DeepSpeed has already stepped here; the
-        # rollback reloads the weights from the last saved state.)
-        if math.isfinite(mean_loss) and math.isfinite(float(norm)):
-            self.optimiser.step()
-        else:
-            mean_loss = math.nan
+        self.optimiser.step()
         self.passes.clear()
-        return mean_loss
+        mean_loss = float(accelerator.reduce(total, "mean"))
+        return mean_loss if math.isfinite(float(norm)) else math.nan
 
     @torch.no_grad()
     def held_out_kl(self) -> float:
