@@ -147,7 +147,7 @@ def _show_processes(summary: dict[str, Any]) -> None:
     if on_gpus:
         say(f"start: {summary['launch']}")
     else:
-        say("processes on a CPU share its cores, so they take as long as one")
+        say("processes on a CPU share its cores: the time is that of one process")
 
 
 def _takes(runtime: dict[str, Any]) -> str:
