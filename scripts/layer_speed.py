@@ -27,9 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transmla.convert.pipeline import convert
-from transmla.convert.prepare import prepare, summarise
+from transmla.convert.prepare import prepare, process_bytes, summarise
 from transmla.export.manifest import Manifest
-from transmla.plan.estimate import device_bytes
 from transmla.ranks import Ranks, launched, leave
 from transmla.recipe import parse_recipe
 from transmla.reporter import Silent, Timed
@@ -85,9 +84,6 @@ def measure(source: Path, arguments: argparse.Namespace, ranks: Ranks) -> dict[s
     amount = prepared.recipe.calibration.sequences or 1, prepared.recipe.calibration.length or 1
     torch.manual_seed(0)
     tokens, estimated = torch.randint(0, arguments.vocabulary, amount), summarise(prepared)
-    needed = estimated["memory_bytes"]
-    if arguments.device.startswith("cuda"):
-        needed = device_bytes(prepared.plan, *amount, prepared.fit)
     timed, device = Timed(Silent()), torch.device(arguments.device)
     reset_peak(device)
     kernels: list[dict[str, Any]] = []
@@ -116,7 +112,7 @@ def measure(source: Path, arguments: argparse.Namespace, ranks: Ranks) -> dict[s
         "estimated seconds a layer": round(estimated["seconds"] / arguments.layers, 2),
         "peak GiB": round(peak_bytes(device) / 2**30, 1),
         # On a GPU without the hidden states between layers, which go to the computer's memory if need be.
-        "estimated GiB": round(needed / 2**30, 1),
+        "estimated GiB": round(process_bytes(prepared) / 2**30, 1),
         "kernels": kernels,
     }
 

@@ -18,7 +18,14 @@ from transformers import AutoConfig
 from transmla.artifacts import AttentionSpec
 from transmla.convert.prepare import default_amounts
 from transmla.plan.estimate import device_bytes, disk_bytes, memory_bytes
-from transmla.plan.estimate_time import EXPERT_SECONDS, PASSES, TOKENS_PER_STEP
+from transmla.plan.estimate_time import (
+    EXPERT_SECONDS,
+    FITTING_UNDIVIDED,
+    OBSERVING_UNDIVIDED,
+    PASSES,
+    TOKENS_PER_STEP,
+    divided,
+)
 from transmla.plan.fit_settings import FitSettings, fit_settings
 from transmla.plan.make_plan import make_plan
 from transmla.recipe import parse_recipe
@@ -73,7 +80,8 @@ class Cost:
 
     def seconds(self, processes: int) -> float:
         """Return the seconds of a layer on ``processes`` GPUs that share sequences and steps."""
-        return self.read + (self.observe + self.fit) / processes + self.factorise + self.write
+        shared = divided(self.observe, processes, OBSERVING_UNDIVIDED) + divided(self.fit, processes, FITTING_UNDIVIDED)
+        return self.read + shared + self.factorise + self.write
 
 
 def cost(spec: AttentionSpec, active: int | None, tokens: int, fit: FitSettings) -> Cost:

@@ -120,6 +120,38 @@ class Ranks:
                     row.copy_(sent)
 
 
+def local_size() -> int:
+    """Return how many processes of this launch run on this computer."""
+    if "LOCAL_RANK" not in os.environ:
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launch(device: str, size: int, local: int) -> None:
+    """Check that each of several processes can have a GPU of its own, or that all use the CPU.
+
+    Args:
+        device: name of the device that the user chose.
+        size: number of processes, at least 2.
+        local: number of those on this computer.
+
+    Raises:
+        TransmlaError: if the device is one certain GPU, or if there are more processes than GPUs.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise TransmlaError(
+            f"--device {device} was given to {size} processes",
+            limit="each process takes the GPU of its own number",
+            remedy="leave --device out, and choose GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    if not _on_cpu(device) and local > torch.cuda.device_count():
+        raise TransmlaError(
+            f"{local} processes were started for {torch.cuda.device_count()} GPUs",
+            limit="each process needs a GPU of its own",
+            remedy="lower --num_processes of accelerate, or --nproc_per_node of torchrun",
+        )
+
+
 def launched(device: str) -> Ranks:
     """Return the processes that accelerate or torchrun started for this run, after connecting them.
 
@@ -129,28 +161,15 @@ def launched(device: str) -> Ranks:
         device: name of the device that the user chose; ``auto``, ``cuda`` or ``cpu`` if there are several processes.
 
     Raises:
-        TransmlaError: if the device is one certain GPU, or if there are more processes than GPUs.
+        TransmlaError: as ``check_launch``.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "LOCAL_RANK" not in os.environ:
         return Ranks()
     from accelerate import PartialState
 
-    if device not in ("auto", "cuda", "cpu"):
-        raise TransmlaError(
-            f"--device {device} was given to {size} processes",
-            limit="each process takes the GPU of its own number",
-            remedy="leave --device out, and choose GPUs with CUDA_VISIBLE_DEVICES",
-        )
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    if not on_cpu and local > torch.cuda.device_count():
-        raise TransmlaError(
-            f"{local} processes were started for {torch.cuda.device_count()} GPUs",
-            limit="each process needs a GPU of its own",
-            remedy="lower --num_processes of accelerate, or --nproc_per_node of torchrun",
-        )
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    check_launch(device, size, local_size())
+    state = PartialState(cpu=_on_cpu(device), timeout=PATIENCE)
     return Ranks(state.process_index, state.num_processes)
 
 
@@ -158,6 +177,11 @@ def leave() -> None:
     """End the connection that ``launched`` made, if it is still there."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _on_cpu(device: str) -> bool:
+    """Return whether processes that were started with the device called ``device`` use the CPU."""
+    return device == "cpu" or not torch.cuda.is_available()
 
 
 def _portable(error: Exception) -> Exception:

@@ -7,9 +7,11 @@ The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A k
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transmla.convert.pipeline import check_disk, check_room, convert, output_folder
 from transmla.convert.prepare import Prepared, prepare, with_plan
@@ -21,11 +23,13 @@ from transmla.export.unfinished import refuse_no_folder
 from transmla.export.workspace import Workspace
 from transmla.files import remove_folder
 from transmla.heal.batches import HealingTexts, read_texts
-from transmla.heal.choose import Choice, choose_healing
+from transmla.heal.choose import Choice, choose_healing, estimated_seconds
+from transmla.heal.memory import load_of, memory_bytes
 from transmla.heal.resume import Store
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
-from transmla.ranks import launched
+from transmla.plan.estimate_time import Rates
+from transmla.ranks import check_launch, launched
 from transmla.recipe import Recipe
 from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
@@ -197,14 +201,20 @@ def _divided(choice: Choice, processes: int) -> Choice:
 
 
 def refusals(prepared: Prepared, choice: Choice) -> list[str]:
-    """Return why ``convert_and_heal`` would refuse a conversion for want of memory or disk, one line each.
+    """Return why ``convert_and_heal`` would refuse a conversion here, one line each.
+
+    These are too many processes, and too little memory or disk.
 
     Args:
-        prepared: the conversion.
+        prepared: the conversion; all its processes run on this computer.
         choice: the healing that ends it.
     """
     output, calibration = Path(prepared.recipe.output), prepared.recipe.calibration
-    checks = [partial(check_room, prepared, output, (calibration.sequences or 0, calibration.length or 0))]
+    checks: list[Callable[[], object]] = []
+    if (processes := prepared.processes) > 1:
+        checks = [partial(check_launch, prepared.recipe.device, processes, processes)]
+        checks += [partial(_divided, choice, processes)]
+    checks += [partial(check_room, prepared, output, (calibration.sequences or 0, calibration.length or 0))]
     if choice.disk_bytes:
         checks.append(partial(check_disk, output, choice.disk_bytes, healing=True))
     found = []
@@ -214,6 +224,35 @@ def refusals(prepared: Prepared, choice: Choice) -> list[str]:
         except TransmlaError as error:
             found.append(str(error))
     return found
+
+
+def healing_by_way(prepared: Prepared, choice: Choice, rates: Rates) -> dict[str, dict[str, Any]]:
+    """Return what each process of the healing ``choice`` needs, by the way in which the processes divide it.
+
+    Args:
+        prepared: the conversion, of several processes on this computer.
+        choice: the healing that ends it.
+        rates: rates of the device of one process.
+
+    Returns:
+        ``ddp`` (the whole student in each process) and on GPUs ``fsdp2`` (its weights divided), each with
+        ``memory_bytes`` of one process and ``seconds`` (None if minutes were asked); empty if there is no healing.
+    """
+    processes, device = prepared.processes, prepared.device
+    try:
+        divided = _divided(choice, processes)
+    except TransmlaError:  # one of the refusals
+        return {}
+    if divided.settings is None:
+        return {}
+    settings = healing_settings(prepared, Path("unhealed"), Path(prepared.recipe.output), divided)
+    on_gpus, ways = device.type == "cuda", {}
+    # accelerate shards on GPUs only.
+    for way, sharded in (("ddp", False), ("fsdp2", True))[: 2 if on_gpus else 1]:
+        load = load_of(settings, processes, half=on_gpus, sharded=sharded)
+        seconds = estimated_seconds(divided, prepared.plan, rates, processes, sharded=sharded)
+        ways[way] = {"memory_bytes": memory_bytes(prepared.plan, load), "seconds": seconds}
+    return ways
 
 
 def healing_settings(prepared: Prepared, unhealed: Path, output: Path, choice: Choice) -> Healing:

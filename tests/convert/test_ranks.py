@@ -139,6 +139,15 @@ def test_an_error_of_the_first_process_ends_all(folder: Path) -> None:
     assert not list(folder.glob("short*/"))[1:]  # the logs alone
 
 
+def test_the_memory_of_all_processes_is_counted(folder: Path) -> None:
+    """Where one process has room, two are refused as `plan --processes 2` says (tests/cli/test_plan_processes.py)."""
+    for size, codes in ((1, [0]), (2, [2, 2])):
+        logs = folder / f"free-{size}-logs"
+        argv = command(folder, "llama", f"free-{size}", "--reconstruct", "off")
+        assert run(size, convert, (argv, {"free": 9 * 10**8}), logs) == codes
+    assert "of memory for 2 processes; 0.9 GB are free; use --num_processes 1" in " ".join(log(logs).split())
+
+
 def test_a_healing_follows(folder: Path) -> None:
     argv = command(folder, "llama", "healed", "--reconstruct", "fast", "--heal", "0.02")
     export = converted(2, folder, "healed", argv)

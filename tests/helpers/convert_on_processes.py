@@ -19,7 +19,7 @@ import torch
 
 from helpers.heal_on_two_processes import FORKS
 from transmla.cli import app
-from transmla.convert import shard_writer
+from transmla.convert import memory, shard_writer
 from transmla.plan.fit_settings import FITS
 from transmla.source import samples
 
@@ -63,13 +63,15 @@ def _start(rank: int, size: int, port: int, log: str, work: Callable[..., None],
 def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
     """Run ``transmla convert``.
 
-    ``changes``: settings of fits by name (``fits``); the folder that caches samples (``cache``); and the layer after
-    which the first process kills itself (``kill``).
+    ``changes``: settings of fits by name (``fits``); the folder that caches samples (``cache``); the layer after which
+    the first process kills itself (``kill``); and the bytes of memory that all processes may hold together (``free``).
     """
     for name, settings in changes.get("fits", {}).items():
         FITS[name] = replace(FITS[name], **settings)
     shard_writer.SAVE_SECONDS = 0
     samples._cache_file = lambda digest: Path(changes["cache"]) / digest if "cache" in changes else None
+    if "free" in changes:
+        memory.free_memory, memory.resident_memory = lambda: changes["free"], lambda: 0
     if "kill" in changes and rank == 0:
         _kill_after(changes["kill"])
     sys.argv = ["transmla", "convert", *argv]

@@ -104,8 +104,9 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
         ["runtime", "takes it", "how"],
         [[r["name"], _takes(r), r["note"]] for r in summary["runtimes"]],
     )
+    together = f" for {summary['processes']} processes" if "processes" in summary else ""
     say(
-        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM, {duration(summary['seconds'])} on"
+        f"conversion: about {gigabytes(summary['memory_bytes'])} RAM{together}, {duration(summary['seconds'])} on"
         f" {summary['device']} (reconstruction {summary['reconstruct']}; texts, samples and healing not counted)"
     )
     if summary.get("choosing_seconds"):
@@ -124,10 +125,29 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
     if summary.get("healing"):
         took = summary.get("healing_seconds")
         say(summary["healing"] + (f": about {duration(took)}" if took else ""))
+    if "processes" in summary:
+        _show_processes(summary)
     for refusal in summary.get("refused", ()):
         out.print(f"[red]convert refuses this here:[/] {escape(printable(refusal))}", highlight=False)
     for note in plan.notes:
         out.print(f"[yellow]note:[/] {escape(printable(note))}", highlight=False)
+
+
+def _show_processes(summary: dict[str, Any]) -> None:
+    """Print what each of several processes needs, and the command that starts them."""
+    count, on_gpus = summary["processes"], summary["launch"] is not None
+    ways = {"ddp": "healing, whole student on each", "fsdp2": "healing, student divided (fsdp2.yaml)"}
+    parts = {"conversion": (summary["process_memory_bytes"], summary["seconds"])}
+    parts |= {ways[way]: (each["memory_bytes"], each["seconds"]) for way, each in summary["healing_by_way"].items()}
+    table(
+        f"each of {count} {'GPUs' if on_gpus else 'processes'}",
+        ["", "memory", "time"],
+        [[name, gigabytes(size), "–" if took is None else duration(took)] for name, (size, took) in parts.items()],
+    )
+    if on_gpus:
+        say(f"start: {summary['launch']}")
+    else:
+        say("processes on a CPU share its cores: the time is that of one process")
 
 
 def _takes(runtime: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from transmla.cli.early import load_libraries, refuse_recipe, refuse_run
-from transmla.cli.options import JsonOption, overrides, with_recipe_options
+from transmla.cli.early import load_libraries, refuse_processes, refuse_recipe, refuse_run
+from transmla.cli.options import JsonOption, command_line, overrides, with_recipe_options
 from transmla.files import json_text
 from transmla.recipe import Recipe, parse_recipe, read_recipe
 
@@ -47,28 +47,53 @@ def families(
 
 
 @with_recipe_options("calibration")
-def plan(source: SourceArgument, *, as_json: JsonOption = False, **options: Any) -> None:
+def plan(
+    source: SourceArgument,
+    *,
+    processes: Annotated[
+        int,
+        typer.Option(
+            help="Processes that will share the work on one machine, each with a GPU of its own: accelerate's "
+            "--num_processes."
+        ),
+    ] = 1,
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
     """Show what a conversion would do: shape, cache, contexts, runtimes and cost. Converts nothing.
 
     Reads headers only: of a Hub id no weights are downloaded, and a .gguf file is not unpacked.
 
+    With --processes 2, the cost is that of a conversion on two GPUs of this machine: the RAM of both processes, the
+    memory of each GPU, the time when they share the work, and the command that starts them.
+
     Example: transmla plan meta-llama/Llama-3.1-8B --cache-ratio 0.25
     """
+    refuse_processes(processes)
     recipe = _recipe(source, options | {"output": "unused"})
     load_libraries()
     from transmla.cli import console
-    from transmla.convert.prepare import prepare, rates_of, summarise
+    from transmla.convert.prepare import prepare, process_bytes, rates_of, summarise
     from transmla.heal.choose import estimated_seconds
-    from transmla.workflow import choice_for, refusals
+    from transmla.workflow import choice_for, healing_by_way, refusals
 
-    prepared = prepare(recipe, weights=False)
+    prepared = prepare(recipe, weights=False, processes=processes)
     choice, rates = choice_for(prepared), rates_of(prepared)
     summary = summarise(prepared, rates) | {
         "healing": choice.reason or None,
         "healing_disk_bytes": choice.disk_bytes,
-        "healing_seconds": estimated_seconds(choice, prepared.plan, rates),
+        "healing_seconds": estimated_seconds(choice, prepared.plan, rates, processes),
         "refused": refusals(prepared, choice),
     }
+    if processes > 1:
+        launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "-m", "transmla"]
+        on_gpus = prepared.device.type == "cuda"
+        summary |= {
+            "processes": processes,
+            "process_memory_bytes": process_bytes(prepared),
+            "healing_by_way": healing_by_way(prepared, choice, rates),
+            "launch": shlex.join([*launcher, "convert", source, *command_line(options)]) if on_gpus else None,
+        }
     if as_json:
         print(json_text(summary))
     else:

@@ -41,6 +41,20 @@ def refuse_recipe(recipe: Recipe) -> None:
     check_source(recipe.source)
 
 
+def refuse_processes(number: int) -> None:
+    """Check a number of processes.
+
+    Raises:
+        TransmlaError: if it is below 1.
+    """
+    if number < 1:
+        raise TransmlaError(
+            f"--processes {number} is no number of processes",
+            limit="at least 1",
+            remedy="give the number of GPUs that will share the work",
+        )
+
+
 def refuse_run(output: str, texts: Iterable[str], *, resume: bool) -> None:
     """Check the output of a conversion or healing, and that the files of its texts are there.
 

@@ -69,6 +69,19 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value != []}
 
 
+def command_line(options: dict[str, Any]) -> list[str]:
+    """Return the flags that were given, as they are written on a command line."""
+    words = []
+    for name, value in given_options(options).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [f"--{flag}", str(one)]
+    return words
+
+
 def section_options(given: dict[str, Any], model: type[BaseModel], main: str, *, wanted: bool) -> dict[str, Any]:
     """Return the flags in ``given`` that are fields of ``model``.
 

@@ -11,6 +11,7 @@ from transmla.convert.prepare import AMOUNTS, Prepared
 from transmla.errors import TransmlaError
 from transmla.plan.estimate import device_bytes, memory_bytes
 from transmla.plan.fit_settings import FITS, OFF, FitSettings, fit_settings
+from transmla.ranks import local_size
 from transmla.source.memory import free_memory, free_memory_of, resident_memory
 
 # Hidden states go to the disk if the estimate of everything exceeds this share of the memory.
@@ -33,6 +34,7 @@ class Work:
         fit: settings of the fit; None if layers are not fitted.
         sequences: number of calibration sequences.
         length: tokens per sequence.
+        processes: number of processes on this computer.
     """
 
     device: torch.device
@@ -40,11 +42,15 @@ class Work:
     fit: FitSettings | None
     sequences: int
     length: int
+    processes: int = 1
 
 
 def holds_streams(prepared: Prepared, tokens: int) -> bool:
-    """Return whether the computer's memory holds the hidden states of ``tokens`` calibration tokens with all else."""
-    needed = memory_bytes(prepared.plan, tokens, prepared.fit, prepared.device)
+    """Return whether the computer's memory holds the hidden states of ``tokens`` calibration tokens with all else.
+
+    Each process holds them.
+    """
+    needed = memory_bytes(prepared.plan, tokens, prepared.fit, prepared.device, processes=prepared.processes)
     return needed <= HELD * _within_reach()
 
 
@@ -67,7 +73,8 @@ def memory_shortage(prepared: Prepared, sequences: int, length: int) -> Transmla
         sequences: number of calibration sequences.
         length: tokens per sequence.
     """
-    work = Work(prepared.device, prepared.recipe.reconstruct, prepared.fit, sequences, length)
+    recipe, processes = prepared.recipe, prepared.processes
+    work = Work(prepared.device, recipe.reconstruct, prepared.fit, sequences, length, processes)
     lacking = _lacking(prepared, work)
     if lacking is None:
         return None
@@ -83,8 +90,9 @@ def _lacking(prepared: Prepared, work: Work) -> tuple[str, int, int] | None:
     """Return which memory certainly does not hold ``work``, its estimate and the free bytes; None if all may."""
     tokens = work.sequences * work.length
     # Hidden states that the memory does not hold go to the disk.
-    needed = memory_bytes(prepared.plan, tokens, work.fit, work.device, streams=False)
-    places = [("memory", needed, _within_reach(), CERTAIN)]
+    needed = memory_bytes(prepared.plan, tokens, work.fit, work.device, streams=False, processes=work.processes)
+    place = "memory" if work.processes == 1 else f"memory for {work.processes} processes"
+    places = [(place, needed, _within_reach(), CERTAIN)]
     if work.device.type == "cuda":
         on_device = device_bytes(prepared.plan, work.sequences, work.length, work.fit)
         places.append((f"memory on {work.device}", on_device, free_memory_of(work.device), CERTAIN_ON_GPU))
@@ -92,8 +100,8 @@ def _lacking(prepared: Prepared, work: Work) -> tuple[str, int, int] | None:
 
 
 def _within_reach() -> int:
-    """Return the bytes that this process may hold: what it has, and what is free."""
-    return free_memory() + resident_memory()
+    """Return the bytes that the processes of this launch may hold here: what they have, and what is free."""
+    return free_memory() + local_size() * resident_memory()
 
 
 def _remedy(prepared: Prepared, work: Work) -> str:
@@ -105,7 +113,10 @@ def _remedy(prepared: Prepared, work: Work) -> str:
 
 
 def _changes(prepared: Prepared, work: Work) -> Iterator[Work]:
-    """Yield other settings, from those that cost the least quality."""
+    """Yield other settings, from those that cost the least quality: fewer processes cost none."""
+    while work.processes > 1:
+        work = replace(work, processes=work.processes // 2)
+        yield work
     smaller = list(_less_text(work))
     fits = [name for name in (*reversed(FITS), OFF) if _rank(name) > _rank(work.reconstruct)]
     yield from smaller
@@ -146,6 +157,7 @@ def _rank(reconstruct: str) -> int:
 def _options(work: Work, changed: Work) -> list[str]:
     """Return the options of the command line that change ``work`` to ``changed``."""
     named = {
+        "--num_processes": (work.processes, changed.processes),
         "--device": (work.device.type, changed.device.type),
         "--reconstruct": (work.reconstruct, changed.reconstruct),
         "--calibration-sequences": (work.sequences, changed.sequences),

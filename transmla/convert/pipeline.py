@@ -234,8 +234,8 @@ def check_room(prepared: Prepared, output: Path, text: tuple[int, int], *, writt
     """
     check_memory(prepared, *text)
     tokens = text[0] * text[1]
-    on_disk = not holds_streams(prepared, tokens)
-    check_disk(output, disk_bytes(prepared.plan, tokens, prepared.fit, streams=on_disk) - written)
+    streams = 0 if holds_streams(prepared, tokens) else prepared.processes
+    check_disk(output, disk_bytes(prepared.plan, tokens, prepared.fit, streams=streams) - written)
 
 
 def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:

@@ -20,6 +20,7 @@ from transmla.plan.fit_settings import FITS, FitSettings, choose_fit, fit_settin
 from transmla.plan.make_plan import AUTO as AUTO_FORMAT
 from transmla.plan.make_plan import make_plan
 from transmla.plan.shape_ladder import ladder
+from transmla.ranks import local_size
 from transmla.recipe import Recipe
 from transmla.shares import shares
 from transmla.source.device import pick_device
@@ -39,6 +40,7 @@ class Prepared:
         unfitted_because: why layers are not fitted; None if they are fitted.
         fit: settings of the fit; None if layers are not fitted.
         plan: format, shape, rotary slots and precision.
+        processes: number of processes on this computer that share the work.
     """
 
     recipe: Recipe
@@ -47,6 +49,7 @@ class Prepared:
     unfitted_because: str | None
     fit: FitSettings | None
     plan: Plan
+    processes: int = 1
 
 
 # Sequences and tokens per sequence of the calibration text by device, if the recipe does not say. A layer serves the
@@ -59,13 +62,16 @@ SOFTCAP_LENGTH = 4096
 FIT_SHARE, SHORTEST = 0.8, 1024
 
 
-def prepare(recipe: Recipe, *, sequences: int | None = None, weights: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe, *, sequences: int | None = None, weights: bool = True, processes: int | None = None
+) -> Prepared:
     """Open the recipe's source, and choose device, fit and plan.
 
     Args:
         recipe: the recipe of the conversion.
         sequences: number of calibration sequences; None uses the recipe's.
         weights: whether the source's weights will be read; without, nothing is downloaded or unpacked but headers.
+        processes: number of processes on this computer that share the work; None: those of this launch.
 
     Raises:
         TransmlaError: if the source cannot be converted, the device cannot be used, or an option or shape is invalid.
@@ -84,7 +90,8 @@ def prepare(recipe: Recipe, *, sequences: int | None = None, weights: bool = Tru
     baseline = recipe.method if method_named(recipe.method).baseline else None
     sequences = sequences or recipe.calibration.sequences or 0
     name, because = choose_fit(recipe.reconstruct, device, sequences, baseline=baseline)
-    return _decide(source, recipe.model_copy(update={"reconstruct": name}), device, because or None)
+    recipe = recipe.model_copy(update={"reconstruct": name})
+    return replace(_decide(source, recipe, device, because or None), processes=processes or local_size())
 
 
 def _with_amounts(recipe: Recipe, spec: AttentionSpec, device: torch.device) -> Recipe:
@@ -128,7 +135,8 @@ def with_cache_ratio(prepared: Prepared, ratio: float) -> Prepared:
     """
     widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "pad_for")
     recipe = prepared.recipe.model_copy(update=dict.fromkeys(widths) | {"cache_ratio": ratio})
-    return _decide(prepared.source, recipe, prepared.device, prepared.unfitted_because)
+    decided = _decide(prepared.source, recipe, prepared.device, prepared.unfitted_because)
+    return replace(decided, processes=prepared.processes)
 
 
 def _decide(source: Source, recipe: Recipe, device: torch.device, unfitted_because: str | None) -> Prepared:
@@ -172,6 +180,18 @@ def rates_of(prepared: Prepared) -> Rates:
     return measure_rates(prepared.device, torch.bfloat16 if half else torch.float32)
 
 
+def process_bytes(prepared: Prepared) -> int:
+    """Return the peak memory of one process on the device that converts, in bytes.
+
+    On a GPU, this is the GPU's memory, without the hidden states between layers.
+    """
+    calibration = prepared.recipe.calibration
+    sequences, length = calibration.sequences or 0, calibration.length or 0
+    if prepared.device.type == "cuda":
+        return estimate.device_bytes(prepared.plan, sequences, length, prepared.fit)
+    return estimate.memory_bytes(prepared.plan, sequences * length, prepared.fit, prepared.device)
+
+
 def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
     """Return the plan and the estimated cost of the conversion as plain values, for ``transmla plan``.
 
@@ -194,11 +214,13 @@ def summarise(prepared: Prepared, rates: Rates | None = None) -> dict[str, Any]:
         device=prepared.device,
         reconstruct=recipe.reconstruct,
         sampled=sampled,
+        processes=prepared.processes,
     )
     rates = rates or rates_of(prepared)
-    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates)
+    seconds = conversion_seconds(prepared.plan, *amount, prepared.fit, rates, prepared.processes)
     choosing = None
     if recipe.accepted_kl is not None:
-        choosing = choosing_seconds(conversion_seconds(prepared.plan, *amount, None, rates), seconds)
+        closed, fitted = (conversion_seconds(prepared.plan, *amount, fit, rates) for fit in (None, prepared.fit))
+        choosing = choosing_seconds(closed, fitted)
     also = {"device": str(prepared.device), "unsampled": unsampled, "choosing_seconds": choosing}
     return summary | {"seconds": seconds, **also}

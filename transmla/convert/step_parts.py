@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from transmla.plan.fit_settings import parts_of_step
 from transmla.ranks import Ranks
 from transmla.token_split import TokenSplit
 
@@ -38,7 +39,7 @@ def part_of_step(ranks: Ranks, rows: int, length: int, heads: int) -> StepPart:
     """
     if rows % ranks.size == 0:
         return StepPart(1 / ranks.size, ranks.share(rows), None)
-    if min(length, heads) < ranks.size:
+    if parts_of_step(ranks.size, rows, length, heads) == 1:
         return StepPart(1 / ranks.size, slice(None), None)
     split = TokenSplit(ranks, length)
     return StepPart((split.tokens.stop - split.tokens.start) / length, slice(None), split)

@@ -115,12 +115,23 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
     return Choice(settings, reason, disk_bytes(plan, trainable))
 
 
-def estimated_seconds(choice: Choice, plan: Plan, rates: Rates) -> float | None:
-    """Return the estimated time of the healing ``choice`` in seconds; None if there is none, or minutes were asked."""
+def estimated_seconds(
+    choice: Choice, plan: Plan, rates: Rates, processes: int = 1, *, sharded: bool = False
+) -> float | None:
+    """Return the estimated time of the healing ``choice`` in seconds; None if there is none, or minutes were asked.
+
+    Args:
+        choice: the healing.
+        plan: plan of the conversion.
+        rates: rates of the device of one process.
+        processes: number of processes that share its batches.
+        sharded: whether they divide the student's weights; otherwise each holds the whole student.
+    """
     if choice.settings is None or "max_tokens" not in choice.settings:
         return None
     batch = choice.settings["batch"] * choice.settings["length"]
-    return healing_seconds(parameters(plan), plan.spec, choice.settings["max_tokens"], batch, rates)
+    tokens = choice.settings["max_tokens"]
+    return healing_seconds(parameters(plan), plan.spec, tokens, batch, rates, processes, sharded=sharded)
 
 
 def disk_bytes(plan: Plan, trainable: str) -> int:

@@ -49,6 +49,20 @@ class Load:
     shards: int = 1
 
 
+def load_of(settings: Healing, processes: int, *, half: bool, sharded: bool) -> Load:
+    """Return what decides the memory of each of several processes.
+
+    Args:
+        settings: the options.
+        processes: number of processes.
+        half: whether the healing runs in bfloat16.
+        sharded: whether the processes divide the student's weights; otherwise each holds the whole student.
+    """
+    sequences = max(1, settings.batch // (processes * settings.accumulate))
+    tokens, shards = sequences * settings.length, processes if sharded else 1
+    return Load(settings.trainable, tokens, settings.checkpointing, half, shards)
+
+
 def trained_weights(plan: Plan, trainable: str) -> int:
     """Return the number of weights that a healing trains."""
     weights = parameters(plan)
@@ -103,14 +117,8 @@ def check_memory(settings: Healing, plan: Plan, accelerator: Any) -> None:
     """
     if uses_deepspeed(accelerator):
         return  # its own settings decide what is divided, and what goes to the computer's memory
-    device, processes = accelerator.device, accelerator.num_processes
-    load = Load(
-        settings.trainable,
-        max(1, settings.batch // (processes * settings.accumulate)) * settings.length,
-        settings.checkpointing,
-        accelerator.mixed_precision == "bf16",
-        processes if accelerator.is_fsdp2 else 1,
-    )
+    device, half = accelerator.device, accelerator.mixed_precision == "bf16"
+    load = load_of(settings, accelerator.num_processes, half=half, sharded=accelerator.is_fsdp2)
     free = from_main(accelerator, free_memory_of(device))
     # Compiled layers keep fewer activations than the estimate counts: 65,536 tokens of Qwen2.5-0.5B's sizes fit 80 GB.
     least = memory_bytes(plan, replace(load, checkpointing=True))

@@ -48,7 +48,7 @@ def export_bytes(plan: Plan) -> int:
     return parameters(plan) * value_bytes(plan.dtype)
 
 
-def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, streams: bool = False) -> int:
+def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, streams: int = 0) -> int:
     """Return the peak size in bytes of the unfinished output folder: the export, and two states for a resume.
 
     A state is the hidden states of the calibration text. A newer one is written before the older one is deleted.
@@ -57,15 +57,23 @@ def disk_bytes(plan: Plan, tokens: int, fit: FitSettings | None, *, streams: boo
         plan: the conversion's plan.
         tokens: number of calibration tokens.
         fit: settings of the fit; None if layers are not fitted.
-        streams: whether the memory does not hold the hidden states, so that they lie in files as well.
+        streams: number of processes whose hidden states lie in files as well, because the memory does not hold them.
     """
-    return export_bytes(plan) + _stream_bytes(plan, tokens, fit) * (2 if streams else 1)
+    return export_bytes(plan) + _stream_bytes(plan, tokens, fit) * (1 + streams)
 
 
 def memory_bytes(
-    plan: Plan, tokens: int, fit: FitSettings | None, device: torch.device = CPU, *, streams: bool = True
+    plan: Plan,
+    tokens: int,
+    fit: FitSettings | None,
+    device: torch.device = CPU,
+    *,
+    streams: bool = True,
+    processes: int = 1,
 ) -> int:
-    """Return the peak resident memory of the conversion in bytes.
+    """Return the peak resident memory of the conversion in bytes: of all its processes on one computer.
+
+    Every process holds the hidden states of the whole text, and works on whole layers.
 
     Args:
         plan: the conversion's plan.
@@ -73,19 +81,22 @@ def memory_bytes(
         fit: settings of the fit; None if layers are not fitted.
         device: the device that converts. A GPU holds the work on a layer in its own memory.
         streams: whether the memory holds the hidden states; otherwise a disk does.
+        processes: number of processes.
     """
     embedding = plan.spec.vocab_size * plan.spec.hidden_size * value_bytes(plan.dtype) * 2
     hidden = _stream_bytes(plan, tokens, fit) if streams else 0
     if device.type == "cuda":
         layer = 2 * _layer_bytes(plan, device)
-        return CUDA_MEMORY + hidden + max(layer, embedding)
+        return processes * (CUDA_MEMORY + hidden + max(layer, embedding))
     if fit is not None and streams:
         hidden += (fit.window - 1) * 4 * tokens * plan.spec.hidden_size
-    return BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit, device), embedding)
+    return processes * (BASE_MEMORY + hidden + max(_work_bytes(plan, tokens, fit, device), embedding))
 
 
 def device_bytes(plan: Plan, sequences: int, length: int, fit: FitSettings | None) -> int:
     """Return the peak memory of the conversion on a GPU in bytes, without the hidden states between layers.
+
+    Each GPU of several processes needs as much: it holds all sequences of a fit, and the work on whole layers.
 
     Args:
         plan: the conversion's plan.
@@ -217,6 +228,7 @@ def summary(
     device: torch.device = CPU,
     reconstruct: str = "off",
     sampled: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return what ``transmla plan`` shows of shape, memory and disk, as plain values.
 
@@ -227,7 +239,9 @@ def summary(
         device: the device that converts.
         reconstruct: name of the fit.
         sampled: size in bytes of the whole model if the model samples its own calibration text; otherwise 0.
+        processes: number of processes that share the work on one computer. The first samples.
     """
+    memory = memory_bytes(plan, tokens, fit, device, processes=processes)
     form = format_named(plan.format)
     before, after = plan.spec.cache_values, plan.shape.cache_values
     return {
@@ -243,7 +257,7 @@ def summary(
         "runtimes": [vars(runtime) for runtime in form.runtimes(plan)],
         "source_parameters": source_parameters(plan),
         "parameters": parameters(plan),
-        "memory_bytes": max(memory_bytes(plan, tokens, fit, device), BASE_MEMORY + sampled),
+        "memory_bytes": max(memory, processes * BASE_MEMORY + sampled),
         "export_bytes": export_bytes(plan),
         "disk_bytes": disk_bytes(plan, tokens, fit),
         "reconstruct": reconstruct,

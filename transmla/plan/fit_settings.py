@@ -74,6 +74,15 @@ def fit_settings(
     return fit
 
 
+def parts_of_step(processes: int, rows: int, length: int, heads: int) -> int:
+    """Return in how many parts ``processes`` compute a step with ``rows`` sequences of ``length`` tokens.
+
+    The sequences are divided, or else their tokens, and the ``heads`` query heads in the attention. If neither is
+    possible, each process computes the whole step: one part.
+    """
+    return processes if rows % processes == 0 or min(length, heads) >= processes else 1
+
+
 def choose_fit(requested: str, device: torch.device, sequences: int, *, baseline: str | None = None) -> tuple[str, str]:
     """Resolve ``auto``, and explain why layers are not fitted.
 
