@@ -19,6 +19,10 @@ from transmla.errors import TransmlaError
 
 T = TypeVar("T")
 
+# torch 2.13 renamed these functions.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 # Longest time that a process waits for another one: the first process samples and writes exports alone.
 PATIENCE = timedelta(hours=12)
 
@@ -98,10 +102,21 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        # torch 2.13 renamed the function.
-        renamed = getattr(distributed, "all_gather_single", None)
-        (renamed or distributed.all_gather_into_tensor)(gathered.view(-1), tensor.view(-1))
+        _all_gather(gathered.view(-1), tensor.view(-1))
         return gathered
+
+    def exchange(self, rows: Tensor) -> None:
+        """Replace each row of the contiguous ``rows`` [size, S], in place, by that of the process with its number."""
+        if self.size > 1:
+            _all_gather(rows.view(-1), rows[self.rank])
+
+    def add_up_own(self, rows: Tensor) -> None:
+        """Replace this process's row of the contiguous ``rows`` [size, S], in place, by its sum over the processes.
+
+        The other rows hold no meaningful values afterwards.
+        """
+        if self.size > 1:
+            _reduce_scatter(rows[self.rank], rows.view(-1))
 
     def complete(self, rows: Tensor, device: torch.device) -> None:
         """Fill in the rows that other processes have computed, in place, one at a time.

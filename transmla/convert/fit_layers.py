@@ -96,14 +96,10 @@ def reconstruct(
         before = problem.error(factors, *evaluated)
         rates = 1.0, RETRY_RATE
         for attempt, rate_factor in enumerate(rates, start=1):
-            parameters = FitParameters(coordinates, factors, masks)
-            ranks.copy_first(parameters.vector.detach(), parameters.scale)
+            parameters = FitParameters(coordinates, factors, masks, ranks, half=layers[0].half)
             with layers[0].fast_products():
                 descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
-            with torch.no_grad():
-                fitted = tuple(
-                    from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.factors()
-                )
+            fitted = tuple(from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.result())
             after = problem.error(fitted, *evaluated)
             # A comparison with NaN is false, so a fit that diverged is discarded.
             if sum(after) < sum(before):
