@@ -35,12 +35,6 @@ def case_of(name: str, *, half: bool = False) -> FitCase:
     return fit_case(model, window=3 if name == "three layers" else 2, half=half, **recipe)
 
 
-def readers(factors: LayerFactors) -> list[Tensor]:
-    """Return the maps that read the layer's input."""
-    queries = [factors.q_nope, factors.q_pe] if factors.q_latent is None else [factors.q_latent]
-    return [*queries, factors.latent, factors.rope]
-
-
 class Silent(Ranks):
     """One of several processes, of which the others say nothing."""
 
@@ -52,46 +46,42 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize("size", [2, 3, 7, 200])
+def tensors(factors: list[LayerFactors]) -> dict[str, Tensor]:
+    """Return the tensors of all layers' factors, by layer and name."""
+    return {f"{i} {name}": t for i, f in enumerate(factors) for name, t in vars(f).items() if isinstance(t, Tensor)}
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 100])
 @pytest.mark.parametrize("name", CASES)
 def test_shares_step_as_one_vector(name: str, size: int) -> None:
-    """200 processes are more than there are rows, so some shares are empty."""
+    """Parts begin within heads, few tensors are a multiple of 3 and 7, and 100 is more than the rows of some maps."""
     case = case_of(name)
     one, shares = case.parameters(), [case.parameters(Silent(rank, size)) for rank in range(size)]
+    assert size == 2 or shares[0].values.numel() > one.vector.numel()
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(leaf.shape, generator=generator) for leaf in one.leaves]
-    for parameters in (one, *shares):
-        parameters.collect(gradients)
+    weights = {name: torch.randn(t.shape, generator=generator) for name, t in tensors(case.factors).items()}
+
+    def renew() -> list[dict[str, Tensor]]:
+        for parameters in (one, *shares):
+            parameters.renew()
+        values = torch.stack([parameters.values[parameters.ranks.rank] for parameters in shares])
+        for parameters in shares:
+            parameters.values.copy_(values)
+        return [tensors(parameters.factors()) for parameters in (one, *shares)]
+
+    for parameters, factors in zip((one, *shares), renew(), strict=True):
+        parameters.differentiate(torch.stack([(factors[n] * w).sum() for n, w in weights.items()]).sum())
         parameters.pull_back()
+        assert parameters.vector.grad is not None
         parameters.vector.sub_(parameters.vector.grad, alpha=0.1)
-        parameters.renew()
-    values = torch.stack([parameters.values[parameters.ranks.rank] for parameters in shares])
-    shares[0].values.copy_(values)
-    for leaf, divided in zip(one.leaves, shares[0].leaves, strict=True):
-        assert difference(divided, leaf) < 1e-6
-    for layer, factors in zip(case.layers, shares[0].factors, strict=True):
+    expected, *others = renew()
+    assert all(torch.equal(others[0][n], t) for other in others for n, t in other.items())
+    assert all(difference(others[0][n], t) < 1e-6 for n, t in expected.items())
+    for i, layer in enumerate(case.layers):
         masks = layer.view.masks()
         assert bool(masks) == (name == "normed queries")
-        for tensor, mask in masks.items():
-            assert bool(getattr(factors, tensor)[~mask.expand_as(getattr(factors, tensor))].eq(0).all())
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_share_begins_within_a_map_but_at_a_whole_row(name: str) -> None:
-    case, within = case_of(name), 0
-    for size in (2, 3, 5):
-        parameters = case.parameters(Silent(0, size))
-        length = len(parameters.vector)
-        for factors in parameters.factors:
-            for tensor in readers(factors):
-                begins = (tensor.data_ptr() - parameters.values.data_ptr()) // tensor.element_size()
-                starts = [r * length - begins for r in range(size) if 0 < r * length - begins < tensor.numel()]
-                assert all(start % tensor.shape[-1] == 0 for start in starts)
-                within += len(starts)
-    assert within > 0
-    # Three shares of this case have values to spare.
-    count = case.parameters().vector.numel()
-    assert name != "normed queries" or (count % 3 and case.parameters(Silent(0, 3)).values.numel() > count)
+        for n, mask in masks.items():
+            assert not others[0][f"{i} {n}"].masked_select(~mask).any()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,11 +91,11 @@ def test_one_process_takes_the_plain_steps(name: str) -> None:
     start = case.parameters()
     vector = start.vector.clone().requires_grad_()
     adam = torch.optim.Adam([vector], lr=torch.zeros(()), betas=BETAS, eps=1e-12, fused=True)
-    tensors = [c.to_coordinates(f) for c, f in zip(case.coordinates, case.factors, strict=True)]
+    fitted = [c.to_coordinates(f) for c, f in zip(case.coordinates, case.factors, strict=True)]
 
     def factors() -> list[LayerFactors]:
-        parts = iter((vector * start.scale).split([t.numel() for layer in tensors for t in layer.values()]))
-        shaped = [{name: next(parts).view(t.shape) for name, t in layer.items()} for layer in tensors]
+        parts = iter((vector * start.scale).split([t.numel() for layer in fitted for t in layer.values()]))
+        shaped = [{name: next(parts).view(t.shape) for name, t in layer.items()} for layer in fitted]
         return [c.to_factors(layer) for c, layer in zip(case.coordinates, shaped, strict=True)]
 
     problem = case.problem(FIT)
@@ -134,21 +124,16 @@ def test_a_half_layer_reads_factors_in_bfloat16_alone(family: str, ratio: float,
     for dtype in (torch.float32, torch.bfloat16):
         parameters = case.parameters()
         parameters.renew()
-        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in parameters.leaves]
-        left = iter(leaves)
-        names = [c.to_coordinates(f) for c, f in zip(case.coordinates, case.factors, strict=True)]
-        factors = [
-            type(f)(**(vars(f) | {name: next(left) for name in layer}))
-            for f, layer in zip(parameters.factors, names, strict=True)
-        ]
-        errors, energies = problem.losses(factors, few, few + 0.1)
-        results.append([errors, *(g.float() for g in torch.autograd.grad((errors / energies).mean(), leaves))])
+        parameters.values = parameters.values.to(dtype)
+        errors, energies = problem.losses(parameters.factors(), few, few + 0.1)
+        parameters.differentiate((errors / energies).mean())
+        results.append([errors, parameters.gradients])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def digest(factors: list[LayerFactors]) -> str:
-    tensors = [t for f in factors for t in vars(f).values() if isinstance(t, Tensor)]
-    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    values = [t.detach().contiguous().numpy().tobytes() for t in tensors(factors).values()]
+    return hashlib.sha256(b"".join(values)).hexdigest()
 
 
 def fitted(case: FitCase, ranks: Ranks, *, half: bool = False) -> list[LayerFactors]:
@@ -163,11 +148,9 @@ def compare(rank: int) -> None:
     for name in CASES:
         case = case_of(name)
         one, several = fitted(case, Ranks()), fitted(case, ranks)
-        for expected, actual in zip(one, several, strict=True):
-            for tensor, value in vars(expected).items():
-                if isinstance(value, Tensor):
-                    error = difference(getattr(actual, tensor), value)
-                    assert error <= TENSORS, (name, tensor, error)
+        for tensor, value in tensors(one).items():
+            error = difference(tensors(several)[tensor], value)
+            assert error <= TENSORS, (name, tensor, error)
         assert_equal_everywhere(ranks, several)
     case = case_of("plain", half=True)
     exchanged = [fitted(case, ranks, half=half) for half in (False, True)]

@@ -63,8 +63,8 @@ def test_a_step_of_a_fit_runs_no_host_operation(family: str, tmp_path: Path) -> 
     few = stream[:2]
     with HostAccess() as host:
         parameters.renew()
-        errors, energies = problem.losses(parameters.factors, few, few + 0.1)
-        parameters.collect(torch.autograd.grad((errors / energies).mean(), parameters.leaves))
+        errors, energies = problem.losses(parameters.factors(), few, few + 0.1)
+        parameters.differentiate((errors / energies).mean())
         parameters.pull_back()
     assert host.operations == set()
 

@@ -62,14 +62,13 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
         part = parts[kind]
         arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
         inputs = part.of(*problem.inputs[kind].make(*arguments))
-        errors, own_energies = problem.losses(parameters.factors, *inputs, part.split)
+        errors, own_energies = problem.losses(parameters.factors(), *inputs, part.split)
         computed.append(errors * part.weight)
         energies.copy_(own_energies * part.weight)
         drawn[kind].add_(1)
 
     def backward() -> None:
-        loss = (computed.pop() / energies).mean()
-        parameters.collect(torch.autograd.grad(loss, parameters.leaves))
+        parameters.differentiate((computed.pop() / energies).mean())
 
     def update() -> None:
         parameters.pull_back()

@@ -1,13 +1,12 @@
 """The parameters of a fit: the factors of several layers as one scaled vector, which processes divide.
 
-Each process computes the loss and its gradient for a part of the tokens, and therefore needs all factors. It owns only
-a share of the vector: it computes the factors of its share, their gradient in coordinates, and Adam's update (the
-first stage of ZeRO, arXiv 1910.02054). In every step, the processes add up the gradients and exchange the factors.
+Each process computes the loss of a part of the tokens, and needs all factors for it. The rest of a step is divided by
+parameters (the first stage of ZeRO, arXiv 1910.02054): each process computes the factors of its own share of the
+vector, their gradient in coordinates, and Adam's update.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,42 +17,35 @@ from torch.nn.functional import pad
 
 from transmla.artifacts import LayerFactors
 from transmla.core.fit_coordinates import Coordinates
-from transmla.core.fused_attention import ALIGNMENT
 from transmla.ranks import Ranks
 
 
 class Place(NamedTuple):
-    """The place of one tensor in the whole vector, and its shape."""
-
-    span: slice
-    shape: Size
-
-
-class Piece(NamedTuple):
-    """The part of one tensor that lies in a process's share.
+    """The place of one tensor.
 
     Attributes:
-        span: the part's place in the share.
-        matrix: the matrix [F, F] that rows in coordinates are multiplied by; None if the tensor has no coordinates.
+        span: the values of each process's share that belong to the tensor.
+        shape: the tensor's shape.
+        matrix: the matrix [F, F] that takes a row in coordinates to a row of the factor; None if they are the same.
     """
 
     span: slice
+    shape: Size
     matrix: Tensor | None
 
 
 class FitParameters:
-    """The fitted parameters: all tensors of all layers as one vector, in n equal shares for n processes.
+    """The fitted parameters: all tensors of all layers as one vector, in equal shares for n processes.
 
-    Each tensor is divided by its root mean square at the start, so one learning rate suits all tensors. With several
-    processes, zeros follow the tensors, so that every share has S values and begins with a whole row of F values.
+    Each tensor is divided by its root mean square at the start, so one learning rate suits all tensors. A share has S
+    values: the n-th part of every tensor. A map that reads the layer's input is divided between its rows. Zeros at the
+    end of a tensor make its parts equally long.
 
     Attributes:
         vector: this process's parameters [S], float32; the optimizer changes them. Their gradient is ``vector.grad``.
         scale: root mean square [S] of each parameter's tensor; 0 where the parameter must stay 0.
-        values: the factors' tensors in all shares [n, S]. ``renew`` computes this process's row.
-        gradients: the gradients of ``values`` [n, S], float32. ``vector.grad`` is this process's row.
-        factors: each layer's factors, whose fitted tensors are views of ``values``.
-        leaves: these tensors; gradients are computed for them.
+        values: the factors [n, S] of all shares. ``renew`` computes this process's row; the caller exchanges the rows.
+        gradients: the gradient [n, S] of ``values``, float32. ``vector.grad`` is this process's row.
     """
 
     def __init__(
@@ -75,83 +67,80 @@ class FitParameters:
             half: whether the layers round factors to bfloat16 before every product. Processes then exchange bfloat16.
         """
         self.coordinates, self.ranks = coordinates, ranks or Ranks()
-        count, several = self.ranks.size, self.ranks.size > 1
-        # Tensors and shares begin at multiples of the unit: at whole rows, and at addresses for which GPUs are fast.
-        unit = math.lcm(ALIGNMENT, *(len(c.shrink) for c in coordinates)) if several else 1
-        smallest = torch.finfo(torch.float32).tiny
-        flat, scales, start = [], [], 0
         self._places: list[dict[str, Place]] = []
+        self._leaves: list[Tensor] = []
+        smallest = torch.finfo(torch.float32).tiny
+        parts, scales, start = [], [], 0
         for c, f, layer_masks in zip(coordinates, factors, masks, strict=True):
-            places = {}
+            self._places.append({})
             for name, value in c.to_coordinates(f).items():
-                places[name] = Place(slice(start, start + value.numel()), value.shape)
+                matrix = c.shrink if name in c.readers() else None
                 mask = layer_masks.get(name, value.new_ones(())).to(value).expand_as(value).flatten().float()
-                masked = value.flatten().float() * mask
-                flat.append(_padded(masked, unit))
-                scales.append(_padded((masked.square().sum() / mask.sum()).sqrt().clamp_min(smallest) * mask, unit))
-                start += len(flat[-1])
-            self._places.append(places)
-        scale = _padded(torch.cat(scales), unit * count)
-        vector = _padded(torch.cat(flat), unit * count) / scale.clamp_min(smallest)
+                flat = value.flatten().float() * mask
+                scale = (flat.square().sum() / mask.sum()).sqrt().clamp_min(smallest) * mask
+                parts.append(self._divided(flat, matrix))
+                scales.append(self._divided(scale, matrix))
+                end = start + parts[-1].shape[1]
+                self._places[-1][name] = Place(slice(start, end), value.shape, matrix)
+                start = end
+        scale = torch.cat(scales, 1)
+        vector = torch.cat(parts, 1) / scale.clamp_min(smallest)
         self.ranks.copy_first(vector, scale)
-        self.gradients = torch.zeros_like(vector).view(count, -1)
-        self.values = self.gradients.to(torch.bfloat16 if half and several else torch.float32, copy=True)
-        self.vector, self.scale = (whole.view(count, -1)[self.ranks.rank].clone() for whole in (vector, scale))
+        self.vector, self.scale = vector[self.ranks.rank].clone(), scale[self.ranks.rank].clone()
+        self.values = torch.zeros_like(vector, dtype=torch.bfloat16 if half and self.ranks.size > 1 else torch.float32)
+        self.gradients = torch.zeros_like(vector)
         self.vector.grad = self.gradients[self.ranks.rank]
-        self._pieces = self._own_pieces()
-        fitted = self._tensors(self.values)
-        self.leaves = [tensor.requires_grad_() for layer in fitted for tensor in layer.values()]
-        self.factors = [replace(c.origin, **layer) for c, layer in zip(coordinates, fitted, strict=True)]  # type: ignore[arg-type]
-        self._leaf_gradients = [tensor for layer in self._tensors(self.gradients) for tensor in layer.values()]
 
     def renew(self) -> None:
         """Compute this process's row of ``values`` from its ``vector``."""
-        values = self.values[self.ranks.rank]
-        for span, matrix in self._pieces:
+        for span, _, matrix in self._all_places():
             scaled = self.vector[span] * self.scale[span]
-            values[span].copy_(scaled if matrix is None else _rows_times(scaled, matrix))
+            self.values[self.ranks.rank, span].copy_(scaled if matrix is None else _rows_times(scaled, matrix))
 
-    def collect(self, gradients: Sequence[Tensor]) -> None:
-        """Copy the gradients of the ``leaves`` into ``gradients``."""
-        for own, gradient in zip(self._leaf_gradients, gradients, strict=True):
-            own.copy_(gradient)
+    def factors(self) -> list[LayerFactors]:
+        """Return each layer's factors, from ``values``; ``differentiate`` gives their gradients."""
+        tensors = self._tensors(self.values)
+        self._leaves = [tensor.requires_grad_() for layer in tensors for tensor in layer.values()]
+        return [replace(c.origin, **layer) for c, layer in zip(self.coordinates, tensors, strict=True)]  # type: ignore[arg-type]
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Compute ``gradients`` for a ``loss`` of the ``factors`` that were returned last."""
+        gradients = torch.autograd.grad(loss, self._leaves)
+        self._leaves = []
+        for (span, _, matrix), gradient in zip(self._all_places(), gradients, strict=True):
+            self.gradients[:, span].copy_(self._divided(gradient.flatten(), matrix))
 
     def pull_back(self) -> None:
-        """Replace this process's row of ``gradients`` by the gradient of its ``vector``, in place."""
-        gradients = self.gradients[self.ranks.rank]
-        for span, matrix in self._pieces:
-            gradient = gradients[span] if matrix is None else _rows_times(gradients[span], matrix.mT)
-            torch.mul(gradient, self.scale[span], out=gradients[span])
+        """Turn this process's row of ``gradients`` into the gradient of its ``vector``, in place."""
+        for span, _, matrix in self._all_places():
+            gradient = self.gradients[self.ranks.rank, span]
+            torch.mul(gradient if matrix is None else _rows_times(gradient, matrix.mT), self.scale[span], out=gradient)
 
     def result(self) -> list[LayerFactors]:
         """Return each layer's factors for the current ``vector`` of all processes, float32."""
         tensors = self._tensors(self.ranks.gather(self.vector * self.scale))
         return [c.to_factors(layer) for c, layer in zip(self.coordinates, tensors, strict=True)]
 
+    def _all_places(self) -> list[Place]:
+        return [place for layer in self._places for place in layer.values()]
+
+    def _divided(self, values: Tensor, matrix: Tensor | None) -> Tensor:
+        """Divide a tensor's ``values`` [m] among the processes, between rows if it has a ``matrix``: [n, ⌈m / n⌉]."""
+        unit = self.ranks.size * (1 if matrix is None else len(matrix))
+        missing = -len(values) % unit
+        return (pad(values, (0, missing)) if missing else values).view(self.ranks.size, -1)
+
     def _tensors(self, shares: Tensor) -> list[dict[str, Tensor]]:
-        """Return each layer's tensors, by name, as views of ``shares`` [n, S]."""
-        flat = shares.view(-1)
+        """Return each layer's tensors, by name, from all ``shares`` [n, S]: of one process views, of several copies."""
         return [
-            {name: flat[span].view(shape).detach() for name, (span, shape) in places.items()} for places in self._places
+            {
+                name: shares[:, span].flatten()[: shape.numel()].view(shape).detach()
+                for name, (span, shape, _) in places.items()
+            }
+            for places in self._places
         ]
-
-    def _own_pieces(self) -> list[Piece]:
-        """Return the pieces in this process's share."""
-        size, pieces = len(self.vector), []
-        before = self.ranks.rank * size
-        for c, places in zip(self.coordinates, self._places, strict=True):
-            for name, (span, _) in places.items():
-                start, stop = max(span.start - before, 0), min(span.stop - before, size)
-                if start < stop:
-                    pieces.append(Piece(slice(start, stop), c.shrink if name in c.readers() else None))
-        return pieces
-
-
-def _padded(values: Tensor, unit: int) -> Tensor:
-    """Append zeros to ``values`` [m] up to a multiple of ``unit``."""
-    return pad(values, (0, -len(values) % unit))
 
 
 def _rows_times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Return the rows in ``values`` [m·F] times ``matrix`` [F, F], as one vector again."""
+    """Return the rows of F values in ``values`` [m·F] times ``matrix`` [F, F], as one vector again."""
     return (values.view(-1, len(matrix)) @ matrix).flatten()
