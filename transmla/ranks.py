@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -118,11 +118,11 @@ class Ranks:
         if self.size > 1:
             _reduce_scatter(rows[self.rank], rows.view(-1))
 
-    def complete(self, rows: Tensor, device: torch.device) -> None:
+    def complete(self, rows: Tensor | Sequence[Tensor], device: torch.device) -> None:
         """Fill in the rows that other processes have computed, in place, one at a time.
 
         Args:
-            rows: [N, …], of which this process has computed its share.
+            rows: [N, …], or N contiguous tensors, of which this process has computed its share.
             device: the device that the processes exchange tensors from; ``rows`` may be in the computer's memory.
         """
         if self.size == 1:

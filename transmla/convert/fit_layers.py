@@ -87,9 +87,7 @@ def reconstruct(
     """
     training, ranks = slice(0, len(source) - held_out(len(source))), layers[0].ranks
     evaluated = source[training.stop :], converted[training.stop :]
-    moments = _input_moments(layers, factors, converted[training])
-    starts = zip(layers, factors, moments, strict=True)
-    coordinates = [Coordinates.of(f, m, layer.view.blocks()) for layer, f, m in starts]
+    coordinates = _coordinates(layers, factors, converted[training])
     masks = [layer.view.masks() for layer in layers]
     with deterministic():
         problem = FitProblem(layers, source[training], converted[training], fit)
@@ -204,6 +202,24 @@ def _bounded(errors: Tensor) -> Tensor:
     bound, it would be all that a fit sees.
     """
     return errors / (1 + errors)
+
+
+def _coordinates(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> list[Coordinates]:
+    """Return the coordinates of every layer, for hidden states ``stream`` [N, T, D] that enter the first.
+
+    The decomposition of a layer's moments takes as long as many steps, so each process does it for other layers.
+    """
+    ranks = layers[0].ranks
+    own = range(len(layers))[ranks.share(len(layers))]
+    # All moments are measured first, because the processes measure them together.
+    starts = zip(layers, factors, list(_input_moments(layers, factors, stream)), strict=True)
+    coordinates = [
+        Coordinates.of(f, moment, layer.view.blocks(), empty=i not in own)
+        for i, (layer, f, moment) in enumerate(starts)
+    ]
+    ranks.complete([c.shrink for c in coordinates], layers[0].device)
+    ranks.complete([c.grow for c in coordinates], layers[0].device)
+    return coordinates
 
 
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:

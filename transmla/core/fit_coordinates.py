@@ -37,7 +37,9 @@ class Coordinates:
     grow: Tensor
 
     @classmethod
-    def of(cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None) -> Coordinates:
+    def of(
+        cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None, *, empty: bool = False
+    ) -> Coordinates:
         """Return coordinates for ``factors``.
 
         Args:
@@ -45,10 +47,14 @@ class Coordinates:
             moment: E[x xᵀ] [D, D] of the attention's input.
             blocks: number [D] of the block that each input feature belongs to. A map that reads only one block then
                 reads only this block in the coordinates too.
+            empty: leave ``shrink`` and ``grow`` empty, for matrices that another process computes.
         """
         moment = regularise(moment.double())
         if blocks is not None:
             moment = moment * (blocks[:, None] == blocks)
+        if empty:
+            shrink, grow = (torch.empty_like(moment, dtype=torch.float32) for _ in range(2))
+            return cls(factors.to(torch.float32), moment, shrink, grow)
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp_min(values[-1] * 1e-9)
         shrink, grow = ((vectors * values**power) @ vectors.mT for power in (-WHITENING, WHITENING))
