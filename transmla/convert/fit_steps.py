@@ -61,7 +61,7 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
     def forward(kind: int) -> None:
         part = parts[kind]
         arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
-        inputs = part.of(*problem.inputs[kind].make(*arguments))
+        inputs = problem.inputs[kind].make(*arguments, part=part.place)
         errors, own_energies = problem.losses(parameters.factors(), *inputs, part.split)
         computed.append(errors * part.weight)
         energies.copy_(own_energies * part.weight)
