@@ -24,9 +24,9 @@ class Place(NamedTuple):
     """The place of one tensor.
 
     Attributes:
-        span: the values of each process's share that belong to the tensor.
+        span: the values of each share that belong to the tensor.
         shape: the tensor's shape.
-        matrix: the matrix [F, F] that takes a row in coordinates to a row of the factor; None if they are the same.
+        matrix: the matrix [F, F] that rows in coordinates are multiplied by to give the factor; None if they are equal.
     """
 
     span: slice
@@ -37,9 +37,9 @@ class Place(NamedTuple):
 class FitParameters:
     """The fitted parameters: all tensors of all layers as one vector, in equal shares for n processes.
 
-    Each tensor is divided by its root mean square at the start, so one learning rate suits all tensors. A share has S
-    values: the n-th part of every tensor. A map that reads the layer's input is divided between its rows. Zeros at the
-    end of a tensor make its parts equally long.
+    Each tensor is divided by its root mean square at the start, so one learning rate suits all tensors. A share of S
+    values holds one n-th of every tensor, so that all shares cost the same time. Maps that read the layer's input are
+    cut between rows. Zeros at the end of a tensor make its parts equally long.
 
     Attributes:
         vector: this process's parameters [S], float32; the optimizer changes them. Their gradient is ``vector.grad``.
@@ -98,7 +98,7 @@ class FitParameters:
             self.values[self.ranks.rank, span].copy_(scaled if matrix is None else _rows_times(scaled, matrix))
 
     def factors(self) -> list[LayerFactors]:
-        """Return each layer's factors, from ``values``; ``differentiate`` gives their gradients."""
+        """Return each layer's factors, from ``values``; ``differentiate`` computes their gradients."""
         tensors = self._tensors(self.values)
         self._leaves = [tensor.requires_grad_() for layer in tensors for tensor in layer.values()]
         return [replace(c.origin, **layer) for c, layer in zip(self.coordinates, tensors, strict=True)]  # type: ignore[arg-type]
@@ -125,13 +125,13 @@ class FitParameters:
         return [place for layer in self._places for place in layer.values()]
 
     def _divided(self, values: Tensor, matrix: Tensor | None) -> Tensor:
-        """Divide a tensor's ``values`` [m] among the processes, between rows if it has a ``matrix``: [n, ⌈m / n⌉]."""
+        """Return the equal parts [n, …] of a tensor's ``values`` [m]: whole rows, if it has a ``matrix`` [F, F]."""
         unit = self.ranks.size * (1 if matrix is None else len(matrix))
         missing = -len(values) % unit
         return (pad(values, (0, missing)) if missing else values).view(self.ranks.size, -1)
 
     def _tensors(self, shares: Tensor) -> list[dict[str, Tensor]]:
-        """Return each layer's tensors, by name, from all ``shares`` [n, S]: of one process views, of several copies."""
+        """Return each layer's tensors by name, without gradient, from all ``shares`` [n, S]; views if n is 1."""
         return [
             {
                 name: shares[:, span].flatten()[: shape.numel()].view(shape).detach()
