@@ -19,10 +19,6 @@ from transmla.errors import TransmlaError
 
 T = TypeVar("T")
 
-# torch 2.13 renamed these functions.
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-
 # Longest time that a process waits for another one: the first process samples and writes exports alone.
 PATIENCE = timedelta(hours=12)
 
@@ -173,6 +169,16 @@ def leave() -> None:
     """End the connection that ``launched`` made, if it is still there."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _all_gather(rows: Tensor, own: Tensor) -> None:
+    renamed = getattr(distributed, "all_gather_single", None)  # by torch 2.13
+    (renamed or distributed.all_gather_into_tensor)(rows, own)
+
+
+def _reduce_scatter(own: Tensor, rows: Tensor) -> None:
+    renamed = getattr(distributed, "reduce_scatter_single", None)  # by torch 2.13
+    (renamed or distributed.reduce_scatter_tensor)(own, rows)
 
 
 def _portable(error: Exception) -> Exception:
