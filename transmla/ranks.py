@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -98,16 +98,27 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        # torch 2.13 renamed the function.
-        renamed = getattr(distributed, "all_gather_single", None)
-        (renamed or distributed.all_gather_into_tensor)(gathered.view(-1), tensor.view(-1))
+        _all_gather(gathered.view(-1), tensor.view(-1))
         return gathered
 
-    def complete(self, rows: Tensor, device: torch.device) -> None:
+    def exchange(self, rows: Tensor) -> None:
+        """Replace each row of the contiguous ``rows`` [size, S], in place, by that of the process with its number."""
+        if self.size > 1:
+            _all_gather(rows.view(-1), rows[self.rank])
+
+    def add_up_own(self, rows: Tensor) -> None:
+        """Replace this process's row of the contiguous ``rows`` [size, S], in place, by its sum over the processes.
+
+        The other rows hold no meaningful values afterwards.
+        """
+        if self.size > 1:
+            _reduce_scatter(rows[self.rank], rows.view(-1))
+
+    def complete(self, rows: Tensor | Sequence[Tensor], device: torch.device) -> None:
         """Fill in the rows that other processes have computed, in place, one at a time.
 
         Args:
-            rows: [N, …], of which this process has computed its share.
+            rows: [N, …], or N contiguous tensors, of which this process has computed its share.
             device: the device that the processes exchange tensors from; ``rows`` may be in the computer's memory.
         """
         if self.size == 1:
@@ -182,6 +193,16 @@ def leave() -> None:
 def _on_cpu(device: str) -> bool:
     """Return whether processes that were started with the device called ``device`` use the CPU."""
     return device == "cpu" or not torch.cuda.is_available()
+
+
+def _all_gather(rows: Tensor, own: Tensor) -> None:
+    renamed = getattr(distributed, "all_gather_single", None)  # by torch 2.13
+    (renamed or distributed.all_gather_into_tensor)(rows, own)
+
+
+def _reduce_scatter(own: Tensor, rows: Tensor) -> None:
+    renamed = getattr(distributed, "reduce_scatter_single", None)  # by torch 2.13
+    (renamed or distributed.reduce_scatter_tensor)(own, rows)
 
 
 def _portable(error: Exception) -> Exception:

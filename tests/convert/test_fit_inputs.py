@@ -36,6 +36,17 @@ def test_equal_seeds_give_equal_inputs() -> None:
     assert not torch.equal(first[0], other[0])
 
 
+def test_parts_of_inputs_are_parts_of_all() -> None:
+    inputs = make_inputs()
+    arguments = [table[3] for table in inputs.draw(5, torch.Generator().manual_seed(7))]
+    whole = inputs.make(*arguments)
+    for part in ((slice(1, 2), slice(None)), (slice(None), slice(5, 19)), (slice(0, 1), slice(30, 32))):
+        source, converted, positions = inputs.make(*arguments, part=part)
+        assert torch.equal(source, whole[0][part])
+        assert torch.equal(converted, whole[1][part])
+        assert torch.equal(positions, whole[2][part[1]])
+
+
 def test_short_steps_show_long_distances() -> None:
     """A short row starts at the sequence's first token; its tokens keep their positions, which have gaps."""
     generator = torch.Generator().manual_seed(0)

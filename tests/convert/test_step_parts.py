@@ -60,7 +60,8 @@ def compare(rank: int, folders: list[tuple[str, str, float]]) -> None:
             for part in (part_of_step(Ranks(), rows, LENGTH, 4), part_of_step(ranks, rows, LENGTH, 4)):
                 leaves = [f.latent.clone().requires_grad_() for f in factors]
                 changed = [type(f)(**vars(f) | {"latent": leaf}) for f, leaf in zip(factors, leaves, strict=True)]
-                errors, energies = problem.losses(changed, *part.of(*inputs), part.split)
+                own = *(hidden[part.place] for hidden in inputs[:2]), gaps[part.place[1]]
+                errors, energies = problem.losses(changed, *own, part.split)
                 gradients = torch.autograd.grad((errors * part.weight).sum(), leaves)
                 results.append([errors.detach() * part.weight, energies * part.weight, *gradients])
             assert (part.split is None) == (rows == ranks.size)

@@ -18,7 +18,7 @@ factorize           factor a layer's weights in closed form
 fit_layers          fit the factors of a few layers to the source's layers
 fit_steps           the steps of a fit, on one or several processes
 step_parts          what one of several processes computes of a step
-fit_vector          the parameters of a fit, as one scaled vector
+fit_vector          the parameters of a fit, as one scaled vector that processes divide
 side_stream         run the source beside the export on a GPU
 deterministic       restrict PyTorch to deterministic kernels
 finish              write the files that follow the layers

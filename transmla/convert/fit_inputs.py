@@ -57,9 +57,16 @@ class FitInputs:
         return rows, cuts, gaps, shares, shifts
 
     def make(
-        self, rows: Tensor, cuts: Tensor, gaps: Tensor, shares: Tensor, shifts: Tensor
+        self,
+        rows: Tensor,
+        cuts: Tensor,
+        gaps: Tensor,
+        shares: Tensor,
+        shifts: Tensor,
+        *,
+        part: tuple[slice, slice] = (slice(None), slice(None)),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the inputs of one step.
+        """Make the inputs of one step, or a part of them.
 
         Args:
             rows: indices [n, pieces] of the sequences that each input is joined from. Tokens keep their positions.
@@ -67,21 +74,26 @@ class FitInputs:
             gaps: positions [pieces] that are left out before each piece, in all; the first is 0.
             shares: share [n] of the drift that each input keeps.
             shifts: offsets [2] of the two tokens whose difference a token is moved along.
+            part: which inputs and which of their tokens to make.
 
         Returns:
             Hidden states [n, L, D] that enter the first layer in the source and in the export, and their positions [L].
+            Of a part, n and L count its own inputs and tokens.
         """
         index = torch.arange(self.length, device=self.source.device)
         piece = (index[:, None] >= cuts).sum(-1)
         positions, row = index + gaps[piece], rows[:, piece]
-        source, drift = self.source[row, positions], self.drift[row, positions]
-        tokens = source.flatten(0, 1)
-        index = torch.arange(len(tokens), device=tokens.device)
-        first, second = ((index + shift) % len(tokens) for shift in shifts)
-        step = tokens[first] - tokens[second]
-        limit = tokens.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        moved = (tokens + JITTER * step * limit.clamp_max(1)).view_as(source)
-        return moved, moved + drift * shares[:, None, None], positions
+        count, (inputs, tokens) = row.numel(), part
+        own = torch.arange(count, device=index.device).view_as(row)[part]
+        source, first, second = (
+            self.source[row.flatten()[token], positions[token % self.length]]
+            for token in (own, *((own + shift) % count for shift in shifts))
+        )
+        step = first - second
+        limit = source.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved = source + JITTER * step * limit.clamp_max(1)
+        drift = self.drift[row[part], positions[tokens]]
+        return moved, moved + drift * shares[inputs, None, None], positions[tokens]
 
 
 def sizes_of_steps(source: Tensor, drift: Tensor, tokens: int) -> tuple[FitInputs, ...]:

@@ -87,23 +87,17 @@ def reconstruct(
     """
     training, ranks = slice(0, len(source) - held_out(len(source))), layers[0].ranks
     evaluated = source[training.stop :], converted[training.stop :]
-    moments = _input_moments(layers, factors, converted[training])
-    starts = zip(layers, factors, moments, strict=True)
-    coordinates = [Coordinates.of(f, m, layer.view.blocks()) for layer, f, m in starts]
+    coordinates = _coordinates(layers, factors, converted[training])
     masks = [layer.view.masks() for layer in layers]
     with deterministic():
         problem = FitProblem(layers, source[training], converted[training], fit)
         before = problem.error(factors, *evaluated)
         rates = 1.0, RETRY_RATE
         for attempt, rate_factor in enumerate(rates, start=1):
-            parameters = FitParameters(coordinates, factors, masks)
-            ranks.copy_first(parameters.vector.detach(), parameters.scale)
+            parameters = FitParameters(coordinates, factors, masks, ranks, half=layers[0].half)
             with layers[0].fast_products():
                 descend(problem, parameters, replace(fit, rate=fit.rate * rate_factor), seed)
-            with torch.no_grad():
-                fitted = tuple(
-                    from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.factors()
-                )
+            fitted = tuple(from_first(orthonormal_latents(f.to(torch.float64)), ranks) for f in parameters.result())
             after = problem.error(fitted, *evaluated)
             # A comparison with NaN is false, so a fit that diverged is discarded.
             if sum(after) < sum(before):
@@ -208,6 +202,24 @@ def _bounded(errors: Tensor) -> Tensor:
     bound, it would be all that a fit sees.
     """
     return errors / (1 + errors)
+
+
+def _coordinates(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> list[Coordinates]:
+    """Return the coordinates of every layer, for hidden states ``stream`` [N, T, D] that enter the first.
+
+    The decomposition of a layer's moments takes as long as many steps, so each process does it for other layers.
+    """
+    ranks = layers[0].ranks
+    own = range(len(layers))[ranks.share(len(layers))]
+    # All moments are measured first, because the processes measure them together.
+    starts = zip(layers, factors, list(_input_moments(layers, factors, stream)), strict=True)
+    coordinates = [
+        Coordinates.of(f, moment, layer.view.blocks(), empty=i not in own)
+        for i, (layer, f, moment) in enumerate(starts)
+    ]
+    ranks.complete([c.shrink for c in coordinates], layers[0].device)
+    ranks.complete([c.grow for c in coordinates], layers[0].device)
+    return coordinates
 
 
 def _input_moments(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors], stream: Tensor) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ BETAS = (0.9, 0.98)
 
 
 def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, seed: int) -> None:
-    """Minimise the relative error with Adam; changes ``parameters`` in place, in all processes equally.
+    """Minimise the relative error with Adam; changes ``parameters`` in place, each process its share.
 
     Args:
         problem: the inputs and the error.
@@ -56,38 +56,41 @@ def descend(problem: FitProblem, parameters: FitParameters, fit: FitSettings, se
     heads = min(layer.spec.num_attention_heads for layer in problem.layers)
     parts = [part_of_step(ranks, inputs.rows, inputs.length, heads) for inputs in problem.inputs]
     energies = torch.zeros(len(problem.layers), device=device)
-    gradient = parameters.vector.grad = torch.zeros_like(parameters.vector)
     computed: list[Tensor] = []  # the errors, between the two passes
 
     def forward(kind: int) -> None:
         part = parts[kind]
         arguments = [table.index_select(0, drawn[kind])[0] for table in tables[kind]]
-        inputs = part.of(*problem.inputs[kind].make(*arguments))
+        inputs = problem.inputs[kind].make(*arguments, part=part.place)
         errors, own_energies = problem.losses(parameters.factors(), *inputs, part.split)
         computed.append(errors * part.weight)
         energies.copy_(own_energies * part.weight)
         drawn[kind].add_(1)
 
     def backward() -> None:
-        loss = (computed.pop() / energies).mean()
-        gradient.copy_(torch.autograd.grad(loss, parameters.vector)[0])
+        parameters.differentiate((computed.pop() / energies).mean())
 
     def update() -> None:
+        parameters.pull_back()
         optimizer.param_groups[0]["lr"].copy_(rates.index_select(0, step)[0])
         optimizer.step()
         step.add_(1)
+        parameters.renew()
 
     graphs, several = Graphs(device), ranks.size > 1
     # The processes exchange numbers between graphs, never inside one. Their attention to divided tokens is no graph.
     end = graphs.captured(update) if several else update
+    exchange = partial(ranks.exchange, parameters.values)
     advances = []
     for kind, part in enumerate(parts):
         passes: list[Callable[[], None]] = [partial(forward, kind), backward]
         if several and part.split is None:
             passes = [graphs.captured(function) for function in passes]
-        sums = partial(ranks.add_up, energies), partial(ranks.add_up, gradient)
-        advance = partial(in_turn, passes[0], sums[0], passes[1], sums[1], end)
+        sums = partial(ranks.add_up, energies), partial(ranks.add_up_own, parameters.gradients)
+        advance = partial(in_turn, passes[0], sums[0], passes[1], sums[1], end, exchange)
         advances.append(advance if several else graphs.captured(advance))
+    parameters.renew()
+    exchange()
     for kind in kinds:
         advances[kind]()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from transmla.plan.fit_settings import parts_of_step
 from transmla.ranks import Ranks
 from transmla.token_split import TokenSplit
@@ -25,10 +23,10 @@ class StepPart:
     rows: slice
     split: TokenSplit | None
 
-    def of(self, source: Tensor, converted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the part of the step's inputs: hidden states [n, L, D] twice, and positions [L]."""
-        tokens = slice(None) if self.split is None else self.split.tokens
-        return source[self.rows, tokens], converted[self.rows, tokens], positions[tokens]
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """The sequences of the part, and the tokens of these sequences."""
+        return self.rows, slice(None) if self.split is None else self.split.tokens
 
 
 def part_of_step(ranks: Ranks, rows: int, length: int, heads: int) -> StepPart:

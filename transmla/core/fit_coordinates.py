@@ -37,7 +37,9 @@ class Coordinates:
     grow: Tensor
 
     @classmethod
-    def of(cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None) -> Coordinates:
+    def of(
+        cls, factors: LayerFactors, moment: Tensor, blocks: Tensor | None = None, *, empty: bool = False
+    ) -> Coordinates:
         """Return coordinates for ``factors``.
 
         Args:
@@ -45,10 +47,14 @@ class Coordinates:
             moment: E[x xᵀ] [D, D] of the attention's input.
             blocks: number [D] of the block that each input feature belongs to. A map that reads only one block then
                 reads only this block in the coordinates too.
+            empty: leave ``shrink`` and ``grow`` empty, for matrices that another process computes.
         """
         moment = regularise(moment.double())
         if blocks is not None:
             moment = moment * (blocks[:, None] == blocks)
+        if empty:
+            shrink, grow = (torch.empty_like(moment, dtype=torch.float32) for _ in range(2))
+            return cls(factors.to(torch.float32), moment, shrink, grow)
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp_min(values[-1] * 1e-9)
         shrink, grow = ((vectors * values**power) @ vectors.mT for power in (-WHITENING, WHITENING))
@@ -71,20 +77,20 @@ class Coordinates:
             root, inverse = self._roots(f.q_latent)
             tensors["q_latent"] = inverse @ f.q_latent
             tensors["q_nope"], tensors["q_pe"] = f.q_nope @ root, f.q_pe @ root
-        for name in self._readers():
+        for name in self.readers():
             tensors[name] = tensors[name] @ self.grow.double()
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def to_factors(self, tensors: dict[str, Tensor]) -> LayerFactors:
         """Return the layer whose tensors in these coordinates are ``tensors``; differentiable."""
-        plain = {name: tensors[name] @ self.shrink for name in self._readers()}
+        plain = {name: tensors[name] @ self.shrink for name in self.readers()}
         return replace(self.origin, **(tensors | plain))  # type: ignore[arg-type]
+
+    def readers(self) -> tuple[str, ...]:
+        """Return the names of the maps that read the layer's input directly."""
+        queries = ("q_nope", "q_pe") if self.origin.q_latent is None else ("q_latent",)
+        return (*queries, "latent", "rope")
 
     def _roots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the square root [r, r] of the covariance of the latent ``rows`` [r, D], and its inverse [r, r]."""
         return sqrtm_pair(rows @ self.moment @ rows.mT, floor=1e-9)
-
-    def _readers(self) -> tuple[str, ...]:
-        """Return the names of the maps that read the layer's input directly."""
-        queries = ("q_nope", "q_pe") if self.origin.q_latent is None else ("q_latent",)
-        return (*queries, "latent", "rope")
