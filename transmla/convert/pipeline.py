@@ -28,7 +28,7 @@ from transmla.convert.held_rows import Rows, check_rows, split_rows, with_held_r
 from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import FEWEST, SHORTEST, check_memory, holds_streams
 from transmla.convert.prepare import Prepared, prepare
-from transmla.convert.resume import is_complete, refuse_other_run, resume_key
+from transmla.convert.resume import is_complete, refuse_other_run, run_facts
 from transmla.convert.shard_writer import ShardWriter
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
@@ -187,7 +187,7 @@ def _write(
 
 def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
     """Open the workspace, save what a resumed run needs, and return the progress so far."""
-    progress = workspace.open(resume_key(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
+    progress = workspace.open(run_facts(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
     if inputs.shares:
         progress.texts = inputs.shares
         workspace.save_progress(progress)
