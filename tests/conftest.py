@@ -31,9 +31,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def local_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Cache samples of models in a folder of this run, and make the text ``auto`` without a Hub."""
+    """Cache samples of models in a folder of this run, and make the text ``auto`` without a Hub.
+
+    Processes that tests start inherit the folder, so that nothing is written into the user's cache.
+    """
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ASSETS_CACHE", str(folder))
         patch.setattr("huggingface_hub.cached_assets_path", partial(cached_assets_path, assets_dir=folder))
         patch.setattr("transmla.source.mixture.hub_is_reachable", lambda: False)
         yield

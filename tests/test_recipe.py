@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from transmla.errors import TransmlaError
-from transmla.recipe import dump_recipe, parse_recipe
+from transmla.heal.settings import Healing
+from transmla.recipe import dump_recipe, parse_recipe, parse_section
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,33 @@ def test_a_size_or_a_loss_chooses_the_cache(given: dict[str, Any], ratio: object
         ({"cache_ratio": "auto", "qk_rope_head_dim": 16}, "--qk-rope-head-dim was given with --cache-ratio auto"),
         ({"cache_ratio": "auto", "max_kl": -1}, "max_kl: input should be greater than 0"),
         ({"cache_ratio": "auto", "max_kl": float("inf")}, "max_kl: input should be a finite number"),
-        ({"cache_ratio": "most"}, "cache_ratio: it must be auto, or a share above 0"),
+        ({"cache_ratio": "most"}, "cache_ratio: it must be auto, or a share above 0 and at most 1; correct it"),
     ],
 )
 def test_two_sizes_of_the_cache_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(TransmlaError, match=says):
         parse_recipe({"source": "x", **given}, "test")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cache_ratio": "50"}, "a cache ratio of 50 was given; .* above 0 and at most 1; 50 percent is 0.5; lower"),
+        ({"cache_ratio": 25}, "25 percent is 0.25"),
+        ({"cache_ratio": "50%"}, "cache_ratio: it must be auto, or a share above 0 and at most 1; 50 percent is 0.5"),
+        ({"cache_ratio": "0.5%"}, "0.5 percent is 0.005"),
+        ({"cache_ratio": 5000}, "cache_ratio: it must be auto, or a share above 0 and at most 1; correct it"),
+        ({"cache_ratio": 1.5}, "a cache ratio of 1.5 was given; .* pass --allow-no-saving"),
+        ({"calibration": {"source": "pydoc:50"}}, "'pydoc' is 50, .* at most 1; 50 percent is 0.5"),
+        ({"calibration": {"source": "pydoc:50%"}}, "'pydoc' is 50%, .* at most 1; 50 percent is 0.5"),
+    ],
+)
+def test_a_percentage_is_told_its_share(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(TransmlaError, match=says):
+        parse_recipe({"source": "x", **given}, "test")
+    with pytest.raises(TransmlaError, match=r"warmup: input should be less than 1; 3 percent is 0\.03"):
+        parse_section(Healing, {"student": "a", "teacher": "b", "output": "c", "warmup": 3})
+
+
+def test_a_cache_that_may_grow_has_a_ratio_above_one() -> None:
+    assert parse_recipe({"source": "x", "cache_ratio": "1.5", "allow_no_saving": True}, "test").cache_ratio == 1.5

@@ -144,6 +144,8 @@ def test_a_resumed_run_refuses_the_conversion_of_another_recipe(
             convert_and_heal(recipe)
     with pytest.raises(TransmlaError, match=r"unhealed' was converted with other settings"):
         convert_and_heal(recipe.model_copy(update={"seed": 1}), resume=True)
+    with pytest.raises(TransmlaError, match=r"other settings.*; --kv-lora-rank was \d+ and is \d+, "):
+        convert_and_heal(recipe.model_copy(update={"cache_ratio": 0.25}), resume=True)
 
 
 def test_off_only_converts(make_source: Callable[..., Path], make_recipe: MakeRecipe) -> None:

@@ -24,7 +24,7 @@ from pydantic import (
 from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
 from transmla.recipe_values import CACHE_AUTO, DEFAULT_MAX_KL, CacheRatio, Heal, Reconstruct
-from transmla.shares import Mixture, Texts
+from transmla.shares import Mixture, Texts, of_percent
 
 
 class Strict(BaseModel):
@@ -200,7 +200,7 @@ class Recipe(Strict):
         """Check that ``max_kl`` and other settings of the cache fit together.
 
         Raises:
-            TransmlaError: if two settings decide about the size of the cache.
+            TransmlaError: if two settings decide about the size of the cache, or the cache would not shrink.
         """
         if self.max_kl is not None and self.cache_ratio != CACHE_AUTO:
             given = "no cache ratio" if self.cache_ratio is None else f"a cache ratio of {self.cache_ratio:g}"
@@ -208,6 +208,12 @@ class Recipe(Strict):
                 f"--max-kl {self.max_kl:g} was given with {given}",
                 limit="a largest KL chooses the size of the cache, so nothing else may",
                 remedy="pass --cache-ratio auto, or leave --max-kl out",
+            )
+        if isinstance(self.cache_ratio, float) and self.cache_ratio > 1 and not self.allow_no_saving:
+            raise TransmlaError(
+                f"a cache ratio of {self.cache_ratio:g} was given",
+                limit=f"it is a share of the source's cache, above 0 and at most 1{of_percent(self.cache_ratio)}",
+                remedy="lower --cache-ratio, or pass --allow-no-saving for a cache that is no smaller",
             )
         fixed = [name for name in ("kv_lora_rank", "qk_rope_head_dim", "pad_for") if getattr(self, name) is not None]
         if self.cache_ratio == CACHE_AUTO and fixed:
@@ -253,7 +259,10 @@ def parse_section(schema: type[Section], values: dict[str, Any], origin: str = "
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             unknown = item["type"] == "extra_forbidden"
-            mistakes.append(f"{key}: unknown key" if unknown else f"{key}: {item['msg'].lower()}")
+            # A setting that ends at 1 is a share.
+            bounds = item.get("ctx", {})
+            hint = of_percent(item["input"]) if 1 in (bounds.get("le"), bounds.get("lt")) else ""
+            mistakes.append(f"{key}: unknown key" if unknown else f"{key}: {item['msg'].lower()}{hint}")
         known = ", ".join(_keys(schema))
         unknown = any(mistake.endswith("unknown key") for mistake in mistakes)
         remedy = f"known keys: {known}" if unknown else "correct it; --help lists what can be given"

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from transmla.shares import of_percent
+
 HEAL_AUTO, HEAL_OFF = "auto", "off"
 # The value of ``cache_ratio`` that lets a conversion choose the smallest cache whose KL to the source is accepted, and
 # the KL that is accepted if the recipe does not say: about what half the cache costs (docs/choosing.md).
@@ -41,8 +43,8 @@ def _ratio(value: Any) -> Any:
         return _RATIO.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        number = not problem["type"].endswith("_parsing")
-        said = problem["msg"] if number else "it must be auto, or a share above 0"
+        number = not problem["type"].endswith(("_parsing", "less_than_equal"))
+        said = problem["msg"] if number else f"it must be auto, or a share above 0 and at most 1{of_percent(value)}"
         raise PydanticCustomError("cache_ratio", said) from error
 
 

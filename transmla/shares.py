@@ -1,4 +1,4 @@
-"""Shares of several texts in one mixture, from entries ``NAME`` or ``NAME:WEIGHT``."""
+"""Shares of several texts in one mixture, from entries ``NAME`` or ``NAME:WEIGHT``; and shares written as percent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from pydantic import AfterValidator, BeforeValidator
 
 # Largest difference from 1 at which weights count as summing to 1: three thirds may be written 0.33, 0.33 and 0.34.
 TOLERANCE = 0.005
+
+
+def of_percent(value: Any) -> str:
+    """Return the words that turn a percentage, such as 50 or "50%", into a share; "" if ``value`` is none."""
+    text = str(value).strip()
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    lowest = 0 if text.endswith("%") else 1
+    return f"; {percent:g} percent is {percent / 100:g}" if lowest < percent <= 100 else ""
 
 
 def name_and_weight(entry: str) -> tuple[str, float | None]:
@@ -22,13 +33,14 @@ def name_and_weight(entry: str) -> tuple[str, float | None]:
     """
     name, colon, text = entry.rpartition(":")
     try:
-        weight = float(text)
+        weight = float(text.removesuffix("%"))
     except ValueError:
         return entry, None
     if not (colon and name):
         return entry, None
-    if not 0 < weight <= 1:
-        raise ValueError(f"the weight of '{name}' is {text}, and must be above 0 and at most 1")
+    if not 0 < weight <= 1 or text.endswith("%"):
+        allowed = f"must be above 0 and at most 1{of_percent(text)}"
+        raise ValueError(f"the weight of '{name}' is {text}, and {allowed}")
     return name, weight
 
 

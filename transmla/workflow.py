@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transmla.convert.pipeline import check_disk, check_room, convert, output_folder
+from transmla.convert.pipeline import convert, output_folder
 from transmla.convert.prepare import Prepared, prepare, with_plan
 from transmla.convert.resume import refuse_other_run
+from transmla.convert.room import check_disk, check_room
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, UNFINISHED_SUFFIX
 from transmla.export.manifest import Manifest

@@ -198,6 +198,30 @@ def test_a_call_that_makes_no_sense_is_refused(place: Path, run: Run, argv: str,
     refuses(run, *argv.split(), says=says)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "plan source",
+        "inspect source",
+        "convert source -o new --eval text.txt",
+        "verify {export}",
+        "eval source --text text.txt",
+        "eval source --retrieval",
+        "heal {export} --teacher source -o new",
+        "bench source",
+        "chat source",
+    ],
+)
+def test_every_verb_refuses_a_device_before_it_opens_a_model(
+    place: Path, converted: Path, run: Run, argv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for opened in ("transmla.convert.prepare.open_source", "transmla.evaluate.open_model.load_named"):
+        monkeypatch.setattr(opened, None)
+    verb, *arguments = argv.format(export=converted / "out").split()
+    refuses(run, verb, *arguments, "--device", "cuda:99", says="device 'cuda:99' is not usable; ")
+
+
 @pytest.mark.parametrize("bad", ["cut-off", "corrupt", "wrong-shape", "bad-heads"])
 def test_a_model_that_does_not_load_is_not_evaluated(place: Path, run: Run, bad: str) -> None:
     BAD_SOURCES[bad][0](place / "source")

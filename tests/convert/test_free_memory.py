@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,12 @@ import torch
 from helpers.conversions import recipe
 from helpers.interrupted import Killed, KilledAtLayer, files
 
-from transmla.convert import memory, pipeline
+from transmla.convert import memory, pipeline, room
 from transmla.convert.memory import memory_shortage
 from transmla.convert.pipeline import convert
 from transmla.convert.prepare import Prepared, prepare
 from transmla.errors import TransmlaError
-from transmla.plan.estimate import device_bytes, memory_bytes
+from transmla.plan.estimate import device_bytes, disk_bytes, memory_bytes
 from transmla.plan.fit_settings import fit_settings
 from transmla.source import memory as free
 from transmla.source.memory import free_memory_of
@@ -136,3 +137,34 @@ def test_what_an_earlier_run_reserved_is_free(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5)
     assert free_memory_of(torch.device("cuda")) == 75
+
+
+def test_a_disk_too_small_is_told_the_text_that_fits(
+    workdir: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has(monkeypatch)
+    plan = prepared.plan
+
+    def refusal(free: int, text: tuple[int, int], written: int = 0) -> str | None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        try:
+            room.check_room(prepared, Path("out"), text, written=written)
+        except TransmlaError as error:
+            return str(error)
+        return None
+
+    enough = disk_bytes(plan, 300 * 2048, None)
+    for text, fits, option in (
+        ((1000, 2048), (300, 2048), "--calibration-sequences 300"),
+        ((1000, 38400), (16, 38400), "--calibration-sequences 16"),
+        ((1000, 76800), (16, 38400), "--calibration-sequences 16 --calibration-length 38400"),
+        ((16, 76800), (16, 38400), "--calibration-length 38400"),
+    ):
+        said = refusal(enough, text)
+        assert said is not None
+        assert f"free some disk space, use {option}, or choose another --output" in said
+        assert refusal(enough, fits) is None
+    # Not even the smallest text fits, or the run has its text already.
+    for said in (refusal(disk_bytes(plan, 0, None), (64, 512)), refusal(0, (1000, 2048), written=1)):
+        assert said is not None
+        assert said.endswith("free; free some disk space, or choose another --output")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -170,16 +171,23 @@ def test_a_run_resumed_twice_gives_the_same_bytes(workdir: Path, original: Path)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"seed": 1}, {"cache_ratio": 0.4}, {"method": "transmla"}, {"calibration": {"sequences": 5}}],
+    ("change", "named"),
+    [
+        ({"seed": 1}, r"; --seed was 0 and is 1; repeat"),
+        ({"cache_ratio": 0.4}, r"; --cache-ratio was not given and is 0\.4; repeat"),
+        ({"method": "transmla"}, r"; --method was calibrated and is transmla, --reconstruct was fast and is off;"),
+        ({"calibration": {"sequences": 5}}, r"; --calibration-sequences was 4 and is 5; repeat"),
+        ({"dtype": "bfloat16", "seed": 2}, r"; --dtype was auto and is bfloat16, --seed was 0 and is 2; repeat"),
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_resuming_with_another_setting_is_refused(workdir: Path, change: dict[str, Any]) -> None:
+def test_resuming_with_another_setting_is_refused(workdir: Path, change: dict[str, Any], named: str) -> None:
     with pytest.raises(Killed):
         convert(recipe(), reporter=KilledAtLayer(1))
     before = files(workdir / "out.partial")
-    with pytest.raises(TransmlaError, match="begun with other weights, settings or versions"):
+    with pytest.raises(TransmlaError, match="begun with other weights, settings or versions") as refused:
         convert(recipe(**change), resume=True)
+    assert re.search(named, str(refused.value)), refused.value
     assert files(workdir / "out.partial") == before
 
 
@@ -191,7 +199,7 @@ def test_resuming_with_other_weights_is_refused(workdir: Path, original: Path) -
     weights = load_file("source/model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
     save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TransmlaError, match="begun with other weights"):
+    with pytest.raises(TransmlaError, match=r"begun with other weights.*; the source's weights changed; repeat"):
         convert(recipe(), resume=True)
 
 

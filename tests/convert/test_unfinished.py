@@ -235,7 +235,7 @@ def test_a_run_killed_before_the_last_renaming_only_renames(
     tokenizer = Path("source/tokenizer.json")
     text = tokenizer.read_text()
     tokenizer.write_text(text + " ")
-    refused_untouched("other settings, weights or versions", workdir)
+    refused_untouched("other settings, weights or versions; the source's tokenizer.json changed; ", workdir)
     tokenizer.write_text(text)
     resumed_to_the_same_bytes(original)
 

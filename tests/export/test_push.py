@@ -247,6 +247,28 @@ def refused(hub: HubServer, folder: Path) -> TransmlaError:
     return error.value
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "says"),
+    [
+        ("export", "'export' is not a repository id; it is a path on this machine, and a push goes to the Hub; write"),
+        ("{0}/export", "it is a path on this machine"),
+        ("./export", "it is a path on this machine"),
+        ("model-mla", "'model-mla' is not a repository id; it has no namespace; write it as NAMESPACE/NAME"),
+        ("https://huggingface.co/someone/model", "it is an address"),
+        ("someone/some/model", "an id is two names of letters"),
+        ("someone/-model", "an id is two names of letters"),
+    ],
+)
+def test_the_refusal_of_a_repository_id_is_in_our_words(
+    export: Path, monkeypatch: pytest.MonkeyPatch, repo_id: str, says: str
+) -> None:
+    monkeypatch.chdir(export.parent)
+    with pytest.raises(TransmlaError) as refused:
+        push(export, repo_id.format(export.parent), dry_run=True)
+    assert says in str(refused.value)
+    assert "repo_type" not in str(refused.value)
+
+
 def test_a_missing_folder_is_refused(hub: HubServer, tmp_path: Path) -> None:
     assert "is not a folder" in refused(hub, tmp_path / "absent").what
 

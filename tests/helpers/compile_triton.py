@@ -26,7 +26,7 @@ def shared_bytes(target: list[object], limit: int, queries: int, rank: int, widt
         "new": 1, "RANK": rank, "WIDTH": width, "RANK_BLOCK": max(16, triton.next_power_of_2(rank)),
         "WIDTH_BLOCK": max(16, triton.next_power_of_2(width)), "ROWS": rows, "TOKENS": tokens, "PAGE": 0,
         "MASKED": False, "RAGGED": True, "SCALED": False, "CAPPED": False, "PRECISION": "ieee", "STAGES": stages,
-        "LOG": 1.0,
+        "LOG": 1.0, "RAISE": 1.0,
     }  # fmt: skip
     kernel = triton_decode._attend
     types = TYPES | dict.fromkeys(("q_latent", "q_pe", "kv_c", "k_pe"), f"*{dtype}")

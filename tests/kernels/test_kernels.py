@@ -148,6 +148,20 @@ def test_float8_latents(kernel: ModuleType, page: int) -> None:
         assert torch.allclose(ours.double(), theirs, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 6e4])
+def test_small_and_large_float8_latents_in_float16(size: float) -> None:
+    """Products of weights and scales are normal numbers, and do not overflow."""
+    c = case(total=96, heads=5, dtype=torch.float16)
+    latents = c.kv_c / c.kv_c.abs().amax() * size
+    rows = unpack(pack(latents, c.k_pe), 32, 16, torch.float16)
+    queries = c.q_latent / max(size, 1)
+    actual = triton_decode.decode(queries, c.q_pe, rows, Scores(SCALING))[0].double()
+    assert rows.scale is not None
+    exact = replace(rows, kv_c=rows.kv_c.double() * rows.scale[..., None], k_pe=c.k_pe.double(), scale=None)
+    expected = plain.decode(queries.double(), c.q_pe.double(), exact, Scores(SCALING))[0]
+    assert (actual - expected).norm() < 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_and_tables_that_are_not_contiguous(kernel: ModuleType, dtype: torch.dtype) -> None:
     c = case(total=96, batch=3, dtype=torch.float16)

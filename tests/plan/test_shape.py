@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from transmla.errors import TransmlaError
 from transmla.formats.base import format_named
-from transmla.plan.make_plan import make_plan
+from transmla.kernels import DecodeShape, hopper
+from transmla.plan.make_plan import KERNEL_MULTIPLE, make_plan
 from transmla.recipe import parse_recipe
 from transmla.source.describe import describe
 
@@ -80,3 +82,37 @@ def test_plan_names_what_vllm_does_not_serve() -> None:
     vllm = next(runtime for runtime in format_named("transmla").runtimes(plan) if runtime.name == "vLLM")
     assert not vllm.accepts
     assert "latent is 960 wide" in vllm.note
+
+
+@pytest.mark.parametrize(
+    ("widths", "notes"),
+    [
+        ({"kv_lora_rank": 7, "qk_rope_head_dim": 64}, {"kv_lora_rank 7 ": "; 8 would be read"}),
+        ({"kv_lora_rank": 500, "qk_rope_head_dim": 64}, {"kv_lora_rank 500 ": "; 496 and 504 would be read"}),
+        (
+            {"kv_lora_rank": 100, "qk_rope_head_dim": 4},
+            {"kv_lora_rank 100 ": "; 96 and 104 would be read", "qk_rope_head_dim 4 ": "; 8 would be read"},
+        ),
+        ({"kv_lora_rank": 504, "qk_rope_head_dim": 64}, {}),
+        ({"cache_ratio": 0.3}, {}),
+        ({"kv_lora_rank": 500, "qk_rope_head_dim": 64, "pad_for": "vllm"}, {}),
+    ],
+)
+def test_a_note_names_widths_that_the_hopper_kernel_reads(widths: dict[str, Any], notes: dict[str, str]) -> None:
+    recipe = parse_recipe({"source": "x", "output": "y", **widths}, "test")
+    found = [note for note in make_plan(describe(LLAMA_8B), recipe, "bfloat16").notes if "Hopper" in note]
+    assert len(found) == len(notes)
+    for note, (begins, ends) in zip(found, notes.items(), strict=True):
+        assert note.startswith(begins)
+        assert note.endswith(ends)
+
+
+@pytest.mark.parametrize("widths", [(KERNEL_MULTIPLE, KERNEL_MULTIPLE), (512, 64)])
+def test_the_multiple_is_that_of_the_hopper_kernel(widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "gluon", hopper)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: hopper.CAPABILITY)
+    refusal = lambda *ranks: hopper.refuses(DecodeShape(8, *ranks, torch.bfloat16, torch.device("cuda")))  # noqa: E731
+    rank, rotary = widths
+    assert refusal(rank, rotary) is None
+    assert refusal(rank - 1, rotary) is not None
+    assert refusal(rank, rotary - 1) is not None

@@ -23,6 +23,7 @@ from transmla.kernels.custom_op import Compilable
 from transmla.recipe import Recipe
 from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.latent_cache import LatentLayer, latent_bytes
+from transmla.runtime.load import mla_layers
 
 
 def count_decodes(model: Any) -> list[int]:
@@ -211,6 +212,19 @@ def test_accelerating_twice_or_saving_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_generate_the_same_tokens(copied: Callable[[Any], Any]) -> None:
     model, inputs = transmla.accelerate(tiny()), prompt()
+    twin = copied(model)
+    decoded = count_decodes(twin)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(twin.generate(**inputs, **settings), model.generate(**inputs, **settings))
+    assert decoded
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_models_whose_classes_torch_has_subclassed_are_copied(copied: Callable[[Any], Any]) -> None:
+    """As ``fully_shard`` and ``register_parametrization`` do."""
+    model, inputs = transmla.accelerate(tiny()), prompt()
+    for module in (model, *mla_layers(model), model.model.norm):
+        module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {})
     twin = copied(model)
     decoded = count_decodes(twin)
     settings = {"max_new_tokens": 8, "do_sample": False}

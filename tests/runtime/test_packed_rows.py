@@ -124,6 +124,35 @@ def test_a_cache_filled_before_acceleration_is_packed() -> None:
     assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "reset", "static"])
+def test_rows_that_autocast_has_filled_are_read_without_it(kind: str) -> None:
+    """DeepSeek-V2 rotates in the dtype of its activations, so that autocast makes rotary keys in bfloat16."""
+    model, tokens = transmla.accelerate(tiny("deepseek_v2"), cache_dtype=FLOAT8), prompt(0)["input_ids"]
+    cache = StaticCache(model.config, 64) if kind == "static" else DynamicCache(config=model.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(tokens[:, :-2], past_key_values=cache)
+    assert {layer.pe_dtype for layer in cache.layers} == {torch.bfloat16}
+    rows = [layer.keys.clone() for layer in cache.layers]
+    seen = tokens[:, -2:]
+    if kind == "reset":
+        cache.reset()
+        seen = tokens
+    with torch.no_grad():
+        actual = [model(token, past_key_values=cache).logits for token in seen.split(1, 1)]
+        expected = model(tokens).logits[:, -seen.shape[1] :]
+    assert {layer.pe_dtype for layer in cache.layers} == {torch.float32}
+    assert torch.allclose(torch.cat(actual, 1), expected, atol=0.6)
+    for layer, before in zip(cache.layers, rows, strict=True):
+        if kind != "reset":
+            count = tokens.shape[1] - 2
+            wide, narrow = (
+                unpack(part[:, 0, :count], 16, 8, dtype)
+                for part, dtype in ((layer.keys, torch.float32), (before, torch.bfloat16))
+            )
+            assert torch.equal(wide.full()[0].bfloat16(), narrow.full()[0])
+            assert torch.equal(wide.k_pe, narrow.k_pe.float())
+
+
 def test_rows_behind_a_shared_prefix_are_packed() -> None:
     model, tokens = transmla.accelerate(tiny(), cache_dtype=FLOAT8), prompt(0)["input_ids"]
     tokens = torch.cat([tokens[:1, :8].expand(len(tokens), -1), tokens], 1)

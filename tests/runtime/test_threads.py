@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,3 +72,19 @@ def test_a_prefix_is_made_meanwhile(tmp_path: Path) -> None:
     transmla.shared_prefix(model, tokens[:1, :7])
     for expected, found in zip(alone.layers, meanwhile.layers, strict=True):
         assert torch.equal(found.keys, expected.keys)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_a_copy_made_while_a_thread_reads_holds_nothing_of_it(
+    copied: Callable[[Any], Any], family: str, tmp_path: Path
+) -> None:
+    model, twins = transmla.accelerate(stock_model(family, tmp_path, keep=())), []
+    tokens = longer(model, LONG)
+    expected = read(model, tokens, DynamicCache(config=model.config))
+    interrupt(model, lambda: twins.append(copied(model)))
+    assert torch.equal(read(model, tokens, DynamicCache(config=model.config)), expected)
+    assert all(layer.running == {} and layer.step is None for twin in twins for layer in mla_layers(twin))
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda one: read(one, tokens, DynamicCache(config=one.config)), [twins[0], model]):
+            assert torch.equal(found, expected)

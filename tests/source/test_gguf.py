@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from transmla.errors import TransmlaError
 from transmla.source import gguf
+from transmla.source.gguf_copies import ORIGIN
 from transmla.source.locate import resolve_source
 
 
@@ -48,6 +52,114 @@ def test_a_file_is_unpacked_once_until_it_changes(file: Path, unpacks: list[Path
     assert resolve_source(str(file)) != folder
     assert len(unpacks) == 2
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, resolve_source(str(file)).name}
+
+
+def in_another_process(file: Path) -> None:
+    """Use ``file`` in a process that has ended."""
+    process = os.fork()
+    if process == 0:
+        resolve_source(str(file))
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+@pytest.mark.parametrize("change", ["deleted", "moved", "changed", "folder deleted"])
+def test_a_copy_whose_file_is_gone_is_removed(
+    file: Path, unpacks: list[Path], tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "old").mkdir()
+    old, living = tmp_path / "old" / "old.gguf", tmp_path / "living.gguf"
+    for other in (old, living):
+        other.write_bytes(file.read_bytes())
+        in_another_process(other)
+    cache = resolve_source(str(file)).parent
+    assert f"unpacked '{file.name}' once, for later commands too: 0.0 GB in '{cache}" in caplog.text
+    copies = set(cache.iterdir())
+    assert len(copies) == 3
+    if change == "deleted":
+        old.unlink()
+    elif change == "moved":
+        old.rename(tmp_path / "elsewhere.gguf")
+    elif change == "changed":
+        old.write_bytes(b"GGUF" + bytes(300))
+    else:
+        shutil.rmtree(old.parent)
+    caplog.clear()
+    kept = {resolve_source(str(living)), resolve_source(str(file))}
+    assert set(cache.iterdir()) == copies  # nothing was unpacked
+    assert not caplog.text
+    new = tmp_path / "new.gguf"
+    new.write_bytes(file.read_bytes())
+    kept.add(resolve_source(str(new)))
+    assert set(cache.iterdir()) == kept
+
+
+def test_a_copy_that_another_process_uses_stays(file: Path, unpacks: list[Path], tmp_path: Path) -> None:
+    reading, done = os.pipe(), os.pipe()
+    process = os.fork()
+    if process == 0:
+        resolve_source(str(file))
+        os.write(reading[1], b"x")
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(reading[0], 1)
+    cache = next((tmp_path / "assets").rglob("config.json")).parents[1]
+    [copy] = cache.iterdir()
+    file.unlink()
+    other, third = tmp_path / "other.gguf", tmp_path / "third.gguf"
+    other.write_bytes(b"GGUF" + bytes(50))
+    unpacked = resolve_source(str(other))
+    assert set(cache.iterdir()) == {copy, unpacked}
+    os.write(done[1], b"x")
+    os.waitpid(process, 0)
+    third.write_bytes(b"GGUF" + bytes(60))
+    resolve_source(str(third))
+    assert not copy.exists()
+
+
+@pytest.mark.parametrize("origin", ["", "{", "[]", "{}", '{"path": 3}', '{"path": "a\\u0000b"}', None])
+def test_a_folder_that_says_nothing_of_its_file_stays(file: Path, unpacks: list[Path], origin: str | None) -> None:
+    cache = resolve_source(str(file)).parent
+    (cache / "broken").mkdir()
+    (cache / "file").touch()
+    if origin is not None:
+        (cache / "broken" / ORIGIN).write_text(origin)
+    file.write_bytes(b"GGUF" + bytes(70))
+    assert resolve_source(str(file)).is_dir()
+    assert (cache / "broken").is_dir()
+    assert (cache / "file").is_file()
+
+
+def test_what_a_killed_process_began_to_unpack_is_removed(file: Path, unpacks: list[Path]) -> None:
+    cache = resolve_source(str(file)).parent
+    begun = cache / "tmpbegun"
+    begun.mkdir()
+    (begun / ORIGIN).write_text(json.dumps(gguf.origin_of(file)))
+    (begun / "model.safetensors").touch()
+    file.write_bytes(b"GGUF" + bytes(70))
+    resolve_source(str(file))
+    assert not begun.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_used_as_it_is(
+    file: Path, unpacks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, other = tmp_path / "gone.gguf", tmp_path / "other.gguf"
+    for path in (gone, other):
+        path.write_bytes(file.read_bytes())
+    in_another_process(gone)
+    gone.unlink()
+    folder = resolve_source(str(file))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("unlink", "rmdir", "write_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    for name in ("shutil.rmtree", "tempfile.mkdtemp"):
+        monkeypatch.setattr(name, refuse)
+    assert resolve_source(str(file)) == folder
+    assert resolve_source(str(other)) == other
 
 
 def test_a_large_file_stays_packed(file: Path, unpacks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

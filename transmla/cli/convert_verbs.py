@@ -182,9 +182,11 @@ def convert(
     from transmla.export.manifest import Manifest
     from transmla.ranks import launched, leave
     from transmla.reporter import Timed
+    from transmla.source.device import pick_device
     from transmla.workflow import convert_and_heal
 
     ranks = launched(recipe.device)
+    pick_device(recipe.device)  # before a text is read
     ranks.first_then_others(lambda: check_evaluation(recipe))
     if ranks.first and "output" not in recipe.model_fields_set:
         console.note(f"no --output: writing {recipe.output}")

@@ -70,7 +70,9 @@ def evaluate(
     from transmla.cli.report import Section
     from transmla.evaluate import harness, retrieval, score_report, tasks
     from transmla.evaluate.compare import evaluate_models
+    from transmla.source.device import pick_device
 
+    pick_device(device)  # before a text or a task is read
     lengths = retrieval.choose_lengths(model, baseline, for_retrieval) if by_retrieval else ()
     loaded_tasks = harness.open_tasks(for_tasks) if by_task else {}
 

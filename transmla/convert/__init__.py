@@ -2,6 +2,7 @@
 
 pipeline            ``convert``: run a conversion from end to end, and resume one that was interrupted
 prepare             decide everything from the recipe before a weight is read
+room                whether memory and disk have room, and what would fit
 calibration_text    read the mixture of texts, sample the model, check lengths
 choose_budget       the smallest cache that keeps to a loss
 layer_costs         what each size of a layer costs, for this choice

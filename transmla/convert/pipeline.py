@@ -8,7 +8,6 @@ killed run can resume from the last save, and ends with the same bytes as an uni
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +22,17 @@ from transmla.convert.finish import write_rest
 from transmla.convert.finite import check_tensors
 from transmla.convert.held_rows import Rows, check_rows, split_rows, with_held_rows
 from transmla.convert.layers import LayerConverter
-from transmla.convert.memory import check_memory, holds_streams
+from transmla.convert.memory import holds_streams
 from transmla.convert.prepare import Prepared, prepare
-from transmla.convert.resume import is_complete, refuse_other_run, resume_key
+from transmla.convert.resume import is_complete, refuse_other_run, run_facts
+from transmla.convert.room import check_room
 from transmla.convert.shard_writer import ShardWriter
 from transmla.convert.streams import Streams
 from transmla.errors import TransmlaError
-from transmla.export.output import check_writable, output_path
+from transmla.export.output import output_path
 from transmla.export.workspace import Progress, Workspace
 from transmla.files import disk_errors
 from transmla.formats.base import format_named
-from transmla.plan.estimate import disk_bytes
 from transmla.ranks import Ranks, launched
 from transmla.recipe import Recipe
 from transmla.reporter import Reporter, Silent
@@ -184,7 +183,7 @@ def _write(
 
 def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
     """Open the workspace, save what a resumed run needs, and return the progress so far."""
-    progress = workspace.open(resume_key(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
+    progress = workspace.open(run_facts(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
     if inputs.shares:
         progress.texts = inputs.shares
         workspace.save_progress(progress)
@@ -218,41 +217,6 @@ def _chosen(prepared: Prepared, workspace: Workspace, progress: Progress, rows: 
 def output_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's export; raises as ``output_path`` does."""
     return output_path(recipe.output)
-
-
-def check_room(prepared: Prepared, output: Path, text: tuple[int, int], *, written: int = 0) -> None:
-    """Check that memory and disk have room for a conversion.
-
-    Args:
-        prepared: the conversion.
-        output: folder of the export.
-        text: number of calibration sequences, and tokens per sequence.
-        written: bytes that an unfinished run has written.
-
-    Raises:
-        TransmlaError: if they certainly do not.
-    """
-    check_memory(prepared, *text)
-    tokens = text[0] * text[1]
-    streams = 0 if holds_streams(prepared, tokens) else prepared.processes
-    check_disk(output, disk_bytes(prepared.plan, tokens, prepared.fit, streams=streams) - written)
-
-
-def check_disk(output: Path, needed: int, *, healing: bool = False) -> None:
-    """Check that the disk of ``output`` is writable and has the ``needed`` bytes free of a conversion or ``healing``.
-
-    Raises:
-        TransmlaError: if it is not writable, or has too little space.
-    """
-    parent = check_writable(output)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        what, or_else = ("healing", "leave it out (--heal off), ") if healing else ("conversion", "")
-        raise TransmlaError(
-            f"the {what} needs about {needed / 1e9:.1f} GB of disk",
-            limit=f"'{parent}' has {free / 1e9:.1f} GB free",
-            remedy=f"free some disk space, {or_else}or choose another --output",
-        )
 
 
 def _convert_layers(

@@ -84,8 +84,8 @@ def prepare(
             limit="the cost of a layer is measured for methods with one pass over the text",
             remedy="give a ratio, or leave --method out",
         )
+    device = pick_device(recipe.device)  # before a model is downloaded
     source = open_source(recipe, weights=weights)
-    device = pick_device(recipe.device)
     recipe = _with_amounts(recipe, source.spec, device)
     baseline = recipe.method if method_named(recipe.method).baseline else None
     sequences = sequences or recipe.calibration.sequences or 0

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from transmla.artifacts import Plan
 from transmla.convert.prepare import Prepared
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, PROGRESS, UNHASHED, check_hashes, file_sha256
 from transmla.export.manifest import Manifest, recipe_hash, versions
+from transmla.export.state import differences, flags, key_of
 from transmla.guard.folder import READ, TEMPLATE_FOLDERS
 from transmla.source.checkpoint import Checkpoint
 from transmla.source.device import is_fast_in_bfloat16
@@ -22,10 +24,12 @@ from transmla.source.device import is_fast_in_bfloat16
 _DOCUMENTS = ("licen", "notice", "copying", "use_policy", "readme")
 # Files of an export that differ from the source's files of the same name.
 _REWRITTEN = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
+# Widths of an export by the flag that sets them.
+_WIDTHS = {"--kv-lora-rank": "kv_lora_rank", "--qk-rope-head-dim": "qk_rope_head_dim", "--q-lora-rank": "q_lora_rank"}
 
 
-def resume_key(prepared: Prepared, processes: int, fingerprint: str, tokens: Tensor) -> str:
-    """Return a hash of everything that must be equal when a conversion is resumed.
+def run_facts(prepared: Prepared, processes: int, fingerprint: str, tokens: Tensor) -> dict[str, Any]:
+    """Return everything that must be equal when a conversion is resumed, by the name that a user reads.
 
     Args:
         prepared: the conversion.
@@ -34,13 +38,20 @@ def resume_key(prepared: Prepared, processes: int, fingerprint: str, tokens: Ten
         tokens: calibration tokens [N, T].
     """
     device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
-    settings = prepared.recipe.model_dump(exclude={"device", "eval", "heal"})
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    fit = None if prepared.fit is None else asdict(prepared.fit)
-    numerics = [machine, is_fast_in_bfloat16(device), fit, processes]
-    files = companions(prepared.source.checkpoint)
-    everything = [settings, prepared.plan.to_dict(), fingerprint, files, text_hash, numerics, versions()]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    settings = prepared.recipe.model_dump(mode="json", exclude={"device", "eval", "heal"})
+    files = {f"the source's {name}": value for name, value in companions(prepared.source.checkpoint).items()}
+    follows = [prepared.plan.to_dict(), None if prepared.fit is None else asdict(prepared.fit)]
+    return {
+        **flags(settings),
+        "the source's weights": fingerprint,
+        **files,
+        "the calibration text": text_hash,
+        "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "fast bfloat16": is_fast_in_bfloat16(device),
+        "the number of processes": processes,
+        **{f"the version of {name}": value for name, value in versions().items()},
+        "": key_of({"follows": follows}),
+    }
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, str]:
@@ -80,12 +91,29 @@ def refuse_other_run(folder: Path, prepared: Prepared, fingerprint: str) -> None
         and manifest.versions == versions()
     )
     theirs = companions(prepared.source.checkpoint)
-    copied = (set(theirs) & set(manifest.hashes)) - set(_REWRITTEN)
+    copied = sorted((set(theirs) & set(manifest.hashes)) - set(_REWRITTEN))
     if not same_run or any(theirs[name] != manifest.hashes[name] for name in copied):
+        before = _recorded(manifest.plan, manifest.reconstruct, manifest.source.fingerprint, manifest.versions)
+        after = _recorded(prepared.plan, prepared.recipe.reconstruct, fingerprint, versions())
+        if prepared.recipe.accepted_kl is not None:  # the export's widths were chosen while it was converted
+            after |= {flag: before[flag] for flag in _WIDTHS}
+        before |= {f"the source's {name}": manifest.hashes[name] for name in copied}
+        after |= {f"the source's {name}": theirs[name] for name in copied}
         raise TransmlaError(
             f"'{folder}' was converted with other settings, weights or versions",
-            limit="a resumed run must give the same result as an uninterrupted one",
+            limit=differences(before, after) or "a resumed run must give the same result as an uninterrupted one",
             remedy="repeat the first run's command with --resume, or delete the folder",
         )
     if problems := check_hashes(folder, manifest.hashes, free=UNHASHED):
         raise TransmlaError(f"'{folder}' is damaged", limit=problems[0], remedy="delete the folder, and convert again")
+
+
+def _recorded(plan: Plan, reconstruct: str, fingerprint: str, software: dict[str, str]) -> dict[str, Any]:
+    """Return what an export records of the run that made it, by the name that a user reads."""
+    return {
+        **{flag: getattr(plan.shape, name) for flag, name in _WIDTHS.items()},
+        **{f"--{name}": getattr(plan, name) for name in ("method", "format", "dtype")},
+        "--reconstruct": reconstruct,
+        "the source's weights": fingerprint,
+        **{f"the version of {name}": value for name, value in software.items()},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from transmla.export.hashes import (
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+# What the Hub allows as the id of a repository.
+ID_RULE = (
+    "an id is two names of letters, digits, '-', '_' and '.', at most 96 characters, that neither begin nor end in '-'"
+    " or '.', nor hold '--' or '..', nor end with .git"
+)
 CORRECT = "correct the cause, then push again"
 RETRY = "run the same `transmla push` again: large files already on the Hub are not sent twice"
 
@@ -121,16 +127,26 @@ def _check_repo_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    cause = None
     try:
         validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("It has no namespace.")
     except HFValidationError as error:
-        raise TransmlaError(
-            f"{repo_id!r} is not a repository id",
-            limit=_line(error),
-            remedy="write it as NAMESPACE/NAME, for example my-user/my-model-mla",
-        ) from error
+        cause = error
+    if cause is None and "/" in repo_id:
+        return
+    if "://" in repo_id:
+        limit = "it is an address"
+    elif repo_id and os.path.exists(os.path.expanduser(repo_id)):
+        limit = "it is a path on this machine, and a push goes to the Hub"
+    elif "/" not in repo_id:
+        limit = "it has no namespace"
+    else:
+        limit = ID_RULE
+    raise TransmlaError(
+        f"'{repo_id}' is not a repository id",
+        limit=limit,
+        remedy="write it as NAMESPACE/NAME, for example my-user/my-model-mla",
+    ) from cause
 
 
 def _checked_files(folder: Path) -> list[PushFile]:

@@ -16,7 +16,7 @@ from transmla.errors import TransmlaError
 from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
 from transmla.export.lock import lock_folder, unlock_folder
 from transmla.export.output import refuse_taken
-from transmla.export.state import read_state, write_state
+from transmla.export.state import key_of, read_state, write_state
 from transmla.export.unfinished import first_damaged, refuse_foreign, refuse_no_folder, remove_if_empty
 from transmla.files import remove_temporaries, write_tensors
 
@@ -30,6 +30,7 @@ class Progress:
 
     Attributes:
         key: hash of everything that a resumed run must have in common with this run.
+        facts: what ``key`` is the hash of (``export.state``); empty in folders of older versions.
         next_layer: the layer at which a resumed run continues.
         layers: the manifest's records of the finished layers.
         hashes: SHA-256 of the written shards in hex, by file name.
@@ -41,6 +42,7 @@ class Progress:
     """
 
     key: str
+    facts: dict[str, Any] = field(default_factory=dict)
     next_layer: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -113,31 +115,31 @@ class Workspace:
         """Raise as ``unfinished.refuse_foreign`` does. This check writes nothing."""
         refuse_foreign(self.folder, {self.shard_name(i) for i in range(self.shards)})
 
-    def open(self, key: str, tell: Callable[[str], None]) -> Progress:
+    def open(self, facts: dict[str, Any], tell: Callable[[str], None]) -> Progress:
         """Create or reopen the folder, and return the progress so far.
 
         A shard that is damaged or missing is made again, and with it all shards: later layers build on it.
 
         Args:
-            key: hash of everything that a resumed run must have in common with the run that it continues.
+            facts: everything that a resumed run must have in common with the run that it continues, by name.
             tell: receives a line for the user if shards are made again.
 
         Raises:
-            TransmlaError: if the folder belongs to a run with another ``key``.
+            TransmlaError: if the folder belongs to a run with other facts.
         """
         self.hold()
-        file = self.folder / PROGRESS
+        file, key = self.folder / PROGRESS, key_of(facts)
         if not file.is_file():
             remove_temporaries(self.folder)
-            progress = Progress(key)
+            progress = Progress(key, facts)
             self.save_progress(progress)
             return progress
         names = {item.name for item in fields(Progress)}
-        progress = Progress(**read_state(file, key, names, begun_with="begun with " + BEGUN_WITH))
+        progress = Progress(**read_state(file, key, names, begun_with="begun with " + BEGUN_WITH, facts=facts))
         remove_temporaries(self.folder)
         if damaged := first_damaged(self.folder, progress.hashes):
             tell(f"'{damaged}' is damaged or missing: starting again from the first layer")
-            progress = Progress(key, texts=progress.texts, choice=progress.choice)
+            progress = Progress(key, facts, texts=progress.texts, choice=progress.choice)
             self.save_progress(progress)
         return progress
 

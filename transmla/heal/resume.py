@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST
 from transmla.export.manifest import Manifest
-from transmla.export.state import read_state, write_state
+from transmla.export.state import flags, read_state, write_state
 from transmla.export.unfinished import foreign
 from transmla.files import is_temporary, remove_folder, write_tensors
 from transmla.heal.learning_rate import highest_rate
@@ -35,7 +34,8 @@ class State:
     """Progress of a run, saved as ``healing.json``.
 
     Attributes:
-        key: hash of everything that a resumed run must share (``run_key``).
+        key: hash of everything that a resumed run must share.
+        facts: what ``key`` is the hash of (``run_facts``); empty in folders of older versions.
         step: finished steps.
         seconds: training time so far.
         slowed: factor of the learning rate, halved by each rollback.
@@ -48,6 +48,7 @@ class State:
     """
 
     key: str
+    facts: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     slowed: float = 1.0
@@ -59,8 +60,8 @@ class State:
     losses: list[float] = field(default_factory=list)
 
 
-def run_key(settings: Healing, student: str, teacher: str, text: str, kind: str) -> str:
-    """Return a hash of everything that a resumed run must share with the run that it continues.
+def run_facts(settings: Healing, student: str, teacher: str, text: str, kind: str) -> dict[str, Any]:
+    """Return everything that a resumed run must share with the run that it continues, by the name that a user reads.
 
     Args:
         settings: the settings; those in ``_FREE`` do not count.
@@ -69,8 +70,8 @@ def run_key(settings: Healing, student: str, teacher: str, text: str, kind: str)
         text: fingerprint of all tokens.
         kind: precision and sharding (``distributed.kind``).
     """
-    chosen = settings.model_dump(mode="json", exclude=_FREE)
-    return hashlib.sha256(json.dumps([chosen, student, teacher, text, kind], sort_keys=True).encode()).hexdigest()
+    models = {"the student's files": student, "the teacher's weights": teacher, "the text": text}
+    return flags(settings.model_dump(mode="json", exclude=_FREE)) | models | {"the kind of processes": kind}
 
 
 class Store:
@@ -79,8 +80,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, key: str) -> State | None:
+    def read(self, key: str, facts: Mapping[str, Any] | None = None) -> State | None:
         """Return the saved state, or None if there is none.
+
+        Args:
+            key: the key of this run.
+            facts: what it is the hash of; without them, a refusal names no differences.
 
         Raises:
             TransmlaError: if the saved state has another ``key``, or is damaged.
@@ -88,7 +93,7 @@ class Store:
         if not (self.folder / FILE).is_file():
             return None
         names = {item.name for item in fields(State)}
-        return State(**read_state(self.folder / FILE, key, names, begun_with=STARTED_WITH))
+        return State(**read_state(self.folder / FILE, key, names, begun_with=STARTED_WITH, facts=facts))
 
     def states(self, step: int) -> Path:
         """Return the folder in which accelerate saves model, optimiser and random states of ``step``."""

@@ -16,6 +16,7 @@ from transmla.boundary import local_path
 from transmla.export.hashes import export_fingerprint
 from transmla.export.manifest import Manifest
 from transmla.export.output import output_path
+from transmla.export.state import key_of
 from transmla.export.workspace import Workspace
 from transmla.files import disk_errors, remove_folder, remove_temporaries
 from transmla.formats.base import Format, format_named
@@ -29,7 +30,7 @@ from transmla.heal.losses import Distiller
 from transmla.heal.memory import check_memory
 from transmla.heal.optimiser import ATTENTION, choose_trainable, make_optimiser, store_frozen_in_half
 from transmla.heal.passes import Passes, Sharded, Whole
-from transmla.heal.resume import FILE, State, Store, run_key, summary
+from transmla.heal.resume import FILE, State, Store, run_facts, summary
 from transmla.heal.settings import Healing
 from transmla.heal.write_export import write_export
 from transmla.modeling.registration import register
@@ -168,9 +169,10 @@ def _train(
         graphed = compiles and maskless and not settings.checkpointing
         passes = Whole(accelerator, distiller, optimiser, graphs=partial(_not_captured, report) if graphed else None)
     store = Store(workspace.folder)
-    key = run_key(settings, export_fingerprint(manifest.hashes), fingerprint, text_fingerprint, kind(accelerator))
-    state = store.read(key)
-    loop = Loop(accelerator, passes, batches, settings, state or State(key), store, trainable)
+    facts = run_facts(settings, export_fingerprint(manifest.hashes), fingerprint, text_fingerprint, kind(accelerator))
+    key = key_of(facts)
+    state = store.read(key, facts)
+    loop = Loop(accelerator, passes, batches, settings, state or State(key, facts), store, trainable)
     if accelerator.is_main_process:
         workspace.hold()
         remove_temporaries(workspace.folder)

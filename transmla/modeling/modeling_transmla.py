@@ -229,7 +229,8 @@ class TransmlaAttention(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``attention_class`` creates at run time."""
-        return _bare_attention, (type(self).__mro__[2],), self.__dict__
+        classes = type(self).__mro__
+        return _bare_attention, (classes[classes.index(TransmlaAttention) + 1],), self.__dict__
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, d_n + d_r] and cached rows [B, T, r + d_r] of ``x`` [B, T, D], before the rotation."""

@@ -17,6 +17,8 @@ from transmla.recipe import Recipe
 AUTO = "auto"
 # Width of the rotary key in layers without rotary positions: one pair of channels, the minimum.
 NO_ROTARY_WIDTH = 2
+# Both parts of a cached row must be multiples of this for `kernels/hopper`, which loads 16 bytes at a time.
+KERNEL_MULTIPLE = 8
 
 
 def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str, *, unfitted_because: str | None = None) -> Plan:
@@ -48,6 +50,7 @@ def make_plan(spec: AttentionSpec, recipe: Recipe, source_dtype: str, *, unfitte
     if unfitted_because is not None:
         notes += _shape_note(spec, recipe, form, shape, unfitted_because)
     notes += _length_note(spec, recipe)
+    notes += _kernel_notes(recipe, full_rank(spec))
     plan = Plan(
         spec=spec,
         shape=first,
@@ -187,6 +190,22 @@ def _length_note(spec: AttentionSpec, recipe: Recipe) -> list[str]:
         f"calibrated on {length:,} tokens at a time, and the source reads up to {context:,}: quality falls at longer "
         "distances (eval --retrieval measures it, --calibration-length changes it)"
     ]
+
+
+def _kernel_notes(recipe: Recipe, full: int) -> list[str]:
+    """Return a note for each width of the recipe that the fastest kernels do not read; ``full`` is the full rank."""
+    notes = []
+    for name, largest in (("kv_lora_rank", full), ("qk_rope_head_dim", None)):
+        width = getattr(recipe, name)
+        if width is not None and width % KERNEL_MULTIPLE and not recipe.pad_for:
+            below = width // KERNEL_MULTIPLE * KERNEL_MULTIPLE
+            near = [w for w in (below, below + KERNEL_MULTIPLE) if w and (largest is None or w <= largest)]
+            remedy = f"; {' and '.join(map(str, near))} would be read" if near else ""
+            notes.append(
+                f"{name} {width} is no multiple of {KERNEL_MULTIPLE}, so the kernel for Hopper GPUs does not read the"
+                f" cache, and slower ones do{remedy}"
+            )
+    return notes
 
 
 def _shape_note(spec: AttentionSpec, recipe: Recipe, form: Format, shape: MLAShape, because: str) -> list[str]:

@@ -16,3 +16,12 @@ def turn_into(module: Any, made: Any) -> None:
     if getattr(former, "__func__", None) is type(module).forward:
         module._old_forward = MethodType(made.forward, module)
     module.__class__ = made
+
+
+def class_below(module: Any, mixin: type) -> Any:
+    """Return the class before which ``mixin`` was placed, also where torch subclassed the class of ``module`` since.
+
+    Parametrised and sharded modules are instances of such subclasses.
+    """
+    mro = type(module).__mro__
+    return mro[mro.index(mixin) + 1]

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transmla.kernels import rms_norm as kernel
 from transmla.kernels.custom_op import current_device
 from transmla.runtime.absorbed import PLAIN_WEIGHTS
-from transmla.runtime.class_swap import turn_into
+from transmla.runtime.class_swap import class_below, turn_into
 from transmla.runtime.expansion import may_write
 from transmla.runtime.latent_attention import LATENT_ATTENTION
 
@@ -46,7 +46,7 @@ class FusedNorm(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``fused_class`` creates at run time."""
-        return _bare, (plain_class(self),), self.__dict__
+        return _bare, (class_below(self, FusedNorm),), self.__dict__
 
 
 def fuse_norms(model: Any, config: Any) -> None:
@@ -66,12 +66,6 @@ def fused_class(plain: Any) -> Any:
     """
     body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, (FusedNorm, plain), body)
-
-
-def plain_class(module: FusedNorm) -> Any:
-    """Return the family's class of ``module``, also where torch subclassed the fused one (parametrised, sharded)."""
-    mro = type(module).__mro__
-    return mro[mro.index(FusedNorm) + 1]
 
 
 def _bare(plain: Any) -> Any:
@@ -116,7 +110,7 @@ def agrees(module: Any) -> bool:
     weight = module.weight
     if weight.dim() != 1 or len(weight) > kernel.MAX_WIDTH or not weight.is_contiguous():
         return False
-    return _agrees(plain_class(module), len(weight), weight.dtype, weight.device, module.variance_epsilon)
+    return _agrees(class_below(module, FusedNorm), len(weight), weight.dtype, weight.device, module.variance_epsilon)
 
 
 @cache

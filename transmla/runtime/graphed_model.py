@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from transmla.runtime.class_swap import class_below
 from transmla.runtime.decode_graphs import DecodeGraphs
 
 # Attribute that holds the graphs of a model.
@@ -22,7 +23,7 @@ class GraphedModel:
 
     def __reduce__(self) -> Any:
         """Pickle the class below this one, which ``graphed_class`` creates at run time."""
-        plain: Any = type(self).__mro__[2]
+        plain: Any = class_below(self, GraphedModel)
         if plain.__reduce__ is object.__reduce__:
             return _graphed, (_bare, (plain,)), self.__dict__
         bare, arguments, *state = plain.__reduce__(self)

@@ -34,6 +34,7 @@ from transmla.runtime.absorbed import (
     can_absorb,
     with_sinks,
 )
+from transmla.runtime.class_swap import class_below
 from transmla.runtime.expansion import can_expand, expand, may_overwrite, may_write, rotate
 from transmla.runtime.family_attention import attend_expanded
 from transmla.runtime.forms import ABSORBED, EXPANDED, absorbing_is_cheaper
@@ -142,9 +143,10 @@ class LatentAttention(nn.Module):
 
     def __reduce__(self) -> Any:
         """Pickle the family's class instead of this one, which ``latent_class`` creates at run time."""
-        plain = type(self).__mro__[2]
-        transmla_format = issubclass(plain, TransmlaAttention)
-        return _bare, (plain.__mro__[2] if transmla_format else plain, transmla_format), self.__dict__
+        transmla_format = isinstance(self, TransmlaAttention)
+        family = class_below(self, TransmlaAttention if transmla_format else LatentAttention)
+        # A thread that runs ``forward`` meanwhile does not run the copy's.
+        return _bare, (family, transmla_format), self.__dict__ | {"running": {}, "step": None}
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the attention implementation attends to.

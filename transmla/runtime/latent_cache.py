@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from transmla.ranks import Ranks
-from transmla.runtime.packed_rows import pack, unpack
+from transmla.runtime.packed_rows import pack, unpack, widened
 from transmla.runtime.packed_static import PackedStaticLayer
 
 # Growth of a full buffer, in tokens of each sequence: the largest of STEP, an eighth of the cached rows, and BATCH_STEP
@@ -162,7 +162,7 @@ class LatentLayer(DynamicLayer):
     def reset(self) -> None:
         """Remove all rows and release the buffer."""
         # transformers 5.17 would keep rows of zeros.
-        self.rows = self.keys = self.values = None
+        self.rows = self.keys = self.values = self.pe_dtype = None
         self.is_initialized = False
         super().reset()
 
@@ -171,9 +171,20 @@ class LatentLayer(DynamicLayer):
         return any(rows.requires_grad for rows in (*new, self.keys, self.values) if rows is not None)
 
     def _packed(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Pack new rows; rows that an autograd graph left unpacked are packed as well."""
-        if self.is_initialized and self.own_length() and cast(Tensor, self.keys).dtype != torch.uint8:
-            self.keys, self.values = self._pack(cast(Tensor, self.keys), cast(Tensor, self.values))
+        """Pack new rows; rows that an autograd graph left unpacked are packed as well.
+
+        Rows that autocast has filled have narrower rotary keys than those without it. They are widened, as plain rows
+        are.
+        """
+        before, wider = self.pe_dtype, torch.promote_types(self.pe_dtype or k_pe.dtype, k_pe.dtype)
+        self.pe_dtype = wider
+        if self.is_initialized and self.own_length():
+            keys = cast(Tensor, self.keys)
+            if keys.dtype != torch.uint8:
+                self.keys, self.values = self._pack(keys, cast(Tensor, self.values))
+            elif before is not None and before != wider:
+                self.keys = rows = widened(keys, kv_c.shape[-1], k_pe.shape[-1], before, wider)
+                self.values = rows[..., :0]
         return self._pack(kv_c, k_pe)
 
     def _pack(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:

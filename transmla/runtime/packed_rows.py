@@ -91,3 +91,14 @@ def unpack(rows: Tensor, rank: int, width: int, dtype: torch.dtype) -> Rows:
     end = at + ALIGNED + width * dtype.itemsize
     scale = rows[..., at : at + 4].view(torch.float32)[..., 0]
     return Rows(rows[..., :rank].view(FLOAT8), rows[..., at + ALIGNED : end].view(dtype), scale)
+
+
+def widened(rows: Tensor, rank: int, width: int, dtype: torch.dtype, wider: torch.dtype) -> Tensor:
+    """Return packed rows whose rotary keys have the dtype ``wider``; the other arguments as for ``unpack``."""
+    new = rows.new_zeros(*rows.shape[:-1], row_bytes(rank, width, wider))
+    if rows.numel():
+        old, parts = unpack(rows, rank, width, dtype), unpack(new, rank, width, wider)
+        parts.kv_c.copy_(old.kv_c)
+        parts.k_pe.copy_(old.k_pe)
+        cast(Tensor, parts.scale).copy_(cast(Tensor, old.scale))
+    return new

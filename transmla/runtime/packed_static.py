@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from transmla.runtime.packed_rows import pack
+from transmla.runtime.packed_rows import pack, widened
 
 
 class PackedStaticLayer(StaticLayer):
@@ -38,7 +38,15 @@ class PackedStaticLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pack and write latents [B, 1, n, r] and rotary keys [B, 1, n, d_r]; return both parts of the whole buffer."""
+        """Pack and write latents [B, 1, n, r] and rotary keys [B, 1, n, d_r]; return both parts of the whole buffer.
+
+        A buffer whose rotary keys are narrower, because autocast has filled it, is replaced by a wider one.
+        """
+        before, wider = self.pe_dtype, torch.promote_types(self.pe_dtype or value_states.dtype, value_states.dtype)
+        if self.is_initialized and before is not None and before != wider:
+            self.pe_dtype, sizes = wider, (key_states.shape[-1], value_states.shape[-1])
+            self.keys = rows = widened(cast(Tensor, self.keys), *sizes, before, wider)
+            self.values = rows[..., :0]
         return super().update(*self._pack(key_states, value_states), *args, **kwargs)
 
     def _pack(self, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:

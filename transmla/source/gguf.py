@@ -1,13 +1,15 @@
 """Unpack GGUF files once into the Hugging Face cache, because parsing one takes up to a minute.
 
 The unpacked folder is an ordinary checkpoint: config, tokenizer and weights in bfloat16. Its weights are dequantised
-and written one tensor at a time. ``gguf_weights`` reads the files that are too large to be unpacked.
+and written one tensor at a time. ``gguf_weights`` reads the files that are too large to be unpacked. ``gguf_copies``
+removes the folders whose file is gone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,15 +21,18 @@ import yaml
 from transmla.errors import TransmlaError
 from transmla.files import write_json, write_tensors_in_turn, write_text
 from transmla.source.describe import empty_model
+from transmla.source.gguf_copies import begin_copy, copy_bytes, origin_of, remove_dead_copies, use_copy
 from transmla.source.gguf_header import read_gguf_card
 from transmla.source.gguf_weights import DTYPE, GgufWeights
 from transmla.source.load import load_config, rebuild_tokenizer
+
+_log = logging.getLogger(__name__)
 
 # Largest GGUF file, in bytes, that is unpacked. A file of 4 bits per weight unpacks to four times its size.
 LARGEST = 8 * 2**30
 GROWTH = 4
 # Number of the layout of unpacked folders, to change with their files.
-LAYOUT = 2
+LAYOUT = 3
 # Words that every tokenizer of a language model with words has as tokens.
 WORDS = ("the", "and", "water")
 
@@ -42,7 +47,7 @@ def unpacked(path: Path, *, weights: bool = True) -> Path:
     Raises:
         TransmlaError: if the file cannot be read.
     """
-    folder = _cache_folder(path)
+    folder = _cache_folder(path, clean=weights)
     if folder is None:
         return path
     if not (folder / "config.json").is_file():
@@ -53,14 +58,18 @@ def unpacked(path: Path, *, weights: bool = True) -> Path:
         except OSError:  # a full or read-only disk
             return path
         try:
+            begin_copy(scratch, path)
             _unpack(path, scratch)
             # Another process may have unpacked the same file meanwhile.
             if not folder.exists():
                 scratch.replace(folder)
+                size = f"{copy_bytes(folder) / 1e9:.1f} GB"
+                _log.warning("unpacked '%s' once, for later commands too: %s in '%s'", path.name, size, folder)
         except OSError:  # a full disk
             return path
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    use_copy(folder)
     return folder
 
 
@@ -83,13 +92,18 @@ def _unpack(path: Path, folder: Path) -> None:
     write_json(folder / "config.json", fields | {"architectures": [type(empty_model(config)).__name__]})
 
 
-def _cache_folder(path: Path) -> Path | None:
-    """Return the folder that a GGUF file is unpacked to; None if it is not unpacked."""
+def _cache_folder(path: Path, *, clean: bool = False) -> Path | None:
+    """Return the folder that a GGUF file is unpacked to; None if it is not unpacked.
+
+    Args:
+        path: the GGUF file.
+        clean: whether to make room for a new copy by removing those that can never be used again.
+    """
     from huggingface_hub import cached_assets_path
     from transformers import __version__
 
-    stat = path.stat()
-    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, __version__, LAYOUT]
+    origin = origin_of(path)
+    key = [*origin.values(), __version__, LAYOUT]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     try:
         parent = Path(cached_assets_path("transmla", namespace="gguf", subfolder="unpacked"))
@@ -97,7 +111,10 @@ def _cache_folder(path: Path) -> Path | None:
         return None
     if (parent / digest / "config.json").is_file():
         return parent / digest
-    fits = stat.st_size <= LARGEST and shutil.disk_usage(parent).free > 2 * GROWTH * stat.st_size
+    if clean:
+        remove_dead_copies(parent)
+    size = origin["size"]
+    fits = size <= LARGEST and shutil.disk_usage(parent).free > 2 * GROWTH * size
     return parent / digest if fits and os.access(parent, os.W_OK) else None
 
 
