@@ -153,6 +153,21 @@ def test_rows_that_autocast_has_filled_are_read_without_it(kind: str) -> None:
             assert torch.equal(wide.k_pe, narrow.k_pe.float())
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_cache_that_autocast_has_filled_and_a_crop_has_emptied_takes_wider_rows(width: int) -> None:
+    """Rows of two widths may be equally long, so that the buffer alone does not tell how it is read."""
+    layer, kv_c, k_pe = LatentLayer(packed=True), torch.randn(2, 1, 3, 16), torch.randn(2, 1, 3, width)
+    with torch.no_grad():
+        layer.update(kv_c.bfloat16(), k_pe.bfloat16())
+        before = layer.rows
+        layer.crop(-3)
+        assert layer.get_seq_length() == 0
+        rows, _ = layer.update(kv_c, k_pe)
+    assert layer.pe_dtype == torch.float32
+    assert torch.equal(unpack(rows, 16, width, torch.float32).k_pe, k_pe)
+    assert layer.rows is not before
+
+
 def test_rows_behind_a_shared_prefix_are_packed() -> None:
     model, tokens = transmla.accelerate(tiny(), cache_dtype=FLOAT8), prompt(0)["input_ids"]
     tokens = torch.cat([tokens[:1, :8].expand(len(tokens), -1), tokens], 1)

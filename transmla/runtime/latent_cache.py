@@ -178,6 +178,10 @@ class LatentLayer(DynamicLayer):
         """
         before, wider = self.pe_dtype, torch.promote_types(self.pe_dtype or k_pe.dtype, k_pe.dtype)
         self.pe_dtype = wider
+        if before is not None and before != wider:
+            self._show()
+            # Its rows have another width. A graph of the decode step may know it, even if it holds no row.
+            self.rows = None
         if self.is_initialized and self.own_length():
             keys = cast(Tensor, self.keys)
             if keys.dtype != torch.uint8:
