@@ -8,6 +8,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import cached_assets_path
@@ -139,6 +140,40 @@ def test_what_a_killed_process_began_to_unpack_is_removed(file: Path, unpacks: l
     file.write_bytes(b"GGUF" + bytes(70))
     resolve_source(str(file))
     assert not begun.exists()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("call", "index"), [("unlink", 0), ("unlink", 1), ("unlink", 2), ("rmdir", 0)])
+def test_a_file_that_comes_back_has_a_whole_copy_after_a_killed_removal(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, index: int, backwards: bool
+) -> None:
+    """As the file of a disk that was not mounted for a while; its copy is removed in any order."""
+
+    def unpack(_: Path, folder: Path) -> None:
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).write_text("{}")
+
+    monkeypatch.setattr(gguf, "_unpack", unpack)
+    in_another_process(file)
+    away, other = file.rename(tmp_path / "away.gguf"), tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF" + bytes(70))
+    process = os.fork()
+    if process == 0:
+        listed, real, calls = Path.iterdir, getattr(Path, call), iter(range(100))
+
+        def dying(path: Path, **kwargs: Any) -> None:
+            if next(calls) == index:
+                os._exit(0)
+            real(path, **kwargs)
+
+        monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), reverse=backwards)))
+        monkeypatch.setattr(Path, call, dying)
+        resolve_source(str(other))
+        os._exit(1)
+    assert os.waitpid(process, 0)[1] == 0
+    away.rename(file)
+    folder = resolve_source(str(file))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", ORIGIN}
 
 
 def test_a_cache_that_cannot_be_written_is_used_as_it_is(

@@ -60,8 +60,8 @@ def unpacked(path: Path, *, weights: bool = True) -> Path:
         try:
             begin_copy(scratch, path)
             _unpack(path, scratch)
-            # Another process may have unpacked the same file meanwhile.
-            if not folder.exists():
+            # Another process may have unpacked the same file meanwhile. A killed one may have left an empty folder.
+            if not (folder / "config.json").is_file():
                 scratch.replace(folder)
                 size = f"{copy_bytes(folder) / 1e9:.1f} GB"
                 _log.warning("unpacked '%s' once, for later commands too: %s in '%s'", path.name, size, folder)

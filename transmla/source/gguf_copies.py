@@ -51,6 +51,8 @@ def remove_dead_copies(parent: Path) -> None:
         handle = _lock(folder, exclusive=True) if _is_dead(folder) else None
         if handle is not None:
             with suppress(OSError):
+                # A copy without a config is unfinished, also if this process is killed meanwhile.
+                (folder / "config.json").unlink(missing_ok=True)
                 remove_folder(folder, last=ORIGIN)
             os.close(handle)
 
