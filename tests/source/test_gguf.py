@@ -197,6 +197,15 @@ def test_a_cache_that_cannot_be_written_is_used_as_it_is(
     assert resolve_source(str(other)) == other
 
 
+def test_a_cache_that_cannot_be_listed_is_used(
+    file: Path, unpacks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "copy_bytes", lambda _: 0)
+    monkeypatch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert resolve_source(str(file)) != file
+    assert unpacks == [file]
+
+
 def test_a_large_file_stays_packed(file: Path, unpacks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "LARGEST", 50)
     assert resolve_source(str(file)) == file

@@ -47,7 +47,10 @@ def remove_dead_copies(parent: Path) -> None:
 
     Copies that a process uses stay, and so do folders that say nothing of their file.
     """
-    for folder in sorted(parent.iterdir()):
+    folders: list[Path] = []
+    with suppress(OSError):  # a cache that other users share may hide what it holds
+        folders = sorted(parent.iterdir())
+    for folder in folders:
         handle = _lock(folder, exclusive=True) if _is_dead(folder) else None
         if handle is not None:
             with suppress(OSError):
