@@ -25,6 +25,7 @@ from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.export import push as hub
 from transmla.export import workspace as export
+from transmla.export.state import write_state
 from transmla.plan.fit_settings import FITS, FitSettings
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -200,6 +201,17 @@ def test_resuming_with_other_weights_is_refused(workdir: Path, original: Path) -
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
     save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TransmlaError, match=r"begun with other weights.*; the source's weights changed; repeat"):
+        convert(recipe(), resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_refused_as_such(workdir: Path) -> None:
+    """Earlier versions saved a key of other values, and not the values."""
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    progress = json.loads(Path("out.partial/progress.json").read_text())
+    write_state(Path("out.partial/progress.json"), {"key": "0" * 64, "next_layer": progress["next_layer"]})
+    says = r"; an earlier version of transmla began it; resume it with that version, or delete the folder$"
+    with pytest.raises(TransmlaError, match=says):
         convert(recipe(), resume=True)
 
 

@@ -85,11 +85,12 @@ def read_state(
     if values is not None and (values.get("key") != key or not set(values) <= set(names)):
         known = values.get("facts")
         changed = differences(known, facts) if known and facts and isinstance(known, dict) else ""
-        raise TransmlaError(
-            f"'{file.parent}' was {begun_with}",
-            limit=changed or "a resumed run must give the same result as an uninterrupted one",
-            remedy="repeat the first run's command with --resume, or delete the folder",
-        )
+        limit = changed or "a resumed run must give the same result as an uninterrupted one"
+        remedy = "repeat the first run's command with --resume, or delete the folder"
+        if "facts" not in values:
+            limit = "an earlier version of transmla began it"
+            remedy = "resume it with that version, or delete the folder"
+        raise TransmlaError(f"'{file.parent}' was {begun_with}", limit=limit, remedy=remedy)
     if values is None or digest != _digest(values):
         raise TransmlaError(
             f"'{file}' is damaged",
