@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,25 @@ def test_a_gpu_too_small_is_refused_with_what_fits(prepared: Prepared, monkeypat
     error = memory_shortage(on_gpu, 64, 8192)
     assert error is not None
     assert error.remedy == "use --device cpu --calibration-length 512"
+
+
+def test_fewer_processes_are_no_remedy_for_a_gpu_too_small(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process has a GPU of its own, whose memory the number of processes does not change."""
+    fit = fit_settings("full", prepared.plan.cache_ratio)
+    on_gpus = Prepared(recipe(reconstruct="full"), prepared.source, torch.device("cuda"), None, fit, prepared.plan, 4)
+    has(monkeypatch, gpu_free=memory.CERTAIN_ON_GPU * device_bytes(prepared.plan, 64, 8192, fit) - 1)
+    error = memory_shortage(on_gpus, 64, 8192)
+    assert error is not None
+    assert error.remedy == "use --calibration-sequences 32"
+    # The memory of the computer lacks room for more than one process, and that of the GPU for all sequences.
+    has(monkeypatch, memory_free=memory_bytes(prepared.plan, 0, fit, on_gpus.device), gpu_free=1e5)
+    monkeypatch.setattr(memory, "_less_text", lambda work: iter([replace(work, sequences=2, length=2)]))
+    monkeypatch.setattr(memory, "device_bytes", lambda _, sequences, *__: sequences * 10**4)
+    error = memory_shortage(on_gpus, 64, 8192)
+    assert error is not None
+    assert error.remedy == "use --num_processes 1 --calibration-sequences 2 --calibration-length 2"
 
 
 @pytest.mark.parametrize("version", [1, 2])

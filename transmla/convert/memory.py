@@ -114,9 +114,19 @@ def _remedy(prepared: Prepared, work: Work) -> str:
 
 def _changes(prepared: Prepared, work: Work) -> Iterator[Work]:
     """Yield other settings, from those that cost the least quality: fewer processes cost none."""
-    while work.processes > 1:
-        work = replace(work, processes=work.processes // 2)
-        yield work
+    alone = work
+    while alone.processes > 1:
+        alone = replace(alone, processes=alone.processes // 2)
+        yield alone
+    for changed in _smaller(prepared, work):
+        yield changed
+        # Fewer processes do not help where a GPU's memory is too small.
+        if work.processes > 1:
+            yield replace(changed, processes=1)
+
+
+def _smaller(prepared: Prepared, work: Work) -> Iterator[Work]:
+    """Yield settings that need less memory in each process, from those that cost the least quality."""
     smaller = list(_less_text(work))
     fits = [name for name in (*reversed(FITS), OFF) if _rank(name) > _rank(work.reconstruct)]
     yield from smaller
