@@ -114,9 +114,7 @@ def test_a_gpu_too_small_is_refused_with_what_fits(prepared: Prepared, monkeypat
     assert error.remedy == "use --device cpu --calibration-length 512"
 
 
-def test_fewer_processes_are_no_remedy_for_a_gpu_too_small(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_processes_are_no_remedy_for_a_gpu_too_small(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process has a GPU of its own, whose memory the number of processes does not change."""
     fit = fit_settings("full", prepared.plan.cache_ratio)
     on_gpus = Prepared(recipe(reconstruct="full"), prepared.source, torch.device("cuda"), None, fit, prepared.plan, 4)

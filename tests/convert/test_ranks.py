@@ -139,6 +139,15 @@ def test_an_error_of_the_first_process_ends_all(folder: Path) -> None:
     assert not list(folder.glob("short*/"))[1:]  # the logs alone
 
 
+def test_a_decomposition_that_fails_in_one_process_is_an_error_of_all(folder: Path) -> None:
+    """The other process waits for the matrices, and must not report a bug when the connection ends."""
+    logs = folder / "undecomposed-logs"
+    argv = command(folder, "llama", "undecomposed", "--reconstruct", "full")
+    assert run(2, convert, (argv, {"fits": FITS, "undecomposed": 1}), logs) == [2, 2]
+    assert "Traceback" not in log(logs)
+    assert log(logs).count("error: layer 0: its statistics cannot be decomposed") == 2
+
+
 def test_the_memory_of_all_processes_is_counted(folder: Path) -> None:
     """Where one process has room, two are refused as `plan --processes 2` says (tests/cli/test_plan_processes.py)."""
     for size, codes in ((1, [0]), (2, [2, 2])):

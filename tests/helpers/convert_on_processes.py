@@ -20,6 +20,7 @@ import torch
 from helpers.heal_on_two_processes import FORKS
 from transmla.cli import app
 from transmla.convert import memory, shard_writer
+from transmla.core.fit_coordinates import Coordinates
 from transmla.plan.fit_settings import FITS
 from transmla.source import samples
 
@@ -64,7 +65,8 @@ def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
     """Run ``transmla convert``.
 
     ``changes``: settings of fits by name (``fits``); the folder that caches samples (``cache``); the layer after which
-    the first process kills itself (``kill``); and the bytes of memory that all processes may hold together (``free``).
+    the first process kills itself (``kill``); the bytes of memory that all processes may hold together (``free``); and
+    the process in which the decomposition of a layer's moments fails (``undecomposed``).
     """
     for name, settings in changes.get("fits", {}).items():
         FITS[name] = replace(FITS[name], **settings)
@@ -72,10 +74,24 @@ def convert(rank: int, argv: list[str], changes: dict[str, Any]) -> None:
     samples._cache_file = lambda digest: Path(changes["cache"]) / digest if "cache" in changes else None
     if "free" in changes:
         memory.free_memory, memory.resident_memory = lambda: changes["free"], lambda: 0
+    if rank == changes.get("undecomposed"):
+        _fail_to_decompose()
     if "kill" in changes and rank == 0:
         _kill_after(changes["kill"])
     sys.argv = ["transmla", "convert", *argv]
     app.main()
+
+
+def _fail_to_decompose() -> None:
+    """Let every decomposition of the moments that a fit reads fail in this process."""
+    made = Coordinates.of.__func__  # type: ignore[attr-defined]
+
+    def failing(cls: type[Coordinates], *arguments: Any, empty: bool = False) -> Coordinates:
+        if not empty:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return made(cls, *arguments, empty=empty)  # type: ignore[no-any-return]
+
+    Coordinates.of = classmethod(failing)  # type: ignore[assignment, method-assign]
 
 
 def _kill_after(layer: int) -> None:

@@ -208,15 +208,25 @@ def _coordinates(layers: Sequence[SourceLayer], factors: Sequence[LayerFactors],
     """Return the coordinates of every layer, for hidden states ``stream`` [N, T, D] that enter the first.
 
     The decomposition of a layer's moments takes as long as many steps, so each process does it for other layers.
+
+    Raises:
+        LinAlgError: in all processes, if the decomposition of one layer fails.
     """
     ranks = layers[0].ranks
     own = range(len(layers))[ranks.share(len(layers))]
     # All moments are measured first, because the processes measure them together.
     starts = zip(layers, factors, list(_input_moments(layers, factors, stream)), strict=True)
-    coordinates = [
-        Coordinates.of(f, moment, layer.view.blocks(), empty=i not in own)
-        for i, (layer, f, moment) in enumerate(starts)
-    ]
+    coordinates, failure = list[Coordinates](), None
+    for i, (layer, f, moment) in enumerate(starts):
+        try:
+            coordinates.append(Coordinates.of(f, moment, layer.view.blocks(), empty=i not in own))
+        except torch.linalg.LinAlgError as error:
+            failure = error
+    # The other processes would wait for the matrices.
+    failures = torch.tensor(float(failure is not None), device=layers[0].device)
+    ranks.add_up(failures)
+    if bool(failures):
+        raise failure or torch.linalg.LinAlgError("another process could not decompose them")
     ranks.complete([c.shrink for c in coordinates], layers[0].device)
     ranks.complete([c.grow for c in coordinates], layers[0].device)
     return coordinates
