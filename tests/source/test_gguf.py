@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +197,31 @@ def test_a_cache_that_cannot_be_written_is_used_as_it_is(
         monkeypatch.setattr(name, refuse)
     assert resolve_source(str(file)) == folder
     assert resolve_source(str(other)) == other
+
+
+def test_a_copy_that_another_process_removes_meanwhile_is_not_used(
+    file: Path, unpacks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That process has seen the file changed or gone, and this one has seen it back."""
+    in_another_process(file)
+    monkeypatch.setattr(gguf, "use_copy", shutil.rmtree)
+    assert resolve_source(str(file)) == file
+
+
+def test_a_copy_is_used_once_its_removal_has_ended(file: Path, unpacks: list[Path]) -> None:
+    in_another_process(file)
+    [copy] = next(file.parent.rglob("unpacked")).iterdir()
+    began, process = os.pipe(), os.fork()
+    if process == 0:
+        handle = os.open(copy, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.write(began[1], b"x")
+        time.sleep(0.2)
+        shutil.rmtree(copy)
+        os._exit(0)
+    os.read(began[0], 1)
+    assert resolve_source(str(file)) == file
+    assert os.waitpid(process, 0)[1] == 0
 
 
 def test_a_cache_that_cannot_be_listed_is_used(

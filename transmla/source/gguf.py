@@ -70,7 +70,8 @@ def unpacked(path: Path, *, weights: bool = True) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     use_copy(folder)
-    return folder
+    # Another process may have removed the copy before, because it saw no such file or another one.
+    return folder if (folder / "config.json").is_file() else path
 
 
 def _unpack(path: Path, folder: Path) -> None:

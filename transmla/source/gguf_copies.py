@@ -33,7 +33,10 @@ def begin_copy(folder: Path, path: Path) -> None:
 
 
 def use_copy(folder: Path) -> None:
-    """Keep other processes from removing a copy, until this process ends. Some disks and systems have no locks."""
+    """Keep other processes from removing a copy, until this process ends. Some disks and systems have no locks.
+
+    If another process is removing the copy, wait until it is gone.
+    """
     handle = _lock(folder, exclusive=False)
     if handle is None:
         return
@@ -82,7 +85,10 @@ def _is_dead(folder: Path) -> bool:
 
 
 def _lock(folder: Path, *, exclusive: bool) -> int | None:
-    """Lock a folder and return the handle of the lock; None if another process holds it, or folders have no locks."""
+    """Lock a folder and return the handle of the lock; None if folders have no locks, or if another process holds one.
+
+    A lock that is not ``exclusive`` is shared with all others like it. It waits for an exclusive lock to end.
+    """
     if sys.platform == "win32":
         return None
     import fcntl
@@ -92,7 +98,7 @@ def _lock(folder: Path, *, exclusive: bool) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
     except OSError:
         os.close(handle)
         return None
