@@ -163,6 +163,19 @@ def test_layers_written_after_the_last_save_are_converted_again(
     assert files(workdir / "out") == files(original / "out")
 
 
+def test_a_run_whose_first_layers_are_kept_resumes_to_the_same_bytes(workdir: Path) -> None:
+    """After a kept layer, the hidden states of the source and of the export are one tensor."""
+    settings = {"format": "transmla", "layers": "1", "reconstruct": "fast"}
+    convert(recipe(**settings))
+    whole = files(workdir / "out")
+    shutil.rmtree("out")
+    with pytest.raises(Killed):
+        convert(recipe(**settings), reporter=KilledAtLayer(1))
+    assert json.loads(Path("out.partial/progress.json").read_text())["next_layer"] == 1
+    convert(recipe(**settings), resume=True)
+    assert files(workdir / "out") == whole
+
+
 def test_a_run_resumed_twice_gives_the_same_bytes(workdir: Path, original: Path) -> None:
     for layer, resume in ((1, False), (2, True)):
         with pytest.raises(Killed):

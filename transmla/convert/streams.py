@@ -16,6 +16,9 @@ from transmla.files import TEMPORARY
 
 # Prefix of the factors fitted ahead in a saved file: "fitted.LAYER.NAME".
 AHEAD = "fitted"
+# Prefix of an empty tensor that stands for hidden states saved under another name: "same.NAME.OTHER". All are the
+# source's until a layer is converted.
+SAME = "same"
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,15 @@ class Streams:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all tensors by a flat name, on the CPU, for a file."""
-        ahead = {f"{AHEAD}.{i}.{name}": t for i, tensors in self.ahead.items() for name, t in tensors.items()}
-        return {name: tensor.cpu() for name, tensor in (self.hidden() | ahead).items()}
+        named = self.hidden() | {f"{AHEAD}.{i}.{name}": t for i, ts in self.ahead.items() for name, t in ts.items()}
+        tensors, names = {}, dict[int, str]()
+        for name, tensor in named.items():
+            other = names.setdefault(id(tensor), name)
+            if other == name:
+                tensors[name] = tensor.cpu()
+            else:
+                tensors[f"{SAME}.{name}.{other}"] = torch.empty(0)
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Streams:
@@ -64,6 +74,9 @@ class Streams:
             if kind == AHEAD:
                 layer, _, name = rest.partition(".")
                 ahead.setdefault(int(layer), {})[name] = tensor
+            elif kind == SAME:
+                name, _, other = rest.partition(".")
+                hidden[name] = tensors[other]
             else:
                 hidden[key] = tensor
         return cls(**hidden, ahead=ahead)
