@@ -177,6 +177,23 @@ def test_texts_of_the_healing_are_checked_before_the_conversion(
     assert any(message.startswith("not healed: ") and "too few" in message for message in log.messages)
 
 
+def test_a_healing_on_a_cpu_takes_small_steps(make_source: Callable[..., Path], make_recipe: MakeRecipe) -> None:
+    """A step of the sizes for a GPU takes minutes on a CPU, and its samples hours."""
+    prepared = prepare(make_recipe(make_source(max_position_embeddings=2048), heal=5.0))
+    on_gpu, on_cpu = (
+        choose_healing(prepared.recipe, prepared.plan, device, 10**12).settings for device in (GPU, torch.device("cpu"))
+    )
+    assert on_gpu is not None
+    assert on_cpu is not None
+    assert on_gpu["batch"] * on_gpu["length"] >= 8 * on_cpu["batch"] * on_cpu["length"]
+    assert on_gpu["self_tokens"] > 50 * on_cpu["self_tokens"]
+    assert on_cpu["max_minutes"] == 5.0
+    short = prepare(make_recipe(make_source(max_position_embeddings=128, name="short"), heal=5.0))
+    settings = choose_healing(short.recipe, short.plan, torch.device("cpu"), 10**12).settings
+    assert settings is not None
+    assert settings["length"] == 128
+
+
 def test_low_rank_updates_need_peft(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

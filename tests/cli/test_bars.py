@@ -75,3 +75,14 @@ def test_a_dumb_terminal_gets_lines(
     assert any(line.startswith("healing 1/3, 0 s") for line in lines) == (term == "dumb")
     # After a failure, its line should stand alone.
     assert any("━" in line for line in lines) == (term == "xterm")
+
+
+def test_steps_of_minutes_have_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = Bars()
+    now = 1000.0
+    monkeypatch.setattr(bars.progress, "get_time", lambda: now)
+    bars.stage("converting layers", 30)
+    for done in (1, 2, 3):
+        now += 100
+        bars.advance(done)
+    assert bars.progress.tasks[0].time_remaining == 2700

@@ -231,7 +231,7 @@ def test_the_bar_keeps_its_times_at_80_columns() -> None:
     bars.advance(9, "layer 8: attention error 0.123")
     drawn.print(bars.progress.get_renderable())
     line = drawn.export_text()
-    assert re.search(r"converting layers .* 9/126 \d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2} layer 8: attention", line)
+    assert re.search(r"converting layers .* 9/126 \d:\d\d:\d\d [-\d]:[-\d]{2}:[-\d]{2} left layer 8: attention", line)
 
 
 def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transmla.errors import TransmlaError
 from transmla.heal import batches as texts
 from transmla.heal.batches import Batches, TokenStream, make_batches, read_texts
-from transmla.heal.checks import check_same_texts
+from transmla.heal.checks import check_amount, check_same_texts
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 from transmla.reporter import Silent
@@ -118,6 +118,17 @@ def test_mixtures_are_read_in_their_shares(tokenizer: PreTrainedTokenizerFast, m
     small = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=9)))
     with pytest.raises(TransmlaError, match="the model's vocabulary has 9 entries"):
         make_batches(chosen, texts_read, tokenizer, small, "teacher", Silent())
+
+
+def test_minutes_alone_limit_a_healing_on_a_short_text() -> None:
+    amounts = {"student": "s", "teacher": "t", "output": "o", "length": 128, "held_out": 4}
+    with pytest.raises(TransmlaError, match=r"too few; its share is 10,000,000 tokens in at most 40 epochs, and 4 seq"):
+        check_amount("pydoc", 73_009, 1.0, Healing(**amounts))
+    check_amount("pydoc", 73_009, 1.0, Healing(**amounts, max_minutes=0.5))
+    with pytest.raises(TransmlaError, match="too few"):
+        check_amount("pydoc", 73_009, 1.0, Healing(**amounts, max_minutes=0.5, max_tokens=10_000_000))
+    with pytest.raises(TransmlaError, match=r"8 too few; 4 sequences of 128 are held out; .*--length"):
+        check_amount("pydoc", 760, 1.0, Healing(**amounts, max_minutes=0.5))
 
 
 @pytest.mark.parametrize(

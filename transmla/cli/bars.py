@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.progress import (
@@ -39,10 +40,12 @@ class Bars:
             BarColumn(),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("left"),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
             TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, max_width=NOTE_WIDTH)),
             console=err,
+            # One step can take minutes. The estimate rests on all steps, where rich takes those of thirty seconds.
+            speed_estimate_period=math.inf,
         )
         self.task: TaskID | None = None
         self._printed = time.monotonic()

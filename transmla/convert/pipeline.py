@@ -252,7 +252,7 @@ def _convert_layers(
             streams = converted.streams
             ranks.on_first(partial(writer.layer, i, converted))
             record = converted.record
-            report.advance(i + 1, f"error {record.get('held_out_after', record['relative_error']):.3f}")
+            report.advance(i + 1, f"error {record['relative_error']:.3f}")
         with converter.phases.measure("write"):
             ranks.on_first(writer.settle)
     for phase, seconds in converter.phases.seconds.items():

@@ -59,7 +59,8 @@ def _check_sharding(accelerator: Any) -> None:
 def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None:
     """Check that the text ``name`` has enough tokens.
 
-    The text must supply its share of the training tokens within ``max_epochs`` epochs, and the held-out sequences.
+    The text must supply its share of the training tokens within ``max_epochs`` epochs, and the held-out sequences. If
+    minutes alone limit the healing, one sequence to train on is enough.
 
     Args:
         name: the text.
@@ -70,17 +71,18 @@ def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None
     Raises:
         TransmlaError: if ``tokens`` are too few.
     """
-    share = math.ceil(part * settings.max_tokens)
+    by_minutes = settings.max_minutes is not None and "max_tokens" not in settings.model_fields_set
+    share = 0 if by_minutes else math.ceil(part * settings.max_tokens)
     sequences = max(1, -(-share // (settings.max_epochs * settings.length)))
     missing = (sequences + settings.held_out + 1) * settings.length - tokens
     if missing > 0:
         raise TransmlaError(
             f"'{name}' has {tokens:,} tokens, {missing:,} too few",
-            limit=f"its share is {share:,} tokens in at most {settings.max_epochs} epochs, and {settings.held_out} "
-            f"sequences of {settings.length} are held out",
+            limit=(f"its share is {share:,} tokens in at most {settings.max_epochs} epochs, and " if share else "")
+            + f"{settings.held_out} sequences of {settings.length} are held out",
             remedy="raise --self-tokens"
             if name == "self"
-            else "give more text, add `--data self`, or lower --max-tokens",
+            else f"give more text, add `--data self`, or lower {'--max-tokens' if share else '--length'}",
         )
 
 

@@ -30,10 +30,10 @@ SAMPLED_TOKENS = 940_000
 LENGTH, BATCH = 1024, 16
 # Steps between two evaluations on held-out text, and between two saved states. Each copies all weights.
 EVAL_EVERY, SAVE_EVERY = 100, 1000
+# On a CPU, one step of LENGTH × BATCH tokens would take minutes, and so many samples hours.
+ON_CPU = {"length": 256, "batch": 8, "held_out": 4, "eval_every": 10, "self_tokens": 16_384}
 # Most parts that a batch is computed in.
 MOST_PARTS = 8
-# Passes over a text at most if minutes limit the healing, so that a short text is no reason to refuse one.
-MOST_EPOCHS = 1000
 HOW = "transmla heal OUTPUT --teacher SOURCE"
 
 
@@ -77,7 +77,7 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
             continue
         for parts in (1, 2, 4, MOST_PARTS):
             if memory_bytes(plan, _load(trainable, parts, half=half)) <= USABLE * free:
-                return _chosen(recipe, plan, trainable, parts)
+                return _chosen(recipe, plan, trainable, parts, ON_CPU if device.type == "cpu" else {})
     least = memory_bytes(plan, _load("lora" if find_spec("peft") else "attention", MOST_PARTS, half=half))
     return Choice(
         None,
@@ -91,7 +91,7 @@ def _load(trainable: str, parts: int, *, half: bool) -> Load:
     return Load(trainable, BATCH * LENGTH // parts, parts == MOST_PARTS, half)
 
 
-def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
+def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int, sizes: dict[str, int]) -> Choice:
     settings: dict[str, Any] = {
         "trainable": trainable,
         "accumulate": parts,
@@ -99,16 +99,18 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int) -> Choice:
         "self_tokens": SAMPLED_TOKENS,
         "eval_every": EVAL_EVERY,
         "save_every": SAVE_EVERY,
-        "length": min(LENGTH, plan.spec.max_position_embeddings),
+        "length": LENGTH,
         "batch": BATCH,
+        **sizes,
     }
+    settings["length"] = min(settings["length"], plan.spec.max_position_embeddings)
     if recipe.heal == HEAL_AUTO:
         tokens = TOKENS * (SMALL_CACHE_TOKENS if plan.cache_ratio < SMALL_CACHE else 1.0)
         tokens = max(FEWEST_TOKENS, round(tokens * min(1.0, LARGE / parameters(plan))))
         settings["max_tokens"] = tokens
         amount = f"{tokens / 1e6:.0f} million tokens"
     else:
-        settings |= {"max_minutes": recipe.heal, "max_epochs": MOST_EPOCHS}
+        settings["max_minutes"] = recipe.heal
         amount = f"{recipe.heal:g} minutes"
     what = {"all": "all weights", "attention": "the attention", "lora": "low-rank updates of the attention"}[trainable]
     reason = f"ends with a healing of {amount}, {what} (--heal off leaves it out)"
