@@ -6,6 +6,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -62,7 +63,9 @@ def build() -> typer.Typer:
 
     for name, function in VERBS.items():
         context = {"allow_extra_args": True} if function is serve else None
-        app.command(name, cls=Command, context_settings=context)(function)
+        # typer keeps the line breaks of a docstring, and wraps each of its lines again.
+        help_text = "\n\n".join(" ".join(part.split()) for part in cleandoc(function.__doc__ or "").split("\n\n"))
+        app.command(name, cls=Command, context_settings=context, help=help_text)(function)
     return app
 
 

@@ -161,6 +161,8 @@ def convert(
     interrupted run leaves OUTPUT.partial or OUTPUT.unhealed, which --resume continues. With --eval, which may be given
     several times, source and export are compared on these texts at the end. The last table says where the time went.
 
+    The error beside the progress is the relative squared error of the last layer's attention, as in the model card.
+
     With --cache-ratio auto, give the loss that you accept (--max-kl) instead of a size. The smallest cache that keeps
     to this loss is found by trial conversions, and the loss is measured again on text that chose nothing.
 
