@@ -14,6 +14,7 @@ from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.config import check_config
 from transmla.guard.folder import check_folder
+from transmla.guard.named import existing_path, refuse_unfinished
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
 from transmla.ranks import Ranks
@@ -54,8 +55,15 @@ def load(
         A transformers model in evaluation mode.
 
     Raises:
-        TransmlaError: if transformers cannot load the model, or for any reason listed in ``accelerate``.
+        TransmlaError: if ``path`` is no path and no Hub id, if it is the folder of an unfinished conversion, if
+            transformers cannot load the model, or for any reason listed in ``accelerate``.
     """
+    folder = existing_path(
+        str(path), "model", "the folder of an export, a checkpoint folder, or a Hub id such as org/name"
+    )
+    if folder is not None:
+        refuse_unfinished(folder)
+        path = folder
     from transformers import AutoModelForCausalLM
 
     from transmla.modeling.registration import register
@@ -73,9 +81,9 @@ def load(
     kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     what, remedy = f"transformers cannot load '{path}'", "give the folder of an export or the Hub id of an MLA model"
     with boundary(what, remedy=remedy):
-        if Path(path).is_dir():
-            check_folder(Path(path))
-            check_config(Path(path))
+        if folder is not None and folder.is_dir():
+            check_folder(folder)
+            check_config(folder)
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if implied:
         shares = not divides_heads(mla_layers(model))

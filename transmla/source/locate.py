@@ -11,7 +11,10 @@ from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
 from transmla.guard.folder import check_folder
 from transmla.guard.headers import Stored
+from transmla.guard.named import existing_path
 
+# What the name of a source may be.
+FORMS = "a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name"
 # Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
 
@@ -57,17 +60,10 @@ def check_source(source: str) -> Path | None:
         path = _package_file(source.removeprefix("package:"))
         _check(path)
         return path
-    path = local_path(source)
-    if path.exists():
+    path = existing_path(source, "source", FORMS)
+    if path is not None:
         _check(path)
-        return path
-    if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise TransmlaError(
-            f"source '{source}' does not exist",
-            limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
-            remedy="check the path",
-        )
-    return None
+    return path
 
 
 def _check(path: Path) -> None:
