@@ -135,7 +135,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
 
 def _show_processes(summary: dict[str, Any]) -> None:
     """Print what each of several processes needs, and the command that starts them."""
-    count, on_gpus = summary["processes"], summary["launch"] is not None
+    count, on_gpus = summary["processes"], summary["device"] != "cpu"
     ways = {"ddp": "healing, whole student on each", "fsdp2": "healing, student divided (fsdp2.yaml)"}
     parts = {"conversion": (summary["process_memory_bytes"], summary["seconds"])}
     parts |= {ways[way]: (each["memory_bytes"], each["seconds"]) for way, each in summary["healing_by_way"].items()}
@@ -144,9 +144,8 @@ def _show_processes(summary: dict[str, Any]) -> None:
         ["", "memory", "time"],
         [[name, gigabytes(size), "–" if took is None else duration(took)] for name, (size, took) in parts.items()],
     )
-    if on_gpus:
-        say(f"start: {summary['launch']}")
-    else:
+    say(f"start: {summary['launch']}")
+    if not on_gpus:
         say("processes on a CPU share its cores: the time is that of one process")
 
 

@@ -177,7 +177,10 @@ def heal(
     from transmla.cli.bars import Bars
     from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
+    from transmla.ranks import describe_launch
 
+    if line := describe_launch():
+        console.note(line)
     with Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)
     if not PartialState().is_main_process:
