@@ -91,7 +91,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
                 f"{spec.head_dim}",
                 f"{shape.qk_nope_head_dim}, {shape.qk_rope_head_dim}, {shape.v_head_dim}",
             ],
-            ["cache values per token, layer", *values],
+            ["cache values, converted layers" if plan.kept else "cache values per token, layer", *values],
             ["cache bytes per token", *size],
             *[
                 [f"tokens on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
