@@ -210,6 +210,8 @@ def convert(
         console.show_promise(manifest.plan, manifest.promise)
     if evaluation:
         console.show_before_after(manifest.plan, evaluation)
+    if not (manifest.promise or evaluation):  # their tables have the cache
+        console.show_cache(manifest.plan)
     console.show_times(stages)
     console.say(f"wrote {folder}; next: transmla verify {shlex.quote(str(folder))}")
 

@@ -29,6 +29,7 @@ from transmla.cli.options import (
 from transmla.files import json_text
 from transmla.heal.settings import Healing
 from transmla.recipe import parse_section
+from transmla.source.locate import refuse_revision
 
 
 def verify(
@@ -169,6 +170,7 @@ def heal(
     settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     refuse_unfinished(local_path(folder))
     refuse_models(teacher)
+    refuse_revision(teacher, revision)
     refuse_run(output, settings.data, resume=resume)
     load_libraries()
     from accelerate import PartialState

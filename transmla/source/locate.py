@@ -60,10 +60,24 @@ def check_source(source: str) -> Path | None:
         path = _package_file(source.removeprefix("package:"))
         _check(path)
         return path
-    path = existing_path(source, "source", FORMS)
-    if path is not None:
-        _check(path)
-    return path
+    local = existing_path(source, "source", FORMS)
+    if local is not None:
+        _check(local)
+    return local
+
+
+def refuse_revision(source: str, revision: str | None) -> None:
+    """Check that a revision was given for a model of the Hub alone.
+
+    Raises:
+        TransmlaError: if there is a revision, and the source is a local path; or as ``check_source``.
+    """
+    if revision is not None and check_source(source) is not None:
+        raise TransmlaError(
+            f"'{source}' is a local path, and has no revision '{revision}'",
+            limit="a revision is a branch, tag or commit of a model on the Hub",
+            remedy="leave --revision out",
+        )
 
 
 def _check(path: Path) -> None:
