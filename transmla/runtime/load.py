@@ -64,7 +64,7 @@ def load(
     )
     if folder is not None:
         refuse_unfinished(folder)
-        path = folder
+        path = str(folder)
     from transformers import AutoModelForCausalLM
 
     from transmla.modeling.registration import register
