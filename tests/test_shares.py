@@ -2,7 +2,7 @@
 
 import pytest
 
-from transmla.shares import name_and_weight, shares
+from transmla.shares import name_and_weight, percentages, shares
 
 
 def test_entries_with_and_without_weights() -> None:
@@ -18,6 +18,22 @@ def test_shares_sum_to_one() -> None:
     assert shares(["a", "b", "self:0.5"]) == {"a": 0.25, "b": 0.25, "self": 0.5}
     thirds = shares(["a:0.33", "b:0.33", "c:0.34"])
     assert sum(thirds.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "written"),
+    [
+        ((0.6, 0.175, 0.175, 0.05), ("60%", "18%", "17%", "5%")),
+        ((0.625, 0.125, 0.125, 0.125), ("63%", "13%", "12%", "12%")),
+        ((1 / 3, 1 / 3, 1 / 3), ("34%", "33%", "33%")),
+        ((1.0,), ("100%",)),
+        ((0.29, 0.58, 0.13), ("29%", "58%", "13%")),
+    ],
+)
+def test_percentages_sum_to_100(parts: tuple[float, ...], written: tuple[str, ...]) -> None:
+    found = tuple(percentages(dict(enumerate(parts))).values())  # type: ignore[arg-type]
+    assert sum(int(share[:-1]) for share in found) == 100
+    assert sorted(found) == sorted(written)
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,8 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'transmla' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, with the public functions that are not imported yet."""
+    return sorted({*globals(), *_PUBLIC})

@@ -19,6 +19,8 @@ from transmla.errors import TransmlaError
 
 T = TypeVar("T")
 
+# Variables by which launchers say how many processes they started.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Longest time that a process waits for another one: the first process samples and writes exports alone.
 PATIENCE = timedelta(hours=12)
 
@@ -136,6 +138,22 @@ def local_size() -> int:
     if "LOCAL_RANK" not in os.environ:
         return 1
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+
+
+def describe_launch() -> str:
+    """Return a line for the user about the processes of this launch; empty for a command that runs alone.
+
+    It is empty in all processes but the first.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and "LOCAL_RANK" in os.environ:
+        return f"{size} processes share the work" if os.environ.get("RANK", "0") == "0" else ""
+    # Without --multi_gpu or the like, accelerate starts one process, whatever --num_processes says. It sets an address
+    # for several processes then, and no number of them.
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and not any(name in os.environ for name in SIZES)
+    if alone and "MASTER_ADDR" in os.environ:
+        return "accelerate has started one process alone; to start several, use --multi_gpu, or torchrun on a CPU"
+    return ""
 
 
 def check_launch(device: str, size: int, local: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -64,6 +64,15 @@ def shares(entries: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"the weights sum to {given:g}, and leave nothing for the texts without a weight")
     scale = 1.0 if free else given
     return {name: (1 - given) / free if weight is None else weight / scale for name, weight in pairs}
+
+
+def percentages(shares_of_texts: Mapping[str, float]) -> dict[str, str]:
+    """Write shares that sum to 1 as whole percentages that sum to 100, by name; large remainders are rounded up."""
+    whole = {name: int(100 * share + TOLERANCE) for name, share in shares_of_texts.items()}
+    by_remainder = sorted(whole, key=lambda name: whole[name] - 100 * shares_of_texts[name])
+    for name in by_remainder[: 100 - sum(whole.values())]:
+        whole[name] += 1
+    return {name: f"{share}%" for name, share in whole.items()}
 
 
 def _as_tuple(value: Any) -> Any:

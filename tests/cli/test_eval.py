@@ -46,6 +46,19 @@ def test_one_table_has_a_row_per_text_and_the_mean(place: Path, run: Run, monkey
     assert page.count("data:image/png;base64,") == 2
 
 
+def test_results_that_rest_on_too_little_have_a_note(place: Path, run: Run) -> None:
+    Path("short.txt").write_text("the cat sat")
+    Path("long.txt").write_text("the cat sat on the mat and the dog sat on the log " * 150)
+    code, _, err = run("eval", "source", "--text", "short.txt", "--text", "long.txt", "--window", "64")
+    assert code == 0
+    said = " ".join(err.split())
+    assert "note: the numbers of short.txt rest on 2 predicted tokens; take a text that gives 1,000 or more" in said
+    assert "of long.txt rest" not in said
+    few = ["--retrieval", "--retrieval-length", "256", "--retrieval-depths", "1", "--retrieval-samples"]
+    assert "note: each rate rests on 2 prompts, which" in " ".join(run("eval", "source", *few, "2")[2].split())
+    assert "note: each rate" not in run("eval", "source", *few, "20")[2]
+
+
 def test_json_holds_every_number(place: Path, run: Run) -> None:
     code, out, _ = run("eval", "source", *TEXTS, *WINDOWS, "--json")
     found = json.loads(out)

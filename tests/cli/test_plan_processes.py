@@ -118,8 +118,11 @@ def test_processes_on_a_cpu(place: Path, run: Run) -> None:
     one, two = found(run), found(run, "--processes", "2")
     assert two["seconds"] == one["seconds"]
     assert two["memory_bytes"] == 2 * two["process_memory_bytes"] == 2 * one["memory_bytes"]
-    assert two["launch"] is None
+    start = shlex.split(two["launch"])
+    assert start[:7] == ["torchrun", "--nproc_per_node", "2", "-m", "transmla", "convert", "source"]
+    assert sorted(start[7:]) == sorted(CALIBRATION)
     _, out, _ = run(*PLAN, "--processes", "2", "--heal", "3")
+    assert "start: torchrun --nproc_per_node 2 -m transmla convert source" in " ".join(out.split())
     assert "each of 2 processes" in out
     assert "share its cores" in out
     assert "fsdp2" not in out

@@ -222,6 +222,17 @@ def test_every_verb_refuses_a_device_before_it_opens_a_model(
     refuses(run, verb, *arguments, "--device", "cuda:99", says="device 'cuda:99' is not usable; ")
 
 
+@pytest.mark.parametrize("verb", ["bench --baseline source", "chat --prompt hi"])
+def test_a_backend_that_cannot_serve_the_model_is_refused_before_anything_is_measured(
+    place: Path, converted: Path, run: Run, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transmla.evaluate.compare.bench", None)
+    name, *arguments = verb.split()
+    arguments += ["--backend", "hopper", "--device", "cpu"]
+    says = "backend 'hopper' cannot serve this model; the kernel needs a Hopper GPU"
+    refuses(run, name, str(converted / "out"), *arguments, says=says)
+
+
 @pytest.mark.parametrize("bad", ["cut-off", "corrupt", "wrong-shape", "bad-heads"])
 def test_a_model_that_does_not_load_is_not_evaluated(place: Path, run: Run, bad: str) -> None:
     BAD_SOURCES[bad][0](place / "source")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transmla.errors import TransmlaError
 from transmla.evaluate.verify import verify
 from transmla.modeling.registration import register
-from transmla.ranks import Ranks, launched
+from transmla.ranks import SIZES, Ranks, describe_launch, launched
 from transmla.source.load import load_tokenizer
 
 LAYERS = 3
@@ -178,3 +178,46 @@ def test_a_certain_gpu_is_refused_for_several_processes(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(TransmlaError, match=r"--device cuda:1 was given to 2 processes; .*CUDA_VISIBLE_DEVICES"):
         launched("cuda:1")
+
+
+def test_the_processes_of_a_launch_are_said_once(folder: Path) -> None:
+    argv = command(folder, "llama", "counted", "--reconstruct", "off", "--heal", "off")
+    converted(2, folder, "counted", argv)
+    assert "2 processes share the work" in log(folder / "counted-logs")
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "2 processes share the work"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, ""),
+        ({"MASTER_ADDR": "127.0.0.1"}, ""),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, ""),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "accelerate has started one process alone"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "h", "OMPI_COMM_WORLD_SIZE": "2"}, ""),
+    ],
+)
+def test_a_launch_is_described(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str) -> None:
+    for name in (*SIZES, "RANK", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = describe_launch()
+    assert said.startswith(says)
+    assert bool(said) == bool(says)
+
+
+def test_accelerate_says_no_number_where_it_starts_one_process_of_several() -> None:
+    """The variables that `describe_launch` reads are those of accelerate's own launcher."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for number, several in (("1", False), ("2", True)):
+        argv = ["--cpu", "--num_processes", number, "--mixed_precision", "no", "--dynamo_backend", "no", "x.py"]
+        parsed = launch_command_parser().parse_args([*argv[:-1], "--num_machines", "1", argv[-1]])
+        parsed.use_cpu = True
+        parsed.num_cpu_threads_per_process = 1
+        _, environment = prepare_simple_launcher_cmd_env(parsed)
+        assert ("MASTER_ADDR" in environment) == several
+        assert "ACCELERATE_MIXED_PRECISION" in environment

@@ -241,6 +241,17 @@ def test_a_changed_weight_outside_the_attention_differs_from_the_source(
     assert not (folder / "verification.json").exists()
 
 
+def test_another_model_as_the_source_is_named_and_no_layer_is_compared(pristine: Path, tmp_path: Path) -> None:
+    build_model(num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    build_tokenizer(tmp_path / "other")
+    checks = [check for check in verify(pristine / "out", source=str(tmp_path / "other")) if not check.passed]
+    said = {check.name: check.detail for check in checks}
+    assert said["source"] == "other weights were converted"
+    assert "differ, first " in said["untouched weights"]
+    assert said["distance to the source as signed"] == "no comparison: the layers have other shapes"
+    assert not any("Error" in detail for detail in said.values())
+
+
 def test_damage_after_verification_stops_the_push(folder: Path) -> None:
     assert failures(folder) == []
     flip_byte(folder)

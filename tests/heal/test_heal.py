@@ -153,6 +153,7 @@ def test_resume_accepts_a_student_in_another_folder(
     assert heal(make_healing(student=str(moved)), resume=True).is_dir()
 
 
+@pytest.mark.filterwarnings("error:.*gradient_checkpointing_enable")
 def test_accumulation_does_not_change_the_curve(make_healing: Callable[..., Healing], tmp_path: Path) -> None:
     whole = curve(heal(make_healing()))
     parts = curve(heal(make_healing(accumulate=4, checkpointing=True, output=str(tmp_path / "parts"))))

@@ -145,8 +145,27 @@ def test_gradients_flow_through_a_cache_that_is_kept() -> None:
 def test_a_model_without_mla_is_refused(make_source: Callable[..., Path]) -> None:
     with pytest.raises(TransmlaError, match="no MLA layer"):
         transmla.load(make_source())
-    with pytest.raises(TransmlaError, match="cannot load"):
-        transmla.load("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "nosuch", "a/b/c", "https://huggingface.co/org/name"])
+def test_a_name_that_is_no_path_and_no_hub_id_is_refused_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: pytest.fail("hub"))
+    with pytest.raises(TransmlaError, match=f"model '{name}' does not exist"):
+        transmla.load(name)
+
+
+def test_the_folder_of_an_unfinished_conversion_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: pytest.fail("hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smol-mla.partial").mkdir()
+    with pytest.raises(TransmlaError, match=r"smol-mla\.partial holds no finished conversion"):
+        transmla.load("smol-mla.partial")
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "progress.json").write_text("{}")
+    with pytest.raises(TransmlaError, match="renamed holds no finished conversion"):
+        transmla.load("renamed")
 
 
 def test_an_unknown_backend_is_refused() -> None:

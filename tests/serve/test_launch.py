@@ -218,7 +218,8 @@ def test_the_command_runs_what_it_prints(
     code, out, _ = run("serve", folder, "--dry-run")
     assert code == 0
     assert not started
-    assert "starting transformers" in out
+    assert "would start transformers" in out
+    assert "would be at http://127.0.0.1:8000/v1" in out
     run("serve", folder, "--port", "9000", "--", "--device", "cpu")
     path, command = started[0]
     assert path == sys.executable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transmla.source import text as module
 from transmla.source.self_text import sample_self
 from transmla.source.text import SPREAD, load_blocks, load_excerpts, load_tokens
 from transmla.source.texts import pydoc as data
+from transmla.source.texts.rows import JSON_LOGGER
 
 ROWS = ["first row", "second row", None, "third row"]
 JOINED = "first row\n\nsecond row\n\nthird row"
@@ -300,7 +302,12 @@ def test_an_unreachable_hub_is_an_error_of_one_line(
     [
         ("missing.txt", None, {}, "no file"),
         ("table.xls", "a,b", {}, r"has an unknown file type; supported: \.txt, \.md, \.jsonl"),
-        ("table.csv", "a,b\n1,2\n", {}, r"has no column 'text'; its columns: a, b"),
+        (
+            "table.csv",
+            "a,b\n1,2\n",
+            {},
+            r"has no column 'text'; its columns: a, b; name a .* --calibration-column",
+        ),
         ("empty.txt", "", {}, "holds no text"),
         ("blank.md", " \n\n ", {}, "holds no text"),
         ("empty.jsonl", "", {}, "holds no text"),
@@ -397,3 +404,17 @@ def test_samples_start_from_eos_without_a_bos(model) -> None:
     assert sample_self(headless, ending, sequences=2, length=1).tolist() == [[3], [3]]
     with pytest.raises(TransmlaError, match="no BOS, EOS or padding"):
         sample_self(headless, PreTrainedTokenizerFast(tokenizer_object=unigrams), sequences=1, length=2)
+
+
+def test_a_broken_table_is_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(JSON_LOGGER)
+    level = logger.level
+    logger.addHandler(handler)
+    with pytest.raises(TransmlaError, match="cannot be read"):
+        load_tokens(str(tmp_path / "broken.jsonl"), tokenizer)
+    logger.removeHandler(handler)
+    assert (said, logger.level) == ([], level)

@@ -40,6 +40,8 @@ VERBS: dict[str, Callable[..., None]] = {
 INTERRUPTED, PIPE_CLOSED = 130, 141
 # Loggers that warn of torchao's own code where torchao is installed, because transformers imports it.
 TALKATIVE = ("torchao", "torch.utils._pytree")
+# DeepSpeed, which accelerate imports where it is installed, warns of a computer without a GPU.
+NO_GPU = "Setting accelerator to CPU"
 ISSUES = "https://pypi.org/project/transmla"
 
 
@@ -74,6 +76,7 @@ def main() -> None:
     prepare_streams()
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_says_more)
     arguments = sys.argv[1:] or ["--help"]
     try:
         code = build()(arguments, standalone_mode=False)
@@ -90,6 +93,11 @@ def main() -> None:
         hint = f"; `transmla {arguments[0]}` continues with --resume" if resumable else ""
         _complain(f"interrupted{hint}")
     raise SystemExit(code or 0)
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    """Return whether a record of DeepSpeed's logger says more than that there is no GPU."""
+    return not record.getMessage().startswith(NO_GPU)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

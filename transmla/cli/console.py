@@ -10,7 +10,7 @@ from rich.table import Table
 
 from transmla.cli.streams import Tolerant
 from transmla.errors import printable
-from transmla.export.evaluation_table import caption, table_columns, table_rows
+from transmla.export.evaluation_table import caption, table_columns, table_rows, text_label
 
 # Importing these modules imports torch, which takes seconds.
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ out = Console(emoji=False)
 err = Console(file=cast(IO[str], Tolerant()), emoji=False)
 # KL on other text from which on a promise counts as missed, as a multiple of what was promised.
 MISSED = 1.1
+# Fewest predicted tokens of a text and fewest prompts of a row on which a result rests without a note. At 1,000 tokens,
+# the standard error of a perplexity is about a tenth of it; at 20 prompts, that of a rate of a half is 0.11.
+FEWEST_TOKENS, FEWEST_PROMPTS = 1000, 20
 
 
 def say(text: str) -> None:
@@ -91,7 +94,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
                 f"{spec.head_dim}",
                 f"{shape.qk_nope_head_dim}, {shape.qk_rope_head_dim}, {shape.v_head_dim}",
             ],
-            ["cache values per token, layer", *values],
+            ["cache values, converted layers" if plan.kept else "cache values per token, layer", *values],
             ["cache bytes per token", *size],
             *[
                 [f"tokens on a {gb} GB GPU", f"{held['before']:,}", f"{held['after']:,}"]
@@ -135,7 +138,7 @@ def show_plan(plan: Plan, summary: dict[str, Any]) -> None:
 
 def _show_processes(summary: dict[str, Any]) -> None:
     """Print what each of several processes needs, and the command that starts them."""
-    count, on_gpus = summary["processes"], summary["launch"] is not None
+    count, on_gpus = summary["processes"], summary["device"] != "cpu"
     ways = {"ddp": "healing, whole student on each", "fsdp2": "healing, student divided (fsdp2.yaml)"}
     parts = {"conversion": (summary["process_memory_bytes"], summary["seconds"])}
     parts |= {ways[way]: (each["memory_bytes"], each["seconds"]) for way, each in summary["healing_by_way"].items()}
@@ -144,9 +147,8 @@ def _show_processes(summary: dict[str, Any]) -> None:
         ["", "memory", "time"],
         [[name, gigabytes(size), "–" if took is None else duration(took)] for name, (size, took) in parts.items()],
     )
-    if on_gpus:
-        say(f"start: {summary['launch']}")
-    else:
+    say(f"start: {summary['launch']}")
+    if not on_gpus:
         say("processes on a CPU share its cores: the time is that of one process")
 
 
@@ -213,6 +215,10 @@ def show_evaluation(result: dict[str, Any]) -> None:
     compared = "" if result["baseline"] is None else f" compared with {result['baseline']}"
     table(f"{result['model']}{compared}", table_columns(result), table_rows(result), wrap=False)
     say(f"{caption(result)} {duration(result['seconds'])} on {result['device']}.")
+    for text in result["texts"]:
+        if text["tokens"] < FEWEST_TOKENS:
+            few = f"{text['tokens']:,} predicted token{'' if text['tokens'] == 1 else 's'}"
+            note(f"the numbers of {text_label(text)} rest on {few}; take a text that gives {FEWEST_TOKENS:,} or more")
 
 
 def show_tasks(result: TaskScores) -> None:
@@ -227,6 +233,10 @@ def show_retrieval(result: Retrieval) -> None:
     from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, retrieval_rows
 
     table("share of pass keys found, over all depths", RETRIEVAL_COLUMNS, retrieval_rows(result))
+    prompts = len(result.depths) * result.samples
+    if prompts < FEWEST_PROMPTS:
+        few = f"{prompts} prompt{'' if prompts == 1 else 's'}"
+        note(f"each rate rests on {few}, which its standard error does not show; raise --retrieval-samples")
 
 
 def show_healing(record: dict[str, Any]) -> None:
@@ -246,6 +256,16 @@ def show_times(stages: list[dict[str, Any]]) -> None:
         rows.append([stage["name"], f"{stage['seconds']:.1f}", f"{stage['seconds'] / max(total, 1e-9):.0%}"])
         rows += [[f"  {name}", f"{seconds:.1f}", ""] for name, seconds in stage["phases"].items()]
     table(f"{duration(total)} in all", ["stage", "seconds", ""], rows)
+
+
+def show_cache(plan: Plan) -> None:
+    """Print in one line what an export caches, and its share of the source's cache."""
+    from transmla.export.card import by_layer
+
+    share = plan.model_cache_values / (plan.spec.cache_values * plan.spec.num_hidden_layers)
+    widths = f"{by_layer(plan, 'kv_lora_rank')} + {by_layer(plan, 'qk_rope_head_dim')}"
+    layer = "converted layer" if plan.kept else "layer"
+    say(f"cache: {widths} values per token and {layer}, {share:.1%} of the source's")
 
 
 def show_promise(plan: Plan, promise: Promise) -> None:

@@ -54,7 +54,7 @@ def plan(
         int,
         typer.Option(
             help="Processes that will share the work on one machine, each with a GPU of its own: accelerate's "
-            "--num_processes."
+            "--num_processes, or torchrun's --nproc_per_node on a CPU."
         ),
     ] = 1,
     as_json: JsonOption = False,
@@ -86,13 +86,14 @@ def plan(
         "refused": refusals(prepared, choice),
     }
     if processes > 1:
-        launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "-m", "transmla"]
-        on_gpus = prepared.device.type == "cuda"
+        launcher = ["torchrun", "--nproc_per_node", str(processes)]
+        if prepared.device.type == "cuda":
+            launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes)]
         summary |= {
             "processes": processes,
             "process_memory_bytes": process_bytes(prepared),
             "healing_by_way": healing_by_way(prepared, choice, rates),
-            "launch": shlex.join([*launcher, "convert", source, *command_line(options)]) if on_gpus else None,
+            "launch": shlex.join([*launcher, "-m", "transmla", "convert", source, *command_line(options)]),
         }
     if as_json:
         print(json_text(summary))
@@ -182,13 +183,15 @@ def convert(
     load_libraries()
     from transmla.evaluate.compare import check_evaluation, evaluate_export
     from transmla.export.manifest import Manifest
-    from transmla.ranks import launched, leave
+    from transmla.ranks import describe_launch, launched, leave
     from transmla.reporter import Timed
     from transmla.source.device import pick_device
     from transmla.workflow import convert_and_heal
 
     ranks = launched(recipe.device)
     pick_device(recipe.device)  # before a text is read
+    if line := describe_launch():
+        console.note(line)
     ranks.first_then_others(lambda: check_evaluation(recipe))
     if ranks.first and "output" not in recipe.model_fields_set:
         console.note(f"no --output: writing {recipe.output}")
@@ -209,6 +212,8 @@ def convert(
         console.show_promise(manifest.plan, manifest.promise)
     if evaluation:
         console.show_before_after(manifest.plan, evaluation)
+    if not (manifest.promise or evaluation):  # their tables have the cache
+        console.show_cache(manifest.plan)
     console.show_times(stages)
     console.say(f"wrote {folder}; next: transmla verify {shlex.quote(str(folder))}")
 

@@ -14,7 +14,7 @@ from transmla.export.output import output_path, refuse_taken
 from transmla.recipe import Recipe
 from transmla.registry import check_name
 from transmla.shares import shares
-from transmla.source.locate import check_source
+from transmla.source.locate import check_source, refuse_revision
 from transmla.source.text import check_text
 
 AUTO = "auto"
@@ -33,12 +33,13 @@ def refuse_recipe(recipe: Recipe) -> None:
     """Check the names of method and format, and that the source is there.
 
     Raises:
-        TransmlaError: if one of them does not exist.
+        TransmlaError: if one of them does not exist, or if a local source has a revision.
     """
     check_name("transmla.core.methods", "METHOD", recipe.method, kind="method")
     if recipe.format != AUTO:
         check_name("transmla.formats", "FORMAT", recipe.format, kind="format")
     check_source(recipe.source)
+    refuse_revision(recipe.source, recipe.revision)
 
 
 def refuse_processes(number: int) -> None:

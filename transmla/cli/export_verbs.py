@@ -29,6 +29,7 @@ from transmla.cli.options import (
 from transmla.files import json_text
 from transmla.heal.settings import Healing
 from transmla.recipe import parse_section
+from transmla.source.locate import refuse_revision
 
 
 def verify(
@@ -169,6 +170,7 @@ def heal(
     settings = parse_section(Healing, named | {"data": tuple(data), "track": tuple(track or ())} | given)
     refuse_unfinished(local_path(folder))
     refuse_models(teacher)
+    refuse_revision(teacher, revision)
     refuse_run(output, settings.data, resume=resume)
     load_libraries()
     from accelerate import PartialState
@@ -177,7 +179,10 @@ def heal(
     from transmla.cli.bars import Bars
     from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
+    from transmla.ranks import describe_launch
 
+    if line := describe_launch():
+        console.note(line)
     with Bars() as bars:
         healed = run(settings, resume=resume, reporter=bars)
     if not PartialState().is_main_process:

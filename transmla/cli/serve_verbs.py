@@ -56,7 +56,7 @@ def chat(
     load_libraries()
     from transmla.cli import console
     from transmla.evaluate.open_model import open_model
-    from transmla.runtime.load import accelerate, mla_layers
+    from transmla.runtime.load import accelerate, mla_layers, require_backend
     from transmla.serve.chat import converse
     from transmla.source.device import pick_device
     from transmla.source.locate import resolve_source
@@ -65,6 +65,7 @@ def chat(
     path = resolve_source(model, allow_pickle=allow_pickle)
     opened, tokenizer = open_model(path, dtype=dtype, device=place, allow_pickle=allow_pickle)
     if backend != "auto" and mla_layers(opened):
+        require_backend(opened, backend)
         accelerate(opened, backend=backend)
     sampling = _sampling(max_new_tokens, temperature, top_p, one=prompt is not None or not sys.stdin.isatty())
     for given in converse(opened, tokenizer, _questions(prompt), sampling, _write, system=system):
@@ -158,9 +159,10 @@ def serve(
     server = choose_server(folder, runtime, host, port, context.args, check=self_check)
     if server.reason:
         console.say(server.reason)
-    console.say(f"starting {server.name}: {shlex.join(server.command)}")
+    console.say(f"{'would start' if dry_run else 'starting'} {server.name}: {shlex.join(server.command)}")
     if server.model:
-        console.say(f"the model '{server.model}' at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        be = "would be " if dry_run else ""
+        console.say(f"the model '{server.model}' {be}at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not dry_run:
         sys.stdout.flush()
         os.execv(server.command[0], server.command)

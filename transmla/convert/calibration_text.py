@@ -123,7 +123,7 @@ def read_calibration(recipe: Recipe, source: Source, tokenizer: Any, report: Rep
     assert length is not None
     unsampled = why_unsampled(source, pick_device(recipe.device))
     options: dict[str, Any] = {"split": calibration.split, "column": calibration.column, "unsampled": unsampled}
-    parts = parts_of(calibration.source, tokenizer, report=report, **options)
+    parts = parts_of(calibration.source, tokenizer, report=report, rows=sequences, **options)
     texts = read_rows(parts, tokenizer, sequences=sequences, length=length, vocabulary=source.spec.vocab_size)
     return CalibrationText(parts, texts, sequences, length)
 

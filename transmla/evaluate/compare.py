@@ -25,7 +25,7 @@ from transmla.formats.base import format_named
 from transmla.modeling.registration import register
 from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
-from transmla.runtime.load import accelerate
+from transmla.runtime.load import accelerate, require_backend
 from transmla.source.device import pick_device
 from transmla.source.load import check_runs, load_config, load_model, load_tokenizer
 from transmla.source.locate import resolve_source
@@ -210,17 +210,20 @@ def bench_models(
         The measurements under the keys ``model`` and, if given, ``baseline``.
 
     Raises:
-        TransmlaError: if a model cannot be loaded, has no MLA layer, or does not fit (see ``bench``).
+        TransmlaError: if a model cannot be loaded, has no MLA layer, or does not fit (see ``bench``), or if ``backend``
+            does not serve the model.
     """
     _check_dtype(dtype)
     torch_device = pick_device(device)
     results = {}
-    for role, name in (("baseline", baseline), ("model", model)):
+    # The model comes first: a backend that cannot serve it is refused before the baseline is measured.
+    for role, name in (("model", model), ("baseline", baseline)):
         if name is None:
             continue
         path = resolve_source(name, allow_pickle=allow_pickle)
         loaded = load_named(path, dtype, torch_device, allow_pickle=allow_pickle)
         if role == "model":
+            require_backend(loaded, backend)
             accelerate(loaded, backend=backend)
         results[role] = bench(
             loaded, batches=batches, contexts=contexts, new_tokens=new_tokens, steps=steps, reporter=reporter
@@ -230,7 +233,7 @@ def bench_models(
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    return results
+    return {role: results[role] for role in ("baseline", "model") if role in results}
 
 
 def _check_dtype(dtype: str) -> None:

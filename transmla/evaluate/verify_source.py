@@ -39,6 +39,8 @@ NAMES = (
 )
 # Files of an export that record how it was made; no program reads them.
 RECORDS = (*UNHASHED, EVALUATION, "recipe.yaml", "healing.yaml", "healing.png")
+# Fields of a spec in which a source must equal the converted model for its layers to be comparable.
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 # Keys of a config that depend on where or with what the source is read, not on the model.
 UNSTABLE = ("transformers_version", "_name_or_path")
 
@@ -73,6 +75,10 @@ class SourceChecks:
         yield self._files()
         yield self._untouched()
         signature = self.manifest.signature
+        planned, spec = self.manifest.plan.spec, self.source.spec
+        if any(getattr(planned, field) != getattr(spec, field) for field in SHAPE):
+            yield Check("distance to the source as signed", False, "no comparison: the layers have other shapes")
+            return
         if signature is None or measured is None or not signature.source:
             yield Check("distance to the source as signed", True, "no comparison: it is not signed")
             return
@@ -171,6 +177,7 @@ class SourceChecks:
             ours
             for ours, theirs in pairs.items()
             if ours not in export.shapes
+            or theirs not in original.shapes
             or not _identical(export.read(ours), self._written(ours, original.read(theirs), factors.get(ours)))
         ]
         detail = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(pairs)} tensors are bit-identical"

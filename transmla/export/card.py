@@ -17,7 +17,7 @@ from transmla.export.hashes import CARD
 from transmla.export.manifest import Manifest
 from transmla.files import write_text
 from transmla.recipe import Recipe, dump_recipe
-from transmla.shares import name_and_weight
+from transmla.shares import name_and_weight, percentages
 
 _TEMPLATE = """---
 {metadata}---
@@ -139,12 +139,12 @@ def cache_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """Return the card's rows on the cache. Each row is a label, the source's value and the export's value."""
     spec, width = plan.spec, value_bytes(plan.dtype)
     before, after = spec.cache_values, plan.shape.cache_values
-    values = f"{after} ({after / before:.1%})"
+    values, layer = f"{after} ({after / before:.1%})", "converted layer" if plan.kept else "layer"
     if plan.layer_shapes:
         mean = plan.model_cache_values / spec.num_hidden_layers
         values = f"{by_layer(plan, 'cache_values')}, mean {mean:.0f} ({mean / before:.1%})"
     return [
-        ("cache values per token and layer", f"{before}", values),
+        (f"cache values per token and {layer}", f"{before}", values),
         (
             "cache bytes per token",
             f"{before * spec.num_hidden_layers * width:,}",
@@ -282,7 +282,7 @@ def write_card(
 
 def _texts(shares: dict[str, float]) -> str:
     """Return the card's sentence on the calibration texts; empty if they are unknown."""
-    listed = ", ".join(f"{share:.0%} `{public_name(name)}`" for name, share in shares.items())
+    listed = ", ".join(f"{share} `{public_name(name)}`" for name, share in percentages(shares).items())
     return f" The text was {listed}." if shares else ""
 
 

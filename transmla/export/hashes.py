@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from transmla.boundary import leaves, read_json_object
 from transmla.errors import TransmlaError
 from transmla.files import write_json
+from transmla.guard.named import MANIFEST, PROGRESS, UNFINISHED_SUFFIX, unfinished
 
-PROGRESS = "progress.json"
-MANIFEST = "transmla.json"
+__all__ = ["MANIFEST", "PROGRESS", "UNFINISHED_SUFFIX"]
+
 CARD = "README.md"
 VERIFICATION = "verification.json"
 EVALUATION = "evaluation.json"
@@ -21,7 +22,6 @@ CALIBRATION = "calibration.safetensors"
 # Files of an export that its manifest does not hash: they are written after it.
 UNHASHED = (CARD, MANIFEST, VERIFICATION, EVALUATION)
 
-UNFINISHED_SUFFIX = ".partial"
 TEMPORARY_SUFFIXES = (".tmp", ".incomplete", UNFINISHED_SUFFIX, "~")
 
 
@@ -54,11 +54,7 @@ def finished_hashes(folder: Path, *, unnamed: bool = False) -> dict[str, str]:
     file = folder / MANIFEST
     manifest = read_json_object(file)
     if manifest is None or (not unnamed and folder.resolve().name.endswith(UNFINISHED_SUFFIX)):
-        raise TransmlaError(
-            f"{folder} holds no finished conversion",
-            limit=f"a finished export has a readable {MANIFEST}, and its name does not end in {UNFINISHED_SUFFIX}",
-            remedy="run `transmla convert`, with --resume if it was interrupted",
-        )
+        raise unfinished(folder)
     hashes = manifest.get("hashes")
     if not (hashes and isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())):
         raise TransmlaError(

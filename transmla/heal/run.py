@@ -206,7 +206,9 @@ def _make_distiller(student: Any, teacher: Any, settings: Healing) -> Distiller:
     torch.manual_seed(settings.seed)
     student = choose_trainable(student, settings)
     if settings.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name is that of older transformers, and deprecated in newer ones.
+        enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Distiller(
         student,
         teacher,

@@ -14,6 +14,7 @@ from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.guard.config import check_config
 from transmla.guard.folder import check_folder
+from transmla.guard.named import existing_path, refuse_unfinished
 from transmla.kernels import Backend, DecodeShape, choose_backend
 from transmla.kernels.custom_op import compilable
 from transmla.ranks import Ranks
@@ -38,7 +39,8 @@ def load(
 
     Args:
         path: an export, a checkpoint folder or a Hub id. Any MLA model that transformers runs is accepted.
-        backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``.
+        backend: the decode kernels: ``auto``, ``torch``, ``triton``, ``hopper``, ``flashmla`` or ``flashinfer``. If
+            they cannot serve the model, the log warns with the reason, and the next ones that can are taken.
         cache_dtype: ``float8_e4m3fn`` to cache latents as float8 with one scale per token; None for the model's dtype.
         cuda_graphs: whether decode steps on a GPU are replayed from CUDA graphs. A step that cannot be captured runs
             eagerly, with the same result.
@@ -54,8 +56,15 @@ def load(
         A transformers model in evaluation mode.
 
     Raises:
-        TransmlaError: if transformers cannot load the model, or for any reason listed in ``accelerate``.
+        TransmlaError: if ``path`` is no path and no Hub id, if it is the folder of an unfinished conversion, if
+            transformers cannot load the model, or for any reason listed in ``accelerate``.
     """
+    folder = existing_path(
+        str(path), "model", "the folder of an export, a checkpoint folder, or a Hub id such as org/name"
+    )
+    if folder is not None:
+        refuse_unfinished(folder)
+        path = str(folder)
     from transformers import AutoModelForCausalLM
 
     from transmla.modeling.registration import register
@@ -73,9 +82,9 @@ def load(
     kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     what, remedy = f"transformers cannot load '{path}'", "give the folder of an export or the Hub id of an MLA model"
     with boundary(what, remedy=remedy):
-        if Path(path).is_dir():
-            check_folder(Path(path))
-            check_config(Path(path))
+        if folder is not None and folder.is_dir():
+            check_folder(folder)
+            check_config(folder)
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if implied:
         shares = not divides_heads(mla_layers(model))
@@ -198,11 +207,39 @@ def mla_layers(model: Any) -> list[Any]:
 
 def _choose(backend: str, layer: Any) -> None:
     """Give ``layer`` a backend that serves the current dtype and device of its weights."""
-    weight: torch.Tensor = layer.kv_b_proj.weight
-    shape = DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+    shape = _shape(layer)
     layer.backend = choose_for_device(backend, shape)
     layer.decode = compilable(layer.backend)
-    layer.placed_for = weight.dtype, weight.device
+    layer.placed_for = shape.dtype, shape.device
+
+
+def _shape(layer: Any) -> DecodeShape:
+    """Return the shape that a backend must serve for ``layer``, with the current dtype and device of its weights."""
+    weight: torch.Tensor = layer.kv_b_proj.weight
+    return DecodeShape(layer.num_heads, layer.kv_lora_rank, layer.qk_rope_head_dim, weight.dtype, weight.device)
+
+
+def require_backend(model: Any, name: str) -> None:
+    """Check that a backend serves all MLA layers of ``model``, for callers that accept no other one.
+
+    ``load`` and ``accelerate`` log why a backend cannot serve a model, and take the next one.
+
+    Args:
+        model: a model, accelerated or not.
+        name: name of the backend, or ``auto``, which every model passes.
+
+    Raises:
+        TransmlaError: if there is no such backend, or if it does not serve a layer.
+    """
+    if name == "auto":
+        return
+    backend: Backend = lookup("transmla.kernels", "BACKEND", name, kind="backend")
+    for layer in mla_layers(model):
+        reason = backend.refuses(_shape(layer)) if hasattr(layer.kv_b_proj, "weight") else None
+        if reason is not None:
+            raise TransmlaError(
+                f"backend '{name}' cannot serve this model", limit=reason, remedy="choose another backend, or auto"
+            )
 
 
 @cache

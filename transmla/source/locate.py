@@ -11,7 +11,10 @@ from transmla.boundary import boundary, check_regular, local_path
 from transmla.errors import TransmlaError
 from transmla.guard.folder import check_folder
 from transmla.guard.headers import Stored
+from transmla.guard.named import existing_path
 
+# What the name of a source may be.
+FORMS = "a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name"
 # Files that a Hub download skips: copies of the same weights in other formats.
 _OTHER_WEIGHTS = ["*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "consolidated*", "original/*"]
 
@@ -57,17 +60,24 @@ def check_source(source: str) -> Path | None:
         path = _package_file(source.removeprefix("package:"))
         _check(path)
         return path
-    path = local_path(source)
-    if path.exists():
-        _check(path)
-        return path
-    if path.suffix == ".gguf" or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    local = existing_path(source, "source", FORMS)
+    if local is not None:
+        _check(local)
+    return local
+
+
+def refuse_revision(source: str, revision: str | None) -> None:
+    """Check that a revision was given for a model of the Hub alone.
+
+    Raises:
+        TransmlaError: if there is a revision, and the source is a local path; or as ``check_source``.
+    """
+    if revision is not None and check_source(source) is not None:
         raise TransmlaError(
-            f"source '{source}' does not exist",
-            limit="a source is a checkpoint folder, a .gguf file, a recipe, or a Hub id such as org/name",
-            remedy="check the path",
+            f"'{source}' is a local path, and has no revision '{revision}'",
+            limit="a revision is a branch, tag or commit of a model on the Hub",
+            remedy="leave --revision out",
         )
-    return None
 
 
 def _check(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from transmla.errors import TransmlaError
 from transmla.reporter import Reporter
-from transmla.shares import shares
+from transmla.shares import percentages, shares
 from transmla.source.openings import ENGLISH, LANGUAGES, PROMPTS
 from transmla.source.text import (
     AUTO,
@@ -80,6 +81,7 @@ def parts_of(
     column: str | None = None,
     report: Reporter,
     unsampled: str = "",
+    rows: int | None = None,
 ) -> tuple[Part, ...]:
     """Return the parts of a mixture, with ``auto`` replaced by the texts that can be read here.
 
@@ -90,11 +92,14 @@ def parts_of(
         column: column of every text that has columns.
         report: receives one line that says what ``auto`` is.
         unsampled: why the model cannot be sampled; ``auto`` then has no samples.
+        rows: number of rows that the mixture is read as, whose shares are reported; None: not known, and the shares
+            that were asked for are reported.
 
     Raises:
         TransmlaError: if ``split`` or ``column`` fits none of the texts, or if ``self`` is named and cannot be sampled.
     """
     parts: dict[str, Part] = {}
+    why: str | None = None
     for name, share in shares(entries).items():
         if name == AUTO:
             hub = hub_is_reachable()
@@ -103,7 +108,7 @@ def parts_of(
             if unsampled:
                 rest = 1 - inner.pop(SELF)
                 inner = {text: share / rest for text, share in inner.items()}
-            report.message(_describe(inner, hub=hub, unsampled=unsampled))
+            why = _why(hub=hub, unsampled=unsampled)
         elif name == SELF and unsampled:
             raise TransmlaError(
                 "the source cannot be sampled",
@@ -125,14 +130,26 @@ def parts_of(
         if value is not None and not any(getattr(part, option) for part in parts.values()):
             listed = ", ".join(shares(entries))
             raise TransmlaError(f"{listed} has no {option} {value!r}", remedy=f"leave the {option} out")
-    return tuple(parts.values())
+    mixed = tuple(parts.values())
+    if why is not None:
+        report.message(f"auto text: {_describe(mixed, rows)}{why}")
+    return mixed
 
 
-def _describe(inner: Mapping[str, float], *, hub: bool, unsampled: str) -> str:
-    listed = ", ".join(f"{name} {share:.0%}" for name, share in inner.items())
+def _describe(parts: Sequence[Part], rows: int | None) -> str:
+    """Return the texts of a mixture and their shares: of its ``rows``, or those that were asked for."""
+    parted = {part.name: part.share for part in parts}
+    if rows:
+        counts = Counter(order(parts, rows))
+        parted = {part.name: counts[i] / rows for i, part in enumerate(parts) if counts[i]}
+    return ", ".join(f"{name} {share}" for name, share in percentages(parted).items())
+
+
+def _why(*, hub: bool, unsampled: str) -> str:
+    """Return in brackets why ``auto`` is the mixture that it is; empty if there is nothing to say."""
     why = [] if hub else ["the Hub is out of reach"]
     why += [f"no samples: {unsampled}"] if unsampled else [] if hub else ["self continues openings of many kinds"]
-    return f"auto text: {listed}" + (f" ({'; '.join(why)})" if why else "")
+    return f" ({'; '.join(why)})" if why else ""
 
 
 def order(parts: Sequence[Part], count: int) -> list[int]:

@@ -16,7 +16,7 @@ from transmla.source.check_tensors import check_tensors
 from transmla.source.checkpoint import Checkpoint, describe_tensors, has_weights, open_checkpoint
 from transmla.source.describe import describe, empty_model, family_of, read_config
 from transmla.source.device import is_fast_in_bfloat16
-from transmla.source.locate import check_source, hub_headers, resolve_source
+from transmla.source.locate import check_source, hub_headers, refuse_revision, resolve_source
 from transmla.source.packed_weights import check_packing
 
 
@@ -56,8 +56,9 @@ def open_source(recipe: Recipe, *, weights: bool = True) -> Source:
             file not unpacked. The weights of the returned source may not be readable.
 
     Raises:
-        TransmlaError: if the source is missing, unreadable, or cannot be converted.
+        TransmlaError: if the source is missing, unreadable, or cannot be converted, or if a local one has a revision.
     """
+    refuse_revision(recipe.source, recipe.revision)
     path = resolve_source(recipe.source, revision=recipe.revision, weights=False)
     described = _describe(path)
     if not weights:

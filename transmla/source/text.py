@@ -247,13 +247,29 @@ def _chunks(text: str) -> list[str]:
 
 
 def check_text(source: str) -> None:
-    """Check that the file that a text means is there. Other texts pass, and nothing is read.
+    """Check that the file that a text means is there, and that no word follows a named text. Nothing is read.
 
     Raises:
-        TransmlaError: as ``check_file``.
+        TransmlaError: as ``check_file``, or if a text such as ``pydoc:abc`` is none.
     """
+    _refuse_suffix(source)
     if source not in (SELF, AUTO) and _is_file(source):
         check_file(local_path(source))
+
+
+def _refuse_suffix(source: str) -> None:
+    """Check that no word follows the name of a text that has no configurations, such as ``pydoc:abc``.
+
+    Raises:
+        TransmlaError: if one does.
+    """
+    name, colon, word = source.partition(":")
+    if colon and name in (SELF, AUTO, *named_texts()) and not local_path(source).exists():
+        raise TransmlaError(
+            f"'{source}' is no text",
+            limit=f"'{word}' is not the weight of a text, and `{name}` has no configurations",
+            remedy=f"give `{name}`, or `{name}:0.5` for half of a mixture",
+        )
 
 
 def named_texts() -> dict[str, NamedText]:
@@ -284,6 +300,7 @@ def _text_pieces(
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
     path = local_path(source)
     named = named_texts()
+    _refuse_suffix(source)
     if source in (SELF, AUTO):
         raise TransmlaError(
             f"the text `{source}` is only for calibration and healing",

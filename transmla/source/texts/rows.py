@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ from transmla.errors import TransmlaError
 
 # Columns that are taken if none is named, the first that a table has.
 TEXT_COLUMNS = ("text", "content", "messages", "conversations")
+NAME_A_COLUMN = "name a column of text or chats with --calibration-column, --eval-column or --column"
+# Logger that prints an error of a JSON file which `datasets` then raises.
+JSON_LOGGER = "datasets.packaged_modules.json.json"
 # Names of a message's fields in ShareGPT's format, and what they are called in chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -35,7 +39,7 @@ def row_texts(rows: Iterable[dict[str, Any]], column: str | None, source: str, t
             value = _render(value, source, name, tokenizer) if value else None
         if not isinstance(value, str | None):
             what = f"text column {name!r}" if name in row else f"column {name!r}"
-            raise TransmlaError(f"{source} has no {what}", limit=f"its columns: {', '.join(row)}")
+            raise TransmlaError(f"{source} has no {what}", limit=f"its columns: {', '.join(row)}", remedy=NAME_A_COLUMN)
         if value is not None:
             yield separator + value
             separator = "\n\n"
@@ -47,7 +51,7 @@ def _render(messages: list[Any], source: str, column: str, tokenizer: Any) -> st
         raise TransmlaError(
             f"{source}: column {column!r} holds lists that are not chats",
             limit="a chat is a list of messages with `role` and `content`",
-            remedy="name a column of text or chats with --calibration-column or --column",
+            remedy=NAME_A_COLUMN,
         )
     if not getattr(tokenizer, "chat_template", None):
         raise TransmlaError(
@@ -81,6 +85,9 @@ def read_errors(source: str, *, remedy: str) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    logger = logging.getLogger(JSON_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except TransmlaError:
@@ -94,3 +101,5 @@ def read_errors(source: str, *, remedy: str) -> Iterator[None]:
         else:
             what = f"{source} cannot be read: {first_line(error)}"
         raise TransmlaError(what, remedy=remedy) from error
+    finally:
+        logger.setLevel(level)
