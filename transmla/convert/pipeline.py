@@ -183,7 +183,8 @@ def _write(
 
 def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
     """Open the workspace, save what a resumed run needs, and return the progress so far."""
-    progress = workspace.open(run_facts(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
+    facts = run_facts(prepared, processes, inputs.fingerprint, inputs.tokens, workspace.facts())
+    progress = workspace.open(facts, report.message)
     if inputs.shares:
         progress.texts = inputs.shares
         workspace.save_progress(progress)

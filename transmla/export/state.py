@@ -2,7 +2,7 @@
 
 The state's ``key`` is a hash of the run's *facts*: all values that a resumed run must have in common with the run that
 it continues, by the name that a user reads. A value that follows from others has the name "". The state holds the facts
-too, so that a refusal can name those that differ.
+too, so that a refusal can name those that differ. Facts in ``SHOWN`` are no part of the key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
 from transmla.files import write_json
 
+# Facts that only a refusal shows: a source may lie in another folder, because hashes of its files are facts too.
+SHOWN = frozenset({"--source"})
 _DIGEST = "digest"
 # Values that say nothing to a reader.
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -32,7 +34,7 @@ def write_state(file: Path, values: dict[str, Any]) -> None:
 
 def key_of(facts: Mapping[str, Any]) -> str:
     """Return the key of a run with these facts, which JSON can hold."""
-    return _digest(facts)
+    return _digest({name: value for name, value in facts.items() if name not in SHOWN})
 
 
 def flags(values: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:

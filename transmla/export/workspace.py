@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.boundary import boundary
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
 from transmla.export.lock import lock_folder, unlock_folder
@@ -142,6 +142,11 @@ class Workspace:
             progress = Progress(key, facts, texts=progress.texts, choice=progress.choice)
             self.save_progress(progress)
         return progress
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the run that the folder holds; empty if it holds none, or its progress is damaged."""
+        facts = (read_json_object(self.folder / PROGRESS) or {}).get("facts")
+        return facts if isinstance(facts, dict) else {}
 
     def size(self) -> int:
         """Return the bytes that an unfinished run has written."""
