@@ -50,12 +50,10 @@ def run_facts(
     """
     text_hash, before = hashlib.sha256(tokens.contiguous().numpy().data).hexdigest(), before or {}
     texts = {name: value or before.get(name) for name, value in _text_hashes(prepared.recipe).items()}
-    files = {f"the source's {name}": value for name, value in companions(prepared.source.checkpoint).items()}
     follows = [prepared.plan.to_dict(), None if prepared.fit is None else asdict(prepared.fit)]
     return {
         **early_facts(prepared, processes),
         "the source's weights": fingerprint,
-        **files,
         **texts,
         "the calibration text": text_hash,
         "": key_of({"follows": [*follows, _named_source(prepared.recipe)]}),
@@ -63,17 +61,19 @@ def run_facts(
 
 
 def early_facts(prepared: Prepared, processes: int) -> dict[str, Any]:
-    """Return those of the facts for which no file of the source is read.
+    """Return the facts that are known before weights and texts are read.
 
     Args:
         prepared: the conversion.
         processes: number of processes that share the work.
     """
     device, recipe = prepared.device, prepared.recipe
+    files = {f"the source's {name}": value for name, value in companions(prepared.source.checkpoint).items()}
     source = _named_source(recipe) or str(local_path(recipe.source).resolve())
     return {
         "--source": source,
         **flags(_settings(recipe, "device", "heal")),
+        **files,
         "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "fast bfloat16": is_fast_in_bfloat16(device),
         "the number of processes": processes,

@@ -88,11 +88,13 @@ def read_state(
         known = values.get("facts")
         changed = differences(known, facts) if known and facts and isinstance(known, dict) else ""
         limit = changed or "a resumed run must give the same result as an uninterrupted one"
-        remedy = "repeat the first run's command with --resume, or delete the folder"
         if "facts" not in values:
-            limit = "an earlier version of transmla began it"
-            remedy = "resume it with that version, or delete the folder"
-        raise TransmlaError(f"'{file.parent}' was {begun_with}", limit=limit, remedy=remedy)
+            raise TransmlaError(
+                f"'{file.parent}' was {begun_with}",
+                limit="an earlier version of transmla began it",
+                remedy="resume it with that version, or delete the folder",
+            )
+        raise other_run(file.parent, begun_with, limit)
     if values is None or digest != _digest(values):
         raise TransmlaError(
             f"'{file}' is damaged",
@@ -100,6 +102,18 @@ def read_state(
             remedy=f"delete '{file.parent}', and start again",
         )
     return values
+
+
+def other_run(folder: Path, begun_with: str, limit: str) -> TransmlaError:
+    """Return the refusal of a folder that holds another run than the one that is resumed.
+
+    Args:
+        folder: the folder of the unfinished run.
+        begun_with: ends the sentence "the folder was …".
+        limit: what differs.
+    """
+    remedy = "repeat the first run's command with --resume, or delete the folder"
+    return TransmlaError(f"'{folder}' was {begun_with}", limit=limit, remedy=remedy)
 
 
 def _digest(values: Mapping[str, Any]) -> str:
