@@ -34,7 +34,7 @@ from transmla.ranks import check_launch, launched
 from transmla.recipe import Recipe
 from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
-from transmla.source.load import load_tokenizer
+from transmla.source.load import check_tokenizer, load_tokenizer
 from transmla.source.memory import free_memory_of
 
 
@@ -204,16 +204,17 @@ def _divided(choice: Choice, processes: int) -> Choice:
 def refusals(prepared: Prepared, choice: Choice) -> list[str]:
     """Return why ``convert_and_heal`` would refuse a conversion here, one line each.
 
-    These are too many processes, and too little memory or disk.
+    These are a source without a tokenizer, calibration sequences beyond its context, too many processes, and too little
+    memory or disk.
 
     Args:
         prepared: the conversion; all its processes run on this computer.
         choice: the healing that ends it.
     """
     output, calibration = Path(prepared.recipe.output), prepared.recipe.calibration
-    checks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = [partial(check_tokenizer, prepared.source.path)]
     if (processes := prepared.processes) > 1:
-        checks = [partial(check_launch, prepared.recipe.device, processes, processes)]
+        checks += [partial(check_launch, prepared.recipe.device, processes, processes)]
         checks += [partial(_divided, choice, processes)]
     checks += [partial(check_room, prepared, output, (calibration.sequences or 0, calibration.length or 0))]
     if choice.disk_bytes:

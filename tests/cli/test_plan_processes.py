@@ -91,6 +91,15 @@ def test_what_two_gpus_need_is_said(place: Path, run: Run) -> None:
     assert "refuses" not in text
 
 
+def test_a_source_without_a_tokenizer_is_refused_as_by_convert(place: Path, run: Run) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "source" / name).unlink()
+    assert found(run)["refused"] == [
+        "no tokenizer in 'source'; calibration, evaluation and the export itself need one; "
+        "add tokenizer.json and tokenizer_config.json to that folder"
+    ]
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_minutes_are_not_estimated(place: Path, run: Run) -> None:
     plan = found(run, "--processes", "2", "--heal", "3")

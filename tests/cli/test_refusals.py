@@ -91,6 +91,7 @@ BAD_SOURCES: dict[str, tuple[Edit, str]] = {
     "corrupt": (lambda s: (s / "model.safetensors").write_bytes(b"\xff" * 99), "is corrupt or cut off"),
     "no-weights": (without("model.safetensors"), "no weights in 'source'; expected model.safetensors"),
     "pickle": (pickled, "holds pickled weights (pytorch_model.bin); a pickle can run code"),
+    "no-config": (without("config.json"), "no config.json in 'source'; "),
     "no-tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer in 'source'"),
 }
 
