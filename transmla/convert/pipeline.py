@@ -142,8 +142,8 @@ def _begin(
     source, recipe = prepared.source, prepared.recipe
     amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
     sequences, length = amount if calibration is None else calibration.shape
-    check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     check_length(source.spec, length)
+    check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     if calibration is not None:
         check_rows(prepared, sequences)
     tokens, text = calibration, None
