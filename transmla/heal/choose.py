@@ -34,7 +34,7 @@ EVAL_EVERY, SAVE_EVERY = 100, 1000
 MOST_PARTS = 8
 # Passes over a text at most if minutes limit the healing, so that a short text is no reason to refuse one.
 MOST_EPOCHS = 1000
-HOW = "transmla heal OUTPUT --teacher SOURCE"
+HOW = "transmla heal OUTPUT --teacher SOURCE -o HEALED"
 
 
 @dataclass(frozen=True)
