@@ -92,12 +92,18 @@ def test_two_sizes_of_the_cache_are_refused(given: dict[str, Any], says: str) ->
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"cache_ratio": "50"}, "a cache ratio of 50 was given; .* above 0 and at most 1; 50 percent is 0.5; lower"),
+        (
+            {"cache_ratio": "50"},
+            "a cache ratio of 50 was given; .* above 0 and at most 1; 50 percent is 0.5; give --cache-ratio 0.5$",
+        ),
         ({"cache_ratio": 25}, "25 percent is 0.25"),
         ({"cache_ratio": "50%"}, "cache_ratio: it must be auto, or a share above 0 and at most 1; 50 percent is 0.5"),
         ({"cache_ratio": "0.5%"}, "0.5 percent is 0.005"),
         ({"cache_ratio": 5000}, "cache_ratio: it must be auto, or a share above 0 and at most 1; correct it"),
-        ({"cache_ratio": 1.5}, "a cache ratio of 1.5 was given; .* pass --allow-no-saving"),
+        (
+            {"cache_ratio": 1.5},
+            "a cache ratio of 1.5 was given; .* at most 1; lower --cache-ratio, or pass --allow-no-saving",
+        ),
         ({"calibration": {"source": "pydoc:50"}}, "'pydoc' is 50, .* at most 1; 50 percent is 0.5"),
         ({"calibration": {"source": "pydoc:50%"}}, "'pydoc' is 50%, .* at most 1; 50 percent is 0.5"),
     ],

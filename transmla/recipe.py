@@ -210,10 +210,12 @@ class Recipe(Strict):
                 remedy="pass --cache-ratio auto, or leave --max-kl out",
             )
         if isinstance(self.cache_ratio, float) and self.cache_ratio > 1 and not self.allow_no_saving:
+            percent = of_percent(self.cache_ratio)
+            larger = "lower --cache-ratio, or pass --allow-no-saving for a cache that is no smaller"
             raise TransmlaError(
                 f"a cache ratio of {self.cache_ratio:g} was given",
-                limit=f"it is a share of the source's cache, above 0 and at most 1{of_percent(self.cache_ratio)}",
-                remedy="lower --cache-ratio, or pass --allow-no-saving for a cache that is no smaller",
+                limit=f"it is a share of the source's cache, above 0 and at most 1{percent}",
+                remedy=f"give --cache-ratio {self.cache_ratio / 100:g}" if percent else larger,
             )
         fixed = [name for name in ("kv_lora_rank", "qk_rope_head_dim", "pad_for") if getattr(self, name) is not None]
         if self.cache_ratio == CACHE_AUTO and fixed:

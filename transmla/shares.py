@@ -18,8 +18,9 @@ def of_percent(value: Any) -> str:
         percent = float(text.removesuffix("%"))
     except ValueError:
         return ""
-    lowest = 0 if text.endswith("%") else 1
-    return f"; {percent:g} percent is {percent / 100:g}" if lowest < percent <= 100 else ""
+    # A bare number just above 1 is no percentage.
+    is_percentage = percent > 0 if text.endswith("%") else percent >= 2
+    return f"; {percent:g} percent is {percent / 100:g}" if is_percentage and percent <= 100 else ""
 
 
 def name_and_weight(entry: str) -> tuple[str, float | None]:

@@ -7,12 +7,14 @@ The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A k
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transmla.convert.calibration_text import check_length, longest_sequence
 from transmla.convert.pipeline import convert, output_folder
 from transmla.convert.prepare import Prepared, prepare, with_plan
 from transmla.convert.resume import refuse_other_run
@@ -34,8 +36,11 @@ from transmla.ranks import check_launch, launched
 from transmla.recipe import Recipe
 from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
-from transmla.source.load import load_tokenizer
+from transmla.source.load import check_tokenizer, load_tokenizer
 from transmla.source.memory import free_memory_of
+
+# The launcher's flag of the number of processes, as refusals name it.
+_LAUNCHER = re.compile(r"--num_processes( of accelerate, or --nproc_per_node of torchrun)?")
 
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -204,18 +209,22 @@ def _divided(choice: Choice, processes: int) -> Choice:
 def refusals(prepared: Prepared, choice: Choice) -> list[str]:
     """Return why ``convert_and_heal`` would refuse a conversion here, one line each.
 
-    These are too many processes, and too little memory or disk.
+    These are a source without a tokenizer, calibration sequences beyond its context, too many processes, and too little
+    memory or disk.
 
     Args:
         prepared: the conversion; all its processes run on this computer.
         choice: the healing that ends it.
     """
     output, calibration = Path(prepared.recipe.output), prepared.recipe.calibration
-    checks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = [partial(check_tokenizer, prepared.source.path)]
     if (processes := prepared.processes) > 1:
-        checks = [partial(check_launch, prepared.recipe.device, processes, processes)]
+        checks += [partial(check_launch, prepared.recipe.device, processes, processes)]
         checks += [partial(_divided, choice, processes)]
-    checks += [partial(check_room, prepared, output, (calibration.sequences or 0, calibration.length or 0))]
+    sequences, length = calibration.sequences or 0, calibration.length or 0
+    checks.append(partial(check_length, prepared.source.spec, length))
+    if length <= longest_sequence(prepared.source.spec):
+        checks.append(partial(check_room, prepared, output, (sequences, length)))
     if choice.disk_bytes:
         checks.append(partial(check_disk, output, choice.disk_bytes, healing=True))
     found = []
@@ -223,7 +232,8 @@ def refusals(prepared: Prepared, choice: Choice) -> list[str]:
         try:
             check()
         except TransmlaError as error:
-            found.append(str(error))
+            # The number of processes is that of `plan`, not of a launch.
+            found.append(_LAUNCHER.sub("--processes", str(error)))
     return found
 
 

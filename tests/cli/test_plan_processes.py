@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def test_what_two_gpus_need_is_said(place: Path, run: Run) -> None:
     assert "refuses" not in text
 
 
+def test_a_source_without_a_tokenizer_is_refused_as_by_convert(place: Path, run: Run) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "source" / name).unlink()
+    assert found(run)["refused"] == [
+        "no tokenizer in 'source'; calibration, evaluation and the export itself need one; "
+        "add tokenizer.json and tokenizer_config.json to that folder"
+    ]
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_minutes_are_not_estimated(place: Path, run: Run) -> None:
     plan = found(run, "--processes", "2", "--heal", "3")
@@ -103,7 +113,7 @@ def test_minutes_are_not_estimated(place: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["4"], "4 processes were started for 2 GPUs; each process needs a GPU of its own; lower --num_processes"),
+        (["4"], "4 processes were started for 2 GPUs; each process needs a GPU of its own; lower --processes"),
         (["3"], "3 processes cannot share the batches of 16 sequences of the healing"),
         (["2", "--device", "cuda:1"], "--device cuda:1 was given to 2 processes"),
     ],
@@ -112,6 +122,21 @@ def test_what_a_launch_would_refuse_is_said(place: Path, run: Run, argv: list[st
     plan = found(run, "--processes", *argv)
     assert any(line.startswith(says) for line in plan["refused"])
     assert f"convert refuses this here: {says}" in " ".join(run(*PLAN, "--processes", *argv)[1].split())
+
+
+def test_a_text_beyond_the_context_is_refused_as_by_convert(place: Path, run: Run) -> None:
+    says = "calibration sequences of 99999999 tokens are longer than the source's context; at most 256; lower"
+    (refused,) = found(run, "--calibration-length", "99999999")["refused"]
+    assert refused.startswith(says)
+
+
+def test_a_refusal_and_the_plan_count_the_same_memory(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
+    plan = found(run, "--calibration-sequences", "10000000")
+    refused = next(line for line in plan["refused"] if "of memory" in line)
+    says = re.match(r"the conversion needs about (.*) GB of memory, and (.*) GB for hidden states, which can", refused)
+    assert says is not None, refused
+    assert float(says[1]) + float(says[2]) == pytest.approx(plan["memory_bytes"] / 1e9, abs=0.11)
 
 
 def test_processes_on_a_cpu(place: Path, run: Run) -> None:
@@ -149,11 +174,11 @@ def test_convert_counts_the_processes_of_its_launch(place: Path, run: Run, monke
     off = ["--reconstruct", "off", "--heal", "off", "--device", "cpu"]
     assert found(run, *off)["refused"] == []
     (refused,) = found(run, *off, "--processes", "2")["refused"]
-    assert refused.endswith("of memory for 2 processes; 0.9 GB are free; use --num_processes 1")
+    assert refused.endswith("of memory for 2 processes; 0.9 GB are free; use --processes 1")
     for name, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     calibration = {"source": "text.txt", "sequences": 4, "length": 32}
     recipe = parse_recipe({"source": "source", "output": "o", "reconstruct": "off", "calibration": calibration}, "test")
     with pytest.raises(TransmlaError) as error:
         check_memory(prepare.prepare(recipe), 4, 32)
-    assert str(error.value) == refused
+    assert str(error.value) == refused.replace("--processes", "--num_processes")

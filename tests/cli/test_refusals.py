@@ -91,6 +91,7 @@ BAD_SOURCES: dict[str, tuple[Edit, str]] = {
     "corrupt": (lambda s: (s / "model.safetensors").write_bytes(b"\xff" * 99), "is corrupt or cut off"),
     "no-weights": (without("model.safetensors"), "no weights in 'source'; expected model.safetensors"),
     "pickle": (pickled, "holds pickled weights (pytorch_model.bin); a pickle can run code"),
+    "no-config": (without("config.json"), "no config.json in 'source'; "),
     "no-tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer in 'source'"),
 }
 
@@ -128,7 +129,15 @@ BAD_OPTIONS: dict[str, tuple[str, str]] = {
     "odd-rope": ("--qk-rope-head-dim 7", "qk_rope_head_dim 7 is odd"),
     "no-rope": ("--qk-rope-head-dim 0", "qk_rope_head_dim: input should be greater than 0"),
     "other-frequencies": ("--qk-rope-head-dim 12", "frequencies the source does not have"),
-    "budget": ("--cache-ratio 0.05", "cannot hold a rotary key of 2"),
+    "too-wide-rope": ("--qk-rope-head-dim 32", "only divisors match; use one of 16, 8, 4, 2"),
+    "rope-without-latent": (
+        "--qk-rope-head-dim 64",
+        "cannot hold a rotary key of 64; the latent needs at least 16 values more; lower --qk-rope-head-dim, or",
+    ),
+    "budget": (
+        "--cache-ratio 0.05",
+        "cannot hold a rotary key of 2; the latent needs at least 16 values more; raise --cache-ratio to 0.188",
+    ),
     "no-ratio": ("--cache-ratio 0", "cache_ratio: input should be greater than 0"),
     "endless-ratio": ("--cache-ratio inf", "cache_ratio: input should be a finite number"),
     "no-number": ("--cache-ratio half", "cache_ratio: it must be auto, or a share above 0"),

@@ -27,6 +27,7 @@ from transmla.export import push as hub
 from transmla.export import workspace as export
 from transmla.export.state import write_state
 from transmla.plan.fit_settings import FITS, FitSettings
+from transmla.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -215,6 +216,53 @@ def test_resuming_with_other_weights_is_refused(workdir: Path, original: Path) -
     save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TransmlaError, match=r"begun with other weights.*; the source's weights changed; repeat"):
         convert(recipe(), resume=True)
+
+
+def spelled(workdir: Path, source: str = "source", **settings: Any) -> Recipe:
+    """Return the recipe with its paths written from the root."""
+    absolute = recipe(**settings).model_copy(update={"source": str(workdir / source), "output": str(workdir / "out")})
+    calibration = absolute.calibration.model_copy(update={"source": (str(workdir / "text.txt"),)})
+    return absolute.model_copy(update={"calibration": calibration})
+
+
+def test_a_run_resumes_however_its_paths_are_written(workdir: Path, original: Path) -> None:
+    with pytest.raises(Killed):
+        convert(spelled(workdir), reporter=KilledAtLayer(1))
+    convert(recipe(), resume=True)
+    assert files(workdir / "out") == files(original / "out")
+
+
+def test_a_complete_run_resumes_however_its_paths_are_written(
+    workdir: Path, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: export.Workspace) -> None:
+        self._remove_state()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export.Workspace, "finish", killed)
+        with pytest.raises(Killed):
+            convert(spelled(workdir))
+    convert(recipe(), resume=True)
+    assert not Path("out.partial").exists()
+
+
+def test_a_source_may_lie_elsewhere_and_a_text_that_was_read_may_be_gone(workdir: Path, original: Path) -> None:
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    Path("text.txt").unlink()
+    convert(recipe().model_copy(update={"source": str(original / "source")}), resume=True)
+    weights = [name for name in files(workdir / "out") if name.endswith(".safetensors")]
+    assert all(files(workdir / "out")[name] == files(original / "out")[name] for name in weights)
+
+
+def test_another_text_of_the_same_name_is_refused(workdir: Path) -> None:
+    with pytest.raises(Killed):
+        convert(recipe(), reporter=KilledAtLayer(1))
+    Path("other").mkdir()
+    Path("other/text.txt").write_text("another text " * 1000)
+    with pytest.raises(TransmlaError, match=r"; text 1 of --calibration changed; repeat"):
+        convert(recipe(calibration={"source": "other/text.txt"}), resume=True)
 
 
 def test_a_run_of_an_earlier_version_is_refused_as_such(workdir: Path) -> None:

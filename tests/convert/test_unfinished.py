@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -149,6 +150,31 @@ def test_a_stranger_in_the_folder_is_named(kind: str, workdir: Path) -> None:
     else:
         file.write_text("mine")
     refused_untouched(f"'out.partial/{name}' was not written by this conversion", workdir)
+
+
+def test_another_source_is_named_before_foreign_files(workdir: Path, original: Path) -> None:
+    """A source with other layers has shards of other names, which are not the user's files."""
+    from conftest import save_source
+
+    save_source(workdir / "deeper", num_hidden_layers=5)
+    before, after = re.escape(str(original / "source")), re.escape(str(workdir / "deeper"))
+    says = rf"begun with .*; --source was {before} and is {after}, the source's .* changed"
+    refused_untouched(says, workdir / "out.partial", source="deeper")
+
+
+def test_a_resume_says_where_it_continues(workdir: Path) -> None:
+    log = Log()
+    convert(recipe(), resume=True, reporter=log)
+    assert "resuming at layer 2 of 3" in log.messages
+
+
+def test_a_resume_of_nothing_is_said(workdir: Path) -> None:
+    shutil.rmtree("out.partial")
+    log, fresh = Log(), Log()
+    convert(recipe(), resume=True, reporter=log)
+    assert "nothing to resume in 'out.partial': starting anew" in log.messages
+    convert(recipe(output="again"), reporter=fresh)
+    assert not any("resum" in message for message in fresh.messages)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "swapped", "deleted", "embedding flipped"])

@@ -165,6 +165,8 @@ def test_a_window_above_the_context_is_refused_unless_the_text_is_shorter(model,
         evaluate(short, tokens, window=65)
     with pytest.raises(TransmlaError, match=message.format("baseline")):
         evaluate(model, tokens, window=65, baseline=short)
+    with pytest.raises(TransmlaError, match="a window of 100000 tokens is longer"):
+        evaluate(short, tokens[:70], window=100_000)
     assert evaluate(short, tokens, window=64).window == 64
     assert evaluate(short, tokens[:40], window=65).window == 40
 

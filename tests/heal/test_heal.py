@@ -25,6 +25,7 @@ from transmla.heal import natural_coordinates as natural
 from transmla.heal import run
 from transmla.heal.run import heal
 from transmla.heal.settings import Healing
+from transmla.reporter import Silent
 
 
 def load(folder: Path) -> Any:
@@ -72,6 +73,16 @@ def test_a_healed_export_can_be_healed_again(make_healing: Callable[..., Healing
     assert records[1]["held_out_kl"]["before"] == pytest.approx(records[0]["held_out_kl"]["after"], rel=1e-2)
 
 
+class Log(Silent):
+    """A reporter that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(
     make_healing: Callable[..., Healing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +104,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         heal(make_healing())
     with pytest.raises(TransmlaError, match=r"settings.*; --learning-rate was .* and is 0\.002; repeat"):
         heal(make_healing(learning_rate=2e-3), resume=True)
-    resumed = heal(make_healing(), resume=True)
+    log = Log()
+    resumed = heal(make_healing(), resume=True, reporter=log)
+    assert [message for message in log.messages if "resuming" in message] == ["resuming at step 5"]
     without_seconds = lambda points: [{k: v for k, v in p.items() if k != "seconds"} for p in points]  # noqa: E731
     assert without_seconds(curve(resumed)) == without_seconds(curve(uninterrupted))
     weights, expected = load(resumed).state_dict(), load(uninterrupted).state_dict()

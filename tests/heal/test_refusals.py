@@ -60,7 +60,7 @@ def test_a_changed_student(make_healing: Callable[..., Healing], pair: tuple[Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 5, "accumulate": 2}, "--batch 6"),
+        ({"batch": 5, "accumulate": 2}, "; there is 1 process, and each computes 2 parts; --batch 6"),
         ({"kl": 0.0}, "nothing to learn"),
         ({"length": 512}, "longer than the models' context"),
     ],

@@ -26,6 +26,8 @@ from transmla.cli.options import (
     help_of,
     with_healing_options,
 )
+from transmla.export.hashes import UNFINISHED_SUFFIX
+from transmla.export.output import output_path
 from transmla.files import json_text
 from transmla.heal.settings import Healing
 from transmla.recipe import parse_section
@@ -181,6 +183,10 @@ def heal(
     from transmla.heal.run import heal as run
     from transmla.ranks import describe_launch
 
+    target = output_path(output)
+    partial = target.with_name(target.name + UNFINISHED_SUFFIX)
+    if resume and PartialState().is_main_process and not (partial.exists() or target.exists()):
+        console.note(f"nothing to resume in '{partial}': starting anew")
     if line := describe_launch():
         console.note(line)
     with Bars() as bars:

@@ -8,9 +8,10 @@ from typing import Any
 
 from transmla.convert.finite import check_tensors
 from transmla.convert.prepare import Prepared
+from transmla.convert.resume import recipe_hash
 from transmla.export.card import public_name, public_recipe, write_card
 from transmla.export.hashes import hash_files, write_index
-from transmla.export.manifest import FitRecord, Manifest, Promise, SourceRecord, recipe_hash, versions
+from transmla.export.manifest import FitRecord, Manifest, Promise, SourceRecord, versions
 from transmla.export.tokenizer import write_tokenizer
 from transmla.export.travel import put_record, weights_fingerprint
 from transmla.export.workspace import Progress, Workspace

@@ -90,8 +90,14 @@ def _lacking(prepared: Prepared, work: Work) -> tuple[str, int, int] | None:
     """Return which memory certainly does not hold ``work``, its estimate and the free bytes; None if all may."""
     tokens = work.sequences * work.length
     # Hidden states that the memory does not hold go to the disk.
-    needed = memory_bytes(prepared.plan, tokens, work.fit, work.device, streams=False, processes=work.processes)
+    needed, in_all = (
+        memory_bytes(prepared.plan, tokens, work.fit, work.device, streams=streams, processes=work.processes)
+        for streams in (False, True)
+    )
     place = "memory" if work.processes == 1 else f"memory for {work.processes} processes"
+    hidden = f"{(in_all - needed) / 1e9:.1f}"
+    if hidden != "0.0":  # `plan` counts them too
+        place += f", and {hidden} GB for hidden states, which can lie on the disk"
     places = [(place, needed, _within_reach(), CERTAIN)]
     if work.device.type == "cuda":
         on_device = device_bytes(prepared.plan, work.sequences, work.length, work.fit)

@@ -8,6 +8,7 @@ killed run can resume from the last save, and ends with the same bytes as an uni
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from transmla.convert.held_rows import Rows, check_rows, split_rows, with_held_r
 from transmla.convert.layers import LayerConverter
 from transmla.convert.memory import holds_streams
 from transmla.convert.prepare import Prepared, prepare
-from transmla.convert.resume import is_complete, refuse_other_run, run_facts
+from transmla.convert.resume import early_facts, is_complete, refuse_other_run, run_facts
 from transmla.convert.room import check_room
 from transmla.convert.shard_writer import ShardWriter
 from transmla.convert.streams import Streams
@@ -78,7 +79,7 @@ def convert(
     sequences = None if calibration is None else len(calibration)
     prepared = prepared or ranks.first_then_others(lambda: prepare(recipe, sequences=sequences))
     with Workspace(output, shards=prepared.source.spec.num_hidden_layers + 2) as workspace:
-        ranks.on_first(lambda: _refuse(workspace, resume=resume))
+        ranks.on_first(lambda: _refuse(workspace, partial(early_facts, prepared, ranks.size), resume=resume))
         tokenizer = load_tokenizer(prepared.source.path)
         begin = partial(_begin, prepared, workspace, tokenizer, calibration, report, resume=resume, pool=pool)
         inputs = ranks.on_first(partial(begin, notes=notes))
@@ -103,10 +104,16 @@ class _Inputs:
     fingerprint: str
 
 
-def _refuse(workspace: Workspace, *, resume: bool) -> None:
-    """Check that the run may write into ``workspace``; raises as its two checks do."""
+def _refuse(workspace: Workspace, facts: Callable[[], dict[str, Any]], *, resume: bool) -> None:
+    """Check that the run may write into ``workspace``; raises as its two checks do.
+
+    Args:
+        workspace: the folder to write.
+        facts: returns the ``early_facts`` of the run.
+        resume: whether it continues an unfinished run.
+    """
     workspace.refuse_overwrite(resume=resume)
-    workspace.refuse_foreign()
+    workspace.refuse_foreign(facts)
 
 
 def _begin(
@@ -135,8 +142,8 @@ def _begin(
     source, recipe = prepared.source, prepared.recipe
     amount = (recipe.calibration.sequences or 0, recipe.calibration.length or 0)
     sequences, length = amount if calibration is None else calibration.shape
-    check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     check_length(source.spec, length)
+    check_room(prepared, workspace.output, (sequences, length), written=workspace.size())
     if calibration is not None:
         check_rows(prepared, sequences)
     tokens, text = calibration, None
@@ -153,6 +160,8 @@ def _begin(
         return None
     for note in (*prepared.plan.notes, *notes):
         report.message(note)
+    if resume and not workspace.begun():
+        report.message(f"nothing to resume in '{workspace.folder}': starting anew")
     if tokens is None:
         assert text is not None
         tokens = calibration_tokens(recipe, source, tokenizer, text, fingerprint, report, pool=pool)
@@ -183,7 +192,15 @@ def _write(
 
 def _open(prepared: Prepared, processes: int, workspace: Workspace, inputs: _Inputs, report: Reporter) -> Progress:
     """Open the workspace, save what a resumed run needs, and return the progress so far."""
-    progress = workspace.open(run_facts(prepared, processes, inputs.fingerprint, inputs.tokens), report.message)
+    facts = run_facts(prepared, processes, inputs.fingerprint, inputs.tokens, workspace.facts())
+    begun = workspace.begun()
+    progress = workspace.open(facts, report.message)
+    if begun:
+        layers = prepared.source.spec.num_hidden_layers
+        done = progress.final_norm is not None
+        report.message(
+            "resuming after the last layer" if done else f"resuming at layer {progress.next_layer} of {layers}"
+        )
     if inputs.shares:
         progress.texts = inputs.shares
         workspace.save_progress(progress)

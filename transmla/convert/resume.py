@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import torch
 from torch import Tensor
 
 from transmla.artifacts import Plan
+from transmla.boundary import local_path
 from transmla.convert.prepare import Prepared
 from transmla.errors import TransmlaError
 from transmla.export.hashes import MANIFEST, PROGRESS, UNHASHED, check_hashes, file_sha256
-from transmla.export.manifest import Manifest, recipe_hash, versions
+from transmla.export.manifest import Manifest, versions
 from transmla.export.state import differences, flags, key_of
 from transmla.guard.folder import READ, TEMPLATE_FOLDERS
+from transmla.recipe import Recipe
+from transmla.shares import name_and_weight
 from transmla.source.checkpoint import Checkpoint
 from transmla.source.device import is_fast_in_bfloat16
+from transmla.source.text import text_file
 
 # Beginnings of the names, in lower case, of files for readers that an export copies or quotes.
 _DOCUMENTS = ("licen", "notice", "copying", "use_policy", "readme")
@@ -28,30 +33,88 @@ _REWRITTEN = ("config.json", "tokenizer_config.json", "model.safetensors.index.j
 _WIDTHS = {"--kv-lora-rank": "kv_lora_rank", "--qk-rope-head-dim": "qk_rope_head_dim", "--q-lora-rank": "q_lora_rank"}
 
 
-def run_facts(prepared: Prepared, processes: int, fingerprint: str, tokens: Tensor) -> dict[str, Any]:
+def run_facts(
+    prepared: Prepared, processes: int, fingerprint: str, tokens: Tensor, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return everything that must be equal when a conversion is resumed, by the name that a user reads.
+
+    Files are compared by their contents, however their paths are written. The state lies in the output's folder, so
+    the output does not count.
 
     Args:
         prepared: the conversion.
         processes: number of processes that share the work; they add up numbers in another order than one.
         fingerprint: hash of the source's tensors.
         tokens: calibration tokens [N, T].
+        before: facts of the run that is resumed. A text that it has read may be missing now.
     """
-    device, text_hash = prepared.device, hashlib.sha256(tokens.contiguous().numpy().data).hexdigest()
-    settings = prepared.recipe.model_dump(mode="json", exclude={"device", "eval", "heal"})
-    files = {f"the source's {name}": value for name, value in companions(prepared.source.checkpoint).items()}
+    text_hash, before = hashlib.sha256(tokens.contiguous().numpy().data).hexdigest(), before or {}
+    texts = {name: value or before.get(name) for name, value in _text_hashes(prepared.recipe).items()}
     follows = [prepared.plan.to_dict(), None if prepared.fit is None else asdict(prepared.fit)]
     return {
-        **flags(settings),
+        **early_facts(prepared, processes),
         "the source's weights": fingerprint,
-        **files,
+        **texts,
         "the calibration text": text_hash,
+        "": key_of({"follows": [*follows, _named_source(prepared.recipe)]}),
+    }
+
+
+def early_facts(prepared: Prepared, processes: int) -> dict[str, Any]:
+    """Return the facts that are known before weights and texts are read.
+
+    Args:
+        prepared: the conversion.
+        processes: number of processes that share the work.
+    """
+    device, recipe = prepared.device, prepared.recipe
+    files = {f"the source's {name}": value for name, value in companions(prepared.source.checkpoint).items()}
+    source = _named_source(recipe) or str(local_path(recipe.source).resolve())
+    return {
+        "--source": source,
+        **flags(_settings(recipe, "device", "heal")),
+        **files,
         "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "fast bfloat16": is_fast_in_bfloat16(device),
         "the number of processes": processes,
         **{f"the version of {name}": value for name, value in versions().items()},
-        "": key_of({"follows": follows}),
     }
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return a SHA-256 in hex over a recipe's settings and its local texts. Paths of files do not count."""
+    return key_of({"hub": _named_source(recipe), **flags(_settings(recipe)), **_text_hashes(recipe)})
+
+
+def _settings(recipe: Recipe, *free: str) -> dict[str, Any]:
+    """Return the settings of a recipe that decide what a conversion writes, but for the source and those in ``free``.
+
+    Texts that are files have their last names: their contents are compared.
+    """
+    values = recipe.model_dump(mode="json", exclude={"source", "output", "eval", *free})
+    entries = []
+    for entry in recipe.calibration.source:
+        name, weight = name_and_weight(entry)
+        file = text_file(name)
+        entries.append(entry if file is None else file.name + ("" if weight is None else f":{weight}"))
+    values["calibration"]["source"] = entries
+    return values
+
+
+def _text_hashes(recipe: Recipe) -> dict[str, str | None]:
+    """Return the SHA-256 in hex of each calibration text that is a file; None if the file is missing."""
+    files = [text_file(name_and_weight(entry)[0]) for entry in recipe.calibration.source]
+    return {
+        f"text {number} of --calibration": file_sha256(file) if file.is_file() else None
+        for number, file in enumerate(files, start=1)
+        if file is not None
+    }
+
+
+def _named_source(recipe: Recipe) -> str | None:
+    """Return the source if it is a name: a Hub id, or a file inside a package; None if it is a path."""
+    named = recipe.source.startswith("package:") or not local_path(recipe.source).exists()
+    return recipe.source if named else None
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, str]:

@@ -128,7 +128,7 @@ def bench(
     if max(contexts) > longest:
         raise TransmlaError(
             f"context {max(contexts)} is too long for this model",
-            limit=f"at most {longest} tokens, before the {decoded} decoded ones",
+            limit=f"at most {longest} tokens: {steps} steps, and {WARM_UP} before the timing, decode {decoded} more",
             remedy="choose shorter contexts",
         )
     bandwidth = copy_bandwidth(model.device)

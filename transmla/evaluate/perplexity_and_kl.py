@@ -163,7 +163,7 @@ def check_config(config: Any, windows: Windows, name: str = "model") -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and windows.size > longest:
         raise TransmlaError(
-            f"a window of {windows.size} tokens is longer than the {name}'s context",
+            f"a window of {windows.asked} tokens is longer than the {name}'s context",
             limit=f"max_position_embeddings is {longest}",
             remedy=f"use a window of at most {longest}",
         )

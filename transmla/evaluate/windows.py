@@ -25,6 +25,7 @@ class Windows:
         stride: text tokens between the starts of two windows.
         bos: token that every window starts with, or None.
         count: number of windows.
+        asked: tokens per window that were asked for: more than ``size`` if the text is shorter than a window.
     """
 
     text: Tensor
@@ -32,6 +33,7 @@ class Windows:
     stride: int
     bos: int | None
     count: int
+    asked: int
 
     @property
     def overlapping(self) -> bool:
@@ -90,7 +92,8 @@ def cut_windows(
     width = min(window - head, len(text))
     step = width if stride is None else min(stride, width)
     count = (len(text) - width) // step + 1
-    return Windows(text, width + head, step, bos, count if max_windows is None else min(count, max_windows))
+    count = count if max_windows is None else min(count, max_windows)
+    return Windows(text, width + head, step, bos, count, asked=window)
 
 
 def tokens_needed(window: int, stride: int | None, max_windows: int | None, bos: int | None) -> int | None:

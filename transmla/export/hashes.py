@@ -49,8 +49,15 @@ def finished_hashes(folder: Path, *, unnamed: bool = False) -> dict[str, str]:
         unnamed: whether the folder may still have the name of an unfinished run.
 
     Raises:
-        TransmlaError: if the manifest is missing or lists no hashes, or if the conversion is unfinished.
+        TransmlaError: if the folder or the manifest is missing, if the manifest lists no hashes, or if the conversion
+            is unfinished.
     """
+    if not folder.exists():
+        raise TransmlaError(
+            f"'{folder}' does not exist",
+            limit="an export is a folder that `transmla convert` wrote",
+            remedy="check the path",
+        )
     file = folder / MANIFEST
     manifest = read_json_object(file)
     if manifest is None or (not unnamed and folder.resolve().name.endswith(UNFINISHED_SUFFIX)):

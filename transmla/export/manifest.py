@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,6 @@ from transmla.export.hashes import MANIFEST, finished_hashes
 from transmla.export.signature import Signature
 from transmla.export.travel import manifest_of_resaved
 from transmla.files import write_json
-from transmla.recipe import Recipe, dump_recipe
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Manifest:
         layers: one record for each layer, with its index, errors and norms.
         final_norm_correction: factor on the weight of the model's last norm.
         hashes: SHA-256 of every file in hex, by relative path.
-        recipe: hash of the recipe with its local paths, which a resumed run compares; empty in older exports.
+        recipe: hash of the recipe and its local texts, which a resumed run compares; empty in older exports.
         fit: settings of the fit; None if the layers were not fitted.
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.
@@ -204,11 +202,6 @@ def _reader() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """Return the SHA-256 of a recipe in hex. The recipe in an export, which is published, holds no local paths."""
-    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The state's ``key`` is a hash of the run's *facts*: all values that a resumed run must have in common with the run that
 it continues, by the name that a user reads. A value that follows from others has the name "". The state holds the facts
-too, so that a refusal can name those that differ.
+too, so that a refusal can name those that differ. Facts in ``SHOWN`` are no part of the key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transmla.boundary import read_json_object
 from transmla.errors import TransmlaError
 from transmla.files import write_json
 
+# Facts that only a refusal shows: a source may lie in another folder, because hashes of its files are facts too.
+SHOWN = frozenset({"--source"})
 _DIGEST = "digest"
 # Values that say nothing to a reader.
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -32,7 +34,7 @@ def write_state(file: Path, values: dict[str, Any]) -> None:
 
 def key_of(facts: Mapping[str, Any]) -> str:
     """Return the key of a run with these facts, which JSON can hold."""
-    return _digest(facts)
+    return _digest({name: value for name, value in facts.items() if name not in SHOWN})
 
 
 def flags(values: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
@@ -86,11 +88,13 @@ def read_state(
         known = values.get("facts")
         changed = differences(known, facts) if known and facts and isinstance(known, dict) else ""
         limit = changed or "a resumed run must give the same result as an uninterrupted one"
-        remedy = "repeat the first run's command with --resume, or delete the folder"
         if "facts" not in values:
-            limit = "an earlier version of transmla began it"
-            remedy = "resume it with that version, or delete the folder"
-        raise TransmlaError(f"'{file.parent}' was {begun_with}", limit=limit, remedy=remedy)
+            raise TransmlaError(
+                f"'{file.parent}' was {begun_with}",
+                limit="an earlier version of transmla began it",
+                remedy="resume it with that version, or delete the folder",
+            )
+        raise other_run(file.parent, begun_with, limit)
     if values is None or digest != _digest(values):
         raise TransmlaError(
             f"'{file}' is damaged",
@@ -98,6 +102,18 @@ def read_state(
             remedy=f"delete '{file.parent}', and start again",
         )
     return values
+
+
+def other_run(folder: Path, begun_with: str, limit: str) -> TransmlaError:
+    """Return the refusal of a folder that holds another run than the one that is resumed.
+
+    Args:
+        folder: the folder of the unfinished run.
+        begun_with: ends the sentence "the folder was …".
+        limit: what differs.
+    """
+    remedy = "repeat the first run's command with --resume, or delete the folder"
+    return TransmlaError(f"'{folder}' was {begun_with}", limit=limit, remedy=remedy)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.boundary import boundary
+from transmla.boundary import boundary, read_json_object
 from transmla.errors import TransmlaError
 from transmla.export.hashes import CALIBRATION, PROGRESS, UNFINISHED_SUFFIX, file_sha256
 from transmla.export.lock import lock_folder, unlock_folder
 from transmla.export.output import refuse_taken
-from transmla.export.state import key_of, read_state, write_state
+from transmla.export.state import differences, key_of, other_run, read_state, write_state
 from transmla.export.unfinished import first_damaged, refuse_foreign, refuse_no_folder, remove_if_empty
 from transmla.files import remove_temporaries, write_tensors
 
 # What a resumed conversion must have in common with the run that it continues.
-BEGUN_WITH = "other weights, settings or versions, another number of processes, or other files beside the weights"
+_BEGUN_WITH = (
+    "begun with other weights, settings or versions, another number of processes, or other files beside the weights"
+)
 
 
 @dataclass
@@ -111,9 +113,24 @@ class Workspace:
                 remove_if_empty(self.folder)
                 self.refuse_overwrite(resume=True)
 
-    def refuse_foreign(self) -> None:
-        """Raise as ``unfinished.refuse_foreign`` does. This check writes nothing."""
-        refuse_foreign(self.folder, {self.shard_name(i) for i in range(self.shards)})
+    def refuse_foreign(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Check that the folder, if it exists, holds an unfinished conversion. This check writes nothing.
+
+        Args:
+            facts: returns the facts of this run that are known before a weight is read.
+
+        Raises:
+            TransmlaError: as ``unfinished.refuse_foreign``. The files of a conversion with other ``facts`` are not
+                foreign: the refusal names the facts.
+        """
+        try:
+            refuse_foreign(self.folder, {self.shard_name(i) for i in range(self.shards)})
+        except TransmlaError:
+            saved, now = self.facts(), facts()
+            before, after = ({name: run[name] for name in now if name in saved} for run in (saved, now))
+            if key_of(before) != key_of(after):
+                raise other_run(self.folder, _BEGUN_WITH, differences(before, after)) from None
+            raise
 
     def open(self, facts: dict[str, Any], tell: Callable[[str], None]) -> Progress:
         """Create or reopen the folder, and return the progress so far.
@@ -135,13 +152,22 @@ class Workspace:
             self.save_progress(progress)
             return progress
         names = {item.name for item in fields(Progress)}
-        progress = Progress(**read_state(file, key, names, begun_with="begun with " + BEGUN_WITH, facts=facts))
+        progress = Progress(**read_state(file, key, names, begun_with=_BEGUN_WITH, facts=facts))
         remove_temporaries(self.folder)
         if damaged := first_damaged(self.folder, progress.hashes):
             tell(f"'{damaged}' is damaged or missing: starting again from the first layer")
             progress = Progress(key, facts, texts=progress.texts, choice=progress.choice)
             self.save_progress(progress)
         return progress
+
+    def begun(self) -> bool:
+        """Return whether the folder holds the progress of a run."""
+        return (self.folder / PROGRESS).is_file()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the run that the folder holds; empty if it holds none, or its progress is damaged."""
+        facts = (read_json_object(self.folder / PROGRESS) or {}).get("facts")
+        return facts if isinstance(facts, dict) else {}
 
     def size(self) -> int:
         """Return the bytes that an unfinished run has written."""

@@ -39,12 +39,13 @@ def choose_slots(spec: AttentionSpec, width: int, *, custom: bool) -> tuple[tupl
     matched = native_slots(spec, width)
     if matched is None:
         rope_type = spec.rope_parameters.get("rope_type", "default")
-        widths = [w for w in (spec.head_dim // k for k in (1, 2, 4, 8)) if w % 2 == 0]
+        divisors = [w for w in range(spec.head_dim, 1, -1) if w % 2 == 0 and spec.head_dim % w == 0]
+        widths = ", ".join(str(w) for w in divisors if native_slots(spec, w) is not None)
         raise TransmlaError(
             f"qk_rope_head_dim {width} gives rotary frequencies the source does not have",
             limit=f"a runtime computes the frequencies from this width; with rope_type '{rope_type}' and head width "
             f"{spec.head_dim} only {'the full width matches' if rope_type == 'yarn' else 'divisors match'}",
-            remedy=f"use {spec.head_dim}" if rope_type == "yarn" else f"use one of {widths}",
+            remedy=f"use {spec.head_dim}" if rope_type == "yarn" else f"use one of {widths or divisors}",
         )
     return matched, dict(spec.rope_parameters)
 

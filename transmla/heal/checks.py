@@ -26,9 +26,10 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
     processes = accelerator.num_processes
     parts = processes * settings.accumulate
     if settings.batch % parts:
+        launched = "there is 1 process" if processes == 1 else f"there are {processes} processes"
         raise TransmlaError(
             f"a batch of {settings.batch} sequences cannot be divided into {parts} equal parts",
-            limit=f"there are {processes} processes, and each computes {settings.accumulate} parts",
+            limit=f"{launched}, and each computes {settings.accumulate} part{'' if settings.accumulate == 1 else 's'}",
             remedy=f"--batch {math.ceil(settings.batch / parts) * parts}",
         )
     if not (settings.kl or settings.cross_entropy or settings.hidden):

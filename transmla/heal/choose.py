@@ -34,7 +34,7 @@ EVAL_EVERY, SAVE_EVERY = 100, 1000
 ON_CPU = {"length": 256, "batch": 8, "held_out": 4, "eval_every": 10, "self_tokens": 16_384}
 # Most parts that a batch is computed in.
 MOST_PARTS = 8
-HOW = "transmla heal OUTPUT --teacher SOURCE"
+HOW = "transmla heal OUTPUT --teacher SOURCE -o HEALED"
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def _train(
     accelerator.wait_for_everyone()
     if state is not None:
         loop.restore()
+        report.message(f"resuming at step {state.step}")
     loop.run(report)
     accelerator.free_memory()
     return Learned(loop.best or {}, loop.state, batches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transmla.artifacts import AttentionSpec, MLAShape
 from transmla.core.methods.base import method_named
 from transmla.errors import TransmlaError
@@ -70,11 +72,13 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
     )
     rank = recipe.kv_lora_rank or (budget - d_r) // RANK_MULTIPLE * RANK_MULTIPLE
     if rank <= 0:
+        least = math.ceil(1000 * (d_r + RANK_MULTIPLE) / spec.cache_values) / 1000
         raise TransmlaError(
             f"a cache of {budget} values per token and layer cannot hold a rotary key of {d_r}",
             limit=f"the latent needs at least {RANK_MULTIPLE} values more",
-            remedy=f"raise --cache-ratio to {(d_r + RANK_MULTIPLE) / spec.cache_values:.3f} or lower"
-            " --qk-rope-head-dim",
+            remedy="lower --qk-rope-head-dim, or give --kv-lora-rank too"
+            if recipe.qk_rope_head_dim
+            else f"raise --cache-ratio to {least:g}" + (", or drop --pad-for" if recipe.pad_for else ""),
         )
     if rank > full and not (recipe.pad_for or recipe.kv_lora_rank is None):
         raise TransmlaError(

@@ -25,12 +25,19 @@ def read_config(path: Path) -> Any:
     """Read the config of a checkpoint folder or GGUF file with transformers.
 
     Raises:
-        TransmlaError: if the config is unreadable, needs ``trust_remote_code``, or belongs to a converted model.
+        TransmlaError: if the config is missing or unreadable, needs ``trust_remote_code``, or belongs to a converted
+            model.
     """
     folder, _ = split_gguf(path)
     if _is_export(folder):
         raise TransmlaError(
             f"'{path}' is already converted", limit="its attention is MLA", remedy="convert the original model"
+        )
+    if folder == path and not (folder / "config.json").is_file():
+        raise TransmlaError(
+            f"no config.json in '{path}'",
+            limit="it describes the model's layers",
+            remedy="check SOURCE, or add the file",
         )
     with boundary(f"cannot read the config of '{path}'", remedy="check SOURCE"):
         return load_config(path)

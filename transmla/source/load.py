@@ -40,13 +40,22 @@ def load_tokenizer(path: Path) -> Any:
         tokenizer.name_or_path = str(path.parent)
         return tokenizer
     check_config(path)
-    if not any((path / name).is_file() for name in TOKENIZERS):
+    check_tokenizer(path)
+    return _tokenizer(path)
+
+
+def check_tokenizer(path: Path) -> None:
+    """Check that a checkpoint folder has a tokenizer's files. Nothing is loaded; a GGUF file holds its tokenizer.
+
+    Raises:
+        TransmlaError: if it has none.
+    """
+    if path.suffix != ".gguf" and not any((path / name).is_file() for name in TOKENIZERS):
         raise TransmlaError(
             f"no tokenizer in '{path}'",
             limit="calibration, evaluation and the export itself need one",
             remedy="add tokenizer.json and tokenizer_config.json to that folder",
         )
-    return _tokenizer(path)
 
 
 def rebuild_tokenizer(path: Path) -> Any:

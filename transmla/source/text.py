@@ -253,8 +253,8 @@ def check_text(source: str) -> None:
         TransmlaError: as ``check_file``, or if a text such as ``pydoc:abc`` is none.
     """
     _refuse_suffix(source)
-    if source not in (SELF, AUTO) and _is_file(source):
-        check_file(local_path(source))
+    if (file := text_file(source)) is not None:
+        check_file(file)
 
 
 def _refuse_suffix(source: str) -> None:
@@ -319,6 +319,11 @@ def _text_pieces(
             _refuse_options(source, column=column)
         return file_pieces(path, column, tokenizer)
     return hub_pieces(source, split, column, name, tokenizer)
+
+
+def text_file(source: str) -> Path | None:
+    """Return the path of the file that a text means, which may be missing; None if the text is a name."""
+    return local_path(source) if source not in (SELF, AUTO) and _is_file(source) else None
 
 
 def _is_file(source: str) -> bool:
