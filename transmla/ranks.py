@@ -140,6 +140,11 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
+def starts_first() -> bool:
+    """Return whether this process is the first of its launch, by the launcher's variables. Nothing is connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def describe_launch() -> str:
     """Return a line for the user about the processes of this launch; empty for a command that runs alone.
 
@@ -147,7 +152,7 @@ def describe_launch() -> str:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and "LOCAL_RANK" in os.environ:
-        return f"{size} processes share the work" if os.environ.get("RANK", "0") == "0" else ""
+        return f"{size} processes share the work" if starts_first() else ""
     # Without --multi_gpu or the like, accelerate starts one process, whatever --num_processes says. It sets an address
     # for several processes then, and no number of them.
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and not any(name in os.environ for name in SIZES)

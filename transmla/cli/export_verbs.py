@@ -181,11 +181,11 @@ def heal(
     from transmla.cli.bars import Bars
     from transmla.export.manifest import Manifest
     from transmla.heal.run import heal as run
-    from transmla.ranks import describe_launch
+    from transmla.ranks import describe_launch, starts_first
 
     target = output_path(output)
     partial = target.with_name(target.name + UNFINISHED_SUFFIX)
-    if resume and PartialState().is_main_process and not (partial.exists() or target.exists()):
+    if resume and starts_first() and not (partial.exists() or target.exists()):
         console.note(f"nothing to resume in '{partial}': starting anew")
     if line := describe_launch():
         console.note(line)

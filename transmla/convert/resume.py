@@ -82,8 +82,11 @@ def early_facts(prepared: Prepared, processes: int) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return a SHA-256 in hex over a recipe's settings and its local texts. Paths of files do not count."""
-    return key_of({"hub": _named_source(recipe), **flags(_settings(recipe)), **_text_hashes(recipe)})
+    """Return a SHA-256 in hex over a recipe's settings. Of the path of a file, only the last name counts.
+
+    The contents of texts do not count: a text may be gone when a run is resumed, which must end in the same bytes.
+    """
+    return key_of({"hub": _named_source(recipe), **flags(_settings(recipe))})
 
 
 def _settings(recipe: Recipe, *free: str) -> dict[str, Any]:

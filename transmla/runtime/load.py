@@ -59,12 +59,6 @@ def load(
         TransmlaError: if ``path`` is no path and no Hub id, if it is the folder of an unfinished conversion, if
             transformers cannot load the model, or for any reason listed in ``accelerate``.
     """
-    folder = existing_path(
-        str(path), "model", "the folder of an export, a checkpoint folder, or a Hub id such as org/name"
-    )
-    if folder is not None:
-        refuse_unfinished(folder)
-        path = str(folder)
     from transformers import AutoModelForCausalLM
 
     from transmla.modeling.registration import register
@@ -78,6 +72,12 @@ def load(
         from transmla.runtime.context_parallel import divides_heads, placed
 
         kwargs = placed(kwargs)
+    folder = existing_path(
+        str(path), "model", "the folder of an export, a checkpoint folder, or a Hub id such as org/name"
+    )
+    if folder is not None:
+        refuse_unfinished(folder)
+        path = str(folder)
     # Without these, transformers would ask whether to run the checkpoint's code, and would open pickled weights.
     kwargs = {"trust_remote_code": False, "use_safetensors": True} | kwargs
     what, remedy = f"transformers cannot load '{path}'", "give the folder of an export or the Hub id of an MLA model"
