@@ -180,16 +180,20 @@ def test_texts_of_the_healing_are_checked_before_the_conversion(
 def test_a_healing_on_a_cpu_takes_small_steps(make_source: Callable[..., Path], make_recipe: MakeRecipe) -> None:
     """A step of the sizes for a GPU takes minutes on a CPU, and its samples hours."""
     prepared = prepare(make_recipe(make_source(max_position_embeddings=2048), heal=5.0))
-    on_gpu, on_cpu = (
-        choose_healing(prepared.recipe, prepared.plan, device, 10**12).settings for device in (GPU, torch.device("cpu"))
-    )
+    on_gpu, on_cpu = (choose_healing(prepared.recipe, prepared.plan, device, 10**12).settings for device in (GPU, CPU))
     assert on_gpu is not None
     assert on_cpu is not None
     assert on_gpu["batch"] * on_gpu["length"] >= 8 * on_cpu["batch"] * on_cpu["length"]
     assert on_gpu["self_tokens"] > 50 * on_cpu["self_tokens"]
     assert on_cpu["max_minutes"] == 5.0
+    # The memory is that of these steps: what holds them whole on a CPU does not hold the steps of a GPU.
+    load = Load("all", on_cpu["batch"] * on_cpu["length"], checkpointing=False, half=False)
+    least = memory_bytes(prepared.plan, load)
+    settings = choose_healing(prepared.recipe, prepared.plan, CPU, int(least / choose.USABLE) + 1).settings
+    assert settings is not None
+    assert (settings["trainable"], settings["accumulate"]) == ("all", 1)
     short = prepare(make_recipe(make_source(max_position_embeddings=128, name="short"), heal=5.0))
-    settings = choose_healing(short.recipe, short.plan, torch.device("cpu"), 10**12).settings
+    settings = choose_healing(short.recipe, short.plan, CPU, 10**12).settings
     assert settings is not None
     assert settings["length"] == 128
 
@@ -198,7 +202,8 @@ def test_low_rank_updates_need_peft(
     make_source: Callable[..., Path], make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(make_recipe(make_source()))
-    smallest = Load("lora", choose.BATCH * choose.LENGTH // choose.MOST_PARTS, checkpointing=True, half=True)
+    tokens = choose.ON_GPU["batch"] * choose.ON_GPU["length"] // choose.MOST_PARTS
+    smallest = Load("lora", tokens, checkpointing=True, half=True)
     needed = memory_bytes(prepared.plan, smallest) / choose.USABLE + 1
     chosen = choose_healing(prepared.recipe, prepared.plan, GPU, int(needed)).settings
     assert chosen is not None

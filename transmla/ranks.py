@@ -140,6 +140,11 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
+def counted(processes: int) -> str:
+    """Return a number of processes in words."""
+    return f"{processes} process" + ("" if processes == 1 else "es")
+
+
 def starts_first() -> bool:
     """Return whether this process is the first of its launch, by the launcher's variables. Nothing is connected."""
     return os.environ.get("RANK", "0") == "0"
@@ -182,7 +187,7 @@ def check_launch(device: str, size: int, local: int) -> None:
         raise TransmlaError(
             f"{local} processes were started for {torch.cuda.device_count()} GPUs",
             limit="each process needs a GPU of its own",
-            remedy="lower --num_processes of accelerate, or --nproc_per_node of torchrun",
+            remedy=f"start {counted(torch.cuda.device_count())}",
         )
 
 

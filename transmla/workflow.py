@@ -7,7 +7,6 @@ The conversion is written to ``OUTPUT.unhealed`` and healed into ``OUTPUT``. A k
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,9 +37,6 @@ from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
 from transmla.source.load import check_tokenizer, load_tokenizer
 from transmla.source.memory import free_memory_of
-
-# The launcher's flag of the number of processes, as refusals name it.
-_LAUNCHER = re.compile(r"--num_processes( of accelerate, or --nproc_per_node of torchrun)?")
 
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -232,8 +228,7 @@ def refusals(prepared: Prepared, choice: Choice) -> list[str]:
         try:
             check()
         except TransmlaError as error:
-            # The number of processes is that of `plan`, not of a launch.
-            found.append(_LAUNCHER.sub("--processes", str(error)))
+            found.append(str(error))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import CALIBRATION, Run, refuses
+from helpers.edit_json import edit_json
 from helpers.forked import become_nobody, folder_for_all, forked, refused
 
 OFF = ["--reconstruct", "off", "--heal", "off", "--device", "cpu", *CALIBRATION]
@@ -190,6 +190,5 @@ def test_the_last_bar_and_the_next_line_are_two_lines(place: Path) -> None:
 def test_a_config_that_no_weights_can_hold_is_refused_at_once(
     place: Path, run: Run, changes: dict[str, object], says: str
 ) -> None:
-    file = Path("source/config.json")
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    edit_json(Path("source/config.json"), **changes)
     refuses(run, *CONVERT, says=says)

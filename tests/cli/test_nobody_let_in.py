@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command_line import CALIBRATION, Run, refuses
+from helpers.edit_json import edit_json
 from helpers.forked import forked
 from safetensors.torch import load_file
 
@@ -52,27 +53,23 @@ CODE = (
 )
 
 
-def edit(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def code_in_tokenizer(source: Path) -> None:
-    edit(
+    edit_json(
         source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", "mine.Mine"]}, tokenizer_class="Mine"
     )
 
 
 def code_in_config(source: Path) -> None:
-    edit(source / "config.json", auto_map={"AutoConfig": "mine.MyConfig"}, model_type="mine")
+    edit_json(source / "config.json", auto_map={"AutoConfig": "mine.MyConfig"}, model_type="mine")
 
 
 def code_in_model(source: Path) -> None:
     maps = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
-    edit(source / "config.json", auto_map=maps, model_type="mine")
+    edit_json(source / "config.json", auto_map=maps, model_type="mine")
 
 
 def code_of_the_hub(source: Path) -> None:
-    edit(source / "config.json", _attn_implementation="kernels-community/flash-attn")
+    edit_json(source / "config.json", _attn_implementation="kernels-community/flash-attn")
 
 
 @pytest.fixture

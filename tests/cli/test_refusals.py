@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command_line import CALIBRATION, Run, refuses
+from helpers.edit_json import edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,8 +27,7 @@ Edit = Callable[[Path], object]
 
 def config(**changes: Any) -> Edit:
     def edit(source: Path) -> None:
-        file = source / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        edit_json(source / "config.json", **changes)
 
     return edit
 

@@ -128,7 +128,7 @@ def test_fewer_processes_are_no_remedy_for_a_gpu_too_small(prepared: Prepared, m
     monkeypatch.setattr(memory, "device_bytes", lambda _, sequences, *__: sequences * 10**4)
     error = memory_shortage(on_gpus, 64, 8192)
     assert error is not None
-    assert error.remedy == "use --num_processes 1 --calibration-sequences 2 --calibration-length 2"
+    assert error.remedy == "start 1 process, and use --calibration-sequences 2 --calibration-length 2"
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -154,7 +154,7 @@ def test_the_memory_of_all_processes_is_counted(folder: Path) -> None:
         logs = folder / f"free-{size}-logs"
         argv = command(folder, "llama", f"free-{size}", "--reconstruct", "off")
         assert run(size, convert, (argv, {"free": 9 * 10**8}), logs) == codes
-    assert "of memory for 2 processes; 0.9 GB are free; use --num_processes 1" in " ".join(log(logs).split())
+    assert "of memory for 2 processes; 0.9 GB are free; start 1 process" in " ".join(log(logs).split())
 
 
 def test_a_healing_follows(folder: Path) -> None:

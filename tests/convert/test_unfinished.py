@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.edit_json import edit_json
 from helpers.interrupted import Killed, KilledAtLayer, files
 
 from transmla.convert.layers import LayerConverter
@@ -200,8 +201,7 @@ def test_damaged_shards_are_made_again(damage: str, workdir: Path, original: Pat
 
 @pytest.mark.parametrize("change", [{"next_layer": 1}, {"final_norm": 1.5}, {"hashes": {}}, {"layers": []}], ids=str)
 def test_an_edited_progress_is_refused(change: dict[str, Any], workdir: Path) -> None:
-    file = workdir / "out.partial" / "progress.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    edit_json(workdir / "out.partial" / "progress.json", **change)
     refused_untouched("progress.json' is damaged|was not written by this conversion", workdir)
 
 

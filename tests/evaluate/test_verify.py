@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.edit_json import edit_json
 from helpers.tiny_sources import build_model, build_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,10 +76,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(pristine: Path, tmp_path: Path) -> Path:
     """Return a copy of the export that a test may damage."""
     return Path(shutil.copytree(pristine / "out", tmp_path / "out"))
-
-
-def edit_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def rehash(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.edit_json import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -33,8 +34,7 @@ def stock(folder: Path) -> Any:
 
 
 def edit_config(source: Path, **changes: Any) -> None:
-    file = source / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    edit_json(source / "config.json", **changes)
 
 
 def edit_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -11,7 +11,7 @@ from transmla.convert.prepare import AMOUNTS, Prepared
 from transmla.errors import TransmlaError
 from transmla.plan.estimate import device_bytes, memory_bytes
 from transmla.plan.fit_settings import FITS, OFF, FitSettings, fit_settings
-from transmla.ranks import local_size
+from transmla.ranks import counted, local_size
 from transmla.source.memory import free_memory, free_memory_of, resident_memory
 
 # Hidden states go to the disk if the estimate of everything exceeds this share of the memory.
@@ -114,7 +114,10 @@ def _remedy(prepared: Prepared, work: Work) -> str:
     """Return the first change of settings with which the memory holds the conversion."""
     for changed in _changes(prepared, work):
         if _lacking(prepared, changed) is None:
-            return "use " + " ".join(_options(work, changed))
+            options = _options(work, changed)
+            # Launchers name their number of processes differently.
+            fewer = [f"start {counted(changed.processes)}"] if changed.processes != work.processes else []
+            return ", and ".join(fewer + (["use " + " ".join(options)] if options else []))
     return "use a computer with more memory, or end other programs"
 
 
@@ -173,7 +176,6 @@ def _rank(reconstruct: str) -> int:
 def _options(work: Work, changed: Work) -> list[str]:
     """Return the options of the command line that change ``work`` to ``changed``."""
     named = {
-        "--num_processes": (work.processes, changed.processes),
         "--device": (work.device.type, changed.device.type),
         "--reconstruct": (work.reconstruct, changed.reconstruct),
         "--calibration-sequences": (work.sequences, changed.sequences),

@@ -23,15 +23,14 @@ from transmla.recipe_values import HEAL_AUTO, HEAL_OFF
 TOKENS, SMALL_CACHE_TOKENS = 10_000_000, 1.4
 LARGE = 2_000_000_000
 FEWEST_TOKENS = 1_000_000
-# Tokens that are sampled for the text `self`: with the spare ones, as many as a GPU samples at once
-# (``source.samples``), because a second batch would take as long as the first.
-SAMPLED_TOKENS = 940_000
-# Tokens per sequence, so that no position of usual evaluation windows is untrained, and sequences per step.
-LENGTH, BATCH = 1024, 16
-# Steps between two evaluations on held-out text, and between two saved states. Each copies all weights.
-EVAL_EVERY, SAVE_EVERY = 100, 1000
-# On a CPU, one step of LENGTH × BATCH tokens would take minutes, and so many samples hours.
-ON_CPU = {"length": 256, "batch": 8, "held_out": 4, "eval_every": 10, "self_tokens": 16_384}
+# Tokens per sequence, so that no position of usual evaluation windows is untrained; sequences per step; steps between
+# two evaluations, each of which copies all weights; and tokens that are sampled for the text `self`: with the spare
+# ones, as many as a GPU samples at once (``source.samples``), because a second batch would take as long as the first.
+ON_GPU = {"length": 1024, "batch": 16, "eval_every": 100, "self_tokens": 940_000}
+# On a CPU, one step of the above would take minutes, and so many samples hours.
+ON_CPU = {"length": 256, "batch": 8, "eval_every": 10, "self_tokens": 16_384, "held_out": 4}
+# Steps between two saved states.
+SAVE_EVERY = 1000
 # Most parts that a batch is computed in.
 MOST_PARTS = 8
 HOW = "transmla heal OUTPUT --teacher SOURCE -o HEALED"
@@ -72,13 +71,14 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
         return Choice(None, f"not healed: method {recipe.method} is a baseline; --heal MINUTES heals it")
     # The default precision of ``heal``.
     half = device.type == "cuda"
+    sizes = ON_CPU if device.type == "cpu" else ON_GPU
     for trainable in ("all", "attention", "lora"):
         if (trainable == "all" and plan.spec.experts) or (trainable == "lora" and not find_spec("peft")):
             continue
         for parts in (1, 2, 4, MOST_PARTS):
-            if memory_bytes(plan, _load(trainable, parts, half=half)) <= USABLE * free:
-                return _chosen(recipe, plan, trainable, parts, ON_CPU if device.type == "cpu" else {})
-    least = memory_bytes(plan, _load("lora" if find_spec("peft") else "attention", MOST_PARTS, half=half))
+            if memory_bytes(plan, _load(trainable, parts, sizes, half=half)) <= USABLE * free:
+                return _chosen(recipe, plan, trainable, parts, sizes)
+    least = memory_bytes(plan, _load("lora" if find_spec("peft") else "attention", MOST_PARTS, sizes, half=half))
     return Choice(
         None,
         f"not healed: that needs {least / 1e9:.0f} GB of memory, and {free * USABLE / 1e9:.0f} GB are free; "
@@ -86,9 +86,9 @@ def choose_healing(recipe: Recipe, plan: Plan, device: torch.device, free: int) 
     )
 
 
-def _load(trainable: str, parts: int, *, half: bool) -> Load:
+def _load(trainable: str, parts: int, sizes: dict[str, int], *, half: bool) -> Load:
     """Return the load of a healing with batches in ``parts`` parts; with MOST_PARTS, activations are recomputed."""
-    return Load(trainable, BATCH * LENGTH // parts, parts == MOST_PARTS, half)
+    return Load(trainable, sizes["batch"] * sizes["length"] // parts, parts == MOST_PARTS, half)
 
 
 def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int, sizes: dict[str, int]) -> Choice:
@@ -96,14 +96,10 @@ def _chosen(recipe: Recipe, plan: Plan, trainable: str, parts: int, sizes: dict[
         "trainable": trainable,
         "accumulate": parts,
         "checkpointing": parts == MOST_PARTS,
-        "self_tokens": SAMPLED_TOKENS,
-        "eval_every": EVAL_EVERY,
         "save_every": SAVE_EVERY,
-        "length": LENGTH,
-        "batch": BATCH,
         **sizes,
+        "length": min(sizes["length"], plan.spec.max_position_embeddings),
     }
-    settings["length"] = min(settings["length"], plan.spec.max_position_embeddings)
     if recipe.heal == HEAL_AUTO:
         tokens = TOKENS * (SMALL_CACHE_TOKENS if plan.cache_ratio < SMALL_CACHE else 1.0)
         tokens = max(FEWEST_TOKENS, round(tokens * min(1.0, LARGE / parameters(plan))))
