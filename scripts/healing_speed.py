@@ -4,7 +4,8 @@
 
 Every way of starting takes the same steps on the same batches from the same start. The timed part begins after the
 first evaluation on held-out text, when the code is compiled. It ends before anything is written. The later evaluations
-are part of it. Several GPUs are used with the files in recipes/accelerate.
+are part of it. Several GPUs are used with the files in recipes/accelerate. The way ``share`` runs one process of
+several without the others (one_of_many.py): the speed of all, if exchanges took no time. Its curve means nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ def launcher(way: str, processes: int) -> list[str]:
     """Return the command that starts ``transmla.heal``.
 
     Args:
-        way: ``one`` for a single process, or the name of a file in recipes/accelerate.
-        processes: number of processes of such a file.
+        way: ``one`` for a single process, ``share`` for one of several, or the name of a file in recipes/accelerate.
+        processes: number of processes of every way but ``one``.
     """
     python = [sys.executable, "-m"]
     if way == "one":
         # One process uses one GPU, even if the machine has more.
         return [*python, "transmla.heal"]
+    if way == "share":
+        share = [str(Path(__file__).with_name("one_of_many.py")), str(processes)]
+        return [sys.executable, *share, "-m", "transmla.heal"]
     recipe = ["--config_file", str(RECIPES / f"{way}.yaml"), "--num_processes", str(processes)]
     return [*python, "accelerate.commands.launch", *recipe, "-m", "transmla.heal"]
 
@@ -73,7 +77,7 @@ def main() -> None:
         "--ways",
         nargs="*",
         default=("one", "ddp", "fsdp2", "deepspeed"),
-        help="one, or names of files in recipes/accelerate",
+        help="one, share, or names of files in recipes/accelerate",
     )
     parser.add_argument("--processes", type=int, default=2, help="processes of every way but one")
     parser.add_argument("--batch", type=int, default=128, help="sequences per step, over all processes")

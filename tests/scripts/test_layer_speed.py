@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,3 +33,13 @@ def test_time_is_given_by_phase_and_layer(
         assert row["estimated seconds a layer"] > 0
         assert row["estimated GiB"] > 0
         assert sum(phases.values()) <= row["seconds a layer"] + 0.05
+
+
+def test_one_process_of_two_does_its_share_alone(tmp_path: Path) -> None:
+    scripts, result = Path(__file__).parents[2] / "scripts", tmp_path / "result.json"
+    share = [sys.executable, str(scripts / "one_of_many.py"), "2", str(scripts / "layer_speed.py"), "tiny"]
+    options = ["--layers", "3", "--sequences", "4", "--length", "32", "--reconstruct", "fast", "--device", "cpu"]
+    subprocess.run([*share, *options, "--result", str(result), "--commit", "abc"], check=True, timeout=300)
+    (row,) = json.loads(result.read_text())["rows"]
+    assert row["processes"] == 2
+    assert row["seconds by layer"]["fit"] > 0
