@@ -46,3 +46,19 @@ def test_a_graph_trains_as_eager_passes_do(parts: int) -> None:
     assert losses == pytest.approx(expected[1], rel=1e-4)
     for weight, other in zip(weights, expected[0], strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e3])
+def test_gradients_are_clipped_as_by_torch(largest: float) -> None:
+    student, teacher = tiny(num_hidden_layers=3, first_k_dense_replace=3, vocab_size=128), build_model("llama")
+    distiller = Distiller(student, teacher, kl=1.0, cross_entropy=0.1, hidden=0.0, temperature=1.0)
+    passes = Whole(Accelerator(cpu=True), distiller, torch.optim.AdamW(distiller.parameters()))
+    passes.gradients(torch.arange(64).view(2, 32), 1)
+    parameters = [p for p in distiller.parameters() if p.grad is not None]
+    expected = [p.grad.clone().requires_grad_() for p in parameters]
+    for gradient in expected:
+        gradient.grad = gradient.detach().clone()
+    norm = torch.nn.utils.clip_grad_norm_(expected, largest)
+    torch.testing.assert_close(passes.clip(largest), norm)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient.grad)

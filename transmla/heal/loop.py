@@ -30,7 +30,6 @@ class Loop:
         state: steps, seconds, held-out curve and rollbacks so far.
         best: weights of the evaluation with the lowest held-out KL, by name in the student; None before the first
             evaluation, and empty on all processes but the first.
-        parameters: the trainable parameters.
         saved_at: step of the last saved state; -1 if there is none.
     """
 
@@ -60,7 +59,6 @@ class Loop:
         self.batches, self.settings, self.state, self.store = batches, settings, state, store
         self.trainable = trainable
         self.best: dict[str, Tensor] | None = None
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._gathered: dict[str, Tensor] = {}
         self.saved_at = -1
 
@@ -130,7 +128,7 @@ class Loop:
         local_rows = rows[accelerator.process_index * size : (accelerator.process_index + 1) * size]
         self.model.train()
         total = self.passes.gradients(local_rows.to(accelerator.device), self.settings.accumulate)
-        norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        norm = self.passes.clip(self.settings.clip)
         self.optimiser.step()
         self.passes.clear()
         mean_loss = float(accelerator.reduce(total, "mean"))

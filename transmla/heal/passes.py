@@ -32,6 +32,10 @@ class Passes(Protocol):
         """
         ...
 
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradients down to a norm of ``largest``, if theirs is larger, and return the norm they had."""
+        ...
+
     def clear(self) -> None:
         """Forget the gradients."""
         ...
@@ -97,6 +101,12 @@ class Whole:
             return one_pass
         return Graphs(self._loss.device).captured(one_pass, self._graphs)
 
+    def clip(self, largest: float) -> Tensor:
+        """See ``Passes``."""
+        norm = torch.linalg.vector_norm(self._gradients)
+        self._gradients.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     def clear(self) -> None:
         """See ``Passes``."""
         self._gradients.zero_()
@@ -115,6 +125,7 @@ class Sharded:
         """Prepare ``distiller`` and its ``optimiser``."""
         self.accelerator = accelerator
         self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def gradients(self, rows: Tensor, parts: int) -> Tensor:
         """See ``Passes``."""
@@ -125,6 +136,11 @@ class Sharded:
                 self.accelerator.backward(loss)
             total += loss.detach() / parts
         return total
+
+    def clip(self, largest: float) -> Tensor:
+        """See ``Passes``."""
+        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, largest)
+        return norm
 
     def clear(self) -> None:
         """See ``Passes``."""
