@@ -117,16 +117,13 @@ class Ranks:
             _reduce_scatter(rows[self.rank], rows.view(-1))
 
     def complete(self, rows: Tensor | Sequence[Tensor], device: torch.device) -> None:
-        """Fill in the rows that other processes have computed, in place: equal shares on GPUs at once, others in turn.
+        """Fill in the rows that other processes have computed, in place, one at a time.
 
         Args:
-            rows: contiguous [N, …], or N contiguous tensors, of which this process has computed its share.
+            rows: [N, …], or N contiguous tensors, of which this process has computed its share.
             device: the device that the processes exchange tensors from; ``rows`` may be in the computer's memory.
         """
         if self.size == 1:
-            return
-        if isinstance(rows, Tensor) and rows.is_cuda and len(rows) % self.size == 0:
-            self.exchange(rows.view(self.size, -1))
             return
         for owner in range(self.size):
             for row in rows[self.share_of(owner, len(rows))]:

@@ -37,10 +37,10 @@ MEASURING_PASSES, TRIALS = 4.0, 3
 # of one layer, and seconds for compilation, evaluation and saving.
 HEALING_SHARE, LOGIT_BYTES, HOST_SECONDS, AROUND_HEALING = 0.9, 50, 2.6e-3, 25.0
 # Share of each part's time on one GPU that several GPUs do not divide: work that each of them repeats, and exchanges.
-# From two GPUs beside one. Observing and fitting: 3.19 and 1.89 s, 21.18 and 13.42 s for a layer of Llama-3-8B's sizes
+# From two GPUs beside one. Observing and fitting: 3.08 and 1.99 s, 21.48 and 12.53 s for a layer of Llama-3-8B's sizes
 # (docs/scale.md). Healing: 78 and 132 thousand tokens a second, and with FSDP2, measured with the small SmolLM2-135M
 # only, 214 and 240 thousand (docs/healing.md).
-OBSERVING_UNDIVIDED, FITTING_UNDIVIDED, HEALING_UNDIVIDED, SHARDED_UNDIVIDED = 0.19, 0.27, 0.18, 0.78
+OBSERVING_UNDIVIDED, FITTING_UNDIVIDED, HEALING_UNDIVIDED, SHARDED_UNDIVIDED = 0.29, 0.17, 0.18, 0.78
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure the rates of ``device`` in a fraction of a second; ``dtype`` is the precision of a conversion."""
     gpu = device.type == "cuda"
     size, values = (8192, 2**28) if gpu else (1024, 2**23)
-    big, copied = torch.zeros(size, size, dtype=dtype, device=device), torch.zeros(values, device=device)
-    exact = torch.zeros(1024, 1024, dtype=torch.float64, device=device)
+    # Zeros take less power than other numbers, and a GPU multiplies them faster.
+    big = torch.randn(size, size, device=device).to(dtype)
+    exact = torch.randn(1024, 1024, dtype=torch.float64, device=device)
+    copied = torch.zeros(values, device=device)
     return Rates(
         device.type,
         2 * size**3 / _fastest(lambda: big @ big, device),
