@@ -278,6 +278,27 @@ def test_max_minutes_ends_the_run(make_healing: Callable[..., Healing]) -> None:
     assert [point["step"] for point in curve(healed)] == [0, 1]
 
 
+@pytest.mark.parametrize(("minutes", "total"), [(None, 12), (60.0, 3600), (1e-6, 1)])
+def test_the_bar_ends_where_the_budget_does(
+    minutes: float | None, total: int, make_healing: Callable[..., Healing]
+) -> None:
+    """The tokens end first after an hour's limit, and the minutes after a short one."""
+    seen: list[int] = []
+
+    class Bar(Silent):
+        def stage(self, name: str, total: int) -> None:
+            self.bar = total if name == "healing" else 0
+
+        def advance(self, done: int, note: str = "") -> None:
+            if self.bar:
+                seen.append(done)
+                assert self.bar == total
+
+    heal(make_healing(max_minutes=minutes), reporter=Bar())
+    assert seen == sorted(seen)
+    assert seen[-1] == total
+
+
 def test_self_text_is_sampled_once_and_cached(
     make_healing: Callable[..., Healing], tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,9 @@ class Loop:
         """
         settings, state = self.settings, self.state
         steps = math.ceil(settings.max_tokens / (settings.batch * settings.length))
-        report.stage("healing", steps)
+        # With a limit in minutes, the progress is the used share of whichever budget ends first, in seconds.
+        total = steps if settings.max_minutes is None else math.ceil(60 * settings.max_minutes)
+        report.stage("healing", total)
         began = time.monotonic() - state.seconds
         if not state.curve:
             self._evaluate(0.0)
@@ -99,20 +101,22 @@ class Loop:
                 continue
             if state.step % settings.save_every == 0:
                 self._save()
-            report.advance(state.step, f"KL {state.curve[-1]['held_out_kl']:.4f}")
+            report.advance(min(total, round(self._used(steps) * total)), f"KL {state.curve[-1]['held_out_kl']:.4f}")
         if state.curve[-1]["step"] != state.step:
             self._evaluate(rate)
         self._save()
         if state.best_step == 0:
             report.message("no evaluation was better than the first: try more tokens, or a lower --learning-rate")
 
-    def _progress(self, steps: int) -> float:
+    def _used(self, steps: int) -> float:
         """Return the used share of the budget: of the tokens or of the minutes, whichever share is larger."""
-        used = self.state.step / steps
-        if self.settings.max_minutes is not None:
-            # All processes must stop at the same step, so all use the first process's clock.
-            used = max(used, from_main(self.accelerator, self.state.seconds / (60 * self.settings.max_minutes)))
-        return used
+        used, minutes = self.state.step / steps, self.settings.max_minutes
+        return used if minutes is None else max(used, self.state.seconds / (60 * minutes))
+
+    def _progress(self, steps: int) -> float:
+        """Return the first process's ``_used``: all processes must stop at the same step, and so use one clock."""
+        used = self._used(steps)
+        return used if self.settings.max_minutes is None else from_main(self.accelerator, used)
 
     def _step(self, rows: Tensor) -> float:
         """Train one step on this process's part of ``rows`` [batch, length].
