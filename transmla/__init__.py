@@ -4,6 +4,7 @@ Singular folders are stages, in the order in which a model passes through them. 
 them is one plug-in that is found by its presence.
 
     recipe.py     all settings of a conversion, typed; the command line makes its flags from them
+                  recipe_values.py reads those of them that are a word or a number
     artifacts.py  the frozen values that the stages hand to each other: spec, plan, weights, statistics, factors
     source/       read a checkpoint: find it, check it, describe its attention; mix and sample text
                   source/texts/ is a SHELF of named texts
@@ -19,7 +20,7 @@ them is one plug-in that is found by its presence.
     runtime/      transmla.load: the latent cache, attention over it, shared prefixes
     kernels/      SHELF: decode kernels
     heal/         distillation from the source: settings, learning rates, losses, loop
-    serve/        exports in other runtimes: the plugin of vLLM
+    serve/        use an export: chat, servers (transformers, vLLM, SGLang), GGUF files for llama.cpp
     evaluate/     perplexity and KL, tasks, retrieval, verification, speed
     workflow.py   one run from a source to a healed export
     cli/          the command line

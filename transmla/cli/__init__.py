@@ -9,7 +9,8 @@ gguf_verb      gguf
 early          refusals before torch is imported
 options        flags made from the fields of recipes, evaluations and healings
 streams        standard output and error: nothing they do ends a command
-console        progress bars and tables
+console        lines and tables
+bars           progress of long work, as bars or as a line a minute
 report         pages of tables and figures: one HTML file made of sections
 bench_report   the tables of ``transmla bench``
 eval_report    the report of ``transmla eval``

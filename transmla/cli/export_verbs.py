@@ -1,4 +1,4 @@
-"""The verbs that read an export: verify, eval, bench, heal and push."""
+"""The verbs that read an export: verify, bench, heal and push."""
 
 from __future__ import annotations
 

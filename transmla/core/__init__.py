@@ -45,5 +45,6 @@ fit_coordinates      the coordinates in which gradient steps improve the result
 norm_identity        scales that make the latent's RMSNorm an identity
 reference_attention  the source's attention and MLA in plain tensor algebra, to test the fast code with
 fused_attention      the same attention through PyTorch's fused kernels
+exact_float64        float64 throughout, where models' code casts to float32
 ==================== ===================================================================================
 """

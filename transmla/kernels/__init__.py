@@ -3,12 +3,13 @@
 - ``rows``: the cached rows, the score settings and ``Decode``, the signature of every backend.
 - ``reference``: plain PyTorch. It runs everywhere, and tests compare every kernel with it.
 - ``triton_decode``: split-KV flash decoding in Triton.
-- ``hopper``, ``hopper_kernel``, ``hopper_tiles``, ``hopper_mask``: the kernel for H100 and H200, in Gluon, and its
-  launch.
+- ``hopper``: the launch of the kernels for H100 and H200, in Gluon: ``hopper_kernel``, and ``hopper_float8_kernel`` for
+  float8 latents. ``hopper_tiles``, ``hopper_mask``, ``hopper_weights`` and ``hopper_widen`` are their parts.
 - ``flashmla``, ``flashinfer``: adapters to two optional packages.
 - ``splits``: number of cache splits, and the kernel that merges their results (for Triton and Hopper).
 - ``ragged``: division of a batch whose sequences have different lengths (for Hopper).
 - ``custom_op``: wraps a backend as one operator for torch.compile.
+- ``rms_norm``, ``pack_rows``: a norm, and the rows of a float8 cache, each in one Triton kernel.
 
 To add a backend, put one file into this folder. The file defines ``decode`` and ``refuses`` and binds a ``Backend``
 to ``BACKEND``; ``backends()`` then lists it. A test in ``tests/kernels/`` compares it with ``reference``.

@@ -4,4 +4,5 @@
   only torch, transformers and each other, so that an export loads where transmla is not installed.
 - ``registration``: not shipped. It registers the format with transformers' Auto classes.
 - ``transformers_api``: not shipped. It names what transformers renamed between versions.
+- ``sdpa``: not shipped. It chooses among PyTorch's kernels for attention.
 """
