@@ -73,10 +73,7 @@ def open_tasks(settings: TaskSettings) -> LoadedTasks:
             for part in found:
                 found[part] |= loaded.get(part, {})
     for name, task in found["tasks"].items():
-        for attribute, reason in (
-            ("UNSAFE_CODE", "it runs code that the model writes"),
-            ("MULTIMODAL", "it has media"),
-        ):
+        for attribute, reason in REFUSED.items():
             if getattr(task, attribute, False):
                 raise TransmlaError(f"task '{name}' is not supported", limit=reason, remedy="choose another task")
         _set_examples(task, settings.num_fewshot)

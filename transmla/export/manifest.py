@@ -85,7 +85,7 @@ class Manifest:
         layers: one record for each layer, with its index, errors and norms.
         final_norm_correction: factor on the weight of the model's last norm.
         hashes: SHA-256 of every file in hex, by relative path.
-        recipe: hash of the recipe and its local texts, which a resumed run compares; empty in older exports.
+        recipe: hash of the recipe's settings, which a resumed run compares; empty in older exports.
         fit: settings of the fit; None if the layers were not fitted.
         texts: shares of the calibration texts by name; empty if the caller gave tokens.
         healing: one record for each healing, oldest first.

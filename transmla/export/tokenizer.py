@@ -27,6 +27,8 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
     The source's files are copied. If transformers then loads another tokenizer from ``folder`` than from ``source``,
     because the two models have other types, the source's tokenizer is saved instead.
 
+    The class and the special tokens are named as transformers 4 knows them, where it does.
+
     Args:
         folder: folder of the export, which holds its config.json.
         source: folder of the source checkpoint.
@@ -34,8 +36,6 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, *, copy: bool, g
         copy: whether to copy the source's files. Otherwise ``tokenizer`` and ``generation`` are saved, as for a GGUF
             source, which has no such files.
         generation: the source's generation config, as its model would get it.
-
-    The class and the special tokens are named as transformers 4 knows them, where it does.
 
     Raises:
         TransmlaError: if the tokenizer of the export is another one than the source's.

@@ -20,7 +20,7 @@ from transmla.guard.headers import read_headers, shards_of
 
 # Names of config fields that count layers, that are widths of tensors, and that count anything else. Notes on the
 # training and the length of the context are no parts of a model.
-LAYERS = re.compile(r"(num|n)_(hidden_)?layers?|num_hidden_layers|num_nextn_predict_layers")
+LAYERS = re.compile(r"(num|n)_(hidden_)?layers?|num_nextn_predict_layers")
 WIDTHS = re.compile(
     r"(hidden|intermediate|vocab|moe_intermediate|shared_expert_intermediate)_size|(v_)?head_dim|n_(embd|inner|head)"
     r"|num_(attention|key_value)_heads|qk_\w+_head_dim|(kv|q)_lora_rank|d_model|d_ff"

@@ -33,7 +33,7 @@ class Rates:
 
 
 # Rates by type of device. Other devices have those of the CPU. Equal rates choose the form with fewer products.
-# CPU: the chosen form is the faster one, or at most 15 % slower, at every point of scripts/results/form_bench/cpu.json.
+# CPU: the chosen form is the faster one, or at most 14 % slower, at every point of scripts/results/form_bench/cpu.json.
 # GPU: at 8 × 16,384 tokens on an H200, the forms take equally long with about 360 new tokens for 512 + 64 and 32 heads
 # (extrapolated), and with about 160 for 96 + 32 and 14 heads. These rates give 303 and 170
 # (scripts/results/form_bench/h200.json).

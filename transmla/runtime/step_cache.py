@@ -164,7 +164,6 @@ class Step:
         rows: buffers of the layers; the step is valid as long as the cache has these.
         inputs: see ``StepInputs``.
         output: the model's output, whose cache is the step's own.
-        runs: number of finished runs without capture.
         replay: repeats the step; None before the capture.
     """
 
@@ -193,7 +192,6 @@ class Step:
         if states:
             self._arguments[STATES] = True
         self.output: Any = None
-        self.runs = 0
         self.replay: Any = None
 
     @property
