@@ -42,8 +42,6 @@ def load_blocks(
     length: int,
     split: str | None = None,
     column: str | None = None,
-    name: str | None = None,
-    remedy: str = SHORTEN,
 ) -> Tensor:
     """Return blocks of consecutive tokens, in order and evenly spread over a text.
 
@@ -59,8 +57,6 @@ def load_blocks(
         length: tokens in a block.
         split: split of the text, as ``load_tokens`` takes it.
         column: column of a table, as ``load_tokens`` takes it.
-        name: config of a Hub dataset, as ``load_tokens`` takes it.
-        remedy: advice in the error message when the text is too short.
 
     Returns:
         Token ids [sequences, length], int64.
@@ -76,13 +72,13 @@ def load_blocks(
     head = [] if bos is None or length == 1 else [bos]
     body = length - len(head)
     needed = sequences * body
-    tokens = load_tokens(source, tokenizer, limit=SPREAD * needed + len(head), split=split, column=column, name=name)
+    tokens = load_tokens(source, tokenizer, limit=SPREAD * needed + len(head), split=split, column=column)
     tokens = tokens[len(head) :]
     if len(tokens) < needed:
         raise TransmlaError(
             f"{source} has {len(tokens):,} tokens, {needed - len(tokens):,} too few",
             limit=f"{sequences} sequences of {length} tokens need {needed:,}",
-            remedy=remedy,
+            remedy=SHORTEN,
         )
     starts = torch.arange(sequences) * (len(tokens) - body) // max(1, sequences - 1)
     blocks = tokens[starts[:, None] + torch.arange(body)]
@@ -96,7 +92,6 @@ def load_tokens(
     limit: int | None = None,
     split: str | None = None,
     column: str | None = None,
-    name: str | None = None,
 ) -> Tensor:
     """Return the tokens of a text as one sequence. No more of the text is read than ``limit`` tokens need.
 
@@ -111,7 +106,6 @@ def load_tokens(
         limit: number of tokens to return, from the beginning of the text; all tokens if None.
         split: split of a named text or of a Hub dataset; "train", or the alias's, if None.
         column: column of a table or dataset that holds the text or chats; None chooses it.
-        name: config of a Hub dataset.
 
     Returns:
         Token ids [N], int64.
@@ -122,7 +116,7 @@ def load_tokens(
     """
     import torch
 
-    tokens = _encode(_text_pieces(source, split, column, name, tokenizer), tokenizer, limit)
+    tokens = _encode(_text_pieces(source, split, column, tokenizer), tokenizer, limit)
     if not tokens:
         raise TransmlaError(f"{source} holds no text", remedy="give a text that is not empty")
     return torch.tensor(tokens, dtype=torch.int64)
@@ -159,7 +153,7 @@ def load_excerpts(
     import torch
 
     chars, parts, size = CHARS_PER_TOKEN * SPREAD * count * length, list[str](), 0
-    for piece in _text_pieces(source, split, column, None, tokenizer):
+    for piece in _text_pieces(source, split, column, tokenizer):
         parts.append(piece)
         size += len(piece)
         if size >= chars:
@@ -295,7 +289,7 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _text_pieces(
-    source: str, split: str | None, column: str | None, name: str | None, tokenizer: PreTrainedTokenizerBase
+    source: str, split: str | None, column: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """Return an iterator over consecutive pieces of a text, which reads each piece on demand."""
     path = local_path(source)
@@ -308,17 +302,17 @@ def _text_pieces(
             remedy=f"give a file, a Hub dataset or one of: {', '.join(named)}",
         )
     if source in named:
-        _refuse_options(source, column=column, name=name)
+        _refuse_options(source, column=column)
         if split not in (None, TRAIN, TEST):
             raise TransmlaError(f"{source} has no split {split!r}", remedy="choose train or test")
         return iter(named[source].pieces(split or TRAIN))
     if _is_file(source):
         check_file(path)
-        _refuse_options(source, split=split, name=name)
+        _refuse_options(source, split=split)
         if not is_table(path):
             _refuse_options(source, column=column)
         return file_pieces(path, column, tokenizer)
-    return hub_pieces(source, split, column, name, tokenizer)
+    return hub_pieces(source, split, column, tokenizer)
 
 
 def text_file(source: str) -> Path | None:

@@ -101,14 +101,13 @@ def _without_retries() -> Iterator[None]:
         huggingface_hub.constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
-def hub_pieces(source: str, split: str | None, column: str | None, name: str | None, tokenizer: Any) -> Iterator[str]:
+def hub_pieces(source: str, split: str | None, column: str | None, tokenizer: Any) -> Iterator[str]:
     """Yield the rows of a dataset, with a blank line between them.
 
     Args:
         source: alias, dataset id, or "id:config".
         split: split of the dataset; None is the alias's, or "train".
         column: column of texts or chats; None chooses it.
-        name: config of the dataset; overrides the one in ``source``.
         tokenizer: renders chats.
     """
     from datasets import load_dataset
@@ -117,6 +116,6 @@ def hub_pieces(source: str, split: str | None, column: str | None, name: str | N
     text = ALIASES.get(path, HubText(path))
     with read_errors(source, remedy=NO_NETWORK):
         with _without_retries():
-            chosen = name or config or text.config
-            rows = load_dataset(text.path, chosen, split=split or text.split, revision=text.revision, streaming=True)
+            chosen = split or text.split
+            rows = load_dataset(text.path, config or text.config, split=chosen, revision=text.revision, streaming=True)
         yield from row_texts(rows, column or text.column, source, tokenizer)
