@@ -325,6 +325,11 @@ class Plan:
         converted = [i for i in range(layers) if i not in self.kept]
         return kept * self.spec.cache_values + sum(self.at(i).shape.cache_values for i in converted)
 
+    @property
+    def model_cache_ratio(self) -> float:
+        """Cache size of the whole export, as a fraction of the source's."""
+        return self.model_cache_values / (self.spec.cache_values * self.spec.num_hidden_layers)
+
     def at(self, layer: int) -> Plan:
         """Return the plan for one layer alone."""
         spec = self.spec.at(layer)

@@ -262,19 +262,17 @@ def show_cache(plan: Plan) -> None:
     """Print in one line what an export caches, and its share of the source's cache."""
     from transmla.export.card import by_layer
 
-    share = plan.model_cache_values / (plan.spec.cache_values * plan.spec.num_hidden_layers)
     widths = f"{by_layer(plan, 'kv_lora_rank')} + {by_layer(plan, 'qk_rope_head_dim')}"
     layer = "converted layer" if plan.kept else "layer"
-    say(f"cache: {widths} values per token and {layer}, {share:.1%} of the source's")
+    say(f"cache: {widths} values per token and {layer}, {plan.model_cache_ratio:.1%} of the source's")
 
 
 def show_promise(plan: Plan, promise: Promise) -> None:
     """Print the table that closes a conversion whose cache was chosen by the loss that is accepted."""
     from transmla.export.card import cache_rows
 
-    share = plan.model_cache_values / (plan.spec.cache_values * plan.spec.num_hidden_layers)
     table(
-        f"the smallest cache for a KL of {promise.accepted:g}: {share:.1%} of the source's",
+        f"the smallest cache for a KL of {promise.accepted:g}: {plan.model_cache_ratio:.1%} of the source's",
         ["", "source", "MLA"],
         [
             *map(list, cache_rows(plan)),

@@ -134,8 +134,7 @@ def with_choice(prepared: Prepared, choice: Choice) -> Prepared:
 
 def describe(prepared: Prepared, choice: Choice) -> list[str]:
     """Return what the user is told about a choice: the cache, its KL, and the widths of the layers."""
-    plan, spec = prepared.plan, prepared.plan.spec
-    share = plan.model_cache_values / (spec.cache_values * spec.num_hidden_layers)
+    plan, share = prepared.plan, prepared.plan.model_cache_ratio
     found = "measured" if choice.trials else "expected"
     lines = [f"chosen: {share:.1%} of the cache; KL to the source {found} on held-out text: {choice.expected:.4f}"]
     if plan.layer_shapes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from transmla.errors import TransmlaError
 from transmla.ranks import Ranks
+from transmla.source.checkpoint import is_finite
 
 _REMEDY = "check that weights and config belong together, and that no weights of this layer are huge or all zero"
 
@@ -27,8 +28,7 @@ def check_tensors(place: str, tensors: Mapping[str, Tensor]) -> None:
         TransmlaError: if a value is NaN or infinite.
     """
     for name, tensor in tensors.items():
-        # Unlike `isfinite`, this takes no memory in proportion to the tensor.
-        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        if not is_finite(tensor):
             raise _overflow(place, f"'{name}' is not finite", tensor.dtype)
 
 

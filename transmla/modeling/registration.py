@@ -12,15 +12,10 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from transmla.modeling.configuration_transmla import MODEL_TYPE, TransmlaConfig, config_class
+from transmla.modeling.configuration_transmla import AUTO_MAP, MODEL_TYPE, TransmlaConfig, config_class
 
 # Auto classes, each with the class that reads an export for it.
-READERS = {
-    "AutoModel": "TransmlaModel",
-    "AutoModelForCausalLM": "TransmlaForCausalLM",
-    "AutoModelForSequenceClassification": "TransmlaForSequenceClassification",
-    "AutoModelForTokenClassification": "TransmlaForTokenClassification",
-}
+READERS = {auto: target.partition(".")[2] for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
 
 
 class _Registering(TransmlaConfig):

@@ -76,13 +76,18 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Unlike ``isfinite``, this takes no memory in proportion to the tensor."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Check that all values of a checkpoint's tensor are finite.
 
     Raises:
         TransmlaError: if one is NaN or infinite.
     """
-    if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+    if not is_finite(tensor):
         raise TransmlaError(
             f"tensor '{name}' holds NaN or Inf",
             limit="weights must be finite",

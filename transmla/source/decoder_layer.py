@@ -142,8 +142,7 @@ def embedded(
         into: tensor [N, T, D] for the result; None makes one.
     """
     result = torch.empty(*tokens.shape, embedding.shape[1]) if into is None else into
-    trunk = copy.copy(model.model)
-    trunk._modules = dict(model.model._modules)
+    trunk = opened(model.model)
     trunk.embed_tokens = copy.deepcopy(model.model.embed_tokens)
     # The embedding is cut to the tokens of a part, so the padding token's index may be out of range.
     trunk.embed_tokens.padding_idx = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transmla.errors import TransmlaError
+from transmla.source.decoder_layer import opened
 
 # The observed text has so many tokens. Every layer with a window gets one of two tokens.
 TOKENS, WINDOW = 4, 2
@@ -59,8 +60,7 @@ def read_rules(model: Any) -> list[LayerRules]:
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _observe)
     rules: list[LayerRules] = []
-    trunk = copy.copy(model.model)
-    trunk._modules = dict(model.model._modules)
+    trunk = opened(model.model)
     trunk.config, observed = copy.deepcopy(model.config), copy.deepcopy(model.config)
     trunk.config._attn_implementation, observed._attn_implementation = "eager", _NAME
     if getattr(trunk.config, "sliding_window", None) is not None:

@@ -26,7 +26,6 @@ from transmla.source.text import (
     SELF,
     load_blocks,
     load_excerpts,
-    start_token,
     text_options,
     text_start,
 )
@@ -250,8 +249,7 @@ def openings(texts: Mapping[str, Tensor], tokenizer: Any, *, seed: int) -> list[
         seed: seed of the order and of the lengths.
     """
     generator = random.Random(seed)
-    bos = start_token(tokenizer)
-    head = [] if bos is None else [bos]
+    head = text_start(tokenizer)
     written = [head + tokens for tokens in _written(tokenizer)]
     generator.shuffle(written)
     real = []
