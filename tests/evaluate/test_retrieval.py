@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from transmla.cli.app import build
+from transmla.cli.score_report import retrieval_section
 from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
 from transmla.evaluate.retrieval import Cell, Retrieval, choose_lengths, depths_of, find_keys, greedy
 from transmla.evaluate.retrieval_prompts import ANSWER_ROOM, PAIRS, PromptWriter
-from transmla.evaluate.score_report import heat_map, retrieval_html
 from transmla.evaluate.settings import RetrievalSettings
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.reporter import Silent
@@ -157,11 +158,13 @@ def test_rows_have_rates_errors_and_the_share_kept() -> None:
 
 
 def test_the_report_has_the_table_and_the_heat_map() -> None:
-    assert heat_map(result()).startswith(b"\x89PNG")
-    title, text = retrieval_html(result())
-    assert title == "Retrieval"
-    assert "<td>passkey</td><td>1,024</td><td>8</td><td>0.750 ± 0.164</td><td>1.000 ± 0.000</td><td>75.0%</td>" in text
-    assert 'src="data:image/png;base64,iVBOR' in text
+    section = retrieval_section(result())
+    assert section.title == "Retrieval"
+    assert (
+        "<td>passkey</td><td>1,024</td><td>8</td><td>0.750 ± 0.164</td><td>1.000 ± 0.000</td><td>75.0%</td>"
+        in section.html
+    )
+    assert 'src="data:image/png;base64,iVBOR' in section.html
 
 
 def test_a_length_above_the_context_is_refused_before_loading(make_source: Callable[..., Path]) -> None:
@@ -199,6 +202,19 @@ def test_the_command_line_measures_source_and_export(
         ("multi-key", 512),
     ]
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_without_a_figure_need_no_matplotlib(
+    make_source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(max_position_embeddings=1024)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["eval", str(source), "--retrieval", "--retrieval-length", "512", "--retrieval-depths", "1"]
+    done = CliRunner().invoke(build(), [*argv, "--retrieval-samples", "1", "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.stdout)) == {"retrieval"}
 
 
 def test_flags_of_retrieval_need_retrieval(tmp_path: Path) -> None:

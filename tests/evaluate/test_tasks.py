@@ -16,11 +16,11 @@ from helpers.tiny_sources import build_model, build_tokenizer
 from typer.testing import CliRunner
 
 from transmla.cli.app import build
+from transmla.cli.score_report import tasks_section
 from transmla.convert.pipeline import convert
 from transmla.errors import TransmlaError
 from transmla.evaluate import harness
 from transmla.evaluate.harness import open_tasks
-from transmla.evaluate.score_report import tasks_html
 from transmla.evaluate.settings import TaskSettings
 from transmla.evaluate.tasks import Score, TaskScore, TaskScores, evaluate_tasks
 from transmla.recipe import Recipe
@@ -162,10 +162,10 @@ def test_the_share_kept_is_of_scores_that_should_be_high() -> None:
 
 def test_the_report_has_the_table_and_a_figure() -> None:
     entry = TaskScore("a<b", "acc", True, Score(0.4, 0.1), Score(0.5, None))
-    title, text = tasks_html(TaskScores("m", "b", "0.4", {"a<b": 6}, {"a<b": 0}, (entry,), 1.0))
-    assert title.startswith("Tasks")
-    assert "<td>a&lt;b</td><td>acc</td><td>6</td><td>0.400 ± 0.100</td><td>0.500</td><td>80.0%</td>" in text
-    assert 'src="data:image/png;base64,iVBOR' in text
+    section = tasks_section(TaskScores("m", "b", "0.4", {"a<b": 6}, {"a<b": 0}, (entry,), 1.0))
+    assert section.title.startswith("Tasks")
+    assert "<td>a&lt;b</td><td>acc</td><td>6</td><td>0.400 ± 0.100</td><td>0.500</td><td>80.0%</td>" in section.html
+    assert 'src="data:image/png;base64,iVBOR' in section.html
 
 
 def refused(*argv: str) -> str:

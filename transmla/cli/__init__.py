@@ -14,6 +14,7 @@ bars           progress of long work, as bars or as a line a minute
 report         pages of tables and figures: one HTML file made of sections
 bench_report   the tables of ``transmla bench``
 eval_report    the report of ``transmla eval``
+score_report   its sections on tasks and retrieval
 inspect_report the report of ``transmla inspect`` as a picture or a page
 """
 

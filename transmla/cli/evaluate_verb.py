@@ -65,10 +65,10 @@ def evaluate(
     if by_text:
         check_texts(for_texts)
     load_libraries()
-    from transmla.cli import console, eval_report
+    from transmla.cli import console, eval_report, score_report
     from transmla.cli.bars import Bars
     from transmla.cli.report import Section
-    from transmla.evaluate import harness, retrieval, score_report, tasks
+    from transmla.evaluate import harness, retrieval, tasks
     from transmla.evaluate.compare import evaluate_models
     from transmla.source.device import pick_device
 
@@ -88,14 +88,16 @@ def evaluate(
             scores = tasks.evaluate_tasks(model, baseline, for_tasks, loaded_tasks, **run, reporter=bars)
             found["tasks"] = scores.to_dict()
             shown.append(lambda: console.show_tasks(scores))
-            sections.append(Section(*score_report.tasks_html(scores)))
+            if report:
+                sections.append(score_report.tasks_section(scores))
         if by_retrieval:
             keys = retrieval.evaluate_retrieval(model, baseline, for_retrieval, lengths, **run, reporter=bars)
             found["retrieval"] = keys.to_dict()
             shown.append(lambda: console.show_retrieval(keys))
-            sections.append(Section(*score_report.retrieval_html(keys)))
+            if report:
+                sections.append(score_report.retrieval_section(keys))
             if for_retrieval.retrieval_plot:
-                for_retrieval.retrieval_plot.write_bytes(score_report.heat_map(keys))
+                score_report.heat_map(keys).savefig(for_retrieval.retrieval_plot, format="png", dpi=110)
     if as_json:
         print(json_text(found))
     else:

@@ -9,7 +9,7 @@
 - ``tasks.py``: scores on tasks of lm-evaluation-harness, beside a baseline's. ``harness.py`` talks to the harness.
 - ``retrieval.py``: how often a model finds a pass key in a long text. ``retrieval_prompts.py`` writes the prompts.
 - ``settings.py``: the flags of tasks and retrieval. ``open_model.py``: opens a model for them.
-- ``score_table.py``, ``score_report.py``: their tables, figures and report sections.
+- ``score_table.py``: their tables.
 - ``verify.py``: the checks of ``transmla verify``. ``verify_source.py``: those with ``--source``.
 - ``adopt.py``: completes an export that other software has saved again. ``record.py``: records that checks passed.
 - ``figures.py``: PNG figures of decoding speeds and healing curves.

@@ -1,12 +1,10 @@
-"""PNG figures of task scores and of retrieval by length and depth, and their sections of an HTML report."""
+"""The parts of the report of ``transmla eval`` on tasks and on retrieval, with their figures."""
 
 from __future__ import annotations
 
-import base64
-import html
-from io import BytesIO
 from typing import Any
 
+from transmla.cli.report import Section, picture, table
 from transmla.evaluate.figures import new_figure
 from transmla.evaluate.retrieval import Retrieval
 from transmla.evaluate.retrieval_prompts import PAIRS
@@ -14,8 +12,8 @@ from transmla.evaluate.score_table import RETRIEVAL_COLUMNS, TASK_COLUMNS, retri
 from transmla.evaluate.tasks import TaskScores
 
 
-def heat_map(result: Retrieval) -> bytes:
-    """Draw the share of found keys as a PNG: one panel per kind and model, lengths over depths.
+def heat_map(result: Retrieval) -> Any:
+    """Return the share of found keys as a matplotlib figure: one panel per kind and model, lengths over depths.
 
     A length that did not fit into memory stays white.
     """
@@ -31,7 +29,7 @@ def heat_map(result: Retrieval) -> bytes:
     for axes in panels[:, 0]:
         axes.set_ylabel("depth of the key")
     figure.colorbar(image, ax=panels.ravel().tolist(), format="{x:.0%}", label="keys found")
-    return _png(figure)
+    return figure
 
 
 def _panel(axes: Any, result: Retrieval, kind: str, role: str) -> Any:
@@ -49,8 +47,8 @@ def _panel(axes: Any, result: Retrieval, kind: str, role: str) -> Any:
     return image
 
 
-def task_bars(result: TaskScores) -> bytes:
-    """Draw the scores of all tasks as a PNG: one bar per model and metric, with two standard errors on each side.
+def task_bars(result: TaskScores) -> Any:
+    """Return the scores of all tasks as a matplotlib figure: a bar per model and metric, with two standard errors.
 
     Metrics whose higher values are not better, such as perplexities, are left out.
     """
@@ -67,32 +65,17 @@ def task_bars(result: TaskScores) -> bytes:
     axes.invert_yaxis()
     axes.set(xlabel="score; the lines are two standard errors", xlim=(0, None))
     figure.legend(loc="outside right upper")
-    return _png(figure)
+    return figure
 
 
-def tasks_html(result: TaskScores) -> tuple[str, str]:
-    """Return title and HTML of the report's section on tasks: the table, and the figure embedded as base64."""
-    drawn = _embed(task_bars(result), "scores by task") if any(s.higher_is_better for s in result.scores) else ""
-    return f"Tasks (lm-evaluation-harness {result.harness})", _table(TASK_COLUMNS, task_rows(result)) + drawn
+def tasks_section(result: TaskScores) -> Section:
+    """Return the report's section on tasks: the table, and the figure if a score is better when it is higher."""
+    higher = any(score.higher_is_better for score in result.scores)
+    drawn = picture(task_bars(result), "scores by task") if higher else ""
+    return Section(f"Tasks (lm-evaluation-harness {result.harness})", table(TASK_COLUMNS, task_rows(result)) + drawn)
 
 
-def retrieval_html(result: Retrieval) -> tuple[str, str]:
-    """Return title and HTML of the report's section on retrieval: the table, and the heat map embedded as base64."""
-    drawn = _embed(heat_map(result), "keys found by length and depth")
-    return "Retrieval", _table(RETRIEVAL_COLUMNS, retrieval_rows(result)) + drawn
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
-
-
-def _embed(png: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
-
-
-def _png(figure: Any) -> bytes:
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return data.getvalue()
+def retrieval_section(result: Retrieval) -> Section:
+    """Return the report's section on retrieval: the table and the heat map."""
+    drawn = picture(heat_map(result), "keys found by length and depth")
+    return Section("Retrieval", table(RETRIEVAL_COLUMNS, retrieval_rows(result)) + drawn)
