@@ -28,6 +28,8 @@ MISSED = 1.1
 # Fewest predicted tokens of a text and fewest prompts of a row on which a result rests without a note. At 1,000 tokens,
 # the standard error of a perplexity is about a tenth of it; at 20 prompts, that of a rate of a half is 0.11.
 FEWEST_TOKENS, FEWEST_PROMPTS = 1000, 20
+# Columns of the table of an inspection's budgets, in the terminal and in the report.
+BUDGET_COLUMNS = ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"]
 
 
 def say(text: str) -> None:
@@ -191,17 +193,22 @@ def show_inspection(inspection: Inspection) -> None:
     some = len(inspection.layers) < inspection.count
     table(
         "mean error by budget" + (f", {len(inspection.layers)} of {inspection.count} layers" if some else ""),
-        ["cache", "kv_lora_rank", "qk_rope_head_dim", "error"],
-        [
-            [
-                f"{plan.cache_ratio:.1%}",
-                str(plan.shape.kv_lora_rank),
-                str(plan.shape.qk_rope_head_dim),
-                f"{inspection.mean_error(budget):.4f}",
-            ]
-            for budget, plan in inspection.plans.items()
-        ],
+        BUDGET_COLUMNS,
+        budget_rows(inspection),
     )
+
+
+def budget_rows(inspection: Inspection) -> list[list[str]]:
+    """Return the rows of the table with ``BUDGET_COLUMNS``: the mean error over the measured layers by budget."""
+    return [
+        [
+            f"{plan.cache_ratio:.1%}",
+            str(plan.shape.kv_lora_rank),
+            str(plan.shape.qk_rope_head_dim),
+            f"{inspection.mean_error(budget):.4f}",
+        ]
+        for budget, plan in inspection.plans.items()
+    ]
 
 
 def show_check(check: Check) -> None:

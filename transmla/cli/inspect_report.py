@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from transmla.cli.console import BUDGET_COLUMNS, budget_rows
 from transmla.cli.report import Section, paragraph, picture, table, write_report
 from transmla.convert.inspect import Inspection
 from transmla.evaluate.figures import check_picture, new_figure
@@ -28,16 +29,7 @@ def write_picture(inspection: Inspection, path: Path) -> None:
     if path.suffix == ".png":
         figure.savefig(path, format="png", dpi=110)
         return
-    rows = [
-        [
-            f"{plan.cache_ratio:.1%}",
-            str(plan.shape.kv_lora_rank),
-            str(plan.shape.qk_rope_head_dim),
-            f"{inspection.mean_error(budget):.4f}",
-        ]
-        for budget, plan in inspection.plans.items()
-    ]
-    errors = table(["cache", "kv_lora_rank", "qk_rope_head_dim", "mean error"], rows) + paragraph(_TEXT)
+    errors = table(BUDGET_COLUMNS, budget_rows(inspection)) + paragraph(_TEXT)
     layers = picture(figure, "spectra, rotary energy, phases and errors by layer")
     sections = [Section("Mean error by budget", errors), Section("Layers", layers)]
     write_report(path, f"{inspection.source} under MLA", {}, sections)
