@@ -94,11 +94,11 @@ def for_each_model(
         with without_cudnn():
             results[role] = run(loaded, tokenizer, role)
         del loaded
-        free_memory()
+        release_memory()
     return results
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Return the memory of deleted models to the device, before the next model is loaded."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -50,7 +50,6 @@ class WrittenGguf:
         path: the file.
         size: its bytes.
         types: number of tensors by type of GGUF.
-        exponent: k; the residual stream in the file is 2^k times the export's.
         check: the comparison with transformers; None if the file was not run.
         unchecked: why the file was not run; empty if it was.
     """
@@ -58,7 +57,6 @@ class WrittenGguf:
     path: Path
     size: int
     types: dict[str, int]
-    exponent: int
     check: GgufCheck | None
     unchecked: str
 
@@ -105,7 +103,7 @@ def write_gguf(
         if not unchecked:
             result = check_file(folder, file, tokenizer, file_type, reporter)
     types = Counter(tensor.kind for tensor in tensors)
-    return WrittenGguf(output, output.stat().st_size, dict(types.most_common()), scales.residual, result, unchecked)
+    return WrittenGguf(output, output.stat().st_size, dict(types.most_common()), result, unchecked)
 
 
 def _check_format(folder: Path, manifest: Manifest) -> None:
