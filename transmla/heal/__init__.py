@@ -4,7 +4,7 @@ The student (an export) learns the teacher's next-token distributions (Hinton et
 
 - ``run.py``: ``heal``, one run from start to finish.
 - ``settings.py``: the options of a run. ``choose.py``: the healing that ends a conversion, by device and memory.
-- ``checks.py``: input checks that run before anything is written.
+- ``checks.py``: input checks that run before anything is written. ``memory.py``: the memory of a run, and its refusal.
 - ``batches.py``: training and held-out texts; each batch depends only on the step number.
 - ``natural_coordinates.py``: the coordinates that healing trains in.
 - ``balance.py``: rescales the factors of each product to equal size.

@@ -1,4 +1,4 @@
-"""HealingTexts for training and evaluation, in the shares of a mixture. A batch depends only on its step number."""
+"""Texts for training and evaluation, in the shares of a mixture. A batch depends only on its step number."""
 
 from __future__ import annotations
 

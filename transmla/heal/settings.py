@@ -38,7 +38,7 @@ class Healing(Strict):
         2_000_000, json_schema_extra=TEXT, description="tokens to sample from the teacher for the text `self`"
     )
     split: str | None = Field(
-        None, json_schema_extra=TEXT, description="split of a dataset, or of pydoc (train or test)"
+        None, json_schema_extra=TEXT, description="split of datasets, or of pydoc, stdlib and packages (train or test)"
     )
     column: str | None = Field(None, json_schema_extra=TEXT, description="text column of a dataset")
     length: int = Field(512, ge=8, json_schema_extra=TEXT, description="tokens per sequence")
