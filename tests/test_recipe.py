@@ -10,7 +10,7 @@ import yaml
 
 from transmla.errors import TransmlaError
 from transmla.heal.settings import Healing
-from transmla.recipe import dump_recipe, parse_recipe, parse_section
+from transmla.recipe import dump_recipe, parse_recipe, parse_section, read_recipe
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,24 @@ def test_a_percentage_is_told_its_share(given: dict[str, Any], says: str) -> Non
 
 def test_a_cache_that_may_grow_has_a_ratio_above_one() -> None:
     assert parse_recipe({"source": "x", "cache_ratio": "1.5", "allow_no_saving": True}, "test").cache_ratio == 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("source: x\ncache_ratio: 0.9\ncache_ratio: 0.5\n", "line 3 of the recipe gives 'cache_ratio' again"),
+        ("source: x\ncalibration:\n  length: 8\n  length: 9\n", "line 4 of the recipe gives 'length' again"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(TransmlaError, match=f"{says}; .* ignores the first; keep one of the two"):
+        read_recipe(file, {})
+
+
+def test_a_key_may_override_a_merged_one(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("source: x\ncalibration: {<<: {length: 8, sequences: 3}, length: 9}\n")
+    calibration = read_recipe(file, {}).calibration
+    assert (calibration.length, calibration.sequences) == (9, 3)

@@ -286,6 +286,23 @@ def parse_recipe(values: dict[str, Any], origin: str) -> Recipe:
     return parse_section(Recipe, values, origin)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice, of which YAML would ignore the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise TransmlaError(
+                    f"line {key.start_mark.line + 1} of the recipe gives '{key.value}' again",
+                    limit="of two values of a key, YAML ignores the first",
+                    remedy="keep one of the two",
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
     """Return the recipe in the YAML file ``path``; ``overrides``, nested like the file, take precedence.
 
@@ -293,7 +310,7 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         TransmlaError: if the file cannot be read, or holds unknown keys or bad values.
     """
     with boundary(f"cannot read recipe '{path}'", remedy="check the file"):
-        values = yaml.safe_load(read_text(path, "recipe"))
+        values = yaml.load(read_text(path, "recipe"), Loader=_EachKeyOnce)
     if not isinstance(values, dict):
         raise TransmlaError(f"recipe '{path}' is not a mapping of keys to values", remedy="see recipes/")
     if wrong := [key for key in values if not isinstance(key, str)]:

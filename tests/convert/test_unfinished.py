@@ -246,6 +246,9 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(workdir: Path
     while not Path("held").exists():
         time.sleep(0.01)
     refused_untouched("another process is writing into 'out.partial'", workdir)
+    # A remedy to delete the folder would cost the living process its work.
+    with pytest.raises(TransmlaError, match=r"another process is writing into 'out\.partial'"):
+        convert(recipe())
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     Path("held").unlink()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.byte_tokenizer import byte_tokenizer
 from helpers.tiny_sources import build_model, build_tokenizer
 from tokenizers import Tokenizer, processors
 
@@ -32,9 +34,10 @@ WORDS = "the cat sat on the mat and the dog sat on the log "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models ``model``, ``baseline`` and ``wide`` of three layers, ``bos`` with a BOS tokenizer, and texts."""
+    """Models of three layers, ``bos`` with a BOS tokenizer and ``foreign`` with other tokens, and texts."""
     place = tmp_path_factory.mktemp("texts")
-    for name, vocabulary in (("model", 128), ("bos", 128), ("baseline", 128), ("wide", 160), ("narrow", 32)):
+    vocabularies = {"model": 128, "bos": 128, "baseline": 128, "foreign": 128, "wide": 160, "narrow": 32}
+    for name, vocabulary in vocabularies.items():
         model = build_model(num_hidden_layers=3, vocab_size=vocabulary)
         if name == "baseline":
             with torch.no_grad(), torch.random.fork_rng():
@@ -47,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer.save(str(file))
+    byte_tokenizer(["a big red sun ran far"]).save_pretrained(place / "foreign")
     (place / "words.txt").write_text(WORDS * 12)
     (place / "other.md").write_text("# Sun\n\nA big red sun ran far. " * 20)
     (place / "rows.jsonl").write_text("".join(json.dumps({"text": "x", "body": WORDS * 8}) + "\n" for _ in range(3)))
@@ -150,6 +154,7 @@ REFUSALS = {
     "narrow": ({"model": "narrow", "text": "words.txt"}, "the model's vocabulary has 32 entries"),
     "baseline": ({"baseline": "narrow", "text": "words.txt"}, "the baseline's vocabulary has 32 entries"),
     "wide": ({"baseline": "wide", "text": "words.txt"}, "the baseline's vocabulary has 160 entries, the model's 128"),
+    "foreign": ({"baseline": "foreign", "text": "words.txt"}, r"the baseline reads 'words\.txt' by another tokenizer"),
 }
 
 
@@ -163,6 +168,13 @@ def test_a_bad_text_is_refused_before_a_model_is_loaded(place: Path, case: str, 
     with pytest.raises(TransmlaError, match=says) as refused:
         measured(**{"window": 64, **settings})
     assert "\n" not in str(refused.value)
+
+
+def test_a_baseline_needs_no_tokenizer(place: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(place / "baseline" / name, tmp_path)
+    alone = measured(baseline=str(tmp_path), text="words.txt", window=64)
+    assert alone["mean"] == measured(text="words.txt", window=64)["mean"]
 
 
 def test_a_dtype_is_refused_before_a_text_is_read(place: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command_line import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
@@ -104,6 +105,21 @@ def test_a_fine_tuned_export_says_so_and_heals(form: str, exports: dict[str, Pat
     again = save(transmla.load(healed), healed, tmp_path / "again")
     verified(again)
     assert len(Manifest.read(again).healing) == 1
+
+
+def test_every_verb_takes_an_export_that_is_saved_again(exports: dict[str, Path], tmp_path: Path, run: Run) -> None:
+    folder, source = save(transmla.load(exports["native"]), exports["native"], tmp_path / "again"), exports["source"]
+    push = ("push", str(folder), "org/name", "--dry-run")
+    code, _, error = run(*push)
+    assert code == 2
+    assert "is not verified" in error
+    assert f"run `transmla verify {folder}`" in error
+    sizes = ("--length", "32", "--batch", "8", "--held-out", "4", "--max-tokens", "1024")
+    named = ("--teacher", str(source), "-o", str(tmp_path / "healed"), "--data", str(exports["text"]))
+    assert run("heal", str(folder), *named, *sizes)[0] == 0
+    assert run("gguf", str(folder), "-o", str(tmp_path / "f.gguf"), "--type", "f32", "--no-check")[0] == 0
+    assert run("verify", str(folder))[0] == 0
+    assert run(*push)[0] == 0
 
 
 def settings(student: Path, exports: dict[str, Path], output: Path) -> Healing:

@@ -17,6 +17,16 @@ from transmla.heal.run import heal
 from transmla.heal.settings import Healing
 
 
+def test_a_tracker_that_would_log_nothing(
+    make_healing: Callable[..., Healing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TransmlaError, match=r"unknown tracker 'nothing'; accelerate has .*wandb"):
+        heal(make_healing(track=("nothing",)))
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(TransmlaError, match="--track wandb would log nothing; wandb is not installed; pip install"):
+        heal(make_healing(track=("tensorboard", "wandb")))
+
+
 def test_a_text_with_too_few_tokens(make_healing: Callable[..., Healing]) -> None:
     with pytest.raises(TransmlaError, match="too few"):
         heal(make_healing(max_tokens=10**9))

@@ -79,8 +79,9 @@ def test_a_second_process_is_refused(make_healing: Make, tmp_path: Path) -> None
             os._exit(1)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    with pytest.raises(TransmlaError, match="another process is writing"):
-        heal(make_healing(), resume=True)
+    for resumed in (False, True):
+        with pytest.raises(TransmlaError, match="another process is writing"):
+            heal(make_healing(), resume=resumed)
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
 

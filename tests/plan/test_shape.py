@@ -21,6 +21,8 @@ SMOLLM2 = LlamaConfig(
 QWEN = {"num_hidden_layers": 3, "num_key_value_heads": 2}
 QWEN_0_5B = Qwen2Config(hidden_size=896, num_attention_heads=14, **QWEN)
 QWEN_1_5B = Qwen2Config(hidden_size=1536, num_attention_heads=12, **QWEN)
+# Heads of 100 channels, a quarter of which is odd.
+OPENLLAMA_3B = LlamaConfig(hidden_size=3200, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=32)
 LLAMA_8B = LlamaConfig(hidden_size=4096, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
 
 
@@ -38,6 +40,8 @@ LLAMA_8B = LlamaConfig(hidden_size=4096, num_hidden_layers=3, num_attention_head
         (QWEN_0_5B, 0.5, "off", (64, 64)),
         (QWEN_1_5B, 0.5, "full", (32, 224)),
         (LLAMA_8B, 0.5, "full", (64, 960)),
+        (OPENLLAMA_3B, 0.25, "full", (50, 1536)),
+        (OPENLLAMA_3B, 0.25, "off", (50, 1536)),
     ],
 )
 def test_a_fitted_export_has_a_narrow_rotary_key(config: Any, ratio: float, fit: str, widths: tuple[int, int]) -> None:

@@ -72,6 +72,28 @@ def test_without_a_template_the_model_continues(pair: tuple[Path, Path]) -> None
     assert torch.equal(encode(tokenizer, messages), tokenizer("the cat", return_tensors="pt")["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("template", "system", "says"),
+    [
+        (
+            "{{ raise_exception('System role not supported') }}",
+            True,
+            "refuses .*; .*System role .*; leave --system out",
+        ),
+        ("{{ messages | nothing }}", False, "refuses .*; .*No filter named 'nothing'.*; correct the chat template"),
+        (None, True, "--system has no effect here; .* without a chat template .*; leave --system out"),
+    ],
+)
+def test_what_a_template_cannot_take_is_refused(
+    pair: tuple[Path, Path], template: str | None, system: bool, says: str
+) -> None:
+    tokenizer = load_tokenizer(pair[1])
+    tokenizer.chat_template = template
+    first = [{"role": "system", "content": "short"}] if system else []
+    with pytest.raises(TransmlaError, match=says):
+        encode(tokenizer, [*first, {"role": "user", "content": "the cat"}])
+
+
 @pytest.mark.parametrize("name", ["out", "source"])
 def test_the_command_prints_speed_and_cache(
     run: Run, converted: Path, name: str, monkeypatch: pytest.MonkeyPatch

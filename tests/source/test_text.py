@@ -249,6 +249,15 @@ def test_tables_join_their_rows(suffix: str, column: str, tokenizer: PreTrainedT
         load_tokens(str(path), tokenizer, column="id")
 
 
+@pytest.mark.parametrize("name", ["part[1].jsonl", "[2024] runs/part.jsonl", "part*.jsonl", "part?.jsonl"])
+def test_the_name_of_a_table_is_no_pattern(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.with_name("part2.jsonl").write_text('{"text": "of another file"}')
+    path.write_text(json.dumps({"text": JOINED}))
+    assert load_tokens(str(path), tokenizer).tolist() == whole(tokenizer, JOINED)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "expected"),
     [

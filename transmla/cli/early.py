@@ -11,6 +11,7 @@ from pathlib import Path
 from transmla.errors import TransmlaError
 from transmla.export.hashes import finished_hashes
 from transmla.export.output import output_path, refuse_taken
+from transmla.export.travel import is_resaved
 from transmla.recipe import Recipe
 from transmla.registry import check_name
 from transmla.shares import shares
@@ -105,5 +106,10 @@ def refuse_dtype(name: str, known: tuple[str, ...] = DTYPES) -> None:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Check that a folder holds a finished export; raises as ``finished_hashes`` does."""
-    finished_hashes(folder)
+    """Check that a folder holds a finished export, which other software may have saved again.
+
+    Raises:
+        TransmlaError: as ``finished_hashes``.
+    """
+    if not is_resaved(folder):
+        finished_hashes(folder)

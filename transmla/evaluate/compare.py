@@ -27,7 +27,7 @@ from transmla.recipe import Evaluation, Recipe
 from transmla.reporter import Reporter
 from transmla.runtime.load import accelerate, require_backend
 from transmla.source.device import pick_device
-from transmla.source.load import check_runs, load_config, load_model, load_tokenizer
+from transmla.source.load import check_runs, check_tokenizer, load_config, load_model, load_tokenizer
 from transmla.source.locate import resolve_source
 
 
@@ -75,6 +75,7 @@ def evaluate_models(
     other = None if baseline is None else resolve_source(baseline, revision=revision, **pickles)
     if other is not None:
         check_vocabularies(vocabulary, _check_model(other, texts, "baseline"))
+        _check_tokens(path, other, texts)
     reference = None if other is None else load_named(other, dtype, torch_device, **pickles)
     loaded = load_named(path, dtype, torch_device, **pickles)
     reporter.stage("evaluating", sum(text.windows.count for text in texts))
@@ -139,6 +140,31 @@ def _check_model(path: Path, texts: list[Text], name: str) -> int | None:
     for text in texts:
         check_config(config, text.windows, name)
     return getattr(text_config(config), "vocab_size", None)
+
+
+def _check_tokens(model: Path, baseline: Path, texts: list[Text]) -> None:
+    """Check that the tokens of the texts mean the same to a model and its baseline.
+
+    A baseline without a tokenizer is not checked. Tokens that no text holds may differ, such as those of a chat.
+
+    Raises:
+        TransmlaError: if a token differs, or a tokenizer cannot be loaded.
+    """
+    try:
+        check_tokenizer(baseline)
+    except TransmlaError:
+        return
+    ours, theirs = load_tokenizer(model), load_tokenizer(baseline)
+    for text in texts:
+        tokens = text.windows.text.unique().tolist()
+        named = (ours.convert_ids_to_tokens(tokens), theirs.convert_ids_to_tokens(tokens))
+        for token, here, there in zip(tokens, *named, strict=True):
+            if here != there:
+                raise TransmlaError(
+                    f"the baseline reads '{text.name}' by another tokenizer",
+                    limit=f"token {token} is {here!r} to the model, and {there!r} to the baseline",
+                    remedy="compare a model with the one it was converted from",
+                )
 
 
 def evaluate_export(folder: Path, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:

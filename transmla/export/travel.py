@@ -11,10 +11,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from transmla.boundary import boundary, read_json, read_json_object
-from transmla.export.hashes import PROGRESS, export_files, hash_files
+from transmla.export.hashes import MANIFEST, PROGRESS, export_files, hash_files
 from transmla.files import write_json
 from transmla.guard.folder import READ, TEMPLATE_FOLDERS, check_folder
 
@@ -45,17 +43,26 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def is_resaved(folder: Path) -> bool:
+    """Return whether a folder is an export that other software has saved again.
+
+    Its ``config.json`` then holds the record, and it has no manifest. An unfinished conversion writes the record before
+    the manifest, and is none.
+    """
+    written = [name for name in (MANIFEST, PROGRESS) if (folder / name).is_file()]
+    return not written and record_of(folder) is not None
+
+
 def manifest_of_resaved(folder: Path) -> dict[str, Any] | None:
     """Return the manifest, as plain values, of an export that other software has saved again.
 
-    Its hashes are those of the files as they are now. None if ``config.json`` holds no record, or if the folder is that
-    of an unfinished conversion, which writes the record before the manifest.
+    Its hashes are those of the files as they are now. None for any other folder.
 
     Raises:
         TransmlaError: if a file of the folder must not be read, or the weights cannot be.
     """
-    record = record_of(folder)
-    if record is None or (folder / PROGRESS).is_file():
+    record = record_of(folder) if is_resaved(folder) else None
+    if record is None:
         return None
     check_folder(folder)
     changed = bool(record.get("weights_changed")) or record.get("weights") != weights_fingerprint(folder)
@@ -81,6 +88,7 @@ def weights_fingerprint(folder: Path) -> str:
     Raises:
         TransmlaError: if a file cannot be read as safetensors.
     """
+    import torch
     from safetensors import safe_open
 
     lines = []

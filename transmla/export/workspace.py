@@ -90,14 +90,15 @@ class Workspace:
         """
         refuse_taken(self.output)
         refuse_no_folder(self.folder)
-        if self.folder.exists() and not resume:
+        if not self.folder.exists():
+            return
+        self.hold()  # first: a folder in which another process writes must not be deleted
+        if not resume:
             raise TransmlaError(
                 f"an unfinished run is in '{self.folder}'",
                 limit="nothing is ever overwritten",
                 remedy="continue that run with --resume, or delete the folder",
             )
-        if self.folder.exists():
-            self.hold()
 
     def hold(self) -> None:
         """Create the folder if it is missing, and keep other processes out of it.

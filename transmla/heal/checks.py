@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,31 @@ def check_settings(settings: Healing, accelerator: Any) -> None:
     _check_sharding(accelerator)
     if settings.trainable == "lora" and not find_spec("peft"):
         raise missing_package("--trainable lora needs peft", "peft")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that accelerate has the trackers ``names``, and that their packages are installed.
+
+    accelerate would leave a tracker out whose package is missing.
+
+    Raises:
+        TransmlaError: if one is unknown or not installed.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, installed = LoggerType.list(), {"all", *map(str, get_available_trackers())}
+    for name in names:
+        if name not in known:
+            raise TransmlaError(
+                f"unknown tracker '{name}'", limit=f"accelerate has {', '.join(known)}", remedy="correct --track"
+            )
+        if name not in installed:
+            raise TransmlaError(
+                f"--track {name} would log nothing",
+                limit=f"{name} is not installed",
+                remedy=f"pip install {name}, or leave --track out",
+            )
 
 
 def _check_sharding(accelerator: Any) -> None:

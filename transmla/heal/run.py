@@ -23,7 +23,14 @@ from transmla.formats.base import Format, format_named
 from transmla.heal import natural_coordinates as natural
 from transmla.heal.attention import attend_to_whole_sequences
 from transmla.heal.batches import Batches, HealingTexts, make_batches, read_texts
-from transmla.heal.checks import check_models, check_same_texts, check_settings, check_student, check_tokenizers
+from transmla.heal.checks import (
+    check_models,
+    check_same_texts,
+    check_settings,
+    check_student,
+    check_tokenizers,
+    check_trackers,
+)
 from transmla.heal.distributed import configure, from_main, kind, make_accelerator, shards
 from transmla.heal.loop import Loop
 from transmla.heal.losses import Distiller
@@ -82,6 +89,7 @@ def heal(
     """
     output, student = output_path(settings.output), local_path(settings.student)
     manifest = Manifest.read(student)
+    check_trackers(settings.track)
     accelerator = accelerator or make_accelerator(settings, output)
     check_settings(settings, accelerator)
     check_memory(settings, manifest.plan, accelerator)

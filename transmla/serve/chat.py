@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from transmla.boundary import boundary
 from transmla.errors import TransmlaError
 from transmla.modeling.sdpa import without_cudnn
 from transmla.runtime.latent_cache import latent_bytes
@@ -93,12 +94,22 @@ def encode(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
     which the model continues.
 
     Raises:
-        TransmlaError: if there are no tokens.
+        TransmlaError: if there are no tokens, if the template refuses the conversation, or if there is a message of the
+            system and no template.
     """
+    system = messages[0]["role"] == "system"
     if getattr(tokenizer, "chat_template", None):
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        remedy = "leave --system out" if system else "correct the chat template in the model's folder"
+        with boundary("the model's chat template refuses the conversation", remedy=remedy):
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+    elif system:
+        raise TransmlaError(
+            "--system has no effect here",
+            limit="a model without a chat template continues the message alone",
+            remedy="leave --system out",
+        )
     else:
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
     if not ids.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -84,5 +85,7 @@ def _rows(path: Path, column: str | None, tokenizer: Any) -> Iterator[str]:
     from datasets import load_dataset
 
     with read_errors(str(path), remedy="check the file"):
-        rows = load_dataset(TABLES[kind_of(path)], data_files=str(path), split="train", streaming=True)
+        # `datasets` takes names for patterns: ``[1]`` would match ``1``, and ``*`` other files too.
+        name = glob.escape(str(path))
+        rows = load_dataset(TABLES[kind_of(path)], data_files=name, split="train", streaming=True)
         yield from row_texts(rows, column, str(path), tokenizer)
