@@ -138,3 +138,15 @@ def test_a_key_may_override_a_merged_one(tmp_path: Path) -> None:
     file.write_text("source: x\ncalibration: {<<: {length: 8, sequences: 3}, length: 9}\n")
     calibration = read_recipe(file, {}).calibration
     assert (calibration.length, calibration.sequences) == (9, 3)
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "no", "off"])
+@pytest.mark.parametrize(
+    "key", ["cache_ratio", "kv_lora_rank", "seed", "freqfold", "calibration.sequences", "calibration.length"]
+)
+def test_a_word_that_yaml_reads_as_true_or_false_is_no_number(key: str, word: str, tmp_path: Path) -> None:
+    section, _, name = key.rpartition(".")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"source: x\n{section}:\n  {name}: {word}\n" if section else f"source: x\n{name}: {word}\n")
+    with pytest.raises(TransmlaError, match=f"{key}: it must be a number, not yes, no, true or false"):
+        read_recipe(file, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -18,12 +18,14 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from transmla.boundary import boundary, read_text
 from transmla.errors import TransmlaError
-from transmla.recipe_values import CACHE_AUTO, DEFAULT_MAX_KL, CacheRatio, Heal, Reconstruct
+from transmla.recipe_values import CACHE_AUTO, DEFAULT_MAX_KL, CacheRatio, Heal, Reconstruct, no_truth
 from transmla.shares import Mixture, Texts, of_percent
 
 
@@ -31,6 +33,19 @@ class Strict(BaseModel):
     """Settings that refuse unknown keys and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number, which pydantic reads as 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        return no_truth(value) if _is_number(annotation) else value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a field of this type takes numbers only. Types that also take words check their values."""
+    arms = get_args(annotation) or (annotation,)
+    return {get_args(arm)[0] if get_origin(arm) is Annotated else arm for arm in arms} <= {int, float, type(None)}
 
 
 # Panels of --help. A field without a panel is an argument or a section.

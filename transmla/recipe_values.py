@@ -16,6 +16,13 @@ HEAL_AUTO, HEAL_OFF = "auto", "off"
 CACHE_AUTO, DEFAULT_MAX_KL = "auto", 0.1
 
 
+def no_truth(value: Any) -> Any:
+    """Return a value that is neither true nor false, as YAML reads yes, on, no and off."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "it must be a number, not yes, no, true or false")
+    return value
+
+
 def _off(value: Any) -> Any:
     """Return what YAML means by a bare `off`, which it reads as false."""
     return "off" if value is False else value
@@ -37,7 +44,7 @@ def _healing(value: Any) -> Any:
 
 def _ratio(value: Any) -> Any:
     """Check a cache ratio: auto, or a number, which the command line gives as text."""
-    if value == CACHE_AUTO:
+    if no_truth(value) == CACHE_AUTO:
         return value
     try:
         return _RATIO.validate_python(value)
