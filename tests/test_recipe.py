@@ -150,3 +150,10 @@ def test_a_word_that_yaml_reads_as_true_or_false_is_no_number(key: str, word: st
     file.write_text(f"source: x\n{section}:\n  {name}: {word}\n" if section else f"source: x\n{name}: {word}\n")
     with pytest.raises(TransmlaError, match=f"{key}: it must be a number, not yes, no, true or false"):
         read_recipe(file, {})
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", float("inf")])
+@pytest.mark.parametrize("name", ["kl", "learning_rate", "max_minutes", "temperature", "clip", "other_rate"])
+def test_a_healing_refuses_numbers_that_are_not_finite(name: str, number: object) -> None:
+    with pytest.raises(TransmlaError, match=f"{name}: input should be a finite number"):
+        parse_section(Healing, {"student": "s", "teacher": "t", "output": "o", name: number})

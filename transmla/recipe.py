@@ -30,9 +30,9 @@ from transmla.shares import Mixture, Texts, of_percent
 
 
 class Strict(BaseModel):
-    """Settings that refuse unknown keys and never change."""
+    """Settings that refuse unknown keys and numbers that are not finite, and never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -140,7 +140,6 @@ class Recipe(Strict):
     max_kl: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         json_schema_extra=SHAPE,
         description="with --cache-ratio auto: the largest KL to the source that is accepted, in nats per token, before "
         "healing (default: 0.1, about that of half the cache). Formats that can store it get a width for each layer",
