@@ -80,6 +80,36 @@ def test_a_row_of_vllm_that_saves_nothing_is_refused() -> None:
         make_plan(describe(QWEN_0_5B), recipe, "bfloat16")
 
 
+@pytest.mark.parametrize("widths", [{}, {"cache_ratio": 0.834}, {"qk_rope_head_dim": 16}, {"kv_lora_rank": 60}])
+def test_a_source_that_vllms_rotary_width_does_not_fit_is_told_so_at_once(widths: dict[str, Any]) -> None:
+    config = LlamaConfig(hidden_size=576, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
+    recipe = parse_recipe({"source": "x", "output": "y", "pad_for": "vllm", **widths}, "test")
+    with pytest.raises(
+        TransmlaError, match=r"no fast vLLM kernel takes a rotary key of this source.*; drop --pad-for$"
+    ):
+        make_plan(describe(config), recipe, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "settings", "padded"),
+    [
+        (SMOLLM2, 400, {}, False),  # 512 + 64 values, and the source caches 384
+        (SMOLLM2, 400, {"allow_no_saving": True}, True),
+        (SMOLLM2, 600, {"allow_no_saving": True}, False),  # no kernel takes more than 512
+        (LLAMA_8B, 2049, {"allow_no_saving": True}, False),
+    ],
+)
+def test_padding_a_large_rank_is_advised_where_it_is_possible(
+    config: Any, rank: int, settings: dict[str, Any], padded: bool
+) -> None:
+    values = {"source": "x", "output": "y", "kv_lora_rank": rank, **settings}
+    with pytest.raises(TransmlaError, match="lower --kv-lora-rank") as refusal:
+        make_plan(describe(config), parse_recipe(values, "test"), "bfloat16")
+    assert ("--pad-for vllm" in str(refusal.value)) == padded
+    if padded:
+        make_plan(describe(config), parse_recipe(values | {"pad_for": "vllm"}, "test"), "bfloat16")
+
+
 def test_plan_names_what_vllm_does_not_serve() -> None:
     recipe = parse_recipe({"source": "x", "output": "y", "cache_ratio": 0.5, "format": "transmla"}, "test")
     plan = make_plan(describe(LLAMA_8B), recipe, "bfloat16")

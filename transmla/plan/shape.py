@@ -64,6 +64,13 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
             limit="--cache-ratio chooses kv_lora_rank and qk_rope_head_dim",
             remedy="give one or the other",
         )
+    if recipe.pad_for and not (form.padded_by_runtimes or recipe.custom_rope or form.holds_rotary(spec, VLLM_ROTARY)):
+        raise TransmlaError(
+            "no fast vLLM kernel takes a rotary key of this source",
+            limit=f"the kernels take a width of {VLLM_ROTARY}, with which the {form.name} format cannot store the "
+            "source's frequencies",
+            remedy="drop --pad-for",
+        )
     given = recipe.cache_ratio
     ratio = DEFAULT_CACHE_RATIO if given is None or isinstance(given, str) else given
     budget = int(spec.cache_values * ratio)
@@ -84,7 +91,8 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
         raise TransmlaError(
             f"kv_lora_rank {rank} is larger than the full rank of the keys and values",
             limit=f"at most {full} = min(2 × {spec.num_key_value_heads} heads × {spec.head_dim}, hidden size)",
-            remedy="lower --kv-lora-rank, or pass --pad-for vllm to pad with zeros",
+            remedy="lower --kv-lora-rank"
+            + (", or pass --pad-for vllm to pad with zeros" if _can_be_padded(spec, recipe, form) else ""),
         )
     d_n = recipe.qk_nope_head_dim or spec.head_dim
     d_v = recipe.v_head_dim or spec.head_dim
@@ -112,6 +120,15 @@ def choose_shape(spec: AttentionSpec, recipe: Recipe, form: Format) -> MLAShape:
             remedy="lower --q-lora-rank, or leave it out",
         )
     return MLAShape(rank, d_r, d_n, d_v, recipe.q_lora_rank, latent_rank)
+
+
+def _can_be_padded(spec: AttentionSpec, recipe: Recipe, form: Format) -> bool:
+    """Return whether ``--pad-for vllm`` makes a shape of the recipe's widths that can be converted."""
+    try:
+        shape = choose_shape(spec, recipe.model_copy(update={"pad_for": "vllm"}), form)
+    except TransmlaError:
+        return False
+    return recipe.allow_no_saving or shape.cache_values < spec.cache_values
 
 
 def _rotary_width(spec: AttentionSpec, ratio: float, budget: int, form: Format, recipe: Recipe) -> int:
