@@ -310,4 +310,6 @@ def test_several_processes_share_the_batches_of_the_healing() -> None:
         assert divided == {"batch": 16, "accumulate": parts}
     with pytest.raises(TransmlaError, match=r"3 processes cannot share the batches of 16 sequences .*--heal off"):
         workflow._divided(choice, 3)
+    with pytest.raises(TransmlaError, match=r"16 processes cannot share .* 8 sequences .*; launch 2, 4 or 8 processes"):
+        workflow._divided(Choice({"batch": 8, "accumulate": 1}, ""), 16)
     assert workflow._divided(Choice(None, "none"), 3).reason == "none"

@@ -194,10 +194,12 @@ def _divided(choice: Choice, processes: int) -> Choice:
         return choice
     parts, batch = max(1, choice.settings["accumulate"] // processes), choice.settings["batch"]
     if batch % (parts * processes):
+        able = [n for n in range(2, batch + 1) if batch % (max(1, choice.settings["accumulate"] // n) * n) == 0]
         raise TransmlaError(
             f"{processes} processes cannot share the batches of {batch} sequences of the healing",
             limit="each process computes equally many sequences",
-            remedy="launch 2, 4, 8 or 16 processes, or leave the healing out (--heal off)",
+            remedy=f"launch {', '.join(map(str, able[:-1]))} or {able[-1]} processes, or leave the healing out "
+            "(--heal off)",
         )
     return replace(choice, settings=choice.settings | {"accumulate": parts})
 

@@ -301,10 +301,20 @@ def test_native_is_chosen_if_it_can_express_the_source() -> None:
             {"format": "native", "config": {"attention_bias": True}},
             "llama: the native format cannot store attention_bias",
         ),
-        ({"format": "native", "layers": "0"}, "cannot store layers that keep the source's attention"),
+        (
+            {"format": "native", "layers": "0"},
+            "cannot store layers that keep the source's attention; leave --format out, or convert all layers",
+        ),
+        (
+            {"format": "native", "layers": "0", "config": {"attention_bias": True}},
+            "cannot store attention_bias; leave --format out$",
+        ),
         ({"format": "transmla", "q_lora_rank": 8}, "--q-lora-rank needs the native format"),
         ({"format": "transmla", "custom_rope": True}, "--custom-rope needs the native format"),
-        ({"layers": "1-2"}, "--layers 1-2: '1-2' names no layers; the model has layers 0 to 1"),
+        (
+            {"layers": "1-2"},
+            "--layers 1-2: '1-2' names no layers; the model has layers 0 to 1; write for example --layers 1, or 0-1$",
+        ),
         ({"layers": "some"}, "'some' names no layers"),
         ({"layers": "0-"}, "'0-' names no layers"),
         ({"format": "transmla", "qk_rope_head_dim": 10, "kv_lora_rank": 8}, "qk_rope_head_dim 10 does not fit"),

@@ -98,7 +98,7 @@ def choose_format(spec: AttentionSpec, recipe: Recipe, kept: tuple[int, ...]) ->
         if gap is not None:
             raise TransmlaError(
                 f"{spec.family}: the {form.name} format cannot store {gap}",
-                remedy="leave --format out" + (", or convert all layers" if kept else ""),
+                remedy="leave --format out" + (", or convert all layers" if kept and not form.lacks(spec, ()) else ""),
             )
         if form is not ranked[0]:
             lacking = ranked[0].lacks(spec, kept)
@@ -141,11 +141,12 @@ def kept_layers(spec: AttentionSpec, chosen: str | None) -> tuple[int, ...]:
     for part in chosen.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not layers or layers.stop > spec.num_hidden_layers:
+        last = spec.num_hidden_layers - 1
+        if not layers or layers.stop > last + 1:
             raise TransmlaError(
                 f"--layers {chosen}: '{part}' names no layers",
-                limit=f"the model has layers 0 to {spec.num_hidden_layers - 1}",
-                remedy=f"write for example --layers 1-{spec.num_hidden_layers - 1}, or 0-3,8",
+                limit=f"the model has layers 0 to {last}",
+                remedy=f"write for example --layers {last}, or 0-{last}" if last else "leave --layers out",
             )
         converted |= set(layers)
     return tuple(i for i in range(spec.num_hidden_layers) if i not in converted)
