@@ -65,6 +65,7 @@ def test_help_is_fast(folder: Path, argv: str) -> None:
         ("convert package:nowhere/x.gguf -o out", "package 'nowhere' is not installed"),
         ("convert nowhere.yaml", "cannot read recipe 'nowhere.yaml'"),
         ("convert source -o taken", "output 'taken' is not empty"),
+        ("convert source --output=", "the output is an empty name; an export is a new folder; give --output"),
         ("convert source -o text.txt/out", "cannot write to"),
         ("convert source -o out --calibration nowhere.txt", "no file nowhere.txt"),
         ("convert source -o out --eval nowhere.txt", "no file nowhere.txt"),

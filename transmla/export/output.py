@@ -21,6 +21,8 @@ def output_path(name: str) -> Path:
         TransmlaError: if the path has no name, its name is too long or belongs to unfinished runs, or if its parent is
             no folder that this user may write to.
     """
+    if not name:  # such as "$UNSET" in a shell; Path("") would be the current folder
+        raise TransmlaError("the output is an empty name", limit="an export is a new folder", remedy="give --output")
     output = local_path(name)
     if not output.name:  # "." has no name to append ".partial" to
         with boundary(f"cannot write to '{name}'", remedy="choose another --output"):
