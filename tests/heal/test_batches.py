@@ -131,6 +131,16 @@ def test_minutes_alone_limit_a_healing_on_a_short_text() -> None:
         check_amount("pydoc", 760, 1.0, Healing(**amounts, max_minutes=0.5))
 
 
+def test_fewer_tokens_are_advised_where_they_suffice() -> None:
+    amounts = {"student": "s", "teacher": "t", "output": "o", "length": 128, "max_tokens": 100_000}
+    with pytest.raises(TransmlaError, match="or lower --max-tokens$"):
+        check_amount("pydoc", 10_000 - 10, 1.0, Healing(**amounts, max_epochs=1, held_out=4))
+    check_amount("pydoc", 10_000 - 10, 1.0, Healing(**amounts | {"max_tokens": 128}, max_epochs=1, held_out=4))
+    with pytest.raises(TransmlaError, match="or lower --held-out or --length$"):
+        check_amount("pydoc", 10_000, 1.0, Healing(**amounts, held_out=99))
+    check_amount("pydoc", 10_000, 1.0, Healing(**amounts | {"length": 32}, held_out=99))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

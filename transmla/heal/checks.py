@@ -103,13 +103,15 @@ def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None
     sequences = max(1, -(-share // (settings.max_epochs * settings.length)))
     missing = (sequences + settings.held_out + 1) * settings.length - tokens
     if missing > 0:
+        # The fewest tokens to train on are one sequence.
+        fits = (1 + settings.held_out + 1) * settings.length <= tokens
         raise TransmlaError(
             f"'{name}' has {tokens:,} tokens, {missing:,} too few",
             limit=(f"its share is {share:,} tokens in at most {settings.max_epochs} epochs, and " if share else "")
             + f"{settings.held_out} sequences of {settings.length} are held out",
             remedy="raise --self-tokens"
             if name == "self"
-            else f"give more text, add `--data self`, or lower {'--max-tokens' if share else '--length'}",
+            else f"give more text, add `--data self`, or lower {'--max-tokens' if fits else '--held-out or --length'}",
         )
 
 
