@@ -35,8 +35,11 @@ from transmla.ranks import check_launch, launched
 from transmla.recipe import Recipe
 from transmla.recipe_values import HEAL_AUTO
 from transmla.reporter import Reporter, Silent
+from transmla.shares import shares
 from transmla.source.load import check_tokenizer, load_tokenizer
 from transmla.source.memory import free_memory_of
+from transmla.source.mixture import check_options
+from transmla.source.text import check_text
 
 
 def convert_and_heal(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -207,8 +210,8 @@ def _divided(choice: Choice, processes: int) -> Choice:
 def refusals(prepared: Prepared, choice: Choice) -> list[str]:
     """Return why ``convert_and_heal`` would refuse a conversion here, one line each.
 
-    These are a source without a tokenizer, calibration sequences beyond its context, too many processes, and too little
-    memory or disk.
+    These are a source without a tokenizer, missing files of calibration text, a split or column that no text takes,
+    calibration sequences beyond the source's context, too many processes, and too little memory or disk.
 
     Args:
         prepared: the conversion; all its processes run on this computer.
@@ -216,6 +219,8 @@ def refusals(prepared: Prepared, choice: Choice) -> list[str]:
     """
     output, calibration = Path(prepared.recipe.output), prepared.recipe.calibration
     checks: list[Callable[[], object]] = [partial(check_tokenizer, prepared.source.path)]
+    checks += [partial(check_text, name) for name in shares(calibration.source)]
+    checks.append(partial(check_options, calibration.source, split=calibration.split, column=calibration.column))
     if (processes := prepared.processes) > 1:
         checks += [partial(check_launch, prepared.recipe.device, processes, processes)]
         checks += [partial(_divided, choice, processes)]

@@ -130,6 +130,21 @@ def test_a_text_beyond_the_context_is_refused_as_by_convert(place: Path, run: Ru
     assert refused.startswith(says)
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--calibration", "nowhere.txt"], "no file nowhere.txt"),
+        (["--calibration-split", "train"], "has no split 'train'; leave the split out"),
+        (["--calibration-column", "text"], "has no column 'text'; leave the column out"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_as_by_convert(place: Path, run: Run, more: list[str], says: str) -> None:
+    assert any(says in line for line in found(run, *more)["refused"])
+    code, _, err = run("convert", "source", "-o", "out", *CALIBRATION, *more)
+    assert code == 2
+    assert says in " ".join(err.split())
+
+
 def test_a_refusal_and_the_plan_count_the_same_memory(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
     plan = found(run, "--calibration-sequences", "10000000")

@@ -133,10 +133,10 @@ def test_minutes_alone_limit_a_healing_on_a_short_text() -> None:
 
 def test_fewer_tokens_are_advised_where_they_suffice() -> None:
     amounts = {"student": "s", "teacher": "t", "output": "o", "length": 128, "max_tokens": 100_000}
-    with pytest.raises(TransmlaError, match="or lower --max-tokens$"):
+    with pytest.raises(TransmlaError, match=r"or lower --max-tokens$"):
         check_amount("pydoc", 10_000 - 10, 1.0, Healing(**amounts, max_epochs=1, held_out=4))
     check_amount("pydoc", 10_000 - 10, 1.0, Healing(**amounts | {"max_tokens": 128}, max_epochs=1, held_out=4))
-    with pytest.raises(TransmlaError, match="or lower --held-out or --length$"):
+    with pytest.raises(TransmlaError, match=r"or lower --held-out or --length$"):
         check_amount("pydoc", 10_000, 1.0, Healing(**amounts, held_out=99))
     check_amount("pydoc", 10_000, 1.0, Healing(**amounts | {"length": 32}, held_out=99))
 

@@ -125,14 +125,23 @@ def parts_of(
                     known, split=split if "split" in takes else None, column=column if "column" in takes else None
                 )
             parts[text] = replace(known, share=known.share + share * part)
-    for option, value in (("split", split), ("column", column)):
-        if value is not None and not any(getattr(part, option) for part in parts.values()):
-            listed = ", ".join(shares(entries))
-            raise TransmlaError(f"{listed} has no {option} {value!r}", remedy=f"leave the {option} out")
+    check_options(entries, split=split, column=column)
     mixed = tuple(parts.values())
     if why is not None:
         report.message(f"auto text: {_describe(mixed, rows)}{why}")
     return mixed
+
+
+def check_options(entries: Sequence[str], *, split: str | None, column: str | None) -> None:
+    """Check that one of the texts that the user names takes the ``split``, and one the ``column``.
+
+    Raises:
+        TransmlaError: if none does.
+    """
+    for option, value in (("split", split), ("column", column)):
+        if value is not None and not any(option in text_options(name) for name in shares(entries)):
+            listed = ", ".join(shares(entries))
+            raise TransmlaError(f"{listed} has no {option} {value!r}", remedy=f"leave the {option} out")
 
 
 def _describe(parts: Sequence[Part], rows: int | None) -> str:
