@@ -25,6 +25,7 @@ from transmla.export.unfinished import refuse_no_folder
 from transmla.export.workspace import Workspace
 from transmla.files import remove_folder
 from transmla.heal.batches import HealingTexts, read_texts
+from transmla.heal.checks import TooLittleText
 from transmla.heal.choose import Choice, choose_healing, estimated_seconds
 from transmla.heal.memory import load_of, memory_bytes
 from transmla.heal.resume import Store
@@ -147,8 +148,10 @@ def _open_healing(
     try:
         texts = read_texts(settings, load_tokenizer(prepared.source.path), Silent())
     except TransmlaError as error:
+        if isinstance(error, TooLittleText):  # its remedy names flags that `convert` does not have
+            error = TransmlaError(error.what, limit=error.limit, remedy="give a longer text, or pass --heal off")
         if prepared.recipe.heal != HEAL_AUTO:
-            raise
+            raise error from None
         return None, None, f"not healed: {error}"
     return settings, texts, choice.reason
 

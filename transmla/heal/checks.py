@@ -17,6 +17,10 @@ from transmla.heal.losses import Head, trunk
 from transmla.heal.settings import Healing
 
 
+class TooLittleText(TransmlaError):
+    """A text does not suffice for a healing. The remedy names flags of ``transmla heal``."""
+
+
 def check_settings(settings: Healing, accelerator: Any) -> None:
     """Check the settings against the launched processes and the installed packages.
 
@@ -96,7 +100,7 @@ def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None
         settings: the amounts.
 
     Raises:
-        TransmlaError: if ``tokens`` are too few.
+        TooLittleText: if ``tokens`` are too few.
     """
     by_minutes = settings.max_minutes is not None and "max_tokens" not in settings.model_fields_set
     share = 0 if by_minutes else math.ceil(part * settings.max_tokens)
@@ -105,7 +109,7 @@ def check_amount(name: str, tokens: int, part: float, settings: Healing) -> None
     if missing > 0:
         # The fewest tokens to train on are one sequence.
         fits = (1 + settings.held_out + 1) * settings.length <= tokens
-        raise TransmlaError(
+        raise TooLittleText(
             f"'{name}' has {tokens:,} tokens, {missing:,} too few",
             limit=(f"its share is {share:,} tokens in at most {settings.max_epochs} epochs, and " if share else "")
             + f"{settings.held_out} sequences of {settings.length} are held out",
