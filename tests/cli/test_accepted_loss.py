@@ -42,3 +42,14 @@ def test_a_missed_promise_is_said_with_its_remedy(
     err = capsys.readouterr().err
     assert ("missed by 20% on other text" in err) == said
     assert ("--max-kl 0.25" in err) == said
+
+
+@pytest.mark.parametrize(("sequences", "fit"), [("1", False), ("2", True)])
+def test_a_fit_is_advised_where_there_is_text_for_it(place: Path, run: Run, sequences: str, fit: bool) -> None:
+    (place / "text.txt").write_text((place / "text.txt").read_text() * 3)
+    options = ("--cache-ratio", "auto", "--max-kl", "1e-9", "--reconstruct", "off", "--heal", "off")
+    text = ("--calibration", "text.txt", "--calibration-sequences", sequences, "--calibration-length", "32")
+    code, _, err = run("convert", "source", "-o", "out", *options, *text)
+    assert code == 2
+    assert "or more" in err
+    assert ("--reconstruct full" in " ".join(err.split())) == fit

@@ -245,7 +245,8 @@ def convert_unwritten(
 def _unreachable(prepared: Prepared, accepted: float, reached: float, *, measured: bool) -> TransmlaError:
     """Return the refusal of a KL that the largest cache does not reach."""
     remedies = [f"--max-kl {reached * 1.1:.2g} or more"]
-    if prepared.recipe.reconstruct != "full":
+    # A fit needs a second sequence to evaluate on.
+    if prepared.recipe.reconstruct != "full" and (prepared.recipe.calibration.sequences or 0) > 1:
         remedies.append("--reconstruct full")
     if not format_named(prepared.plan.format).shapes_by_layer:
         remedies.append("--format transmla, in which layers may keep their attention")
