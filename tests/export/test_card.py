@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from transmla.export.card import write_card
+from transmla.export.manifest import Manifest
+from transmla.formats.base import format_named
+from transmla.recipe import read_recipe
 
 
 def code_blocks(card: str) -> list[str]:
@@ -30,3 +36,21 @@ def test_the_examples_of_the_card_run(
 def test_a_card_without_an_evaluation_names_the_command(converted: Path) -> None:
     card = (converted / "out" / "README.md").read_text()
     assert "not evaluated: run `transmla eval out --baseline source`" in card
+
+
+def test_the_curve_stands_below_the_healing_that_it_shows(converted: Path, tmp_path: Path) -> None:
+    folder = converted / "out"
+    healing = {
+        "settings": {"teacher": "source", "data": ["text.txt"], "trainable": "attention"},
+        "tokens": 100,
+        "seconds": 60,
+        "held_out_kl": {"before": 2.0, "after": 1.0},
+    }
+    # Equal records: two healings may have had the same settings and results.
+    manifest = replace(Manifest.read(folder), healing=[healing, healing])
+    (tmp_path / "healing.png").touch()
+    words = format_named(manifest.format).card_words(manifest.plan.spec)
+    write_card(tmp_path, manifest, read_recipe(folder / "recipe.yaml", {}), words)
+    first, second = (tmp_path / "README.md").read_text().split("## Healing")[1:]
+    assert "healing.png" not in first
+    assert "healing.png" in second

@@ -285,3 +285,21 @@ def test_an_export_loads_and_generates_text(
 
     writer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
     assert len(writer("the cat", max_new_tokens=4)[0]["generated_text"]) > len("the cat")
+
+
+@pytest.mark.parametrize("call", [transmla.accelerate, lambda given: transmla.shared_prefix(given, torch.ones(1, 2))])
+@pytest.mark.parametrize("part", [lambda model: None, lambda model: "a/folder", lambda model: model.model.layers[0]])
+def test_what_is_no_whole_model_is_refused_and_left_unchanged(
+    call: Callable[[Any], Any], part: Callable[[Any], Any]
+) -> None:
+    model = tiny()
+    with pytest.raises(TransmlaError, match=r"got an object of type .*; it takes a whole transformers model"):
+        call(part(model))
+    assert not any(isinstance(module, LatentAttention) for module in model.modules())
+
+
+def test_loading_information_comes_beside_the_model(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    model, information = transmla.load(tmp_path, output_loading_info=True)
+    assert mla_layers(model)
+    assert not information["missing_keys"]

@@ -137,3 +137,33 @@ def test_rows_behind_the_prefix_are_cropped_and_the_prefix_is_not(stock: Any, mo
         cache.reorder_cache(torch.tensor([1, 0]))
         logits = model(ids[:, SHARED:], **{CACHE_ARGUMENT: cache}).logits
         assert relative(logits, stock(ids).logits[:, SHARED:]) < 2e-5
+
+
+def test_a_prefix_of_another_model_is_refused(stock: Any, cache: PrefixCache) -> None:
+    other = transmla.accelerate(scaled(copy.deepcopy(stock)))
+    with pytest.raises(TransmlaError, match="computes otherwise"):
+        generate(other, texts(1), cache)
+    for changes in ({"kv_lora_rank": 24}, {"num_hidden_layers": 2}):
+        wide = transmla.accelerate(tiny(**{"num_hidden_layers": 3} | changes))
+        with pytest.raises(TransmlaError, match=r"made by another model .*; call shared_prefix\(\) with this model"):
+            generate(wide, texts(1), cache)
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2], "hello", None, {"input_ids": 1}, torch.ones(3), torch.ones(1, 3), torch.ones(1, 1, 3).long()]
+)
+def test_what_is_no_prompt_is_refused(model: Any, given: Any) -> None:
+    with pytest.raises(TransmlaError, match=r"shared_prefix\(\) got input_ids of .*; give input_ids as a tensor"):
+        transmla.shared_prefix(model, given)
+
+
+@pytest.mark.parametrize("given", [[1, 2, 3], torch.ones(12).long()])
+def test_tokens_that_are_no_rows_are_refused(model: Any, cache: PrefixCache, given: Any) -> None:
+    with pytest.raises(TransmlaError, match=r"generate\(\) got input_ids of .* with a shared prefix"):
+        model.generate(given, **{CACHE_ARGUMENT: cache})
+
+
+def test_a_prefix_needs_a_model_that_generates(stock: Any) -> None:
+    headless = transmla.accelerate(copy.deepcopy(stock).model)
+    with pytest.raises(TransmlaError, match="cannot generate text"):
+        transmla.shared_prefix(headless, texts(1)[:1])

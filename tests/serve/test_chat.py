@@ -154,3 +154,11 @@ def test_a_chat_samples(run: Run, converted: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stdin", Terminal("the cat\n"))
     assert run("chat", str(converted / "out"))[0] == 0
     assert (used[0].temperature, used[0].top_p) == (0.7, 0.95)
+
+
+@pytest.mark.parametrize(("words", "beyond"), [(1, False), (600, True)])
+def test_a_conversation_beyond_the_context_gets_a_note(run: Run, converted: Path, words: int, beyond: bool) -> None:
+    given = ("--prompt", "the cat " * words, "--max-new-tokens", "3")
+    code, _, error = run("chat", str(converted / "out"), *given)
+    assert code == 0
+    assert ("tokens, and the model reads up to 256: answers beyond that are poor; start a new chat" in error) == beyond

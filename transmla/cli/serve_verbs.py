@@ -67,10 +67,16 @@ def chat(
     if backend != "auto" and mla_layers(opened):
         require_backend(opened, backend)
         accelerate(opened, backend=backend)
+    context = getattr(opened.config.get_text_config(), "max_position_embeddings", None)
     sampling = _sampling(max_new_tokens, temperature, top_p, one=prompt is not None or not sys.stdin.isatty())
     for given in converse(opened, tokenizer, _questions(prompt), sampling, _write, system=system):
         print(flush=True)
         console.say(_speed_and_cache(given, path))
+        if context is not None and given.prompt_tokens + given.new_tokens > context:
+            console.note(
+                f"the conversation has {given.prompt_tokens + given.new_tokens} tokens, and the model reads up to"
+                f" {context}: answers beyond that are poor; start a new chat"
+            )
 
 
 def _sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, *, one: bool) -> Sampling:

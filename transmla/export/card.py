@@ -218,8 +218,14 @@ def public_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, **names, "texts": texts}
 
 
-def _healing(folder: Path, record: dict[str, Any]) -> str:
-    """Return the card's section on one healing."""
+def _healings(folder: Path, records: list[dict[str, Any]]) -> str:
+    """Return the card's sections on all healings. The folder's picture shows the last one."""
+    drawn = (folder / "healing.png").is_file()
+    return "".join(_healing(record, drawn=drawn and i == len(records)) for i, record in enumerate(records, 1))
+
+
+def _healing(record: dict[str, Any], *, drawn: bool) -> str:
+    """Return the card's section on one healing, with the picture of its curve if it is ``drawn``."""
     settings = record["settings"]
     return _HEALING.format(
         teacher=public_name(settings["teacher"]),
@@ -229,7 +235,7 @@ def _healing(folder: Path, record: dict[str, Any]) -> str:
         minutes=record["seconds"] / 60,
         before=record["held_out_kl"]["before"],
         after=record["held_out_kl"]["after"],
-        picture="\n![healing](healing.png)\n" if (folder / "healing.png").is_file() else "",
+        picture="\n![healing](healing.png)\n" if drawn else "",
     )
 
 
@@ -273,7 +279,7 @@ def write_card(
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         promise=_PROMISE.format(**vars(manifest.promise)) if manifest.promise else "",
-        healing="".join(_healing(folder, record) for record in manifest.healing),
+        healing=_healings(folder, manifest.healing),
         changed=_CHANGED[manifest.weights_changed] if manifest.resaved or manifest.weights_changed else "",
         notes=f"\n## Notes\n{notes}\n" if notes else "",
     )

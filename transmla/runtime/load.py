@@ -53,7 +53,7 @@ def load(
             ``latent_attention``.
 
     Returns:
-        A transformers model in evaluation mode.
+        A transformers model in evaluation mode; with ``output_loading_info``, a pair of it and that information.
 
     Raises:
         TransmlaError: if ``path`` is no path and no Hub id, if it is the folder of an unfinished conversion, if
@@ -85,13 +85,15 @@ def load(
         if folder is not None and folder.is_dir():
             check_folder(folder)
             check_config(folder)
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    # With ``output_loading_info``, transformers returns a pair.
+    model, *information = loaded if isinstance(loaded, tuple) else (loaded,)
     if implied:
         shares = not divides_heads(mla_layers(model))
     accelerate(model, backend=backend, cache_dtype=cache_dtype, cuda_graphs=cuda_graphs, context_parallel=shares)
     if kwargs.get("attn_implementation") is not None:
         model.set_attn_implementation(kwargs["attn_implementation"])
-    return model
+    return (model, *information) if information else model
 
 
 def accelerate(
@@ -119,9 +121,9 @@ def accelerate(
         ``model``.
 
     Raises:
-        TransmlaError: if the model has no MLA layer with transformers' ``expand_kv``, if ``backend`` or
-            ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, if the latents
-            underflow in float16, or if processes cannot share the caches of the model as it was loaded.
+        TransmlaError: if ``model`` is no transformers model, if it has no MLA layer with transformers' ``expand_kv``,
+            if ``backend`` or ``cache_dtype`` is unknown, if a model with sliding windows is to cache float8 latents, if
+            the latents underflow in float16, or if processes cannot share the caches of the model as it was loaded.
     """
     from transmla.runtime.class_swap import turn_into
     from transmla.runtime.context_parallel import connect, generate_together
@@ -129,6 +131,7 @@ def accelerate(
     from transmla.runtime.fused_norms import fuse_norms
     from transmla.runtime.graphed_model import use_graphs
     from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
+    from transmla.runtime.shared_prefix import check_prefixes
     from transmla.runtime.underflow import refuse_underflow
 
     if backend != "auto":
@@ -152,6 +155,8 @@ def accelerate(
     model.set_attn_implementation(LATENT_ATTENTION)
     use_graphs(model, DecodeGraphs() if cuda_graphs else None)
     generate_together(model, ranks)
+    if ranks.size == 1:
+        check_prefixes(model)
     if model.config.output_attentions:
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     return model
@@ -161,8 +166,9 @@ def _checked_layers(model: Any, cache_dtype: str | None) -> list[Any]:
     """Return the MLA layers of ``model``, which can cache latents as ``cache_dtype``.
 
     Raises:
-        TransmlaError: if there are none, or if they cannot.
+        TransmlaError: if ``model`` is no transformers model, if there are none, or if they cannot.
     """
+    refuse_other_objects(model, "accelerate()")
     layers = mla_layers(model)
     if not layers:
         raise TransmlaError(
@@ -198,6 +204,16 @@ def _log_backends(layers: list[Any]) -> None:
         else:
             names.add("transformers' own expansion: kv_b_proj is quantised, adapted or hooked")
     _log.info("decoding with %s", "; ".join(sorted(names)))
+
+
+def refuse_other_objects(model: Any, caller: str) -> None:
+    """Raise a TransmlaError if ``model`` is a path, a single layer or anything else but a transformers model."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "set_attn_implementation"):
+        raise TransmlaError(
+            f"{caller} got an object of type {type(model).__name__}",
+            limit="it takes a whole transformers model, as from_pretrained() returns it",
+            remedy="give the model itself; transmla.load opens the folder of an export",
+        )
 
 
 def mla_layers(model: Any) -> list[Any]:

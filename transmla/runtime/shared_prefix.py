@@ -14,6 +14,7 @@ from transmla.errors import TransmlaError
 from transmla.modeling.transformers_api import CACHE_ARGUMENT
 from transmla.runtime.latent_attention import LatentAttention
 from transmla.runtime.latent_cache import LatentLayer
+from transmla.runtime.load import refuse_other_objects
 from transmla.runtime.prefix_cache import PrefixCache, share
 
 # Largest relative difference of logits that two runs of the same step may have, if the dtype's rounding is smaller.
@@ -36,9 +37,10 @@ def shared_prefix(model: Any, input_ids: Tensor) -> PrefixCache:
         input_ids: the prompt [1, P].
 
     Raises:
-        TransmlaError: if ``input_ids`` is not one prompt, if the model is not accelerated, or if some of its layers
-            have no latent or have sliding windows.
+        TransmlaError: if ``input_ids`` is not one prompt, if the model is not accelerated or cannot generate, or if
+            some of its layers have no latent or have sliding windows.
     """
+    refuse_other_objects(model, "shared_prefix()")
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
     _check_shareable(model, input_ids, len(layers))
     cache: Any = DynamicCache(config=model.config)
@@ -56,9 +58,13 @@ def shared_prefix(model: Any, input_ids: Tensor) -> PrefixCache:
     prefix = share(cache, packed=layers[0].packed)
     prefix.prompt, prefix.signature = prompt.clone(), _signature(model, prompt, prefix)
     prefix.placed = model.dtype, model.device
-    if not isinstance(model.generate, CheckedGenerate):
-        model.generate = CheckedGenerate(model)
     return prefix
+
+
+def check_prefixes(model: Any) -> None:
+    """Let ``model.generate`` check every shared prefix that it gets, also one that another model made."""
+    if hasattr(model, "generate") and not isinstance(model.generate, CheckedGenerate):
+        model.generate = CheckedGenerate(model)
 
 
 class CheckedGenerate:
@@ -101,6 +107,12 @@ def _start_behind(model: Any, cache: PrefixCache, input_ids: Tensor | None) -> N
             limit="the prefix is compared with the tokens",
             remedy="give input_ids instead of inputs_embeds",
         )
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise TransmlaError(
+            f"generate() got {_described(input_ids)} with a shared prefix",
+            limit="it takes one row of tokens for each continuation",
+            remedy="give input_ids as a tensor of shape [B, P + n]",
+        )
     if input_ids.shape[1] <= length:
         raise TransmlaError(
             f"input_ids of shape {list(input_ids.shape)} with a shared prefix of {length} tokens",
@@ -116,6 +128,12 @@ def _start_behind(model: Any, cache: PrefixCache, input_ids: Tensor | None) -> N
             remedy="make a shared prefix of this prompt, or call generate() without one",
         )
     cache.reset()
+    if not _fits(model, cache):
+        raise TransmlaError(
+            f"the shared prefix was made by another model than this {type(model).__name__}",
+            limit="each model has its own number of layers and its own widths of the cache",
+            remedy="call shared_prefix() with this model",
+        )
     if (model.dtype, model.device) != cache.placed or _changed(_signature(model, prompt, cache), signature):
         raise TransmlaError(
             "the model computes otherwise than when the shared prefix was made",
@@ -124,8 +142,24 @@ def _start_behind(model: Any, cache: PrefixCache, input_ids: Tensor | None) -> N
         )
 
 
+def _described(input_ids: Any) -> str:
+    """Return in words what was given as ``input_ids``."""
+    if isinstance(input_ids, Tensor):
+        return f"input_ids of shape {list(input_ids.shape)} and type {str(input_ids.dtype).removeprefix('torch.')}"
+    return f"input_ids of type {type(input_ids).__name__}"
+
+
+def _fits(model: Any, cache: PrefixCache) -> bool:
+    """Whether the layers of ``model`` can read the rows of ``cache``."""
+    layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    widths = [(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in layers]
+    return widths == [tuple(part.shape[-1] for part in layer.prefix) for layer in cache.layers]
+
+
 def _changed(now: Tensor, before: Tensor) -> bool:
     """Whether the logits of one step differ by more than two runs of the same step may."""
+    if now.shape != before.shape:
+        return True
     difference = (now.float() - before.float()).norm() / before.float().norm()
     return not difference <= max(SAME_STEP, torch.finfo(now.dtype).eps)
 
@@ -140,11 +174,18 @@ def _signature(model: Any, prompt: Tensor, cache: PrefixCache) -> Tensor:
 
 def _check_shareable(model: Any, input_ids: torch.Tensor, latent_layers: int) -> None:
     """Raise a TransmlaError if ``input_ids`` is not one prompt, or if a layer of ``model`` has no latent cache."""
-    if input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+    one = isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.shape[0] == 1 and input_ids.numel()
+    if not one or input_ids.dtype not in (torch.int64, torch.int32):
         raise TransmlaError(
-            f"input_ids of shape {list(input_ids.shape)}",
-            limit="a shared prefix is one prompt",
-            remedy="give input_ids of shape [1, P]",
+            f"shared_prefix() got {_described(input_ids)}",
+            limit="a shared prefix is one prompt, as token ids",
+            remedy="give input_ids as a tensor of integers of shape [1, P]",
+        )
+    if not hasattr(model, "generate"):
+        raise TransmlaError(
+            f"{type(model).__name__} cannot generate text",
+            limit="a shared prefix is for generate()",
+            remedy="load the model with transmla.load",
         )
     if not latent_layers:
         raise TransmlaError(
