@@ -140,11 +140,14 @@ def test_rows_behind_the_prefix_are_cropped_and_the_prefix_is_not(stock: Any, mo
 
 
 def test_a_prefix_of_another_model_is_refused(stock: Any, cache: PrefixCache) -> None:
+    """Models that have made a prefix themselves check every one."""
     other = transmla.accelerate(scaled(copy.deepcopy(stock)))
+    transmla.shared_prefix(other, texts(1)[:1, :SHARED])
     with pytest.raises(TransmlaError, match="computes otherwise"):
         generate(other, texts(1), cache)
     for changes in ({"kv_lora_rank": 24}, {"num_hidden_layers": 2}):
         wide = transmla.accelerate(tiny(**{"num_hidden_layers": 3} | changes))
+        transmla.shared_prefix(wide, texts(1)[:1, :SHARED])
         with pytest.raises(TransmlaError, match=r"made by another model .*; call shared_prefix\(\) with this model"):
             generate(wide, texts(1), cache)
 

@@ -131,7 +131,6 @@ def accelerate(
     from transmla.runtime.fused_norms import fuse_norms
     from transmla.runtime.graphed_model import use_graphs
     from transmla.runtime.latent_attention import LATENT_ATTENTION, WEIGHTS_REMEDY, LatentAttention, latent_class
-    from transmla.runtime.shared_prefix import check_prefixes
     from transmla.runtime.underflow import refuse_underflow
 
     if backend != "auto":
@@ -155,8 +154,6 @@ def accelerate(
     model.set_attn_implementation(LATENT_ATTENTION)
     use_graphs(model, DecodeGraphs() if cuda_graphs else None)
     generate_together(model, ranks)
-    if ranks.size == 1:
-        check_prefixes(model)
     if model.config.output_attentions:
         warnings.warn(WEIGHTS_REMEDY, stacklevel=2)
     return model

@@ -58,13 +58,9 @@ def shared_prefix(model: Any, input_ids: Tensor) -> PrefixCache:
     prefix = share(cache, packed=layers[0].packed)
     prefix.prompt, prefix.signature = prompt.clone(), _signature(model, prompt, prefix)
     prefix.placed = model.dtype, model.device
-    return prefix
-
-
-def check_prefixes(model: Any) -> None:
-    """Let ``model.generate`` check every shared prefix that it gets, also one that another model made."""
-    if hasattr(model, "generate") and not isinstance(model.generate, CheckedGenerate):
+    if not isinstance(model.generate, CheckedGenerate):
         model.generate = CheckedGenerate(model)
+    return prefix
 
 
 class CheckedGenerate:
