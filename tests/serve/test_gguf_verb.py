@@ -32,7 +32,7 @@ def test_it_says_what_was_written_and_whether_it_runs(
     check: GgufCheck | None, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reason = "" if check else "llama.cpp is not installed (pip install xllamacpp)"
-    written = WrittenGguf(Path("x.gguf"), 2_000_000, {"Q8_0": 3, "F32": 2}, 9, check, reason)
+    written = WrittenGguf(Path("x.gguf"), 2_000_000, {"Q8_0": 3, "F32": 2}, check, reason)
     monkeypatch.setattr(gguf_file, "write_gguf", lambda *_, **__: written)
     monkeypatch.setattr(gguf_verb, "refuse_unfinished", lambda _: None)
     assert call(monkeypatch, "dir", "-o", "x.gguf") == 0
